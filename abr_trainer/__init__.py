@@ -1,0 +1,44 @@
+"""Adaptive Batch Repetition for the Hugging Face Trainer.
+
+The names below are imported on first use, so that `abr_trainer.schedulers` costs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ABRConfig": "config",
+    "ABRMixin": "trainer",
+    "ABRTrainer": "trainer",
+    "ComputeLedger": "ledger",
+    "Observation": "schedulers",
+    "Outcome": "schedulers",
+    "RepeatScheduler": "schedulers",
+    "get_repeat_scheduler": "schedulers",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from .config import ABRConfig as ABRConfig
+    from .ledger import ComputeLedger as ComputeLedger
+    from .schedulers import Observation as Observation
+    from .schedulers import Outcome as Outcome
+    from .schedulers import RepeatScheduler as RepeatScheduler
+    from .schedulers import get_repeat_scheduler as get_repeat_scheduler
+    from .trainer import ABRMixin as ABRMixin
+    from .trainer import ABRTrainer as ABRTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,184 @@
+"""What watches a run: statistics for the log, the per-batch trace, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from transformers import ProgressCallback, TrainerCallback
+from transformers.utils import logging
+
+from .ledger import ComputeLedger
+from .perplexity import perplexity_of
+from .schedulers import Outcome
+
+logger = logging.get_logger(__name__)
+
+TRACE_NAME = "abr_trace.jsonl"
+
+
+@dataclass
+class LogWindow:
+    """Counts over the batches since the last log."""
+
+    batches: int = 0
+    updates: int = 0
+    skipped: int = 0
+    non_finite: int = 0
+
+    def observe(self, outcome: Outcome) -> None:
+        self.batches += 1
+        self.updates += outcome.repeats
+        self.skipped += outcome.skipped
+        self.non_finite += not math.isfinite(outcome.observation.loss)
+
+    def finite_mean(self, mean: float) -> float:
+        """Turn a mean over all batches, to which non-finite ones gave 0, into one over the finite batches."""
+        finite = self.batches - self.non_finite
+        return mean * self.batches / finite if finite else math.nan
+
+    def logs(self, loss: float, ledger: ComputeLedger) -> dict[str, float]:
+        """Return what is logged beside the first-pass loss."""
+        return {
+            "perplexity": perplexity_of(loss),
+            "repeats": self.updates / self.batches,
+            "skipped": self.skipped / self.batches,
+            "passes": float(ledger.passes),
+            "updates": ledger.updates,
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class ABRCallback(TrainerCallback):
+    """A `TrainerCallback` with one more event. Any callback that has an `on_outcome` method gets it."""
+
+    def on_outcome(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        outcome: Outcome,
+        ledger: ComputeLedger,
+        learning_rate: float,
+        seconds: float,
+        **kwargs: Any,
+    ) -> None:
+        """Event after a batch is finished, before it is logged, evaluated or saved.
+
+        Args:
+            outcome: What the scheduler saw, and what was done.
+            ledger: What the run has spent, this batch included.
+            learning_rate: The rate of the first update on the batch.
+            seconds: Wall-clock time of the batch.
+        """
+
+
+class TraceCallback(ABRCallback):
+    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory.
+
+    Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
+    trace has neither gaps nor doubles. A loss that is not finite is written as null.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._close()
+        path = Path(args.output_dir, TRACE_NAME)
+        kept = cut_trace(path, state.global_step)
+        if kept < state.global_step:
+            logger.warning(f"{path} holds {kept} of the {state.global_step} batches before this checkpoint.")
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_outcome(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        outcome: Outcome,
+        ledger: ComputeLedger,
+        learning_rate: float,
+        seconds: float,
+        **kwargs: Any,
+    ) -> None:
+        if self._file is None:
+            return
+        losses = [loss if math.isfinite(loss) else None for loss in outcome.losses]
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": losses[0],
+            "losses": losses,
+            "repeats": outcome.repeats,
+            "reason": outcome.reason,
+            "learning_rate": learning_rate,
+            "seconds": seconds,
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_trace(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yield the batches of a trace, up to the first line that a killed run left unfinished."""
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+def cut_trace(path: Path, step: int) -> int:
+    """Drop the batches after `step` from a trace, all or nothing, and return how many are left."""
+    kept = [batch for batch in read_trace(path) if batch["step"] <= step] if step and path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(json.dumps(batch) + "\n" for batch in kept), encoding="utf-8")
+    replacement.replace(path)
+    return len(kept)
+
+
+class ABRProgressCallback(ProgressCallback):
+    """Trainer's progress bar, with repeats and perplexity; it counts passes where a budget bounds them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._budget = getattr(args, "max_passes", None)
+        if self.training_bar is not None and self._budget is not None:
+            self.training_bar.reset(total=self._budget)
+            self.training_bar.unit = "pass"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._budget is None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_outcome(
+        self, args: Any, state: Any, control: Any, outcome: Outcome, ledger: ComputeLedger, **kwargs: Any
+    ) -> None:
+        if self.training_bar is None:
+            return
+        self.training_bar.set_postfix(
+            repeats=f"{ledger.repeats:.2f}",
+            skips=ledger.skips,
+            perplexity=f"{perplexity_of(outcome.observation.loss):.2f}",
+            refresh=False,
+        )
+        if self._budget is not None:
+            self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)

@@ -1,0 +1,147 @@
+"""The arguments of a run: everything `TrainingArguments` takes, and which batches to repeat or skip."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .schedulers import (
+    OUTLIER_RULES,
+    SCHEDULERS,
+    RepeatScheduler,
+    get_outlier_rule,
+    get_repeat_scheduler,
+)
+
+CHEAPEST_BATCH = 0.25
+"""The least a batch can cost, in passes: a skip under activation checkpointing. See `ledger.forward_share`."""
+
+
+# No `slots`, and no `from __future__` trickery in the annotations: HfArgumentParser reads them.
+@dataclass
+class ABRConfig(TrainingArguments):
+    """`TrainingArguments` with the fields below.
+
+    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, and `eval_strategy`, which is
+    "epoch" where `do_eval` asks for evaluation and "no" elsewhere. `max_passes` sets `max_steps` to the most batches that
+    the budget can buy; a `max_steps` given beside it caps the number of batches.
+    """
+
+    repeat_scheduler: str = field(
+        default="abr",
+        metadata={
+            "help": "How often to train on each batch: 'baseline' (once), 'fixed' (--max_repeats times), 'random' (1 to "
+            "--max_repeats times), 'abr' (once for every whole --loss_threshold in its first-pass loss, at most "
+            "--max_repeats times), or your own rule as package.module:ClassName."
+        },
+    )
+    repeat_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Parameters of the repeat scheduler as JSON, e.g. '{\"max_repeats\": 3}'. They win over flags."},
+    )
+    loss_threshold: float = field(
+        default=1.0,
+        metadata={"help": "First-pass loss, in nats per target token, that buys one update under 'abr'."},
+    )
+    max_repeats: int = field(default=5, metadata={"help": "Most updates made on one batch."})
+    skip_outliers: str = field(
+        default="robust",
+        metadata={
+            "help": "Skip batches whose first-pass loss stands out: 'robust' (median and MAD of the recent losses), 'classic' "
+            "(mean and standard deviation, the published rule) or 'none'.",
+            "choices": [*sorted(OUTLIER_RULES), "none"],
+        },
+    )
+    outlier_sigmas: float | None = field(
+        default=None,
+        metadata={"help": "Spreads above the recent losses that make an outlier. Default: 4.0 (robust), 2.5 (classic)."},
+    )
+    outlier_window: int = field(default=100, metadata={"help": "Number of recent losses that outliers are judged by."})
+    max_consecutive_skips: int = field(
+        default=20,
+        metadata={"help": "Save a checkpoint and stop with an error after this many skipped batches in a row."},
+    )
+    max_passes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compute budget, in forward-backward passes over a batch. Training ends when it is spent, over as many "
+            "epochs as that takes, and the learning rate follows the share of it that is spent."
+        },
+    )
+    primer_batches: int = field(
+        default=0,
+        metadata={"help": "Train on this many batches at the start once each, neither repeating nor skipping them."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Let the script delete what an earlier run left in --output_dir."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many batches; below 1, a share of the run."}
+    )
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where to report logs: tensorboard, wandb, ..., all or none."}
+    )
+    eval_strategy: str | None = field(
+        default=None,
+        metadata={"help": "When to evaluate while training: no, steps or epoch. Default: epoch if --do_eval, else no."},
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "repeat_scheduler_kwargs"]
+
+    def __post_init__(self) -> None:
+        if self.eval_strategy is None:
+            self.eval_strategy = "epoch" if self.do_eval else "no"
+        if self.hub_token is not None:
+            raise ValueError(
+                "--hub_token would be written to training_args.bin, which is pushed. "
+                "Set the environment variable HF_TOKEN or run `hf auth login` instead."
+            )
+        self._check_repetition()
+        if self.max_passes is not None:
+            most_batches = math.ceil(self.max_passes / CHEAPEST_BATCH)
+            self.max_steps = min(self.max_steps, most_batches) if self.max_steps > 0 else most_batches
+        super().__post_init__()
+
+    def _check_repetition(self) -> None:
+        if isinstance(self.repeat_scheduler_kwargs, str):
+            self.repeat_scheduler_kwargs = _parse_json_object("--repeat_scheduler_kwargs", self.repeat_scheduler_kwargs)
+        for name, least in (("max_repeats", 1), ("max_consecutive_skips", 1), ("primer_batches", 0), ("max_passes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}.")
+        self.build_repeat_scheduler()
+
+    def build_repeat_scheduler(self) -> RepeatScheduler:
+        """Return a new scheduler as the fields describe it, outlier skipping included.
+
+        Raises:
+            ValueError: A name is unknown, or a parameter out of range.
+        """
+        scheduler = get_repeat_scheduler(self.repeat_scheduler, **self._scheduler_parameters())
+        if self.skip_outliers == "none":
+            return scheduler
+        sigmas = {} if self.outlier_sigmas is None else {"sigmas": self.outlier_sigmas}
+        return get_outlier_rule(self.skip_outliers, scheduler, window=self.outlier_window, **sigmas)
+
+    def _scheduler_parameters(self) -> dict[str, Any]:
+        """Return the flags that the named scheduler takes, under the explicit `repeat_scheduler_kwargs`."""
+        flags = {"loss_threshold": self.loss_threshold, "max_repeats": self.max_repeats, "seed": self.seed}
+        if self.repeat_scheduler == "fixed":
+            flags["repeats"] = self.max_repeats
+        takes = inspect.signature(SCHEDULERS.get(self.repeat_scheduler, object)).parameters
+        return {name: value for name, value in flags.items() if name in takes} | dict(self.repeat_scheduler_kwargs or {})
+
+
+def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} is not valid JSON: {error}. Got: {text}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
+    return value

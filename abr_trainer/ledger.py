@@ -1,0 +1,90 @@
+"""The compute clock: what a run has spent, as opposed to how far it has come in the data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+
+def forward_share(frozen_base: bool, activation_checkpointing: bool) -> Fraction:
+    """Return what a forward costs as a share of a forward-backward.
+
+    Per parameter and token, a forward is 2 FLOPs, the gradients of the activations 2, the gradients of the weights 2, and
+    recomputing checkpointed activations 2. A frozen base needs no weight gradients; those of an adapter are neglected.
+
+    >>> [str(forward_share(frozen, checkpointing)) for frozen in (False, True) for checkpointing in (False, True)]
+    ['1/3', '1/4', '1/2', '1/3']
+    """
+    return Fraction(1, 2 + (not frozen_base) + activation_checkpointing)
+
+
+@dataclass
+class ComputeLedger:
+    """What a run has spent, over all ranks.
+
+    Attributes:
+        share: What a forward costs as a share of a pass, see `forward_share`.
+        batches: Batches finished, skipped ones among them.
+        skips: Batches skipped.
+        forwards: Forwards over a micro-batch, on each rank.
+        backwards: Backwards over a micro-batch, on each rank. Skipping saves the backward of the last micro-batch.
+        passes: Compute in units of one forward-backward over a batch: exact, so that a budget can be spent exactly. A batch
+            skipped after `a` micro-batches costs `1 - (1 - share) / a`: `share` without accumulation.
+        updates: Optimizer steps, those among them that a gradient scaler rejects.
+        tokens: Tokens that went through a forward, padding included.
+        flops: Floating-point operations of the model, without embeddings.
+        seconds: Wall-clock time in batches: evaluation, logging and checkpoints are left out.
+    """
+
+    share: Fraction = Fraction(1, 3)
+    batches: int = 0
+    skips: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    passes: Fraction = Fraction(0)
+    updates: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def repeats(self) -> float:
+        """Mean updates a batch; a skipped batch counts with 0."""
+        return self.updates / self.batches if self.batches else 0.0
+
+    def charge_pass(self, micro_batches: int, backwards: int, tokens: int, forward_flops: float) -> None:
+        """Note one pass over a batch.
+
+        Args:
+            micro_batches: Micro-batches in the batch, on each rank; each had its forward.
+            backwards: How many of them had their backward too.
+            tokens: Tokens in the batch, over all ranks.
+            forward_flops: FLOPs of one forward over the batch, over all ranks.
+        """
+        cost = self.share + (1 - self.share) * Fraction(backwards, micro_batches)
+        self.forwards += micro_batches
+        self.backwards += backwards
+        self.passes += cost
+        self.tokens += tokens
+        self.flops += forward_flops * float(cost / self.share)
+
+    def close_batch(self, repeats: int, seconds: float) -> None:
+        """Note that a batch is finished, after `repeats` updates."""
+        self.batches += 1
+        self.skips += repeats == 0
+        self.updates += repeats
+        self.seconds += seconds
+
+    def summary(self) -> dict[str, float]:
+        """Return the ledger as plain numbers, for logs and result files."""
+        numbers = {**asdict(self), "passes": float(self.passes), "repeats": self.repeats}
+        del numbers["share"]
+        return numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "share": str(self.share), "passes": str(self.passes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, Fraction(value) if name in ("share", "passes") else value)

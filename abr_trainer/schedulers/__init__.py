@@ -1,0 +1,81 @@
+"""Repeat schedulers: pure rules over floats, importable without torch or transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from typing import Any
+
+from .base import Observation, Outcome, RepeatScheduler
+from .constant import ConstantScheduler
+from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
+from .threshold import ThresholdScheduler
+from .uniform import UniformScheduler
+
+__all__ = [
+    "OUTLIER_RULES",
+    "SCHEDULERS",
+    "ClassicOutlierSkip",
+    "ConstantScheduler",
+    "Observation",
+    "Outcome",
+    "OutlierSkip",
+    "RepeatScheduler",
+    "RobustOutlierSkip",
+    "ThresholdScheduler",
+    "UniformScheduler",
+    "get_outlier_rule",
+    "get_repeat_scheduler",
+]
+
+SCHEDULERS: dict[str, type[RepeatScheduler]] = {
+    "abr": ThresholdScheduler,
+    "baseline": ConstantScheduler,
+    "fixed": ConstantScheduler,
+    "random": UniformScheduler,
+}
+
+OUTLIER_RULES: dict[str, type[OutlierSkip]] = {"classic": ClassicOutlierSkip, "robust": RobustOutlierSkip}
+
+
+def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
+    """Build a scheduler by registered name or as `package.module:ClassName`, as `--repeat_scheduler` does.
+
+    Raises:
+        ValueError: `name` is unknown, cannot be imported or is no scheduler, or does not take one of `kwargs`.
+    """
+    scheduler_class = _import_scheduler(name) if ":" in name else _lookup("repeat scheduler", name, SCHEDULERS)
+    if dataclasses.is_dataclass(scheduler_class):
+        known = [field.name for field in dataclasses.fields(scheduler_class) if field.init]
+        if unknown := sorted(set(kwargs) - set(known)):
+            takes = ", ".join(known) or "none"
+            raise ValueError(f"Repeat scheduler {name!r} has no parameter {unknown[0]!r}. It takes: {takes}.")
+    try:
+        return scheduler_class(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"Repeat scheduler {name!r} cannot be built from {kwargs}: {error}.") from error
+
+
+def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> OutlierSkip:
+    """Wrap `inner` in an outlier rule by name, as `--skip_outliers` does."""
+    return _lookup("outlier rule", name, OUTLIER_RULES)(inner, **kwargs)
+
+
+def _lookup(kind: str, name: str, registry: dict[str, Any]) -> Any:
+    if name not in registry:
+        close = difflib.get_close_matches(name, registry, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown {kind} {name!r}.{hint} Choose from: {', '.join(sorted(registry))}.")
+    return registry[name]
+
+
+def _import_scheduler(path: str) -> type[RepeatScheduler]:
+    module_name, _, class_name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Cannot import repeat scheduler {path!r}: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, RepeatScheduler)):
+        raise ValueError(f"{path!r} is not a RepeatScheduler subclass.")
+    return found

@@ -1,0 +1,33 @@
+"""A random number of updates for every batch: the control that spends like a rule but looks at nothing."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Observation, RepeatScheduler
+
+
+@dataclass
+class UniformScheduler(RepeatScheduler):
+    """Train on a batch 1 to `max_repeats` times, drawn uniformly for each batch index.
+
+    The draw depends on `(seed, batch)` alone: it is the same on all ranks, after a resume, and whatever was drawn before.
+
+    >>> scheduler = UniformScheduler(max_repeats=3, seed=0)
+    >>> [scheduler.decide(Observation(batch=batch, loss=2.0, progress=0.0)) for batch in (0, 1, 2, 1, 0)]
+    [2, 1, 3, 1, 2]
+    """
+
+    reason: ClassVar[str] = "random"
+
+    max_repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_repeats < 1:
+            raise ValueError(f"`max_repeats` must be at least 1, got {self.max_repeats}.")
+
+    def decide(self, observation: Observation) -> int:
+        return random.Random(f"{self.seed}-{observation.batch}").randint(1, self.max_repeats)

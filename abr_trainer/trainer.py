@@ -1,0 +1,596 @@
+"""Carry out what a repeat scheduler decides, inside an unmodified Trainer.
+
+One batch, start to end:
+
+     micro-batches --> super().training_step each         the first pass is the probe: no extra forward
+                         | mean over micro-batches, then over ranks (the one collective)
+                   Observation --> repeat_scheduler.decide --> repeats, clamped to what is left of the budget
+                         |
+          0: the batch never happened    1: nothing to do    n: (n-1) x [clip, optimizer.step, zero_grad, pass again]
+                         |
+     stock Trainer resumes: clip, optimizer.step, lr_scheduler.step, global_step += 1
+                         |
+                     Outcome --> repeat_scheduler.observe
+                             +-> callbacks
+                         |
+     stock Trainer resumes: log / evaluate / save
+
+The decision falls between forward and backward of the micro-batch that completes the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import math
+import operator
+import os
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils import logging
+
+from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
+from .config import ABRConfig
+from .ledger import ComputeLedger, forward_share
+from .perplexity import TokenPerplexity, causal_nll
+from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
+
+logger = logging.get_logger(__name__)
+
+ABR_STATE_NAME = "abr_state.json"
+
+
+class TooManySkips(RuntimeError):
+    """`max_consecutive_skips` batches in a row were skipped: the data, or the model, are broken."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Decision:
+    observation: Observation
+    repeats: int
+    reason: str
+    tokens: int
+    forward_flops: float
+    learning_rate: float
+
+
+class _Batch:
+    """The micro-batches of one batch as they arrive: references, and the losses of the first pass."""
+
+    def __init__(self, tr_loss: Tensor | None) -> None:
+        self.started = time.perf_counter()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.losses: list[Tensor] = []
+        self.tr_loss_before = None if tr_loss is None else tr_loss.clone()
+        self.outcome: Outcome | None = None
+        self.learning_rate = 0.0
+        self.update_withheld = False
+
+
+class ABRMixin:
+    """Give any `Trainer` subclass batch repetition and skipping: `class MyTrainer(ABRMixin, SomeTrainer)`.
+
+    With plain `TrainingArguments` and no scheduler it changes nothing at all.
+
+    Args:
+        repeat_scheduler: Decides instead of the one that `ABRConfig` describes, outlier skipping included: to skip
+            outliers around it, wrap it in `RobustOutlierSkip`.
+        primer_dataset: Where the first `primer_batches` batches come from, in order, in place of those of the training set.
+
+    Raises:
+        ValueError: An argument of the trainer cannot be right with repeats; the message says why.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        repeat_scheduler: RepeatScheduler | None = None,
+        primer_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
+        self._scheduler_given = repeat_scheduler is not None
+        self.repeat_scheduler = repeat_scheduler or (
+            self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
+        )
+        self._initial_scheduler_state = copy.deepcopy(self.repeat_scheduler.state_dict())
+        self.primer_dataset = primer_dataset
+        self._perplexity: TokenPerplexity | None = None
+        self._reset_repetition()
+        if self._is_active:
+            self._refuse_unsupported()
+            self.add_callback(TraceCallback())
+            if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
+                self.remove_callback(ProgressCallback)
+                self.add_callback(ABRProgressCallback())
+
+    # ---- A run: start, resume, checkpoint ----
+
+    def _setting(self, name: str) -> Any:
+        """Return an `ABRConfig` argument, or its default under plain `TrainingArguments`."""
+        return getattr(self.args, name, ABRConfig.__dataclass_fields__[name].default)
+
+    @property
+    def _budget(self) -> int | None:
+        return self._setting("max_passes")
+
+    def _refuse_unsupported(self) -> None:
+        args = self.args
+        engine = self.accelerator.distributed_type
+        by_engine = {
+            DistributedType.DEEPSPEED: "DeepSpeed updates the weights inside the backward",
+            DistributedType.MEGATRON_LM: "Megatron-LM runs its own forward-backward",
+            DistributedType.XLA: "XLA traces the loop, and a decision on a loss would cut every trace",
+        }
+        refusals = [
+            (engine in by_engine, by_engine.get(engine, "")),
+            (
+                "layerwise" in args.optim or "lomo" in args.optim,
+                f"--optim {args.optim.value} updates the weights inside the backward",
+            ),
+            (args.enable_jit_checkpoint, "--enable_jit_checkpoint can save in the middle of a batch"),
+            (
+                max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size()) > 1
+                or getattr(self, "is_distributed_loading_by_transformers", False),
+                "a model or a sequence split over ranks gives each rank a part of the loss",
+            ),
+        ]
+        for refused, reason in refusals:
+            if refused:
+                raise ValueError(f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that.")
+        if self._budget is not None and (
+            args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+            or not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR | None)
+        ):
+            raise ValueError(
+                "--max_passes makes the learning rate a function of the compute spent, which "
+                f"{args.lr_scheduler_type if self.lr_scheduler is None else type(self.lr_scheduler).__name__} is not. "
+                "Use a schedule that is a function of the step, such as linear or cosine."
+            )
+        if self.primer_dataset is not None and self._setting("primer_batches") < 1:
+            raise ValueError("A primer needs --primer_batches: how many batches of it to train on.")
+
+    def _reset_repetition(self) -> None:
+        """Forget everything a run has learnt and spent."""
+        if self._is_active and not self._scheduler_given:
+            self.repeat_scheduler = self.args.build_repeat_scheduler()
+        else:
+            self.repeat_scheduler.load_state_dict(copy.deepcopy(self._initial_scheduler_state))
+        self.ledger = ComputeLedger(share=self._forward_share())
+        self._batch = _Batch(None)
+        self._window = LogWindow()
+        self._skips_in_a_row: list[tuple[int, str]] = []
+        self._flops_per_token: float | None = None
+        self._restored_log: tuple[float, int] | None = None
+
+    def _forward_share(self) -> Fraction:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
+        trainable = sum(size for size, requires_grad in sizes if requires_grad)
+        checkpointing = getattr(self.args, "activation_checkpointing", None) or self.args.gradient_checkpointing
+        return forward_share(2 * trainable < sum(size for size, _ in sizes), bool(checkpointing))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        if self._is_active and resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        # The start of every inner training loop, those among them that follow an out-of-memory error.
+        self._reset_repetition()
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        if self._is_active and self._budget is not None:
+            # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
+            self.state.compute_steps(self.args, self._budget)
+        return position
+
+    def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> Any:
+        if self._is_active and skip_scheduler and self.state.global_step > 0:
+            return {}  # `eval_on_start` of a resumed run: the evaluation before the first batch is in its log already.
+        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._is_active:
+            tr_loss = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+            if self.args.should_save:
+                write_json(Path(output_dir, ABR_STATE_NAME), self._repetition_state(tr_loss))
+
+    def _repetition_state(self, tr_loss: list[float]) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "ledger": self.ledger.state_dict(),
+            "repeat_scheduler": {
+                "description": describe(self.repeat_scheduler),
+                "state": self.repeat_scheduler.state_dict(),
+            },
+            "skips_in_a_row": self._skips_in_a_row,
+            "log_window": self._window.state_dict(),
+            "log": {"tr_loss": tr_loss, "last_logged": self._globalstep_last_logged},
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._is_active and checkpoint is not None:
+            self._load_repetition_state(Path(checkpoint, ABR_STATE_NAME))
+
+    def _load_repetition_state(self, path: Path) -> None:
+        if not path.exists():
+            step = self.state.global_step
+            logger.warning(f"{path} does not exist: taking each of the {step} batches before it for one ordinary pass.")
+            self.ledger.batches = self.ledger.updates = step
+            self.ledger.passes = Fraction(step)
+            return
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.ledger.load_state_dict(state["ledger"])
+        self._skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
+        self._window = LogWindow(**state["log_window"])
+        saved, now = state["repeat_scheduler"]["description"], describe(self.repeat_scheduler)
+        if saved == now:
+            self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
+        else:
+            logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
+        tr_loss = state["log"]["tr_loss"]
+        if len(tr_loss) == self.args.world_size:
+            self._restored_log = tr_loss[self.args.process_index], state["log"]["last_logged"]
+
+    # ---- One batch ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        started = time.perf_counter()
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._is_active:
+            return batch_samples, num_items_in_batch
+        if self._is_spent():  # a finished run, resumed
+            self.control.should_training_stop = True
+            return [], None
+        self._start_batch(started)
+        if self.primer_dataset is not None and self.ledger.batches < self._setting("primer_batches"):
+            batch_samples = self._primer_batch(len(batch_samples))
+            num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
+        return batch_samples, num_items_in_batch
+
+    def _start_batch(self, started: float) -> None:
+        if self._restored_log is not None:
+            # A checkpoint between two logs: go on with the loss that the killed run had summed up. What that run
+            # trained on does not count in the mean loss that this call of `train` returns.
+            tr_loss, self._globalstep_last_logged = self._restored_log
+            self._tr_loss += tr_loss
+            self._total_loss_scalar -= tr_loss
+            self._restored_log = None
+        if self._batch.calls:
+            # A data set without length ended in the middle of a batch: its gradients must not leak into this one.
+            self.model_wrapped.zero_grad()
+        self._batch = _Batch(self._tr_loss)
+        self._batch.started = started
+
+    def _primer_batch(self, micro_batches: int) -> list[Any]:
+        """Return the primer's next batch. It takes the place of a batch of the training set, so that the data position
+        stays a function of `global_step`."""
+        size, world = self._train_batch_size, self.args.world_size
+        needed = self._setting("primer_batches") * self.args.gradient_accumulation_steps * world * size
+        if needed > len(self.primer_dataset):
+            raise ValueError(
+                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {self._setting('primer_batches')} "
+                f"needs {needed}. Give a longer --primer_file or ask for fewer batches."
+            )
+        first = self.ledger.batches * self.args.gradient_accumulation_steps
+        starts = [((first + i) * world + self.args.process_index) * size for i in range(micro_batches)]
+        return [self.data_collator([self.primer_dataset[start + row] for row in range(size)]) for start in starts]
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        one_pass = functools.partial(super().training_step, model)
+        if not self._is_active:
+            return one_pass(inputs, *args, **kwargs)
+        batch = self._batch
+        batch.calls.append((copy.copy(inputs), args, kwargs))
+        if not self.accelerator.gradient_state.sync_gradients:
+            batch.losses.append(one_pass(inputs, *args, **kwargs))
+            return batch.losses[-1]
+
+        decision: _Decision | None = None
+
+        def decide(loss: Tensor) -> bool:
+            nonlocal decision
+            decision = decision or self._decide([*batch.losses, loss.detach()])
+            return decision.repeats > 0
+
+        # FSDP must finish the backward of every forward, or unsharded gradients are left behind.
+        gate = contextlib.nullcontext() if self.is_fsdp_enabled else self._before_backward(decide)
+        with gate:
+            loss = one_pass(inputs, *args, **kwargs)
+        backwards = len(batch.calls) - (decision is not None and decision.repeats == 0)
+        decide(loss)
+        batch.losses.append(loss)
+        self._carry_out(decision, model, one_pass, backwards)
+        if not math.isfinite(decision.observation.loss):
+            # Neither this loss nor those before it in the batch enter the logged mean; `log` divides by the others.
+            self._tr_loss.copy_(batch.tr_loss_before)
+            return torch.zeros_like(loss)
+        return loss
+
+    @contextlib.contextmanager
+    def _before_backward(self, wanted: Callable[[Tensor], bool]) -> Iterator[None]:
+        """Ask `wanted(loss)` before each backward in this context, and leave the backward out where it is not."""
+        shadowed = vars(self.accelerator).get("backward")
+        backward = self.accelerator.backward
+
+        def gated(loss: Tensor, **kwargs: Any) -> None:
+            if wanted(loss):
+                backward(loss, **kwargs)
+
+        self.accelerator.backward = gated
+        try:
+            yield
+        finally:
+            if shadowed is None:
+                del self.accelerator.backward
+            else:
+                self.accelerator.backward = shadowed
+
+    def _decide(self, losses: list[Tensor]) -> _Decision:
+        """Average the first-pass loss over ranks, and decide. The same on every rank, because what it looks at is."""
+        rows = self._on_all_ranks(torch.stack(losses).sum(), *self._tokens_and_forward_flops())
+        observation = Observation(
+            batch=self.ledger.batches, loss=sum(row[0] for row in rows) / len(rows), progress=self._progress()
+        )
+        repeats, reason = self._choose(observation)
+        left = None if self._budget is None else math.floor(self._budget - self.ledger.passes)
+        if left is not None and repeats > left:
+            repeats, reason = left, "budget"
+        return _Decision(
+            observation=observation,
+            repeats=repeats,
+            reason=reason,
+            tokens=int(sum(row[1] for row in rows)),
+            forward_flops=sum(row[2] for row in rows),
+            learning_rate=self._get_learning_rate(),
+        )
+
+    def _choose(self, observation: Observation) -> tuple[int, str]:
+        """Return repeats and reason, before the budget has its say."""
+        if not math.isfinite(observation.loss):
+            return 0, "non-finite"
+        if observation.batch < self._setting("primer_batches"):
+            return 1, "primer"
+        name = type(self.repeat_scheduler).__name__
+        decided = self.repeat_scheduler.decide(observation)
+        try:
+            repeats = operator.index(decided)
+        except TypeError:
+            raise TypeError(f"{name}.decide must return an integer, got {decided!r}.") from None
+        if repeats < 0:
+            raise ValueError(f"{name}.decide must return 0 (skip) or more, got {repeats}.")
+        return repeats, self.repeat_scheduler.explain(observation)
+
+    def _carry_out(self, decision: _Decision, model: nn.Module, one_pass: Callable[..., Tensor], backwards: int) -> None:
+        """Make all updates but the last, which Trainer makes; or none, and keep Trainer from making it."""
+        batch, micro_batches = self._batch, len(self._batch.calls)
+        self.ledger.charge_pass(micro_batches, backwards, decision.tokens, decision.forward_flops)
+        losses, repeats, reason = [decision.observation.loss], decision.repeats, decision.reason
+        while len(losses) < repeats:
+            self._update(model)
+            losses.append(self._pass_again(model, one_pass))
+            self.ledger.charge_pass(micro_batches, micro_batches, decision.tokens, decision.forward_flops)
+            if not math.isfinite(losses[-1]):
+                repeats, reason = len(losses) - 1, "non-finite"
+        if repeats < len(losses):
+            self._withhold_update(model)
+        batch.outcome = Outcome(decision.observation, repeats, tuple(losses), reason)
+        batch.learning_rate = decision.learning_rate
+        if self._is_spent():
+            self.state.max_steps = self.state.global_step + 1  # Trainer stops, evaluates and saves by its own rules.
+
+    def _update(self, model: nn.Module) -> None:
+        """Do what Trainer does between the last backward of a batch and the next forward."""
+        if self.args.max_grad_norm > 0:
+            self._clip_grad_norm(model)
+        self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
+        self.optimizer.step()
+        self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
+        if self._budget is not None:
+            self.lr_scheduler.step()
+        model.zero_grad()
+
+    def _pass_again(self, model: nn.Module, one_pass: Callable[..., Tensor]) -> float:
+        """Run one more pass over the whole batch, and return its loss averaged over ranks."""
+        losses = []
+        each_syncs = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        for i, (inputs, args, kwargs) in enumerate(self._batch.calls, start=1):
+            is_last = i == len(self._batch.calls)
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with contextlib.nullcontext() if is_last or each_syncs else self.accelerator.no_sync(model):
+                losses.append(one_pass(copy.copy(inputs), *args, **kwargs))
+        rows = self._on_all_ranks(torch.stack(losses).sum())
+        return sum(row[0] for row in rows) / len(rows)
+
+    def _withhold_update(self, model: nn.Module) -> None:
+        """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
+
+        Gradients of zero would not do: momentum and weight decay move the weights under them.
+        """
+        model.zero_grad()
+        self.accelerator.gradient_state._set_sync_gradients(False)
+        self.optimizer._is_overflow = False  # of an earlier batch: it would keep the learning rate from ticking
+        self._batch.update_withheld = True
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return None if self._batch.update_withheld else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return None if self._batch.update_withheld else super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Called once after each batch, and once more at the end of an epoch.
+        outcome = self._batch.outcome
+        if outcome is not None:
+            self._finish_batch(outcome)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if outcome is not None and len(self._skips_in_a_row) >= self._setting("max_consecutive_skips"):
+            raise TooManySkips(self._explain_skips())
+
+    def _finish_batch(self, outcome: Outcome) -> None:
+        seconds, learning_rate = time.perf_counter() - self._batch.started, self._batch.learning_rate
+        self._batch = _Batch(None)
+        self.ledger.close_batch(outcome.repeats, seconds)
+        self.repeat_scheduler.observe(outcome)
+        self._window.observe(outcome)
+        if outcome.skipped:
+            self._skips_in_a_row.append((outcome.observation.batch, f"{outcome.observation.loss:.4g}"))
+            if len(self._skips_in_a_row) >= self._setting("max_consecutive_skips"):
+                self.control.should_save = True
+        else:
+            self._skips_in_a_row.clear()
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_outcome"):
+                callback.on_outcome(
+                    self.args,
+                    self.state,
+                    self.control,
+                    outcome=outcome,
+                    ledger=self.ledger,
+                    learning_rate=learning_rate,
+                    seconds=seconds,
+                )
+
+    def _explain_skips(self) -> str:
+        last = ", ".join(f"{batch} (loss {loss})" for batch, loss in self._skips_in_a_row[-5:])
+        saved = Path(self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        return (
+            f"{len(self._skips_in_a_row)} batches in a row were skipped, --max_consecutive_skips is "
+            f"{self._setting('max_consecutive_skips')}. The last were {last}. The run is saved in {saved}: "
+            "look at these batches and at the learning rate, or raise the limit, and resume."
+        )
+
+    # ---- Compute ----
+
+    def _on_all_ranks(self, *scalars: Tensor | float) -> list[list[float]]:
+        """Return these scalars from every rank, in rank order: the one place where ranks exchange what rules decide on."""
+        first = next(scalar for scalar in scalars if isinstance(scalar, Tensor))
+        dtype = torch.float32 if first.device.type == "mps" else torch.float64
+        row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=first.device) for scalar in scalars])
+        return self.accelerator.gather(row[None]).tolist() if self.args.world_size > 1 else [row.tolist()]
+
+    def _tokens_and_forward_flops(self) -> tuple[int, float]:
+        """Return what one forward over this rank's part of the batch costs."""
+        main_input = getattr(self.model, "main_input_name", "input_ids")
+        tokens = sum(inputs[main_input].numel() for inputs, _, _ in self._batch.calls if main_input in inputs)
+        if self._flops_per_token is None and tokens:
+            # Trainer's estimate for a forward-backward with all weights trainable is 6 a parameter and token, and
+            # linear in the tokens. A forward is a third of it.
+            inputs = self._batch.calls[0][0]
+            self._flops_per_token = self.floating_point_ops(inputs) / 3 / inputs[main_input].numel()
+        return tokens, tokens * (self._flops_per_token or 0.0)
+
+    def _is_spent(self) -> bool:
+        """Tell whether no whole pass fits into the budget any more."""
+        return self._budget is not None and self._budget - self.ledger.passes < 1
+
+    def _progress(self) -> float:
+        if self._budget is not None:
+            return float(self.ledger.passes / self._budget)
+        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if not self._is_active or self._budget is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(self._budget, optimizer)
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            raise ValueError(f"--max_passes does not work with {type(scheduler).__name__}: it is no function of the step.")
+        scheduler.lr_lambdas = [self._on_budget_clock(factor) for factor in scheduler.lr_lambdas]
+        return scheduler
+
+    def _on_budget_clock(self, factor: Callable[[float], float]) -> Callable[[int], float]:
+        """Make a learning-rate factor read the ledger instead of counting its own steps."""
+
+        def at_passes_spent(_step: int) -> float:
+            return factor(self._budget if self._is_spent() else float(self.ledger.passes))
+
+        return at_passes_spent
+
+    # ---- Logs and metrics ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._is_active and "loss" in logs and self._window.batches:
+            loss = self._window.finite_mean(logs["loss"])
+            if math.isfinite(loss):
+                # The mean training loss of the whole run must not count a non-finite batch as 0 either.
+                self._total_loss_scalar += (loss - logs["loss"]) * self._window.batches
+            logs["loss"] = loss
+            logs.update(self._window.logs(loss, self.ledger))
+            self._window = LogWindow()
+        elif self._is_active and "train_runtime" in logs:
+            logs.update({f"train_{name}": value for name, value in self.ledger.summary().items()})
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as `Trainer` does; for a causal language model, add its token-exact perplexity to the metrics."""
+        self._perplexity = TokenPerplexity() if self._is_active and self._loss_shifts_labels else None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._perplexity is not None and self._perplexity.tokens:
+            output.metrics[f"{metric_key_prefix}_perplexity"] = self._perplexity.perplexity
+            output.metrics[f"{metric_key_prefix}_target_tokens"] = self._perplexity.tokens
+        self._perplexity = None
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        if self._perplexity is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
+        token_logits = logits[0] if isinstance(logits, tuple) else logits
+        if isinstance(labels, Tensor):
+            self._perplexity.add(*self.accelerator.gather_for_metrics(causal_nll(token_logits, labels)))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+
+class ABRTrainer(ABRMixin, Trainer):
+    """`transformers.Trainer` with adaptive batch repetition."""
+
+
+def describe(scheduler: RepeatScheduler) -> str:
+    """Name a scheduler with its parameters, so that a checkpoint can tell whether its state fits."""
+    return repr(scheduler) if dataclasses.is_dataclass(scheduler) else type(scheduler).__qualname__
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the newest checkpoint whose last file is whole, or None; a killed run can leave a newer one half-written."""
+    checkpoints = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
+    return next((str(checkpoint) for checkpoint in checkpoints if _is_complete(checkpoint)), None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError):
+        return False
+    return _step_of(checkpoint) >= 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON, all or nothing."""
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(json.dumps(value, allow_nan=False, indent=2) + "\n", encoding="utf-8")
+    replacement.replace(path)
