@@ -182,3 +182,24 @@ class ABRProgressCallback(ProgressCallback):
         )
         if self._budget is not None:
             self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
+
+
+def summarise(log_history: list[dict[str, float]], ledger: ComputeLedger) -> list[str]:
+    """Return a line each on what a run reached and what it spent: perplexities first, then the ledger."""
+    evaluations = [logs for logs in log_history if "eval_perplexity" in logs]
+    lines = []
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        before = "before training" if first["step"] == 0 else f"after {first['step']} batches"
+        change = last["eval_perplexity"] / first["eval_perplexity"] - 1
+        lines += [
+            f"perplexity  {first['eval_perplexity']:.2f} {before}, {last['eval_perplexity']:.2f} now ({change:+.1%}); "
+            f"exp(nll per target token) over {last['eval_target_tokens']:,} tokens of the evaluation set"
+        ]
+    if ledger.batches:
+        lines += [
+            f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
+            f"cost        {float(ledger.passes):.2f} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
+            f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
+        ]
+    return lines

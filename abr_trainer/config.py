@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import inspect
 import json
 import math
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
 
 from .schedulers import (
     OUTLIER_RULES,
@@ -21,28 +31,33 @@ from .schedulers import (
 CHEAPEST_BATCH = 0.25
 """The least a batch can cost, in passes: a skip under activation checkpointing. See `ledger.forward_share`."""
 
+RUN_FILES = ("checkpoint-*", "runs", "abr_trace.jsonl", "*_results.json", "trainer_state.json", "run.json")
+"""What a run leaves in its output directory beside the model."""
 
-# No `slots`, and no `from __future__` trickery in the annotations: HfArgumentParser reads them.
+
 @dataclass
 class ABRConfig(TrainingArguments):
     """`TrainingArguments` with the fields below.
 
-    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, and `eval_strategy`, which is
-    "epoch" where `do_eval` asks for evaluation and "no" elsewhere. `max_passes` sets `max_steps` to the most batches that
-    the budget can buy; a `max_steps` given beside it caps the number of batches.
+    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, and `eval_strategy`,
+    which is "epoch" where `do_eval` asks for evaluation and "no" elsewhere. `greater_is_better` is False for a
+    perplexity. `max_passes` sets `max_steps` to the most batches that the budget can buy; a `max_steps` given beside
+    it caps the number of batches.
     """
 
     repeat_scheduler: str = field(
         default="abr",
         metadata={
-            "help": "How often to train on each batch: 'baseline' (once), 'fixed' (--max_repeats times), 'random' (1 to "
-            "--max_repeats times), 'abr' (once for every whole --loss_threshold in its first-pass loss, at most "
+            "help": "How often to train on each batch: 'baseline' (once), 'fixed' (--max_repeats times), 'random' (1 "
+            "to --max_repeats times), 'abr' (once for every whole --loss_threshold in its first-pass loss, at most "
             "--max_repeats times), or your own rule as package.module:ClassName."
         },
     )
     repeat_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Parameters of the repeat scheduler as JSON, e.g. '{\"max_repeats\": 3}'. They win over flags."},
+        metadata={
+            "help": "Parameters of the repeat scheduler as JSON, e.g. '{\"max_repeats\": 3}'. They win over flags."
+        },
     )
     loss_threshold: float = field(
         default=1.0,
@@ -52,14 +67,16 @@ class ABRConfig(TrainingArguments):
     skip_outliers: str = field(
         default="robust",
         metadata={
-            "help": "Skip batches whose first-pass loss stands out: 'robust' (median and MAD of the recent losses), 'classic' "
-            "(mean and standard deviation, the published rule) or 'none'.",
+            "help": "Skip batches whose first-pass loss stands out: 'robust' (median and MAD of the recent losses), "
+            "'classic' (mean and standard deviation, the published rule) or 'none'.",
             "choices": [*sorted(OUTLIER_RULES), "none"],
         },
     )
     outlier_sigmas: float | None = field(
         default=None,
-        metadata={"help": "Spreads above the recent losses that make an outlier. Default: 4.0 (robust), 2.5 (classic)."},
+        metadata={
+            "help": "Spreads above the recent losses that make an outlier. Default: 4.0 (robust), 2.5 (classic)."
+        },
     )
     outlier_window: int = field(default=100, metadata={"help": "Number of recent losses that outliers are judged by."})
     max_consecutive_skips: int = field(
@@ -69,8 +86,8 @@ class ABRConfig(TrainingArguments):
     max_passes: int | None = field(
         default=None,
         metadata={
-            "help": "Compute budget, in forward-backward passes over a batch. Training ends when it is spent, over as many "
-            "epochs as that takes, and the learning rate follows the share of it that is spent."
+            "help": "Compute budget, in forward-backward passes over a batch. Training ends when it is spent, over "
+            "as many epochs as that takes, and the learning rate follows the share of it that is spent."
         },
     )
     primer_batches: int = field(
@@ -83,15 +100,15 @@ class ABRConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many batches; below 1, a share of the run."}
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="tensorboard", metadata={"help": "Where to report logs: tensorboard, wandb, ..., all or none."}
     )
-    eval_strategy: str | None = field(
+    eval_strategy: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "When to evaluate while training: no, steps or epoch. Default: epoch if --do_eval, else no."},
+        metadata={
+            "help": "When to evaluate while training: no, steps or epoch. Default: epoch if --do_eval, else no."
+        },
     )
-
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "repeat_scheduler_kwargs"]
 
     def __post_init__(self) -> None:
         if self.eval_strategy is None:
@@ -101,6 +118,8 @@ class ABRConfig(TrainingArguments):
                 "--hub_token would be written to training_args.bin, which is pushed. "
                 "Set the environment variable HF_TOKEN or run `hf auth login` instead."
             )
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
+            self.greater_is_better = False
         self._check_repetition()
         if self.max_passes is not None:
             most_batches = math.ceil(self.max_passes / CHEAPEST_BATCH)
@@ -109,8 +128,15 @@ class ABRConfig(TrainingArguments):
 
     def _check_repetition(self) -> None:
         if isinstance(self.repeat_scheduler_kwargs, str):
-            self.repeat_scheduler_kwargs = _parse_json_object("--repeat_scheduler_kwargs", self.repeat_scheduler_kwargs)
-        for name, least in (("max_repeats", 1), ("max_consecutive_skips", 1), ("primer_batches", 0), ("max_passes", 1)):
+            self.repeat_scheduler_kwargs = _parse_json_object(
+                "--repeat_scheduler_kwargs", self.repeat_scheduler_kwargs
+            )
+        for name, least in (
+            ("max_repeats", 1),
+            ("max_consecutive_skips", 1),
+            ("primer_batches", 0),
+            ("max_passes", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
@@ -133,8 +159,12 @@ class ABRConfig(TrainingArguments):
         flags = {"loss_threshold": self.loss_threshold, "max_repeats": self.max_repeats, "seed": self.seed}
         if self.repeat_scheduler == "fixed":
             flags["repeats"] = self.max_repeats
-        takes = inspect.signature(SCHEDULERS.get(self.repeat_scheduler, object)).parameters
-        return {name: value for name, value in flags.items() if name in takes} | dict(self.repeat_scheduler_kwargs or {})
+        registered = SCHEDULERS.get(self.repeat_scheduler)
+        takes = inspect.signature(registered).parameters if registered else {}
+        explicit = self.repeat_scheduler_kwargs or {}
+        if isinstance(explicit, str):
+            explicit = _parse_json_object("--repeat_scheduler_kwargs", explicit)
+        return {name: value for name, value in flags.items() if name in takes} | explicit
 
 
 def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
@@ -145,3 +175,102 @@ def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
     return value
+
+
+def parse_arguments(argument_classes: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse a command line into these dataclasses, with `HfArgumentParser`.
+
+    The first argument may be a `.yaml`, `.yml` or `.json` file of flags without their dashes; flags after it win.
+
+    Raises:
+        ValueError: A flag is unknown or has a bad value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        argv = [*_flags_from_file(Path(argv[0])), *argv[1:]]
+    parser = HfArgumentParser(argument_classes)
+    known = {option for action in parser._actions for option in action.option_strings}
+    for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+        if flag not in known:
+            close = difflib.get_close_matches(flag, known, n=1)
+            raise ValueError(f"Unknown flag {flag}." + (f" Did you mean {close[0]}?" if close else " See --help."))
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _flags_from_file(path: Path) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of flags to values.")
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flags += [f"--{name}", json.dumps(value)]
+        elif value is not None:
+            flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+@contextlib.contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with the message of an exception of these kinds, instead of a traceback."""
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def check_output_dir(config: ABRConfig) -> None:
+    """Refuse to mix two runs in one directory.
+
+    Raises:
+        ValueError: The directory is not empty, and the run neither resumes nor overwrites.
+    """
+    path = Path(str(config.output_dir))
+    allowed = config.resume_from_checkpoint or config.overwrite_output_dir
+    if config.process_index == 0 and not allowed and path.exists() and any(path.iterdir()):
+        raise ValueError(
+            f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
+            "--overwrite_output_dir to start over, or another directory."
+        )
+
+
+def clear_output_dir(config: ABRConfig) -> None:
+    """With `overwrite_output_dir`, remove what an earlier run left, unless this one resumes it. Nothing else is
+    touched.
+    """
+    if config.process_index == 0 and config.overwrite_output_dir and not config.resume_from_checkpoint:
+        for pattern in RUN_FILES:
+            for old in Path(str(config.output_dir)).glob(pattern):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def write_provenance(config: ABRConfig, argv: Sequence[str]) -> None:
+    """Write `run.json`: the command line, versions, code and machine that made this run."""
+    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    provenance = {
+        "argv": list(argv),
+        "versions": {"python": platform.python_version(), **versions},
+        "git": commit.stdout.strip() or None,
+        "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
+    }
+    Path(str(config.output_dir), "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

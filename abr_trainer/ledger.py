@@ -10,8 +10,9 @@ from typing import Any
 def forward_share(frozen_base: bool, activation_checkpointing: bool) -> Fraction:
     """Return what a forward costs as a share of a forward-backward.
 
-    Per parameter and token, a forward is 2 FLOPs, the gradients of the activations 2, the gradients of the weights 2, and
-    recomputing checkpointed activations 2. A frozen base needs no weight gradients; those of an adapter are neglected.
+    Per parameter and token, a forward is 2 FLOPs, the gradients of the activations 2, the gradients of the weights 2,
+    and recomputing checkpointed activations 2. A frozen base needs no weight gradients; those of an adapter are
+    neglected.
 
     >>> [str(forward_share(frozen, checkpointing)) for frozen in (False, True) for checkpointing in (False, True)]
     ['1/3', '1/4', '1/2', '1/3']
@@ -29,8 +30,8 @@ class ComputeLedger:
         skips: Batches skipped.
         forwards: Forwards over a micro-batch, on each rank.
         backwards: Backwards over a micro-batch, on each rank. Skipping saves the backward of the last micro-batch.
-        passes: Compute in units of one forward-backward over a batch: exact, so that a budget can be spent exactly. A batch
-            skipped after `a` micro-batches costs `1 - (1 - share) / a`: `share` without accumulation.
+        passes: Compute in units of one forward-backward over a batch: exact, so that a budget can be spent exactly. A
+            batch skipped after `a` micro-batches costs `1 - (1 - share) / a`: `share` without accumulation.
         updates: Optimizer steps, those among them that a gradient scaler rejects.
         tokens: Tokens that went through a forward, padding included.
         flops: Floating-point operations of the model, without embeddings.

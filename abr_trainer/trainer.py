@@ -52,6 +52,9 @@ logger = logging.get_logger(__name__)
 
 ABR_STATE_NAME = "abr_state.json"
 
+_AnyTrainer: Any = object
+"""What type checkers see as the base of the mixin: it calls methods of the Trainer it is mixed into."""
+
 
 class TooManySkips(RuntimeError):
     """`max_consecutive_skips` batches in a row were skipped: the data, or the model, are broken."""
@@ -70,17 +73,17 @@ class _Decision:
 class _Batch:
     """The micro-batches of one batch as they arrive: references, and the losses of the first pass."""
 
-    def __init__(self, tr_loss: Tensor | None) -> None:
+    def __init__(self) -> None:
         self.started = time.perf_counter()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.losses: list[Tensor] = []
-        self.tr_loss_before = None if tr_loss is None else tr_loss.clone()
+        self.tr_loss_before: Tensor | None = None
         self.outcome: Outcome | None = None
         self.learning_rate = 0.0
         self.update_withheld = False
 
 
-class ABRMixin:
+class ABRMixin(_AnyTrainer):
     """Give any `Trainer` subclass batch repetition and skipping: `class MyTrainer(ABRMixin, SomeTrainer)`.
 
     With plain `TrainingArguments` and no scheduler it changes nothing at all.
@@ -88,7 +91,8 @@ class ABRMixin:
     Args:
         repeat_scheduler: Decides instead of the one that `ABRConfig` describes, outlier skipping included: to skip
             outliers around it, wrap it in `RobustOutlierSkip`.
-        primer_dataset: Where the first `primer_batches` batches come from, in order, in place of those of the training set.
+        primer_dataset: Where the first `primer_batches` batches come from, in order, in place of those of the training
+            set.
 
     Raises:
         ValueError: An argument of the trainer cannot be right with repeats; the message says why.
@@ -108,6 +112,7 @@ class ABRMixin:
             self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
         )
         self._initial_scheduler_state = copy.deepcopy(self.repeat_scheduler.state_dict())
+        self._scheduler_description = describe(self.repeat_scheduler)
         self.primer_dataset = primer_dataset
         self._perplexity: TokenPerplexity | None = None
         self._reset_repetition()
@@ -151,7 +156,9 @@ class ABRMixin:
         ]
         for refused, reason in refusals:
             if refused:
-                raise ValueError(f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that.")
+                raise ValueError(
+                    f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
+                )
         if self._budget is not None and (
             args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
             or not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR | None)
@@ -161,17 +168,29 @@ class ABRMixin:
                 f"{args.lr_scheduler_type if self.lr_scheduler is None else type(self.lr_scheduler).__name__} is not. "
                 "Use a schedule that is a function of the step, such as linear or cosine."
             )
-        if self.primer_dataset is not None and self._setting("primer_batches") < 1:
+        if self.primer_dataset is not None:
+            self._check_primer()
+
+    def _check_primer(self) -> None:
+        batches = self._setting("primer_batches")
+        if batches < 1:
             raise ValueError("A primer needs --primer_batches: how many batches of it to train on.")
+        needed = batches * self.args.gradient_accumulation_steps * self.args.world_size * self._train_batch_size
+        if needed > len(self.primer_dataset):
+            raise ValueError(
+                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {batches} needs {needed}. "
+                "Give a longer --primer_file or ask for fewer batches."
+            )
 
     def _reset_repetition(self) -> None:
         """Forget everything a run has learnt and spent."""
         if self._is_active and not self._scheduler_given:
             self.repeat_scheduler = self.args.build_repeat_scheduler()
+            self._scheduler_description = describe(self.repeat_scheduler)
         else:
             self.repeat_scheduler.load_state_dict(copy.deepcopy(self._initial_scheduler_state))
         self.ledger = ComputeLedger(share=self._forward_share())
-        self._batch = _Batch(None)
+        self._batch = _Batch()
         self._window = LogWindow()
         self._skips_in_a_row: list[tuple[int, str]] = []
         self._flops_per_token: float | None = None
@@ -184,9 +203,11 @@ class ABRMixin:
         return forward_share(2 * trainable < sum(size for size, _ in sizes), bool(checkpointing))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its
+        end.
+        """
         if self._is_active and resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -217,7 +238,7 @@ class ABRMixin:
             "format": 1,
             "ledger": self.ledger.state_dict(),
             "repeat_scheduler": {
-                "description": describe(self.repeat_scheduler),
+                "description": self._scheduler_description,
                 "state": self.repeat_scheduler.state_dict(),
             },
             "skips_in_a_row": self._skips_in_a_row,
@@ -233,7 +254,9 @@ class ABRMixin:
     def _load_repetition_state(self, path: Path) -> None:
         if not path.exists():
             step = self.state.global_step
-            logger.warning(f"{path} does not exist: taking each of the {step} batches before it for one ordinary pass.")
+            logger.warning(
+                f"{path} does not exist: taking each of the {step} batches before it for one ordinary pass."
+            )
             self.ledger.batches = self.ledger.updates = step
             self.ledger.passes = Fraction(step)
             return
@@ -241,7 +264,7 @@ class ABRMixin:
         self.ledger.load_state_dict(state["ledger"])
         self._skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
         self._window = LogWindow(**state["log_window"])
-        saved, now = state["repeat_scheduler"]["description"], describe(self.repeat_scheduler)
+        saved, now = state["repeat_scheduler"]["description"], self._scheduler_description
         if saved == now:
             self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
         else:
@@ -253,43 +276,25 @@ class ABRMixin:
     # ---- One batch ----
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        started = time.perf_counter()
-        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_active:
-            return batch_samples, num_items_in_batch
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._is_spent():  # a finished run, resumed
             self.control.should_training_stop = True
             return [], None
-        self._start_batch(started)
+        if self._batch.calls:
+            # A data set without length ended in the middle of a batch: its gradients must not leak into this one.
+            self.model_wrapped.zero_grad()
+        self._batch = _Batch()
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.primer_dataset is not None and self.ledger.batches < self._setting("primer_batches"):
             batch_samples = self._primer_batch(len(batch_samples))
             num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
         return batch_samples, num_items_in_batch
 
-    def _start_batch(self, started: float) -> None:
-        if self._restored_log is not None:
-            # A checkpoint between two logs: go on with the loss that the killed run had summed up. What that run
-            # trained on does not count in the mean loss that this call of `train` returns.
-            tr_loss, self._globalstep_last_logged = self._restored_log
-            self._tr_loss += tr_loss
-            self._total_loss_scalar -= tr_loss
-            self._restored_log = None
-        if self._batch.calls:
-            # A data set without length ended in the middle of a batch: its gradients must not leak into this one.
-            self.model_wrapped.zero_grad()
-        self._batch = _Batch(self._tr_loss)
-        self._batch.started = started
-
     def _primer_batch(self, micro_batches: int) -> list[Any]:
         """Return the primer's next batch. It takes the place of a batch of the training set, so that the data position
         stays a function of `global_step`."""
         size, world = self._train_batch_size, self.args.world_size
-        needed = self._setting("primer_batches") * self.args.gradient_accumulation_steps * world * size
-        if needed > len(self.primer_dataset):
-            raise ValueError(
-                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {self._setting('primer_batches')} "
-                f"needs {needed}. Give a longer --primer_file or ask for fewer batches."
-            )
         first = self.ledger.batches * self.args.gradient_accumulation_steps
         starts = [((first + i) * world + self.args.process_index) * size for i in range(micro_batches)]
         return [self.data_collator([self.primer_dataset[start + row] for row in range(size)]) for start in starts]
@@ -299,6 +304,9 @@ class ABRMixin:
         if not self._is_active:
             return one_pass(inputs, *args, **kwargs)
         batch = self._batch
+        if not batch.calls:
+            self._continue_log()
+            batch.tr_loss_before = self._tr_loss.clone()
         batch.calls.append((copy.copy(inputs), args, kwargs))
         if not self.accelerator.gradient_state.sync_gradients:
             batch.losses.append(one_pass(inputs, *args, **kwargs))
@@ -317,6 +325,7 @@ class ABRMixin:
             loss = one_pass(inputs, *args, **kwargs)
         backwards = len(batch.calls) - (decision is not None and decision.repeats == 0)
         decide(loss)
+        assert decision is not None
         batch.losses.append(loss)
         self._carry_out(decision, model, one_pass, backwards)
         if not math.isfinite(decision.observation.loss):
@@ -324,6 +333,14 @@ class ABRMixin:
             self._tr_loss.copy_(batch.tr_loss_before)
             return torch.zeros_like(loss)
         return loss
+
+    def _continue_log(self) -> None:
+        """After a checkpoint between two logs, go on with the loss that the killed run had summed up."""
+        if self._restored_log is not None:
+            tr_loss, self._globalstep_last_logged = self._restored_log
+            self._tr_loss += tr_loss
+            self._total_loss_scalar -= tr_loss  # `train` returns the mean loss of its own batches
+            self._restored_log = None
 
     @contextlib.contextmanager
     def _before_backward(self, wanted: Callable[[Tensor], bool]) -> Iterator[None]:
@@ -379,7 +396,9 @@ class ABRMixin:
             raise ValueError(f"{name}.decide must return 0 (skip) or more, got {repeats}.")
         return repeats, self.repeat_scheduler.explain(observation)
 
-    def _carry_out(self, decision: _Decision, model: nn.Module, one_pass: Callable[..., Tensor], backwards: int) -> None:
+    def _carry_out(
+        self, decision: _Decision, model: nn.Module, one_pass: Callable[..., Tensor], backwards: int
+    ) -> None:
         """Make all updates but the last, which Trainer makes; or none, and keep Trainer from making it."""
         batch, micro_batches = self._batch, len(self._batch.calls)
         self.ledger.charge_pass(micro_batches, backwards, decision.tokens, decision.forward_flops)
@@ -447,7 +466,7 @@ class ABRMixin:
 
     def _finish_batch(self, outcome: Outcome) -> None:
         seconds, learning_rate = time.perf_counter() - self._batch.started, self._batch.learning_rate
-        self._batch = _Batch(None)
+        self._batch = _Batch()
         self.ledger.close_batch(outcome.repeats, seconds)
         self.repeat_scheduler.observe(outcome)
         self._window.observe(outcome)
@@ -481,7 +500,9 @@ class ABRMixin:
     # ---- Compute ----
 
     def _on_all_ranks(self, *scalars: Tensor | float) -> list[list[float]]:
-        """Return these scalars from every rank, in rank order: the one place where ranks exchange what rules decide on."""
+        """Return these scalars from every rank, in rank order: the one place where ranks exchange what rules decide
+        on.
+        """
         first = next(scalar for scalar in scalars if isinstance(scalar, Tensor))
         dtype = torch.float32 if first.device.type == "mps" else torch.float64
         row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=first.device) for scalar in scalars])
@@ -508,19 +529,22 @@ class ABRMixin:
         return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if not self._is_active or self._budget is None:
+        budget = self._budget
+        if not self._is_active or budget is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(self._budget, optimizer)
+        scheduler = super().create_scheduler(budget, optimizer)
         if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            raise ValueError(f"--max_passes does not work with {type(scheduler).__name__}: it is no function of the step.")
-        scheduler.lr_lambdas = [self._on_budget_clock(factor) for factor in scheduler.lr_lambdas]
+            raise ValueError(
+                f"--max_passes does not work with {type(scheduler).__name__}: it is no function of the step."
+            )
+        scheduler.lr_lambdas = [self._on_budget_clock(factor, budget) for factor in scheduler.lr_lambdas]
         return scheduler
 
-    def _on_budget_clock(self, factor: Callable[[float], float]) -> Callable[[int], float]:
+    def _on_budget_clock(self, factor: Callable[[Any], float], budget: int) -> Callable[[int], float]:
         """Make a learning-rate factor read the ledger instead of counting its own steps."""
 
         def at_passes_spent(_step: int) -> float:
-            return factor(self._budget if self._is_spent() else float(self.ledger.passes))
+            return factor(budget if self._is_spent() else float(self.ledger.passes))
 
         return at_passes_spent
 
@@ -571,9 +595,29 @@ def describe(scheduler: RepeatScheduler) -> str:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint whose last file is whole, or None; a killed run can leave a newer one half-written."""
+    """Return the newest checkpoint written to its end, or None. A killed run can leave a newer one half-written."""
     checkpoints = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
     return next((str(checkpoint) for checkpoint in checkpoints if _is_complete(checkpoint)), None)
+
+
+def find_checkpoint(args: ABRConfig) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` names; `true` is the last complete one in the output
+    directory.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    wanted = args.resume_from_checkpoint
+    if not wanted or str(wanted).lower() == "false":
+        return None
+    found = last_complete_checkpoint(str(args.output_dir)) if str(wanted).lower() == "true" else wanted
+    if found is None:
+        raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {args.output_dir}.")
+    if not _is_complete(Path(found)):
+        raise ValueError(
+            f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE_NAME} in it."
+        )
+    return found
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -586,7 +630,7 @@ def _is_complete(checkpoint: Path) -> bool:
         TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     except (OSError, ValueError, TypeError):
         return False
-    return _step_of(checkpoint) >= 0
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

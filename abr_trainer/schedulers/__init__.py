@@ -59,7 +59,8 @@ def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
 
 def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> OutlierSkip:
     """Wrap `inner` in an outlier rule by name, as `--skip_outliers` does."""
-    return _lookup("outlier rule", name, OUTLIER_RULES)(inner, **kwargs)
+    rule: type[OutlierSkip] = _lookup("outlier rule", name, OUTLIER_RULES)
+    return rule(inner, **kwargs)
 
 
 def _lookup(kind: str, name: str, registry: dict[str, Any]) -> Any:

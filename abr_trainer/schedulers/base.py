@@ -30,7 +30,8 @@ class Outcome:
     Attributes:
         observation: What the scheduler saw before it decided.
         repeats: Updates made on the batch; 0 is a skip.
-        losses: `losses[i]` is the loss of pass i+1, in nats per target token, averaged over ranks. A skipped batch has one.
+        losses: `losses[i]` is the loss of pass i+1, in nats per target token, averaged over ranks. A skipped batch has
+            one.
         reason: Why the batch got these repeats, in one word, for the trace.
     """
 
@@ -67,7 +68,7 @@ class RepeatScheduler(ABC):
 
     def observe(self, outcome: Outcome) -> None:
         """Take note of a finished batch, skipped or not. Called exactly once a batch."""
-        return None
+        return
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything `observe` has changed, as JSON-serialisable values."""
@@ -75,7 +76,7 @@ class RepeatScheduler(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        return None
+        return
 
 
 def is_finite(outcome: Outcome) -> bool:

@@ -22,10 +22,11 @@ MIN_SPREAD = 0.01
 
 @dataclass
 class OutlierSkip(RepeatScheduler):
-    """Skip a batch whose first-pass loss exceeds `level + sigmas * spread` of the recent losses; otherwise ask `inner`.
+    """Skip a batch whose first-pass loss exceeds `level + sigmas * spread` of the recent losses; otherwise ask
+    `inner`.
 
-    After `patience` batches skipped in a row the data have changed rather than broken: the history is dropped, the next
-    losses build a new one, and nothing is skipped meanwhile.
+    After `patience` batches skipped in a row the data have changed rather than broken: the history is dropped, the
+    next losses build a new one, and nothing is skipped meanwhile.
 
     Attributes:
         inner: The scheduler that decides about every batch that is not an outlier.

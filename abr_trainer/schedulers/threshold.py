@@ -10,7 +10,8 @@ from .base import Observation, RepeatScheduler
 
 @dataclass
 class ThresholdScheduler(RepeatScheduler):
-    """Train on a batch once for every whole `loss_threshold` its loss contains: at least once, at most `max_repeats` times.
+    """Train on a batch once for every whole `loss_threshold` its loss contains: at least once, at most `max_repeats`
+    times.
 
     Costs nothing but the passes it asks for. The threshold is absolute, in nats per target token: where all losses lie
     between 2 and 3, the default of 1.0 is two repeats for every batch.

@@ -13,7 +13,8 @@ from .base import Observation, RepeatScheduler
 class UniformScheduler(RepeatScheduler):
     """Train on a batch 1 to `max_repeats` times, drawn uniformly for each batch index.
 
-    The draw depends on `(seed, batch)` alone: it is the same on all ranks, after a resume, and whatever was drawn before.
+    The draw depends on `(seed, batch)` alone: it is the same on all ranks, after a resume, and whatever was drawn
+    before.
 
     >>> scheduler = UniformScheduler(max_repeats=3, seed=0)
     >>> [scheduler.decide(Observation(batch=batch, loss=2.0, progress=0.0)) for batch in (0, 1, 2, 1, 0)]

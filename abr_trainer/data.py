@@ -1,0 +1,366 @@
+"""From corpora to blocks: where the text comes from, and how it is cut for causal language modelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .demo import demo_texts
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_BLOCK_SIZE = 1024
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev"), "train": ("train",), "test": ("test",)}
+TEXT_COLUMNS = ("text", "dialog", "content", "sentence")
+
+
+@dataclass
+class DataArguments:
+    """What to train and evaluate on."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "'wikitext', 'dailydialog', 'c4' (streamed), 'demo' (made on the spot, needs no network), any id "
+            "on the Hub, or a local directory. Default: demo, unless --train_file, --validation_file or --test_file "
+            "is given."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, e.g. wikitext-103-raw-v1."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training text: .json, .jsonl, .csv or .parquet with a document or a dialogue in each row; any "
+            "other suffix is read as one plain text."
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, in the same formats."})
+    test_file: str | None = field(default=None, metadata={"help": "Text for --do_predict, in the same formats."})
+    primer_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "High-quality text that the first --primer_batches batches come from, in place of as many "
+            "batches of the training set."
+        },
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the text, or with a list of turns. Default: text, dialog, or the only one that fits."
+        },
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a block. Default: what the model can attend to, at most 1024."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many training blocks."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many blocks of the evaluation and test sets."}
+    )
+    validation_split_percentage: float = field(
+        default=5, metadata={"help": "Share of the training rows to evaluate on where there is no validation split."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training set while training."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what is cached."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is None and not (self.train_file or self.validation_file or self.test_file):
+            self.dataset_name = "demo"
+        for flag in ("train_file", "validation_file", "test_file", "primer_file"):
+            path = getattr(self, flag)
+            if path is not None and not Path(path).is_file():
+                raise ValueError(f"--{flag} {path} does not exist.")
+        for flag in ("block_size", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, flag)
+            if value is not None and value < (2 if flag == "block_size" else 1):
+                raise ValueError(f"--{flag} must be at least {2 if flag == 'block_size' else 1}, got {value}.")
+        if not 0 < self.validation_split_percentage < 100:
+            raise ValueError(
+                f"--validation_split_percentage must lie between 0 and 100, got {self.validation_split_percentage}."
+            )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set on the Hub that goes by a short name.
+
+    Attributes:
+        rows_are_lines: A row is a line of a longer text, and nothing marks its end.
+    """
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    rows_are_lines: bool = False
+
+
+CORPORA = {
+    "wikitext": Corpus("Salesforce/wikitext", config="wikitext-2-raw-v1", rows_are_lines=True),
+    # The data set is a loading script, which `datasets` no longer runs: read what the Hub converted it to.
+    "dailydialog": Corpus("li2017dailydialog/daily_dialog", revision="refs/convert/parquet"),
+    "c4": Corpus("allenai/c4", config="en", streaming=True),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, as loaded.
+
+    Attributes:
+        origin: The flag that named them, for messages.
+        rows_are_lines: See `Corpus`.
+    """
+
+    rows: Dataset | IterableDataset
+    origin: str
+    rows_are_lines: bool = False
+
+
+def choose_block_size(arguments: DataArguments, config: PreTrainedConfig) -> int:
+    """Return `--block_size` or its default, checked against what the model can attend to."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if arguments.block_size is None:
+        return min(context or DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE)
+    if context is not None and arguments.block_size > context:
+        raise ValueError(f"--block_size {arguments.block_size} exceeds the model's context of {context} tokens.")
+    return arguments.block_size
+
+
+def load_blocks(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, block_size: int, splits: Collection[str]
+) -> dict[str, Dataset | IterableDataset]:
+    """Load, tokenize and cut what `splits` names, out of "train", "validation", "test" and "primer".
+
+    Texts are tokenized without special tokens, one after the other. Where a row is a document or a dialogue, the end-
+    of-text token follows it. Tokens that do not fill a last block are dropped.
+
+    Returns:
+        Data sets with the columns `input_ids` and `labels`, equal, of `block_size` tokens.
+
+    Raises:
+        ValueError: A split is missing, cannot be read, has no such column, or is too short; the message names the
+            flag.
+    """
+    loaded = load_rows(arguments, splits)
+    limits = {"train": ("max_train_samples", arguments.max_train_samples), "primer": ("", None)}
+    blocks: dict[str, Dataset | IterableDataset] = {}
+    for split, rows in loaded.items():
+        flag, limit = limits.get(split, ("max_eval_samples", arguments.max_eval_samples))
+        cut = cut_blocks(tokenize(rows, arguments, tokenizer), block_size, arguments, rows.origin)
+        blocks[split] = _at_most(cut, limit, flag, must_end=split != "train")
+    return blocks
+
+
+def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, Rows]:
+    """Load the rows of these splits; take validation rows from the training rows where there are no others."""
+    source = _load_files(arguments) if arguments.dataset_name is None else _load_named(arguments, splits)
+    if arguments.primer_file is not None:
+        source["primer"] = _load_file("primer_file", arguments.primer_file, streaming=False)
+    if "validation" in splits and "validation" not in source and "train" in source:
+        source["train"], source["validation"] = _split_rows(source["train"], arguments.validation_split_percentage)
+    for split in splits:
+        if split not in source:
+            where = f"--dataset_name {arguments.dataset_name} has" if arguments.dataset_name else "There is"
+            raise ValueError(f"{where} no {split} split. Give --{split}_file.")
+    return {split: source[split] for split in splits}
+
+
+def _load_files(arguments: DataArguments) -> dict[str, Rows]:
+    flags = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
+    return {
+        split: _load_file(flag, path, arguments.streaming and split == "train")
+        for split, flag in flags.items()
+        if (path := getattr(arguments, flag)) is not None
+    }
+
+
+def _load_file(flag: str, path: str, streaming: bool) -> Rows:
+    builder = BUILDERS.get(Path(path).suffix.lower(), "text")
+    options = {"keep_linebreaks": True} if builder == "text" else {}
+    origin = f"--{flag} {path}"
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{origin} is empty.")
+    rows = _load(origin, builder, data_files={"train": path}, split="train", streaming=streaming, **options)
+    return Rows(rows, origin, rows_are_lines=builder == "text")
+
+
+def _load_named(arguments: DataArguments, splits: Collection[str]) -> dict[str, Rows]:
+    name = arguments.dataset_name or ""
+    origin = f"--dataset_name {name}"
+    if name == "demo":
+        return {
+            split: Rows(Dataset.from_dict({"text": demo_texts(split)}), origin)
+            for split in splits
+            if split != "primer"
+        } | _load_files(arguments)
+    corpus = CORPORA.get(name, Corpus(name))
+    config = arguments.dataset_config_name or corpus.config
+    streaming = arguments.streaming or corpus.streaming
+    if _is_saved_to_disk(Path(name)):
+        found = load_from_disk(name)
+    else:
+        found = _load(origin, corpus.path, config, revision=corpus.revision, streaming=streaming)
+    if not isinstance(found, DatasetDict | IterableDatasetDict):
+        found = {"train": found}
+    named = {
+        split: Rows(found[alias], origin, corpus.rows_are_lines)
+        for split, aliases in SPLIT_ALIASES.items()
+        for alias in aliases[::-1]
+        if alias in found
+    }
+    return named | _load_files(arguments)
+
+
+def _is_saved_to_disk(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _load(origin: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return load_dataset(*args, **kwargs)
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{origin} cannot be read: {_first_line(cause)}") from error
+    except (OSError, ValueError) as error:  # not found, no network, no such configuration
+        raise ValueError(f"{origin} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _split_rows(rows: Rows, percentage: float) -> tuple[Rows, Rows]:
+    """Take the first rows of a data set, or of each hundred of a stream, for validation."""
+    data = rows.rows
+    if isinstance(data, Dataset):
+        held_out = max(1, round(len(data) * percentage / 100))
+        parts = data.select(range(held_out, len(data))), data.select(range(held_out))
+    else:
+        parts = (
+            data.filter(lambda _row, index: index % 100 >= percentage, with_indices=True),
+            data.filter(lambda _row, index: index % 100 < percentage, with_indices=True),
+        )
+    train, validation = (Rows(part, rows.origin, rows.rows_are_lines) for part in parts)
+    return train, validation
+
+
+def tokenize(rows: Rows, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
+    """Turn rows into rows of token ids, `input_ids`."""
+    data = rows.rows
+    if isinstance(data, Dataset) and len(data) == 0:
+        raise ValueError(f"{rows.origin} is empty.")
+    example = next(iter(data), None)
+    if example is None:
+        raise ValueError(f"{rows.origin} is empty.")
+    column = choose_text_column(example, arguments.text_column, rows.origin)
+    end = [] if rows.rows_are_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        texts = [as_text(value) for value in batch[column]]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return {"input_ids": [row + end for row in ids]}
+
+    return _map(data, encode, arguments, "Tokenizing", list(example), num_proc=arguments.preprocessing_num_workers)
+
+
+def choose_text_column(example: dict[str, Any], wanted: str | None, origin: str) -> str:
+    """Return the column that holds the text: the wanted one, a usual name, or the only one that can be text."""
+    if wanted is not None:
+        if wanted not in example:
+            raise ValueError(f"--text_column {wanted} is not in {origin}. Its columns are {', '.join(example)}.")
+        if not _is_text(example[wanted]):
+            raise ValueError(f"--text_column {wanted} of {origin} holds {type(example[wanted]).__name__}, not text.")
+        return wanted
+    candidates = [name for name, value in example.items() if _is_text(value)]
+    usual = [name for name in TEXT_COLUMNS if name in candidates]
+    if usual or len(candidates) == 1:
+        return (usual or candidates)[0]
+    raise ValueError(f"Which column of {origin} is the text? Choose with --text_column from {', '.join(example)}.")
+
+
+def _is_text(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(x, str) for x in value))
+    )
+
+
+def as_text(value: str | list[str] | None) -> str:
+    r"""Return a text as it is, and the turns of a dialogue on a line each.
+
+    >>> as_text(["Hello . ", "Hi ."])
+    'Hello .\nHi .'
+    """
+    if isinstance(value, list):
+        return "\n".join(turn.strip() for turn in value)
+    return value or ""
+
+
+def cut_blocks(
+    tokens: Dataset | IterableDataset, block_size: int, arguments: DataArguments, origin: str
+) -> Dataset | IterableDataset:
+    """Concatenate all tokens and cut them into blocks. A stream is cut a thousand rows at a time."""
+
+    def cut(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in batch["input_ids"]])
+        blocks = ids[: len(ids) // block_size * block_size].reshape(-1, block_size)
+        return {"input_ids": blocks, "labels": blocks}
+
+    if isinstance(tokens, IterableDataset):
+        return _map(tokens, cut, arguments, "", ["input_ids"])
+    description = f"Cutting blocks of {block_size}"
+    blocks = _map(tokens.with_format("numpy"), cut, arguments, description, ["input_ids"], batch_size=None)
+    if len(blocks) == 0:
+        count = sum(len(row) for row in tokens["input_ids"])
+        raise ValueError(f"{origin} has {count} tokens, less than one block: --block_size is {block_size}.")
+    return blocks.with_format(None)
+
+
+def _map(
+    data: Dataset | IterableDataset,
+    function: Callable[..., Any],
+    arguments: DataArguments,
+    description: str,
+    remove_columns: list[str],
+    **options: Any,
+) -> Any:
+    if isinstance(data, IterableDataset):
+        return data.map(function, batched=True, remove_columns=remove_columns)
+    return data.map(
+        function,
+        batched=True,
+        remove_columns=remove_columns,
+        load_from_cache_file=not arguments.overwrite_cache,
+        desc=description,
+        **options,
+    )
+
+
+def _at_most(
+    blocks: Dataset | IterableDataset, limit: int | None, flag: str, must_end: bool
+) -> Dataset | IterableDataset:
+    if isinstance(blocks, IterableDataset):
+        if must_end and limit is None:
+            raise ValueError(f"A streamed data set has no end to evaluate to: give --{flag}.")
+        taken = blocks if limit is None else blocks.take(limit)
+        return Dataset.from_list(list(taken)) if must_end else taken
+    if limit is None or limit == len(blocks):
+        return blocks
+    if limit > len(blocks):
+        logger.warning(f"--{flag} {limit} asks for more than the {len(blocks)} blocks there are: using all of them.")
+        return blocks
+    return blocks.select(range(limit))

@@ -1,0 +1,218 @@
+"""From a model name to a model that is ready to fine-tune: base weights, quantisation, LoRA."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .demo import DEMO_MODEL
+
+LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
+
+
+@dataclass
+class ModelArguments:
+    """Which model to fine-tune, and how."""
+
+    model_name_or_path: str = field(
+        default="demo",
+        metadata={
+            "help": "A causal language model on the Hub or in a directory, or 'demo', the tiny one in this package."
+        },
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    torch_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the base weights; auto is that of the checkpoint.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the best there is."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model. Only for authors you trust."}
+    )
+    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter on the frozen model."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: its output counts alpha / r times."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: the attention and MLP "
+            "projections of LLaMA-like models, all-linear elsewhere."
+        },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 8 bit (LLM.int8)."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4, double quantisation)."}
+    )
+    bnb_4bit_compute_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "Precision of 4-bit layers' arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
+    )
+    llm_int8_enable_fp32_cpu_offload: bool = field(
+        default=False,
+        metadata={"help": "Under --load_in_8bit and --device_map, keep on the CPU, in fp32, what does not fit."},
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "auto spreads one process's model over its devices. Default: one device a process."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path == "demo":
+            self.model_name_or_path = str(DEMO_MODEL)
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("--load_in_8bit and --load_in_4bit exclude each other.")
+        if self.is_quantised and not self.use_lora:
+            raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
+        if self.llm_int8_enable_fp32_cpu_offload and not self.load_in_8bit:
+            raise ValueError("--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit.")
+        if self.device_map == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                "--device_map auto spreads one model over all devices, but several processes were started. Leave it "
+                "out: each process then loads the model on its own device."
+            )
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r must be at least 1, got {self.lora_r}.")
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.load_in_8bit or self.load_in_4bit
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """Load the model's configuration: cheap, and enough to check the data against."""
+    flag, name = _named(arguments, "config_name")
+    try:
+        return AutoConfig.from_pretrained(name, **arguments.hub_options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; a missing pad token becomes the end-of-text token."""
+    flag, name = _named(arguments, "tokenizer_name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments.hub_options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {name} has no tokenizer: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _named(arguments: ModelArguments, flag: str) -> tuple[str, str]:
+    name = getattr(arguments, flag)
+    return (f"--{flag}", name) if name else ("--model_name_or_path", arguments.model_name_or_path)
+
+
+def load_model(
+    arguments: ModelArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    activation_checkpointing: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Load the base model, quantise it, and attach a LoRA adapter, as the arguments ask."""
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model_name_or_path,
+        config=config,
+        dtype=arguments.torch_dtype,
+        attn_implementation=arguments.attn_implementation,
+        quantization_config=quantization_config(arguments),
+        device_map=arguments.device_map or (_own_device() if arguments.is_quantised else None),
+        **arguments.hub_options,
+    )
+    if len(tokenizer) > int(model.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
+        # Only then: an adapter trained on resized embeddings carries the whole table.
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if not arguments.use_lora:
+        return model
+    if arguments.is_quantised:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
+    elif activation_checkpointing:
+        model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
+    return get_peft_model(model, lora_config(arguments, model))
+
+
+def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:
+    if arguments.load_in_8bit:
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=arguments.llm_int8_enable_fp32_cpu_offload
+        )
+    if arguments.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, arguments.bnb_4bit_compute_dtype),
+        )
+    return None
+
+
+def _own_device() -> dict[str, Any]:
+    return {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+
+
+def lora_config(arguments: ModelArguments, model: PreTrainedModel) -> LoraConfig:
+    targets: Any = arguments.lora_target_modules
+    if targets is None:
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        targets = list(LLAMA_PROJECTIONS) if names.issuperset(LLAMA_PROJECTIONS) else "all-linear"
+    elif targets == ["all-linear"]:
+        targets = "all-linear"
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+    )
+
+
+def describe_model(model: PreTrainedModel | PeftModel) -> list[str]:
+    """Return a line each on what is trainable and, where there is any, what is quantised and offloaded."""
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = model.num_parameters() if not isinstance(model, PeftModel) else model.get_nb_trainable_parameters()[1]
+    lines = [f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})"]
+    kinds = Counter(QUANTISED[name] for parameter in parameters if (name := type(parameter).__name__) in QUANTISED)
+    if kinds:
+        dtypes = Counter(
+            str(parameter.dtype).removeprefix("torch.")
+            for parameter in parameters
+            if not parameter.requires_grad and parameter.dim() > 1 and type(parameter).__name__ not in QUANTISED
+        )
+        kept = ", ".join(f"{count} in {dtype}" for dtype, count in dtypes.items()) or "none"
+        quantised = ", ".join(f"{count} matrices in {kind}" for kind, count in kinds.items())
+        lines.append(f"quantised: {quantised}; frozen matrices left as they are: {kept}")
+    placed = Counter(str(device) for device in getattr(model, "hf_device_map", {}).values())
+    offloaded = {device: count for device, count in placed.items() if device in ("cpu", "disk")}
+    if offloaded and len(placed) > 1:
+        lines.append("offloaded: " + ", ".join(f"{count} modules to {device}" for device, count in offloaded.items()))
+    return lines

@@ -1,0 +1,91 @@
+"""Fine-tune a causal language model with adaptive batch repetition.
+
+    python run_clm_abr.py --dataset_name demo --do_train --do_eval --eval_on_start --output_dir runs/demo
+    python run_clm_abr.py --model_name_or_path huggyllama/llama-7b --load_in_8bit --dataset_name wikitext \
+        --repeat_scheduler abr --max_passes 2000 --bf16 --do_train --do_eval --output_dir runs/wikitext
+    torchrun --nproc_per_node 8 run_clm_abr.py config.yaml --learning_rate 3e-4
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from transformers import default_data_collator, set_seed
+
+from abr_trainer.callbacks import TRACE_NAME, summarise
+from abr_trainer.config import (
+    ABRConfig,
+    check_output_dir,
+    clear_output_dir,
+    one_line_errors,
+    parse_arguments,
+    write_provenance,
+)
+from abr_trainer.data import DataArguments, choose_block_size, load_blocks
+from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
+from abr_trainer.trainer import ABRTrainer, TooManySkips, find_checkpoint
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    with one_line_errors(ValueError):
+        model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)
+        work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+        splits = [split for split, wanted in {**work, "primer": data_args.primer_file}.items() if wanted]
+        if not any(work.values()):
+            raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+        checkpoint = find_checkpoint(args) if args.do_train else None
+        check_output_dir(args)
+        config, tokenizer = load_config(model_args), load_tokenizer(model_args)
+        block_size = choose_block_size(data_args, config)
+        with args.main_process_first(desc="preparing the data"):
+            blocks = load_blocks(data_args, tokenizer, block_size, splits)
+
+    set_seed(args.seed)
+    with one_line_errors(ValueError, OSError):
+        model = load_model(model_args, config, tokenizer, bool(args.activation_checkpointing))
+        trainer = ABRTrainer(
+            model=model,
+            args=args,
+            train_dataset=blocks.get("train"),
+            eval_dataset=blocks.get("validation"),
+            primer_dataset=blocks.get("primer"),
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+        )
+    clear_output_dir(args)
+    if trainer.is_world_process_zero():
+        write_provenance(args, sys.argv if argv is None else ["run_clm_abr.py", *argv])
+        print(*describe_model(model), sep="\n", flush=True)
+
+    results: dict[str, float] = {}
+    if args.do_train:
+        with one_line_errors(TooManySkips):
+            results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.save_metrics("train", results)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        results |= metrics
+    if args.do_predict:
+        metrics = trainer.evaluate(blocks["test"], metric_key_prefix="test")
+        trainer.save_metrics("test", metrics)
+        results |= metrics
+    if args.push_to_hub:
+        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
+
+    if trainer.is_world_process_zero():
+        print("", *summarise(trainer.state.log_history, trainer.ledger), sep="\n")
+        if "test_perplexity" in results:
+            print(f"test        perplexity {results['test_perplexity']:.2f}")
+        if args.do_train:
+            output = Path(args.output_dir).resolve()
+            print(f"model       {output}", f"trace       {output / TRACE_NAME}", sep="\n")
+            print(*(f"TensorBoard tensorboard --logdir {logs}" for logs in output.glob("runs")), sep="\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
