@@ -98,6 +98,8 @@ class ABRMixin(_AnyTrainer):
         ValueError: An argument of the trainer cannot be right with repeats; the message says why.
     """
 
+    control: Any
+
     def __init__(
         self,
         *args: Any,

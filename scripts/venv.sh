@@ -1,0 +1,27 @@
+# Sourced by the other scripts: make or reuse a virtual environment and install the project into it.
+# ABR_VENV chooses the environment (default: .venv in the repository), PYTHON the interpreter that makes it.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+fail() { echo "error: $*" >&2; exit 1; }
+
+# install_project EXTRAS: install the repository in place, e.g. `install_project "[test]"`, at the tested versions.
+install_project() {
+    local venv=${ABR_VENV:-.venv} python=${PYTHON:-python3}
+    if [ ! -x "$venv/bin/python" ]; then
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            fail "Python 3.10 or newer is needed; $python is older or missing. Name another one with PYTHON=..."
+        echo "Making the virtual environment $venv"
+        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment. Is its venv package installed?"
+    fi
+    export PATH="$(cd "$venv" && pwd)/bin:$PATH"
+    local stamp="$venv/.installed$1"
+    if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
+        echo "Installing abr_trainer$1 into $venv"
+        # torch first: its pinned version, before another package asks for any.
+        python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)" ||
+            fail "torch could not be installed; see above."
+        python -m pip install --quiet --disable-pip-version-check --editable ".$1" --constraint constraints.txt ||
+            fail "the project could not be installed; see above."
+        touch "$stamp"
+    fi
+}

@@ -1,0 +1,119 @@
+"""A tiny LLaMA, a few token rows, and one way to train with them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+
+VOCABULARY = 64
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+class Scripted(RepeatScheduler):
+    """Repeat batch i `repeats[i]` times; the last entry holds for all later ones. Remembers what it was told."""
+
+    def __init__(self, *repeats: int) -> None:
+        self.repeats = repeats
+        self.outcomes: list[Any] = []
+
+    def decide(self, observation):
+        return self.repeats[min(observation.batch, len(self.repeats) - 1)]
+
+    def observe(self, outcome):
+        self.outcomes.append(outcome)
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    set_seed(seed)
+    options = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
+
+
+def token_rows(count: int, length: int = 12, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, VOCABULARY, (count, length), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def broken_row(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A row without a single target: its mean loss is 0 / 0."""
+    return {"input_ids": row["input_ids"], "labels": torch.full_like(row["labels"], -100)}
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    """All weights, as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def log_without_times(trainer: Any) -> list[dict[str, float]]:
+    """The log, without what a clock put into it."""
+    timed = ("runtime", "per_second", "seconds", "preparation_time")
+    return [{k: v for k, v in logs.items() if not k.endswith(timed)} for logs in trainer.state.log_history]
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Build a trainer over 12 rows in batches of 2, without shuffling, unless told otherwise."""
+
+    def build(
+        trainer_cls: type = ABRTrainer,
+        config_cls: type = ABRConfig,
+        repeat_scheduler: RepeatScheduler | None = None,
+        model: torch.nn.Module | None = None,
+        data: Any = None,
+        trainer_options: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> Any:
+        options = dict(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=2,
+            num_train_epochs=1,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            logging_steps=2,
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        scheduler = {} if repeat_scheduler is None else {"repeat_scheduler": repeat_scheduler}
+        return trainer_cls(
+            model=tiny_llama() if model is None else model,
+            args=config_cls(**{**options, **config}),
+            train_dataset=token_rows(12) if data is None else data,
+            **scheduler,
+            **(trainer_options or {}),
+        )
+
+    return build
+
+
+@pytest.fixture
+def train(build):
+    """Build a trainer, train, and return the trainer."""
+
+    def train(resume_from_checkpoint: Any = None, **options: Any) -> Any:
+        trainer = build(**options)
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        return trainer
+
+    return train

@@ -1,0 +1,97 @@
+"""What every registered scheduler promises, bare and inside every outlier rule."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from abr_trainer.schedulers import (
+    OUTLIER_RULES,
+    SCHEDULERS,
+    Observation,
+    Outcome,
+    RepeatScheduler,
+    get_outlier_rule,
+    get_repeat_scheduler,
+)
+
+LOSSES = [4.0, 3.9, 3.7, 3.8, 3.5, 3.6, 3.4, 3.5, 3.3, 3.2, 3.3, 3.1, 9.5, 3.0, 3.2, 12.0, 2.9, 3.0, 2.8, 0.4]
+
+
+def build(name: str, rule: str | None) -> RepeatScheduler:
+    scheduler = get_repeat_scheduler(name)
+    return scheduler if rule is None else get_outlier_rule(rule, scheduler)
+
+
+def run(scheduler: RepeatScheduler, losses: list[float], first_batch: int = 0) -> list[int]:
+    """Feed a stream of losses as the trainer does, and return the decisions."""
+    decisions = []
+    for batch, loss in enumerate(losses, start=first_batch):
+        observation = Observation(batch=batch, loss=loss, progress=batch / 100)
+        decisions.append(scheduler.decide(observation))
+        reason = scheduler.explain(observation)
+        scheduler.observe(Outcome(observation, decisions[-1], (loss,) * max(1, decisions[-1]), reason))
+    return decisions
+
+
+@pytest.fixture(params=sorted(SCHEDULERS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=[None, *sorted(OUTLIER_RULES)])
+def rule(request):
+    return request.param
+
+
+def test_decisions_are_counts(name, rule):
+    decisions = run(build(name, rule), LOSSES)
+    assert all(type(repeats) is int and repeats >= 0 for repeats in decisions)
+
+
+def test_deciding_and_explaining_change_nothing(name, rule):
+    scheduler = build(name, rule)
+    run(scheduler, LOSSES)
+    before = copy.deepcopy(scheduler.state_dict())
+    observation = Observation(batch=50, loss=99.0, progress=0.5)
+    assert scheduler.decide(observation) == scheduler.decide(observation)
+    assert scheduler.explain(observation) == scheduler.explain(observation)
+    assert scheduler.state_dict() == before
+
+
+def test_a_scheduler_restored_from_json_goes_on_as_if_nothing_had_happened(name, rule):
+    whole, first = build(name, rule), build(name, rule)
+    expected = run(whole, LOSSES + LOSSES)
+    run(first, LOSSES)
+    second = build(name, rule)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert run(second, LOSSES, first_batch=len(LOSSES)) == expected[len(LOSSES) :]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_enters_no_history(name, rule, loss):
+    scheduler = build(name, rule)
+    run(scheduler, LOSSES)
+    before = copy.deepcopy(scheduler.state_dict())
+    observation = Observation(batch=len(LOSSES), loss=loss, progress=0.3)
+    scheduler.observe(Outcome(observation, 0, (loss,), "non-finite"))
+    assert scheduler.state_dict() == before
+
+
+def test_every_decision_has_a_reason(name, rule):
+    reason = build(name, rule).explain(Observation(batch=0, loss=3.0, progress=0.0))
+    assert reason
+    assert " " not in reason
+
+
+def test_schedulers_need_neither_torch_nor_transformers():
+    code = (
+        "import sys, abr_trainer.schedulers, abr_trainer.ledger; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

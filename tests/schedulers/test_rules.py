@@ -1,0 +1,58 @@
+"""The rules that look at one batch at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from abr_trainer.schedulers import ConstantScheduler, Observation, ThresholdScheduler, UniformScheduler
+
+
+def decide(scheduler, loss, batch=0):
+    return scheduler.decide(Observation(batch=batch, loss=loss, progress=0.0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "repeats"),
+    [(0.3, 1), (1.0, 1), (1.99, 1), (2.0, 2), (3.7, 3), (5.0, 5), (80.0, 5), (1e308, 5)],
+)
+def test_threshold_repeats_once_for_every_whole_threshold(loss, repeats):
+    # min(int(loss / 1.0), 5), at least 1
+    assert decide(ThresholdScheduler(), loss) == repeats
+
+
+def test_threshold_scales_with_its_threshold():
+    # 3.7 / 0.5 = 7.4, 3.7 / 2 = 1.85
+    assert decide(ThresholdScheduler(loss_threshold=0.5, max_repeats=9), 3.7) == 7
+    assert decide(ThresholdScheduler(loss_threshold=2.0), 3.7) == 1
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan")])
+def test_threshold_must_be_positive(threshold):
+    with pytest.raises(ValueError, match="`loss_threshold` must be positive, got"):
+        ThresholdScheduler(loss_threshold=threshold)
+
+
+def test_constant_looks_at_nothing():
+    assert {decide(ConstantScheduler(repeats=3), loss, batch) for loss in (0.1, 9.0) for batch in range(5)} == {3}
+
+
+def test_constant_cannot_skip_everything():
+    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0"):
+        ConstantScheduler(repeats=0)
+
+
+def test_uniform_draws_every_count_about_equally_often():
+    draws = Counter(decide(UniformScheduler(max_repeats=4, seed=1), 3.0, batch) for batch in range(4000))
+    assert sorted(draws) == [1, 2, 3, 4]
+    # Standard deviation of a count: sqrt(4000 * 1/4 * 3/4) = 27.
+    assert all(abs(count - 1000) < 5 * 27 for count in draws.values())
+
+
+def test_uniform_tosses_the_same_coin_for_a_batch_whatever_was_asked_before():
+    one, other = UniformScheduler(seed=7), UniformScheduler(seed=7)
+    for batch in range(20):
+        decide(other, 3.0, batch)
+    assert [decide(one, 3.0, batch) for batch in range(20)] == [decide(other, 1.0, batch) for batch in range(20)]
+    assert [decide(one, 3.0, b) for b in range(20)] != [decide(UniformScheduler(seed=8), 3.0, b) for b in range(20)]

@@ -1,0 +1,43 @@
+"""The compute clock."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+from abr_trainer.ledger import ComputeLedger, forward_share
+
+
+def test_a_forward_costs_its_share_of_two_to_four_units_of_work():
+    # Units of 2 FLOPs a parameter and token: forward 1, activation gradients 1, weight gradients 1, recomputation 1.
+    assert forward_share(frozen_base=False, activation_checkpointing=False) == Fraction(1, 3)
+    assert forward_share(frozen_base=True, activation_checkpointing=False) == Fraction(1, 2)
+    assert forward_share(frozen_base=False, activation_checkpointing=True) == Fraction(1, 4)
+    assert forward_share(frozen_base=True, activation_checkpointing=True) == Fraction(1, 3)
+
+
+def test_a_pass_costs_one_and_a_skip_its_forward_share():
+    ledger = ComputeLedger(share=Fraction(1, 3))
+    for backwards, repeats in ((1, 1), (0, 0), (0, 0), (0, 0)):
+        ledger.charge_pass(micro_batches=1, backwards=backwards, tokens=8, forward_flops=2.0)
+        ledger.close_batch(repeats, seconds=0.5)
+    assert ledger.passes == 2  # 1 + 3 * 1/3, exactly
+    assert (ledger.batches, ledger.skips, ledger.forwards, ledger.backwards, ledger.updates) == (4, 3, 4, 1, 1)
+    assert (ledger.tokens, ledger.seconds) == (32, 2.0)
+    assert ledger.flops == 6.0 + 3 * 2.0  # a forward is 2, a forward-backward three times that
+    assert ledger.repeats == 0.25
+
+
+def test_a_skip_under_accumulation_saves_the_last_backward_only():
+    ledger = ComputeLedger(share=Fraction(1, 2))
+    ledger.charge_pass(micro_batches=4, backwards=3, tokens=0, forward_flops=0.0)
+    assert ledger.passes == Fraction(7, 8)  # 4 forwards at 1/8 and 3 backwards at 1/8
+
+
+def test_the_state_is_json_and_exact():
+    ledger = ComputeLedger(share=Fraction(1, 3))
+    ledger.charge_pass(micro_batches=3, backwards=2, tokens=5, forward_flops=0.1)
+    ledger.close_batch(0, seconds=0.1)
+    restored = ComputeLedger()
+    restored.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert restored == ledger

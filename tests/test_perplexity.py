@@ -1,0 +1,78 @@
+"""Token-exact perplexity against a few lines of arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from abr_trainer.perplexity import TokenPerplexity, causal_nll
+from tests.conftest import broken_row, tiny_llama, token_rows
+
+
+def ragged_rows():
+    """Rows of 12 tokens, of which 11, 8, 5, 2 are targets: what padding does to a data set."""
+    rows = token_rows(4)
+    for row, padded in zip(rows, (0, 3, 6, 9), strict=True):
+        row["labels"] = row["labels"].clone()
+        row["labels"][12 - padded :] = -100
+    return rows
+
+
+def expected_perplexity(model, rows):
+    """exp(sum of nll / number of targets), token by token in Python floats."""
+    nll, targets = 0.0, 0
+    for row in rows:
+        logits = model(row["input_ids"][None]).logits[0].double()
+        for position, label in enumerate(row["labels"][1:].tolist()):
+            if label != -100:
+                nll -= math.log(
+                    math.exp(logits[position, label]) / sum(math.exp(x) for x in logits[position].tolist())
+                )
+                targets += 1
+    return math.exp(nll / targets), targets
+
+
+@torch.no_grad()
+def test_nll_of_each_row_is_summed_over_its_targets():
+    model, rows = tiny_llama().eval(), ragged_rows()
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    total = TokenPerplexity()
+    total.add(*causal_nll(model(batch["input_ids"]).logits, batch["labels"]))
+    expected, targets = expected_perplexity(model, rows)
+    assert targets == 11 + 8 + 5 + 2
+    assert total.tokens == targets
+    assert total.perplexity == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_evaluate_reports_it_whatever_the_batch_size(build, batch_size):
+    rows = ragged_rows()
+    trainer = build(per_device_eval_batch_size=batch_size)
+    metrics = trainer.evaluate(rows)
+    with torch.no_grad():
+        expected, targets = expected_perplexity(trainer.model.eval(), rows)
+    assert metrics["eval_perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["eval_target_tokens"] == targets
+    assert trainer.state.log_history[-1]["eval_perplexity"] == metrics["eval_perplexity"]
+
+
+def test_a_row_without_targets_changes_nothing(build):
+    rows = token_rows(3)
+    trainer = build(per_device_eval_batch_size=1)
+    plain = trainer.evaluate(rows)["eval_perplexity"]
+    assert trainer.evaluate([*rows, broken_row(rows[0])])["eval_perplexity"] == plain
+
+
+def test_a_likelihood_that_is_not_finite_is_not_dropped(build):
+    trainer = build()
+    torch.nn.init.constant_(trainer.model.model.norm.weight, math.inf)
+    assert math.isnan(trainer.evaluate(token_rows(2))["eval_perplexity"])
+
+
+def test_predict_reports_it_too_and_returns_the_logits_as_before(build):
+    rows = token_rows(3)
+    output = build().predict(rows)
+    assert output.predictions.shape == (3, 12, 64)
+    assert output.metrics["test_perplexity"] > 1

@@ -1,0 +1,496 @@
+"""Carrying out decisions: the invariants first."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import AutocastKwargs
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from abr_trainer import ABRConfig, ABRTrainer
+from abr_trainer.callbacks import read_trace
+from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
+from abr_trainer.trainer import TooManySkips
+from tests.conftest import Scripted, broken_row, log_without_times, tiny_llama, token_rows, weights
+
+ACCUMULATION = pytest.mark.parametrize("accumulation", [1, 4])  # 12 rows in twos: 6 micro-batches, so 4 + 2
+
+
+# ---- One repeat is ordinary training ----
+
+
+@ACCUMULATION
+@pytest.mark.parametrize("how", ["plain arguments", "baseline", "constant"])
+def test_one_repeat_is_ordinary_training(train, how, accumulation):
+    options = {
+        "plain arguments": {"config_cls": TrainingArguments},
+        "baseline": {"repeat_scheduler": None, "skip_outliers": "none"},
+        "constant": {"repeat_scheduler": ConstantScheduler(repeats=1)},
+    }[how]
+    run = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 2, "model": None}
+    if how == "baseline":
+        options = {
+            "config_cls": lambda **config: ABRConfig(repeat_scheduler="baseline", skip_outliers="none", **config)
+        }
+    theirs = train(trainer_cls=Trainer, config_cls=TrainingArguments, **run)
+    ours = train(**options, **run)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    stock_keys = [
+        {key: logs.get(key) for key in stock}
+        for logs, stock in zip(log_without_times(ours), log_without_times(theirs), strict=True)
+    ]
+    assert stock_keys == log_without_times(theirs)
+
+
+def test_plain_arguments_add_nothing(build):
+    ours = build(config_cls=TrainingArguments)
+    theirs = build(trainer_cls=Trainer, config_cls=TrainingArguments)
+    assert [type(c) for c in ours.callback_handler.callbacks] == [type(c) for c in theirs.callback_handler.callbacks]
+    ours.train()
+    theirs.train()
+    assert [set(logs) for logs in ours.state.log_history] == [set(logs) for logs in theirs.state.log_history]
+    assert not Path(ours.args.output_dir, "abr_trace.jsonl").exists()
+
+
+# ---- Repeats ----
+
+
+def written_by_hand(repeats, accumulation, rows, max_grad_norm=1.0):
+    """`repeats[i]` updates on batch i: a loop of forward, backward, clip and step, at the learning rates of Trainer."""
+    model = tiny_llama().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    micro_batches = [torch.stack([row["input_ids"] for row in rows[i : i + 2]]) for i in range(0, len(rows), 2)]
+    batches = [micro_batches[i : i + accumulation] for i in range(0, len(micro_batches), accumulation)]
+    losses = []
+    for index, (batch, count) in enumerate(zip(batches, repeats, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (len(batches) - index) / len(batches)  # linear, ticking once a batch
+        targets = sum(ids[:, 1:].numel() for ids in batch)
+        passes = []
+        for _ in range(count):
+            passes.append(0.0)
+            for ids in batch:
+                loss = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(targets)).loss
+                loss.backward()
+                passes[-1] += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(passes)
+    return model, losses
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "repeats"), [(1, [3, 1, 2, 1, 4, 2]), (4, [3, 2]), (2, [1, 5, 2]), (5, [2, 3])]
+)
+def test_n_repeats_are_n_updates_on_the_whole_batch(train, accumulation, repeats):
+    scheduler = Scripted(*repeats)
+    ours = train(
+        repeat_scheduler=scheduler, gradient_accumulation_steps=accumulation, weight_decay=0.0, optim="adamw_torch"
+    )
+    expected, losses = written_by_hand(repeats, accumulation, token_rows(12))
+    assert torch.equal(weights(ours.model), weights(expected))
+    for outcome, passes in zip(scheduler.outcomes, losses, strict=True):
+        assert outcome.losses == pytest.approx(passes, rel=1e-6)
+    assert ours.ledger.updates == ours.ledger.passes == sum(repeats)
+
+
+def test_without_clipping_the_gradients_are_left_alone(train):
+    ours = train(repeat_scheduler=Scripted(2), max_grad_norm=0.0, weight_decay=0.0, optim="adamw_torch")
+    expected, _ = written_by_hand([2] * 6, 1, token_rows(12), max_grad_norm=math.inf)
+    assert torch.equal(weights(ours.model), weights(expected))
+
+
+def test_one_batch_of_eight_is_four_times_two(train):
+    decisions = (3, 0, 2)
+    rows = token_rows(24)
+    whole = train(repeat_scheduler=Scripted(*decisions), data=rows, per_device_train_batch_size=8)
+    parts = train(
+        repeat_scheduler=Scripted(*decisions), data=rows, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    torch.testing.assert_close(weights(whole.model), weights(parts.model), rtol=1e-4, atol=1e-5)
+    for one, other in zip(whole.repeat_scheduler.outcomes, parts.repeat_scheduler.outcomes, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-5)
+        assert one.repeats == other.repeats
+
+
+def test_the_first_pass_is_the_probe(train):
+    forwards = []
+    model = tiny_llama()
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    trainer = train(model=model, repeat_scheduler=Scripted(1, 3, 0), gradient_accumulation_steps=2)
+    assert len(forwards) == 2 * (1 + 3 + 1) == trainer.ledger.forwards
+    assert trainer.ledger.backwards == 2 * (1 + 3) + 1  # the skip saves the backward of its last micro-batch
+
+
+class CountUpdates(TrainerCallback):
+    def __init__(self):
+        self.events = []
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.events.append("pre")
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.events.append("step")
+
+    def on_step_end(self, *args, **kwargs):
+        self.events.append("end")
+
+
+def test_optimizer_callbacks_see_every_update_and_step_callbacks_every_batch(train):
+    counter = CountUpdates()
+    train(repeat_scheduler=Scripted(2), data=token_rows(4), trainer_options={"callbacks": [counter]})
+    assert counter.events == ["pre", "step", "pre", "step", "end"] * 2
+
+
+# ---- Skips ----
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "sgd with momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, weight_decay=0.1),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2, weight_decay=0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+def snapshot(trainer):
+    """Weights and every tensor the optimizer keeps."""
+    states = trainer.optimizer.state_dict()["state"]
+    return [weights(trainer.model)] + [
+        value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+
+
+@ACCUMULATION
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_batch_never_happened(train, name, accumulation):
+    rows = token_rows(2 * accumulation * 4)
+    batch = 2 * accumulation
+
+    def run(data, *decisions):
+        model = tiny_llama()
+        return train(
+            model=model,
+            data=data,
+            repeat_scheduler=Scripted(*decisions),
+            gradient_accumulation_steps=accumulation,
+            lr_scheduler_type="constant",
+            trainer_options={"optimizers": (OPTIMIZERS[name](model.parameters()), None)},
+        )
+
+    skipping = run(rows, 1, 2, 0, 1)
+    without = run(rows[: 2 * batch] + rows[3 * batch :], 1, 2, 1)
+    for one, other in zip(snapshot(skipping), snapshot(without), strict=True):
+        assert torch.equal(one, other)
+    assert (skipping.state.global_step, without.state.global_step) == (4, 3)
+
+
+def test_a_skip_is_exact_for_a_schedule_free_optimizer(train):
+    pytest.importorskip("schedulefree")
+    options = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}
+    rows = token_rows(8)
+    skipping = train(data=rows, repeat_scheduler=Scripted(1, 2, 0, 1), **options)
+    without = train(data=rows[:4] + rows[6:], repeat_scheduler=Scripted(1, 2, 1), **options)
+    for one, other in zip(snapshot(skipping), snapshot(without), strict=True):
+        assert torch.equal(one, other)
+
+
+class ScaledTrainer(ABRTrainer):
+    """Loss scaling on the CPU: fp16 itself needs a GPU, its GradScaler does not."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+
+
+@ACCUMULATION
+def test_a_skip_is_exact_under_a_gradient_scaler(train, accumulation):
+    rows, batch = token_rows(2 * accumulation * 4), 2 * accumulation
+    options = {
+        "trainer_cls": ScaledTrainer,
+        "gradient_accumulation_steps": accumulation,
+        "lr_scheduler_type": "constant",
+    }
+    skipping = train(data=rows, repeat_scheduler=Scripted(1, 2, 0, 1), **options)
+    scale = skipping.accelerator.scaler.state_dict()
+    without = train(data=rows[: 2 * batch] + rows[3 * batch :], repeat_scheduler=Scripted(1, 2, 1), **options)
+    for one, other in zip(snapshot(skipping), snapshot(without), strict=True):
+        assert torch.equal(one, other)
+    assert scale == without.accelerator.scaler.state_dict()
+    assert scale["_growth_tracker"] == 4  # updates under the scaler, so it was at work
+
+
+def test_the_learning_rate_ticks_once_a_batch_skipped_or_not(train):
+    trainer = train(repeat_scheduler=Scripted(2, 0, 3), logging_steps=1)
+    # Linear from 1e-2 over 6 batches.
+    rates = [logs["learning_rate"] for logs in trainer.state.log_history if "loss" in logs]
+    assert rates == pytest.approx([1e-2 * (6 - batch) / 6 for batch in range(6)])
+    assert trainer.lr_scheduler.get_last_lr() == [0.0, 0.0]
+
+
+def test_a_broken_batch_costs_one_skip(train):
+    rows = token_rows(12)
+    rows[4], rows[5] = broken_row(rows[4]), broken_row(rows[5])
+    scheduler = RobustOutlierSkip(ThresholdScheduler())
+    trainer = train(data=rows, repeat_scheduler=scheduler, logging_steps=1)
+    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    assert [batch["reason"] for batch in trace] == ["threshold"] * 2 + ["non-finite"] + ["threshold"] * 3
+    assert trace[2]["loss"] is None
+    assert trace[2]["repeats"] == 0
+    assert torch.isfinite(weights(trainer.model)).all()
+    assert len(scheduler.history) == 5
+    assert all(math.isfinite(loss) for loss in scheduler.history)
+    assert trainer.ledger.skips == 1
+    without = train(data=rows[:4] + rows[6:], repeat_scheduler=ThresholdScheduler())
+    assert trainer.ledger.updates == without.ledger.updates
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_broken_batch_is_left_out_of_the_logged_loss(train, accumulation):
+    rows = token_rows(4 * 2 * accumulation)
+    at = 2 * accumulation  # the second batch; with accumulation, its first micro-batch has a loss
+    rows[at + 2 * accumulation - 1] = rows[0]
+    model = tiny_llama()
+
+    def poison(module, args, output):
+        if torch.equal(args[0][-1], rows[0]["input_ids"]) and args[0].shape[0] == 2:
+            return torch.full_like(output, math.nan)
+        return output
+
+    model.model.embed_tokens.register_forward_hook(poison)
+    trainer = train(
+        model=model, data=rows, repeat_scheduler=Scripted(1), gradient_accumulation_steps=accumulation, logging_steps=4
+    )
+    losses = [outcome.losses[0] for outcome in trainer.repeat_scheduler.outcomes]
+    assert [math.isfinite(loss) for loss in losses] == [True, False, True, True]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(sum(finite) / 3, rel=1e-6)
+    assert logged["skipped"] == 0.25
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(finite) / 3, rel=1e-6)
+
+
+def test_a_later_pass_that_is_not_finite_ends_the_batch_without_its_update(train):
+    model, passes = tiny_llama(), []
+
+    def break_third_pass(module, args, output):
+        passes.append(1)
+        return torch.full_like(output, math.nan) if len(passes) == 3 else output
+
+    model.model.embed_tokens.register_forward_hook(break_third_pass)
+    trainer = train(model=model, repeat_scheduler=Scripted(5, 1))
+    first = trainer.repeat_scheduler.outcomes[0]
+    assert (first.repeats, len(first.losses), first.reason) == (2, 3, "non-finite")
+    assert torch.isfinite(weights(trainer.model)).all()
+    assert (trainer.ledger.updates, trainer.ledger.passes) == (2 + 5, 3 + 5)
+
+
+def test_too_many_skips_in_a_row_save_and_stop(build):
+    trainer = build(repeat_scheduler=Scripted(1, 0), data=token_rows(20), max_consecutive_skips=4)
+    with pytest.raises(TooManySkips) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "4 batches in a row were skipped, --max_consecutive_skips is 4." in message
+    losses = [outcome.losses[0] for outcome in trainer.repeat_scheduler.outcomes]
+    assert all(f"{batch} (loss {losses[batch]:.4g})" in message for batch in (1, 2, 3, 4))
+    checkpoint = Path(trainer.args.output_dir, "checkpoint-5")
+    assert str(checkpoint) in message
+    assert json.loads((checkpoint / "abr_state.json").read_text())["ledger"]["batches"] == 5
+
+
+def test_a_trained_batch_ends_a_row_of_skips(train):
+    trainer = train(repeat_scheduler=Scripted(0, 0, 1, 0, 0, 1), max_consecutive_skips=3)
+    assert trainer.ledger.skips == 4
+
+
+# ---- Budget ----
+
+
+@pytest.mark.parametrize("scheduler_type", ["linear", "cosine"])
+@pytest.mark.parametrize("repeats", [(1,), (3, 1, 2), (4,)])
+def test_a_budget_is_spent_exactly_and_ends_at_the_last_learning_rate(train, repeats, scheduler_type):
+    trainer = train(repeat_scheduler=Scripted(*repeats), max_passes=17, lr_scheduler_type=scheduler_type)
+    assert trainer.ledger.passes == trainer.ledger.updates == 17
+    assert trainer.lr_scheduler.get_last_lr() == [0.0, 0.0]
+    assert trainer.state.max_steps == trainer.state.global_step
+
+
+def test_the_last_batch_is_cut_to_what_is_left(train):
+    trainer = train(repeat_scheduler=Scripted(5), max_passes=7)
+    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    assert [(batch["repeats"], batch["reason"]) for batch in trace] == [(5, "scheduler"), (2, "budget")]
+
+
+def test_every_update_of_a_budget_has_the_rate_of_the_passes_before_it(train):
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    train(repeat_scheduler=Scripted(2, 1, 3), max_passes=6, trainer_options={"callbacks": [Rates()]})
+    assert rates == pytest.approx([1e-2 * (6 - passes) / 6 for passes in range(6)])
+
+
+def test_a_baseline_under_a_budget_is_stock_training_of_as_many_steps(train):
+    ours = train(repeat_scheduler=ConstantScheduler(), max_passes=9, lr_scheduler_type="cosine", warmup_steps=2)
+    theirs = train(
+        trainer_cls=Trainer, config_cls=TrainingArguments, max_steps=9, lr_scheduler_type="cosine", warmup_steps=2
+    )
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert ours.state.global_step == 9
+
+
+def test_a_skip_spends_its_forward_share(train):
+    # All weights trainable: a skip is 1/3. Skip, skip, train, ... : each round of three batches costs 5/3.
+    trainer = train(repeat_scheduler=Scripted(0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1), max_passes=5)
+    # Three rounds cost exactly 5.
+    assert trainer.ledger.passes == 5
+    assert (trainer.ledger.batches, trainer.ledger.skips) == (9, 6)
+
+
+def test_what_is_left_of_a_budget_is_less_than_a_pass(train):
+    trainer = train(repeat_scheduler=Scripted(0, 4), max_passes=8)  # 1/3 + 4 + 3, and 2/3 are left
+    assert float(trainer.ledger.passes) == pytest.approx(7 + 1 / 3)
+    assert trainer.lr_scheduler.get_last_lr() == [0.0, 0.0]
+
+
+def test_a_budget_evaluates_and_saves_at_its_end(train):
+    trainer = train(
+        repeat_scheduler=Scripted(4),
+        max_passes=10,
+        eval_strategy="steps",
+        eval_steps=0.5,
+        save_strategy="steps",
+        save_steps=500,
+        trainer_options={"eval_dataset": token_rows(4)},
+    )
+    assert Path(trainer.args.output_dir, "checkpoint-3", "abr_state.json").exists()
+    # Half of the budget is 5 steps; the run has 3, so the evaluation at its end is the only one.
+    assert [logs["step"] for logs in trainer.state.log_history if "eval_loss" in logs] == [3]
+
+
+def test_progress_is_the_share_of_the_run_that_is_spent(train):
+    spent = train(repeat_scheduler=Scripted(2), max_passes=8).repeat_scheduler.outcomes
+    assert [outcome.observation.progress for outcome in spent] == [0.0, 0.25, 0.5, 0.75]
+    seen = train(repeat_scheduler=Scripted(2), max_steps=4).repeat_scheduler.outcomes
+    assert [outcome.observation.progress for outcome in seen] == [0.0, 0.25, 0.5, 0.75]
+
+
+# ---- Primer ----
+
+
+def test_primer_batches_are_trained_on_once_and_fill_the_history(train):
+    scheduler = RobustOutlierSkip(ConstantScheduler(repeats=3))
+    trainer = train(repeat_scheduler=scheduler, primer_batches=2)
+    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    assert [(batch["repeats"], batch["reason"]) for batch in trace] == [(1, "primer")] * 2 + [(3, "constant")] * 4
+    assert len(scheduler.history) == 6
+
+
+def test_a_primer_comes_from_its_own_data(train):
+    primer, rows = token_rows(4, seed=9), token_rows(8)
+    ours = train(
+        data=rows, repeat_scheduler=ConstantScheduler(), primer_batches=2, trainer_options={"primer_dataset": primer}
+    )
+    same = train(data=primer + rows[4:], repeat_scheduler=ConstantScheduler())
+    assert torch.equal(weights(ours.model), weights(same.model))
+
+
+def test_a_primer_that_is_too_short_is_told_before_training(build):
+    with pytest.raises(ValueError, match="The primer has 4 blocks; --primer_batches 3 needs 6"):
+        build(
+            repeat_scheduler=ConstantScheduler(), primer_batches=3, trainer_options={"primer_dataset": token_rows(4)}
+        )
+
+
+# ---- Logs and state ----
+
+
+def test_logs_hold_first_pass_loss_perplexity_repeats_skips_and_cost(train):
+    trainer = train(repeat_scheduler=Scripted(3, 0, 1, 1, 2, 0), logging_steps=2)
+    outcomes = trainer.repeat_scheduler.outcomes
+    logged = [logs for logs in trainer.state.log_history if "loss" in logs]
+    for window, logs in enumerate(logged):
+        pair = outcomes[2 * window : 2 * window + 2]
+        assert logs["loss"] == pytest.approx(sum(outcome.losses[0] for outcome in pair) / 2, rel=1e-6)
+        assert logs["perplexity"] == pytest.approx(math.exp(logs["loss"]))
+    assert [logs["repeats"] for logs in logged] == [1.5, 1.0, 1.0]
+    assert [logs["skipped"] for logs in logged] == [0.5, 0.0, 0.5]
+    assert [logs["updates"] for logs in logged] == [3, 5, 7]
+    assert [logs["passes"] for logs in logged] == pytest.approx([3 + 1 / 3, 5 + 1 / 3, 7 + 2 / 3])
+    assert [("grad_norm" in logs) for logs in logged] == [False, True, False]  # a skipped batch has no gradient
+    assert trainer.state.log_history[-1]["train_updates"] == 7
+
+
+def test_the_trace_has_a_line_a_batch(train):
+    trainer = train(repeat_scheduler=Scripted(2, 1), num_train_epochs=2, data=token_rows(6))
+    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    assert [batch["step"] for batch in trace] == [1, 2, 3, 4, 5, 6]
+    assert [batch["epoch"] for batch in trace] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert [len(batch["losses"]) for batch in trace] == [2, 1, 1, 1, 1, 1]
+    assert [batch["learning_rate"] for batch in trace] == pytest.approx([1e-2 * (6 - i) / 6 for i in range(6)])
+    assert all(batch["loss"] == batch["losses"][0] and batch["seconds"] > 0 for batch in trace)
+
+
+def test_training_again_starts_clean(train):
+    trainer = train(repeat_scheduler=None, skip_outliers="robust", config_cls=lambda **c: ABRConfig(**c))
+    first = (trainer.ledger.updates, len(trainer.repeat_scheduler.history))
+    trainer.train()
+    assert (trainer.ledger.batches, len(trainer.repeat_scheduler.history)) == (6, 6)
+    assert first[1] == 6
+    assert len(list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))) == 6
+
+
+def test_an_unsized_stream_that_ends_in_the_middle_of_a_batch_leaks_no_gradient(train):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(token_rows(6))  # three micro-batches, in groups of two
+
+    ours = train(data=Stream(), repeat_scheduler=Scripted(1), gradient_accumulation_steps=2, max_steps=3)
+    # Each round through the stream gives one whole batch and half of one, which is dropped.
+    same = train(data=token_rows(6)[:4] * 3, repeat_scheduler=Scripted(1), gradient_accumulation_steps=2)
+    assert torch.equal(weights(ours.model), weights(same.model))
+
+
+def test_a_lower_perplexity_is_better_unless_told_otherwise():
+    assert ABRConfig(metric_for_best_model="perplexity", report_to="none").greater_is_better is False
+    assert ABRConfig(metric_for_best_model="eval_loss", report_to="none").greater_is_better is False
+    assert ABRConfig(metric_for_best_model="accuracy", report_to="none").greater_is_better is True
+
+
+@pytest.mark.parametrize(
+    ("decision", "error", "message"),
+    [(1.5, TypeError, "Scripted.decide must return an integer, got 1.5"), (-1, ValueError, "got -1")],
+)
+def test_a_decision_that_is_no_count_is_refused(build, decision, error, message):
+    with pytest.raises(error, match=message):
+        build(repeat_scheduler=Scripted(decision)).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint can save in the middle of a batch"),
+        ({"optim": "lomo"}, "--optim lomo updates the weights inside the backward"),
+        ({"optim": "galore_adamw_layerwise"}, "updates the weights inside the backward"),
+        (
+            {"max_passes": 5, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+            "--max_passes makes the learning rate a function of the compute spent",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused_at_construction(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(repeat_scheduler=Scripted(1), trainer_options={"eval_dataset": token_rows(2)}, **options)
