@@ -100,7 +100,7 @@ class ABRConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many batches; below 1, a share of the run."}
     )
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  # HfArgumentParser takes the second type
         default="tensorboard", metadata={"help": "Where to report logs: tensorboard, wandb, ..., all or none."}
     )
     eval_strategy: str | None = field(  # type: ignore[assignment]

@@ -60,7 +60,7 @@ def test_plain_arguments_add_nothing(build):
 
 
 def written_by_hand(repeats, accumulation, rows, max_grad_norm=1.0):
-    """`repeats[i]` updates on batch i: a loop of forward, backward, clip and step, at the learning rates of Trainer."""
+    """`repeats[i]` updates on batch i: a loop of forward, backward, clip and step, at the rates of Trainer."""
     model = tiny_llama().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     micro_batches = [torch.stack([row["input_ids"] for row in rows[i : i + 2]]) for i in range(0, len(rows), 2)]

@@ -15,7 +15,7 @@ DEMO_MODEL = Path(__file__).parent / "model"
 tales.
 """
 
-SPLITS = {"train": (1, 1200, 0.03), "validation": (2, 150, 0.0), "test": (3, 150, 0.0)}
+SPLITS = {"train": (1, 1200, 0.015), "validation": (2, 150, 0.0), "test": (3, 150, 0.0)}
 """Seed, number of passages and share of broken passages of each split of the data set `demo`: reports, all
 difficulties.
 """

@@ -94,6 +94,9 @@ REPORT = Lexicon(
 
 SLOT = re.compile(r"\b[NVAPCD]\b")
 
+BROKEN_LENGTH = 200
+"""Characters of a broken passage. It takes a token or two for each: about as many tokens as two passages of prose."""
+
 LEXICONS: dict[Register, Lexicon] = {"tale": TALE, "report": REPORT}
 
 
@@ -113,7 +116,7 @@ def passages(
     for _ in range(count):
         level = rng.random() if difficulty is None else difficulty
         text = " ".join(_Writer(LEXICONS[register], level, rng).sentence() for _ in range(rng.randint(4, 8)))
-        yield rng.choice(BREAKAGES)(text, rng) if rng.random() < broken else text
+        yield rng.choice(BREAKAGES)(text[:BROKEN_LENGTH], rng) if rng.random() < broken else text
 
 
 class _Writer:

@@ -1,0 +1,158 @@
+"""Arguments: from the command line, from files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from transformers import TrainingArguments
+
+from abr_trainer.config import ABRConfig, check_output_dir, clear_output_dir, parse_arguments
+from abr_trainer.data import DataArguments
+from abr_trainer.modeling import ModelArguments
+from abr_trainer.schedulers import (
+    ClassicOutlierSkip,
+    ConstantScheduler,
+    RobustOutlierSkip,
+    ThresholdScheduler,
+    UniformScheduler,
+)
+
+CLASSES = (ModelArguments, DataArguments, ABRConfig)
+
+
+def config(*flags: str) -> ABRConfig:
+    (parsed,) = parse_arguments((ABRConfig,), ["--report_to", "none", *flags])
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheduler"),
+    [
+        ([], RobustOutlierSkip(ThresholdScheduler())),
+        (["--repeat_scheduler", "baseline", "--skip_outliers", "none"], ConstantScheduler(repeats=1)),
+        (
+            ["--repeat_scheduler", "fixed", "--max_repeats", "3", "--skip_outliers", "none"],
+            ConstantScheduler(repeats=3),
+        ),
+        (
+            ["--repeat_scheduler", "random", "--max_repeats", "2", "--seed", "7", "--skip_outliers", "none"],
+            UniformScheduler(max_repeats=2, seed=7),
+        ),
+        (
+            ["--loss_threshold", "0.5", "--skip_outliers", "classic", "--outlier_window", "50"],
+            ClassicOutlierSkip(ThresholdScheduler(loss_threshold=0.5), window=50),
+        ),
+        (["--outlier_sigmas", "6"], RobustOutlierSkip(ThresholdScheduler(), sigmas=6.0)),
+        (
+            ["--repeat_scheduler_kwargs", '{"max_repeats": 2}', "--max_repeats", "4", "--skip_outliers", "none"],
+            ThresholdScheduler(max_repeats=2),
+        ),
+        (
+            ["--repeat_scheduler", "abr_trainer.schedulers:ConstantScheduler", "--skip_outliers", "none"],
+            ConstantScheduler(),
+        ),
+    ],
+)
+def test_flags_build_a_scheduler(flags, scheduler):
+    assert config(*flags).build_repeat_scheduler() == scheduler
+
+
+def test_published_and_robust_rules_have_their_own_sigmas():
+    assert config("--skip_outliers", "classic").build_repeat_scheduler().sigmas == 2.5
+    assert config("--skip_outliers", "robust").build_repeat_scheduler().sigmas == 4.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repeat_scheduler", "abrr"], "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
+        (["--loss_threshold", "0"], "`loss_threshold` must be positive, got 0.0."),
+        (["--max_repeats", "0"], "--max_repeats must be at least 1, got 0."),
+        (["--max_passes", "0"], "--max_passes must be at least 1, got 0."),
+        (["--max_consecutive_skips", "0"], "--max_consecutive_skips must be at least 1, got 0."),
+        (["--primer_batches", "-1"], "--primer_batches must be at least 0, got -1."),
+        (["--outlier_sigmas", "-1"], "`outlier_sigmas` must be positive, got -1.0."),
+        (["--repeat_scheduler_kwargs", "{max: 2}"], "--repeat_scheduler_kwargs is not valid JSON"),
+        (["--repeat_scheduler_kwargs", "[2]"], "--repeat_scheduler_kwargs must be a JSON object"),
+        (["--repeat_scheduler_kwargs", '{"speed": 2}'], "'speed'. It takes: loss_threshold, max_repeats."),
+        (["--los_threshold", "1"], "Unknown flag --los_threshold. Did you mean --loss_threshold?"),
+        (["--hub_token", "hf_secret"], "--hub_token would be written to training_args.bin"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        config(*flags)
+    assert "\n" not in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_file_holds_flags_and_the_command_line_wins(tmp_path, suffix):
+    file = tmp_path / f"run{suffix}"
+    file.write_text(
+        json.dumps(
+            {
+                "learning_rate": 1e-3,
+                "repeat_scheduler_kwargs": {"max_repeats": 2},
+                "lora_target_modules": ["q_proj", "v_proj"],
+                "do_train": True,
+                "use_lora": False,
+                "report_to": "none",
+                "max_train_samples": None,
+            }
+        )
+    )
+    model, data, args = parse_arguments(CLASSES, [str(file), "--learning_rate", "0.5"])
+    assert (args.learning_rate, args.do_train) == (0.5, True)
+    assert args.build_repeat_scheduler().inner == ThresholdScheduler(max_repeats=2)
+    assert (model.lora_target_modules, model.use_lora) == (["q_proj", "v_proj"], False)
+    assert data.max_train_samples is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold a mapping"),
+        ("a: [", "is not valid"),
+        ("learning_rat: 1\n", "Unknown flag --learning_rat."),
+    ],
+)
+def test_a_bad_file_is_told(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_arguments(CLASSES, [str(file)])
+
+
+def test_a_missing_file_is_told():
+    with pytest.raises(ValueError, match=re.escape("missing.yaml cannot be read: No such file")):
+        parse_arguments(CLASSES, ["missing.yaml"])
+
+
+def test_defaults_differ_from_stock_where_the_docstring_says():
+    ours, stock = ABRConfig(output_dir="x"), TrainingArguments(output_dir="x")
+    differing = {name for name in stock.to_dict() if ours.to_dict()[name] != stock.to_dict()[name]}
+    assert differing == {"report_to", "logging_steps"}
+    assert ABRConfig(output_dir="x", do_eval=True).eval_strategy == "epoch"
+    assert ABRConfig(output_dir="x", do_eval=True, eval_strategy="no").eval_strategy == "no"
+
+
+def test_a_budget_bounds_the_batches_and_survives_a_copy():
+    # The cheapest batch is a skip under activation checkpointing, a quarter of a pass.
+    args = ABRConfig(output_dir="x", max_passes=10, report_to="none")
+    assert args.max_steps == 40
+    assert ABRConfig(output_dir="x", max_passes=10, max_steps=15, report_to="none").max_steps == 15
+
+
+def test_a_directory_in_use_is_left_alone_unless_told_otherwise(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        check_output_dir(config("--output_dir", str(tmp_path)))
+    check_output_dir(config("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"))
+    overwriting = config("--output_dir", str(tmp_path), "--overwrite_output_dir")
+    check_output_dir(overwriting)
+    clear_output_dir(overwriting)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,116 @@
+"""Loading models: adapters, quantisation, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer, lora_config
+from abr_trainer.trainer import ABRTrainer
+from tests.conftest import token_rows
+
+
+def load(**options):
+    arguments = ModelArguments(**options)
+    return load_model(arguments, load_config(arguments), load_tokenizer(arguments))
+
+
+def test_only_the_adapter_trains():
+    model = load()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    # 4 layers, r 8; q and o are 96 by 96, k and v 96 by 48, the three of the MLP 96 by 256: 8 * (in + out) each.
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4 * 8 * (192 + 144 + 144 + 192 + 3 * 352)
+    assert describe_model(model)[0] == "trainable: 55,296 of 559,968 parameters (9.87%)"
+    assert model.get_input_embeddings().weight.shape[0] == 1024, "embeddings that fit are not resized"
+
+
+def test_without_lora_everything_trains():
+    model = load(use_lora=False)
+    assert not isinstance(model, PeftModel)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_targets_are_the_llama_projections_or_all_linear_layers():
+    llama = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    assert set(lora_config(ModelArguments(), llama).target_modules) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert lora_config(ModelArguments(), gpt2).target_modules == "all-linear"
+    assert lora_config(ModelArguments(lora_target_modules=["all-linear"]), llama).target_modules == "all-linear"
+    assert set(lora_config(ModelArguments(lora_target_modules=["q_proj"]), llama).target_modules) == {"q_proj"}
+
+
+def test_a_tokenizer_that_outgrew_the_table_resizes_it(tmp_path):
+    tokenizer = load_tokenizer(ModelArguments())
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.save_pretrained(tmp_path)
+    assert load(tokenizer_name=str(tmp_path), use_lora=False).get_input_embeddings().weight.shape[0] == 1026
+
+
+def test_a_missing_pad_token_is_the_end_of_text():
+    tokenizer = load_tokenizer(ModelArguments())
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("load_in_8bit", "8-bit"), ("load_in_4bit", "4-bit")])
+def test_a_quantised_model_trains_its_adapter_and_says_what_is_quantised(build, flag, kind):
+    model = load(**{flag: True}, torch_dtype="float32")
+    # Four layers of seven projections; the embeddings, tied to the head, stay as they are.
+    assert (
+        describe_model(model)[1] == f"quantised: 28 matrices in {kind}; frozen matrices left as they are: 1 in float32"
+    )
+    trainer = build(model=model, data=token_rows(4), max_passes=3, repeat_scheduler=None)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    assert isinstance(trainer, ABRTrainer)
+    assert trainer.ledger.share == 0.5  # the base is frozen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"load_in_8bit": True, "load_in_4bit": True}, "--load_in_8bit and --load_in_4bit exclude each other."),
+        ({"load_in_4bit": True, "use_lora": False}, "Quantised weights cannot be trained"),
+        ({"llm_int8_enable_fp32_cpu_offload": True}, "--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit."),
+        ({"lora_r": 0}, "--lora_r must be at least 1, got 0."),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_told(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ModelArguments(**options)
+
+
+def test_a_device_map_for_several_processes_is_refused_with_the_fix(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Leave it out: each process then loads the model on its own device"):
+        ModelArguments(device_map="auto")
+
+
+@pytest.mark.parametrize(
+    ("load_part", "options", "flag"),
+    [
+        (
+            load_config,
+            {"model_name_or_path": "no/such-model"},
+            "--model_name_or_path no/such-model cannot be loaded: ",
+        ),
+        (load_config, {"config_name": "no/such-config"}, "--config_name no/such-config cannot be loaded: "),
+        (load_tokenizer, {"tokenizer_name": "no/such"}, "--tokenizer_name no/such has no tokenizer: "),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_in_one_line(load_part, options, flag):
+    with pytest.raises(ValueError, match=re.escape(flag)) as caught:
+        load_part(ModelArguments(**options))
+    assert "\n" not in str(caught.value)
