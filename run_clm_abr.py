@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         splits = [split for split, wanted in {**work, "primer": data_args.primer_file}.items() if wanted]
         if not any(work.values()):
             raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+        if data_args.streaming and args.do_train and args.max_steps <= 0:
+            raise ValueError("--streaming has no epochs: give --max_steps or --max_passes.")
         checkpoint = find_checkpoint(args) if args.do_train else None
         check_output_dir(args)
         config, tokenizer = load_config(model_args), load_tokenizer(model_args)

@@ -1,0 +1,169 @@
+"""The main job, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run_clm_abr
+from abr_trainer.callbacks import read_trace
+from abr_trainer.data import DataArguments, load_blocks
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.perplexity import TokenPerplexity, causal_nll
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]
+QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "20"]
+
+
+def run(output, *flags):
+    return run_clm_abr.main([*QUICK, "--output_dir", str(output), *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with everything switched on, and what it returned."""
+    output = tmp_path_factory.mktemp("main") / "run"
+    flags = ["--do_train", "--do_eval", "--do_predict", "--eval_on_start", "--max_passes", "60", "--save_steps", "20"]
+    return output, run(output, *flags, "--loss_threshold", "0.9")
+
+
+def test_perplexity_falls_and_is_written_down(finished):
+    output, results = finished
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    before = next(logs["eval_perplexity"] for logs in log if "eval_perplexity" in logs)
+    assert results["eval_perplexity"] < 0.95 * before
+    written = {name: json.loads((output / f"{name}_results.json").read_text()) for name in ("eval", "test", "all")}
+    assert written["eval"]["eval_perplexity"] == results["eval_perplexity"] == written["all"]["eval_perplexity"]
+    assert written["test"]["test_perplexity"] == results["test_perplexity"]
+    assert 59 < written["all"]["train_passes"] <= 60
+
+
+def test_hard_batches_were_repeated_and_the_trace_adds_up(finished):
+    output, results = finished
+    trace = list(read_trace(output / "abr_trace.jsonl"))
+    assert [batch["step"] for batch in trace] == list(range(1, results["train_batches"] + 1))
+    assert sum(batch["repeats"] for batch in trace) == results["train_updates"]
+    assert max(batch["repeats"] for batch in trace) > 1
+    keys = {"step", "epoch", "loss", "losses", "repeats", "reason", "learning_rate", "seconds"}
+    assert all(set(batch) == keys for batch in trace)
+
+
+def test_the_adapter_reloads_and_scores_the_same(finished):
+    output, results = finished
+    assert (output / "adapter_model.safetensors").exists()
+    assert not (output / "model.safetensors").exists()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    blocks = load_blocks(DataArguments(max_eval_samples=20), tokenizer, 64, ["test"])["test"]
+    total = TokenPerplexity()
+    with torch.no_grad():
+        for block in blocks:
+            ids = torch.tensor(block["input_ids"])[None]
+            total.add(*causal_nll(model(ids).logits, ids))
+    assert total.perplexity == pytest.approx(results["test_perplexity"], rel=1e-5)
+
+
+def test_tensorboard_has_what_the_log_has(finished):
+    output, _ = finished
+    (directory,) = (output / "runs").iterdir()
+    accumulator = EventAccumulator(str(directory))
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    logged = ("loss", "perplexity", "repeats", "skipped", "passes", "updates", "learning_rate", "grad_norm")
+    assert tags >= {f"train/{name}" for name in logged} | {"eval/loss", "eval/perplexity"}
+
+
+def test_the_run_says_where_it_came_from(finished):
+    output, _ = finished
+    provenance = json.loads((output / "run.json").read_text())
+    assert provenance["argv"][:3] == ["run_clm_abr.py", "--block_size", "64"]
+    assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_it_resumes_itself(finished, tmp_path):
+    output, results = finished
+    with pytest.raises(SystemExit, match="is not empty"):
+        run(output, "--do_train")
+    flags = ["--do_train", "--do_eval", "--max_passes", "60", "--loss_threshold", "0.9", "--save_steps", "20"]
+    again = run(output, *flags, "--resume_from_checkpoint", str(output / "checkpoint-20"))
+    assert again["eval_perplexity"] == results["eval_perplexity"]
+
+
+def test_it_reads_a_yaml_file_own_text_a_primer_and_a_stream(tmp_path):
+    text = tmp_path / "talk.jsonl"
+    turns = [{"dialog": [f"Where is lamp {i} ?", "By the river ."]} for i in range(300)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in turns))
+    primer = tmp_path / "primer.txt"
+    primer.write_text("The committee approved the estimate.\n" * 100)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"train_file: {text}\nprimer_file: {primer}\nprimer_batches: 2\nstreaming: true\nmax_steps: 5\n"
+        "do_train: true\nreport_to: none\nrepeat_scheduler: fixed\nmax_repeats: 5\n"
+    )
+    output = tmp_path / "run"
+    run_clm_abr.main([str(config), *QUICK, "--output_dir", str(output), "--max_repeats", "2"])
+    trace = list(read_trace(output / "abr_trace.jsonl"))
+    assert [(batch["repeats"], batch["reason"]) for batch in trace] == [(1, "primer")] * 2 + [(2, "constant")] * 3
+
+
+def test_evaluation_alone_needs_no_training_text(tmp_path):
+    results = run(tmp_path / "run", "--do_eval", "--report_to", "none")
+    assert results["eval_perplexity"] > 1
+    assert "train_loss" not in results
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "Nothing to do: give --do_train, --do_eval or --do_predict."),
+        (["--do_train", "--repeat_scheduler", "abrr"], "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
+        (["--do_train", "--loss_threshold", "0"], "`loss_threshold` must be positive, got 0.0."),
+        (["--do_train", "--train_file", "missing.txt"], "--train_file missing.txt does not exist."),
+        (["--do_train", "--block_size", "300"], "--block_size 300 exceeds the model's context of 256 tokens."),
+        (["--do_train", "--text_column", "body"], "--text_column body is not in --dataset_name demo."),
+        (["--do_train", "--model_name_or_path", "no/where"], "--model_name_or_path no/where cannot be loaded"),
+        (["--do_train", "--resume_from_checkpoint", "true"], "there is no complete checkpoint in"),
+        (["--do_train", "--streaming"], "--streaming has no epochs: give --max_steps or --max_passes."),
+        (["--do_train", "--skip_outliers", "sometimes"], "invalid choice: 'sometimes'"),
+    ],
+)
+def test_bad_arguments_give_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(run_clm_abr, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", *flags)
+    told = str(caught.value) if isinstance(caught.value.code, str) else capsys.readouterr().err
+    assert re.search(re.escape(message), told)
+    assert not (tmp_path / "run").exists(), "nothing may be half-written"
+
+
+@pytest.mark.slow
+def test_the_command_line_itself():
+    done = subprocess.run(
+        [sys.executable, "run_clm_abr.py", "--do_train", "--train_file", "missing.txt"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "error: --train_file missing.txt does not exist."
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_flag_of_ours(capsys):
+    with pytest.raises(SystemExit):
+        run_clm_abr.main(["--help"])
+    help_text = capsys.readouterr().out
+    for flag in ("--repeat_scheduler", "--max_passes", "--skip_outliers", "--load_in_4bit", "--primer_file"):
+        assert flag in help_text
