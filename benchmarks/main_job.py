@@ -3,9 +3,9 @@
     python benchmarks/main_job.py --data DIR --model DIR --out runs/main_job
 
 DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens` and `dailydialog/{train,validation,test}.jsonl`; the
-model is any causal language model, stories260k in the README. Each run is `run_clm_abr.py` in a process of its own:
-LoRA, blocks of 256, 50 batches of 4 (the same batches for both schedulers), and once more with the same `--max_passes`
-for both. Finished runs are kept. The table is made from the runs' `all_results.json` alone; all numbers go to `--json`.
+model is any causal language model, stories260k in the README. Each run is `run_clm_abr.py` in its own process:
+LoRA, blocks of 256, 50 batches of 4 (the same for both schedulers), and once more with the same `--max_passes` for
+both. Finished runs are kept. The table is made from the runs' `all_results.json` alone; all numbers go to `--json`.
 """
 
 from __future__ import annotations

@@ -494,3 +494,39 @@ def test_a_decision_that_is_no_count_is_refused(build, decision, error, message)
 def test_what_cannot_be_right_is_refused_at_construction(build, options, message):
     with pytest.raises(ValueError, match=message):
         build(repeat_scheduler=Scripted(1), trainer_options={"eval_dataset": token_rows(2)}, **options)
+
+
+def test_a_retry_after_running_out_of_memory_starts_clean(train):
+    """`auto_find_batch_size` starts the loop again in the middle of a batch: nothing of it may be left."""
+    model, forwards = tiny_llama(), []
+
+    def run_out_once(module, args, output):
+        forwards.append(1)
+        if len(forwards) == 6:  # the first micro-batch of the third batch is in, the second fails
+            raise RuntimeError("CUDA out of memory. Tried to allocate more than there is.")
+
+    model.model.register_forward_hook(run_out_once)
+    trainer = train(
+        model=model,
+        data=token_rows(24),
+        repeat_scheduler=Scripted(1),
+        auto_find_batch_size=True,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+    )
+    first_try = 2
+    outcomes = trainer.repeat_scheduler.outcomes[first_try:]
+    assert [outcome.observation.batch for outcome in outcomes] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # 24 rows, now in twos, two a batch
+    assert all(outcome.losses[0] < 4.5 for outcome in outcomes), (
+        "a stale micro-batch would add its loss: log(64) is 4.16"
+    )
+    assert (trainer.ledger.batches, trainer.ledger.passes) == (6, 6)
+    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    assert [batch["step"] for batch in trace] == [1, 2, 3, 4, 5, 6]
