@@ -17,6 +17,7 @@ from abr_trainer.callbacks import TRACE_NAME, summarise
 from abr_trainer.config import (
     ABRConfig,
     check_output_dir,
+    checkpoints_activations,
     clear_output_dir,
     one_line_errors,
     parse_arguments,
@@ -24,18 +25,22 @@ from abr_trainer.config import (
 )
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.trainer import ABRTrainer, TooManySkips, find_checkpoint
+from abr_trainer.trainer import ABRTrainer, TooManySkips, find_checkpoint, set_aside_later_checkpoints
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     with one_line_errors(ValueError):
         model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)
         work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-        splits = [split for split, wanted in {**work, "primer": data_args.primer_file}.items() if wanted]
-        if not any(work.values()):
+        splits = [split for split, wanted in work.items() if wanted]
+        if not splits:
             raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
-        if data_args.streaming and args.do_train and args.max_steps <= 0:
-            raise ValueError("--streaming has no epochs: give --max_steps or --max_passes.")
+        if args.do_train and data_args.is_streamed and args.max_steps <= 0:
+            raise ValueError("A streamed data set has no epochs: give --max_steps or --max_passes.")
+        if args.do_train and data_args.primer_file:
+            if not args.primer_batches:
+                raise ValueError("--primer_file needs --primer_batches: how many batches of it to train on.")
+            splits.append("primer")
         checkpoint = find_checkpoint(args) if args.do_train else None
         check_output_dir(args)
         config, tokenizer = load_config(model_args), load_tokenizer(model_args)
@@ -44,8 +49,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             blocks = load_blocks(data_args, tokenizer, block_size, splits)
 
     set_seed(args.seed)
-    with one_line_errors(ValueError, OSError):
-        model = load_model(model_args, config, tokenizer, bool(args.activation_checkpointing))
+    with one_line_errors(ValueError, OSError, ImportError, RuntimeError):
+        model = load_model(model_args, config, tokenizer, checkpoints_activations(args))
         trainer = ABRTrainer(
             model=model,
             args=args,
@@ -56,6 +61,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             data_collator=default_data_collator,
         )
     clear_output_dir(args)
+    if checkpoint is not None:
+        set_aside_later_checkpoints(args, checkpoint)
     if trainer.is_world_process_zero():
         write_provenance(args, sys.argv if argv is None else ["run_clm_abr.py", *argv])
         print(*describe_model(model), sep="\n", flush=True)

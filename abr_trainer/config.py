@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import inspect
@@ -15,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
+from .ledger import forward_share
 from .schedulers import (
     OUTLIER_RULES,
     SCHEDULERS,
@@ -28,11 +31,14 @@ from .schedulers import (
     get_repeat_scheduler,
 )
 
-CHEAPEST_BATCH = 0.25
-"""The least a batch can cost, in passes: a skip under activation checkpointing. See `ledger.forward_share`."""
+CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
+"""The least a batch can cost, in passes."""
 
-RUN_FILES = ("checkpoint-*", "runs", "abr_trace.jsonl", "*_results.json", "trainer_state.json", "run.json")
-"""What a run leaves in its output directory beside the model."""
+RUN_FILES = (
+    *("checkpoint-*", "abandoned-checkpoint-*", "runs", "abr_trace.jsonl", "*_results.json", "trainer_state.json"),
+    *("run.json", "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
+)
+"""What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
 
 
 @dataclass
@@ -87,7 +93,8 @@ class ABRConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Compute budget, in forward-backward passes over a batch. Training ends when it is spent, over "
-            "as many epochs as that takes, and the learning rate follows the share of it that is spent."
+            "as many epochs as that takes, and the learning rate follows the share of it that is spent. A skipped "
+            "batch costs its forward: 1/3 of a pass, 1/2 with a frozen base. Less than a pass can be left at the end."
         },
     )
     primer_batches: int = field(
@@ -113,6 +120,8 @@ class ABRConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.eval_strategy is None:
             self.eval_strategy = "epoch" if self.do_eval else "no"
+        if str(self.resume_from_checkpoint).lower() in ("false", "no"):
+            self.resume_from_checkpoint = None
         if self.hub_token is not None:
             raise ValueError(
                 "--hub_token would be written to training_args.bin, which is pushed. "
@@ -186,10 +195,11 @@ def parse_arguments(argument_classes: Any, argv: Sequence[str] | None = None) ->
         ValueError: A flag is unknown or has a bad value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        argv = [*_flags_from_file(Path(argv[0])), *argv[1:]]
     parser = HfArgumentParser(argument_classes)
-    known = {option for action in parser._actions for option in action.option_strings}
+    parser.error = _raise_value_error  # type: ignore[method-assign]
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        argv = [*_flags_from_file(Path(argv[0]), known), *argv[1:]]
     for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
         if flag not in known:
             close = difflib.get_close_matches(flag, known, n=1)
@@ -197,7 +207,11 @@ def parse_arguments(argument_classes: Any, argv: Sequence[str] | None = None) ->
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
-def _flags_from_file(path: Path) -> list[str]:
+def _raise_value_error(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _flags_from_file(path: Path, known: dict[str, argparse.Action]) -> list[str]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except OSError as error:
@@ -208,6 +222,8 @@ def _flags_from_file(path: Path) -> list[str]:
         raise ValueError(f"{path} must hold a mapping of flags to values.")
     flags = []
     for name, value in values.items():
+        if isinstance(value, bool) and getattr(known.get(f"--{name}"), "type", None) is not string_to_bool:
+            value = "yes" if value else "no"  # YAML reads `save_strategy: no` as false
         if isinstance(value, dict):
             flags += [f"--{name}", json.dumps(value)]
         elif value is not None:
@@ -217,11 +233,11 @@ def _flags_from_file(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with the message of an exception of these kinds, instead of a traceback."""
+    """End the program with the message of an exception of these kinds, on one line, instead of a traceback."""
     try:
         yield
     except kinds as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
 
 
 def check_output_dir(config: ABRConfig) -> None:
@@ -231,7 +247,9 @@ def check_output_dir(config: ABRConfig) -> None:
         ValueError: The directory is not empty, and the run neither resumes nor overwrites.
     """
     path = Path(str(config.output_dir))
-    allowed = config.resume_from_checkpoint or config.overwrite_output_dir
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output_dir {path} is a file.")
+    allowed = config.resume_from_checkpoint or config.overwrite_output_dir or not config.do_train
     if config.process_index == 0 and not allowed and path.exists() and any(path.iterdir()):
         raise ValueError(
             f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
@@ -240,10 +258,12 @@ def check_output_dir(config: ABRConfig) -> None:
 
 
 def clear_output_dir(config: ABRConfig) -> None:
-    """With `overwrite_output_dir`, remove what an earlier run left, unless this one resumes it. Nothing else is
-    touched.
+    """With `overwrite_output_dir`, remove what an earlier run left, unless this one resumes it or does not train.
+
+    Nothing else is touched.
     """
-    if config.process_index == 0 and config.overwrite_output_dir and not config.resume_from_checkpoint:
+    starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
+    if config.process_index == 0 and starts_over:
         for pattern in RUN_FILES:
             for old in Path(str(config.output_dir)).glob(pattern):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -253,19 +273,34 @@ def write_provenance(config: ABRConfig, argv: Sequence[str]) -> None:
     """Write `run.json`: the command line, versions, code and machine that made this run."""
     packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
     versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     provenance = {
         "argv": list(argv),
         "versions": {"python": platform.python_version(), **versions},
-        "git": commit.stdout.strip() or None,
+        "git": _git_commit(),
         "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
     }
     Path(str(config.output_dir), "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this checkout, with "-dirty" if it was changed; None without git or outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            return git("describe", "--always", "--dirty", "--abbrev=40")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return None
+
+
+def checkpoints_activations(args: TrainingArguments) -> bool:
+    """Tell whether the backward recomputes activations, by the name that this version of transformers has for it."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
 
 
 def _is_installed(package: str) -> bool:

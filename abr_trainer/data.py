@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,11 @@ class DataArguments:
                 f"--validation_split_percentage must lie between 0 and 100, got {self.validation_split_percentage}."
             )
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the training set is read while training, so that it has no length."""
+        return self.streaming or (self.dataset_name is not None and find_corpus(self.dataset_name).streaming)
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -115,6 +121,12 @@ CORPORA = {
     "dailydialog": Corpus("li2017dailydialog/daily_dialog", revision="refs/convert/parquet"),
     "c4": Corpus("allenai/c4", config="en", streaming=True),
 }
+
+
+def find_corpus(name: str) -> Corpus:
+    """Return the corpus of this short name or path; any other name stands for itself."""
+    by_path = {corpus.path: corpus for corpus in CORPORA.values()}
+    return CORPORA.get(name) or by_path.get(name) or Corpus(name)
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,9 @@ def _load_file(flag: str, path: str, streaming: bool) -> Rows:
     origin = f"--{flag} {path}"
     if Path(path).stat().st_size == 0:
         raise ValueError(f"{origin} is empty.")
-    rows = _load(origin, builder, data_files={"train": path}, split="train", streaming=streaming, **options)
+    rows = _load(
+        origin, builder, data_files={"train": glob.escape(path)}, split="train", streaming=streaming, **options
+    )
     return Rows(rows, origin, rows_are_lines=builder == "text")
 
 
@@ -208,9 +222,9 @@ def _load_named(arguments: DataArguments, splits: Collection[str]) -> dict[str, 
             for split in splits
             if split != "primer"
         } | _load_files(arguments)
-    corpus = CORPORA.get(name, Corpus(name))
+    corpus = find_corpus(name)
     config = arguments.dataset_config_name or corpus.config
-    streaming = arguments.streaming or corpus.streaming
+    streaming = arguments.is_streamed
     if _is_saved_to_disk(Path(name)):
         found = load_from_disk(name)
     else:
@@ -236,7 +250,7 @@ def _load(origin: str, *args: Any, **kwargs: Any) -> Any:
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise ValueError(f"{origin} cannot be read: {_first_line(cause)}") from error
-    except (OSError, ValueError) as error:  # not found, no network, no such configuration
+    except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such configuration, a script
         raise ValueError(f"{origin} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -249,6 +263,8 @@ def _split_rows(rows: Rows, percentage: float) -> tuple[Rows, Rows]:
     data = rows.rows
     if isinstance(data, Dataset):
         held_out = max(1, round(len(data) * percentage / 100))
+        if held_out >= len(data):
+            raise ValueError(f"{rows.origin} has too few rows to hold some out. Give --validation_file.")
         parts = data.select(range(held_out, len(data))), data.select(range(held_out))
     else:
         parts = (
@@ -262,9 +278,7 @@ def _split_rows(rows: Rows, percentage: float) -> tuple[Rows, Rows]:
 def tokenize(rows: Rows, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
     """Turn rows into rows of token ids, `input_ids`."""
     data = rows.rows
-    if isinstance(data, Dataset) and len(data) == 0:
-        raise ValueError(f"{rows.origin} is empty.")
-    example = next(iter(data), None)
+    example = _first(data, rows.origin)
     if example is None:
         raise ValueError(f"{rows.origin} is empty.")
     column = choose_text_column(example, arguments.text_column, rows.origin)
@@ -276,6 +290,14 @@ def tokenize(rows: Rows, arguments: DataArguments, tokenizer: PreTrainedTokenize
         return {"input_ids": [row + end for row in ids]}
 
     return _map(data, encode, arguments, "Tokenizing", list(example), num_proc=arguments.preprocessing_num_workers)
+
+
+def _first(data: Dataset | IterableDataset, origin: str) -> dict[str, Any] | None:
+    """Return the first row, or None; a stream is read here for the first time."""
+    try:
+        return next(iter(data), None)
+    except Exception as error:  # each reader has its own
+        raise ValueError(f"{origin} cannot be read: {_first_line(error)}") from error
 
 
 def choose_text_column(example: dict[str, Any], wanted: str | None, origin: str) -> str:
@@ -321,7 +343,10 @@ def cut_blocks(
         return {"input_ids": blocks, "labels": blocks}
 
     if isinstance(tokens, IterableDataset):
-        return _map(tokens, cut, arguments, "", ["input_ids"])
+        stream = _map(tokens, cut, arguments, "", ["input_ids"])
+        if _first(stream, origin) is None:
+            raise ValueError(f"{origin} is shorter than one block: --block_size is {block_size}.")
+        return stream
     description = f"Cutting blocks of {block_size}"
     blocks = _map(tokens.with_format("numpy"), cut, arguments, description, ["input_ids"], batch_size=None)
     if len(blocks) == 0:

@@ -86,8 +86,8 @@ class ModelArguments:
             raise ValueError("--load_in_8bit and --load_in_4bit exclude each other.")
         if self.is_quantised and not self.use_lora:
             raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
-        if self.llm_int8_enable_fp32_cpu_offload and not self.load_in_8bit:
-            raise ValueError("--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit.")
+        if self.llm_int8_enable_fp32_cpu_offload and not (self.load_in_8bit and self.device_map):
+            raise ValueError("--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit and --device_map auto.")
         if self.device_map == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 "--device_map auto spreads one model over all devices, but several processes were started. Leave it "
@@ -153,7 +153,7 @@ def load_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     if not arguments.use_lora:
         return model
-    if arguments.is_quantised:
+    if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint

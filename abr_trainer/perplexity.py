@@ -16,12 +16,13 @@ def causal_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     One row is upcast at a time, so that bf16 logits cost no second copy of the whole batch.
 
     Args:
-        logits: `(batch, length, vocabulary)`; position i predicts label i+1.
+        logits: `(batch, length, vocabulary)`; position i predicts label i+1. Positions before the labels are left out.
         labels: `(batch, length)`, -100 where there is no target.
 
     Returns:
         Two tensors of shape `(batch,)`: float64 and int64.
     """
+    logits = logits[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens before the labelled ones
     targets = labels[:, 1:]
     rows = [
         torch.nn.functional.cross_entropy(

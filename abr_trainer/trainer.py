@@ -39,11 +39,12 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 from transformers.utils import logging
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
-from .config import ABRConfig
+from .config import ABRConfig, checkpoints_activations
 from .ledger import ComputeLedger, forward_share
 from .perplexity import TokenPerplexity, causal_nll
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
@@ -99,6 +100,7 @@ class ABRMixin(_AnyTrainer):
     """
 
     control: Any
+    _total_loss_scalar: float
 
     def __init__(
         self,
@@ -109,15 +111,13 @@ class ABRMixin(_AnyTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
-        self._scheduler_given = repeat_scheduler is not None
-        self.repeat_scheduler = repeat_scheduler or (
-            self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
-        )
-        self._initial_scheduler_state = copy.deepcopy(self.repeat_scheduler.state_dict())
-        self._scheduler_description = describe(self.repeat_scheduler)
+        self._given_scheduler = repeat_scheduler
+        self._initial_scheduler_state = copy.deepcopy(repeat_scheduler.state_dict()) if repeat_scheduler else {}
         self.primer_dataset = primer_dataset
         self._perplexity: TokenPerplexity | None = None
         self._reset_repetition()
+        if primer_dataset is not None:
+            self._check_primer()
         if self._is_active:
             self._refuse_unsupported()
             self.add_callback(TraceCallback())
@@ -155,23 +155,32 @@ class ABRMixin(_AnyTrainer):
                 or getattr(self, "is_distributed_loading_by_transformers", False),
                 "a model or a sequence split over ranks gives each rank a part of the loss",
             ),
+            (is_sagemaker_mp_enabled(), "SageMaker model parallelism runs its own forward-backward"),
+            (
+                args.gradient_accumulation_steps > 1
+                and self.model_accepts_loss_kwargs
+                and not (self._loss_shifts_labels or self.compute_loss_func)
+                and getattr(self, "loss_is_scaled_for_ga", None) is None,
+                f"{type(self.model).__name__} may scale its loss with --gradient_accumulation_steps; say so with the "
+                "attribute `loss_is_scaled_for_ga` of your Trainer subclass",
+            ),
         ]
         for refused, reason in refusals:
             if refused:
                 raise ValueError(
                     f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
                 )
-        if self._budget is not None and (
-            args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-            or not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR | None)
-        ):
-            raise ValueError(
-                "--max_passes makes the learning rate a function of the compute spent, which "
-                f"{args.lr_scheduler_type if self.lr_scheduler is None else type(self.lr_scheduler).__name__} is not. "
-                "Use a schedule that is a function of the step, such as linear or cosine."
-            )
-        if self.primer_dataset is not None:
-            self._check_primer()
+        if self._budget is not None:
+            if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+                self._refuse_schedule(args.lr_scheduler_type.value)
+            if not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR | None):
+                self._refuse_schedule(type(self.lr_scheduler).__name__)
+
+    def _refuse_schedule(self, name: str) -> None:
+        raise ValueError(
+            f"--max_passes makes the learning rate a function of the compute spent, which {name} is not. "
+            "Use a schedule that is a function of the step, such as linear or cosine."
+        )
 
     def _check_primer(self) -> None:
         batches = self._setting("primer_batches")
@@ -186,23 +195,26 @@ class ABRMixin(_AnyTrainer):
 
     def _reset_repetition(self) -> None:
         """Forget everything a run has learnt and spent."""
-        if self._is_active and not self._scheduler_given:
-            self.repeat_scheduler = self.args.build_repeat_scheduler()
-            self._scheduler_description = describe(self.repeat_scheduler)
-        else:
+        if self._given_scheduler is not None:
+            self.repeat_scheduler = self._given_scheduler
             self.repeat_scheduler.load_state_dict(copy.deepcopy(self._initial_scheduler_state))
+        else:
+            self.repeat_scheduler = self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
+        self._scheduler_description = repr(self.repeat_scheduler)
         self.ledger = ComputeLedger(share=self._forward_share())
         self._batch = _Batch()
         self._window = LogWindow()
         self._skips_in_a_row: list[tuple[int, str]] = []
         self._flops_per_token: float | None = None
-        self._restored_log: tuple[float, int] | None = None
+        self._restored_log: tuple[list[float], int] | None = None
+        self._non_finite_batches = 0
+        self._epoch_iterator: Any = None
+        self._batches_in_epoch = 0
 
     def _forward_share(self) -> Fraction:
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
         trainable = sum(size for size, requires_grad in sizes if requires_grad)
-        checkpointing = getattr(self.args, "activation_checkpointing", None) or self.args.gradient_checkpointing
-        return forward_share(2 * trainable < sum(size for size, _ in sizes), bool(checkpointing))
+        return forward_share(2 * trainable < sum(size for size, _ in sizes), checkpoints_activations(self.args))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its
@@ -214,13 +226,24 @@ class ABRMixin(_AnyTrainer):
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
         # The start of every inner training loop, those among them that follow an out-of-memory error.
         self._reset_repetition()
-        position = super()._init_training_state(max_steps, *args, **kwargs)
-        if self._is_active and self._budget is not None:
+        position: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        if not self._is_active:
+            return position
+        if self._budget is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
             self.state.compute_steps(self.args, self._budget)
+        if checkpoint is not None and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
+            # Trainer takes a data set without length for endless, and would look for the position in its first round.
+            batches = self._read_repetition_state(checkpoint).get("batches_in_epoch")
+            if batches is not None:
+                position = int(self.state.epoch or 0), batches * self.args.gradient_accumulation_steps
         return position
 
     def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> Any:
@@ -231,12 +254,15 @@ class ABRMixin(_AnyTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._is_active:
-            tr_loss = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+            state = self._repetition_state()  # on every rank: an error must not leave the others waiting
             if self.args.should_save:
-                write_json(Path(output_dir, ABR_STATE_NAME), self._repetition_state(tr_loss))
+                replacement = Path(output_dir, ABR_STATE_NAME + ".tmp")
+                replacement.write_text(state, encoding="utf-8")
+                replacement.replace(Path(output_dir, ABR_STATE_NAME))
 
-    def _repetition_state(self, tr_loss: list[float]) -> dict[str, Any]:
-        return {
+    def _repetition_state(self) -> str:
+        """Return what a resumed run needs, as strict JSON."""
+        state = {
             "format": 1,
             "ledger": self.ledger.state_dict(),
             "repeat_scheduler": {
@@ -244,36 +270,52 @@ class ABRMixin(_AnyTrainer):
                 "state": self.repeat_scheduler.state_dict(),
             },
             "skips_in_a_row": self._skips_in_a_row,
-            "log_window": self._window.state_dict(),
-            "log": {"tr_loss": tr_loss, "last_logged": self._globalstep_last_logged},
+            "batches_in_epoch": self._batches_in_epoch,
+            "log": {
+                "window": self._window.state_dict(),
+                "tr_loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+                "last_logged": self._globalstep_last_logged,
+            },
         }
+        try:
+            return json.dumps(state, allow_nan=False, indent=2) + "\n"
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"The state_dict of {self._scheduler_description} is not JSON: {error}.") from error
+
+    def _read_repetition_state(self, checkpoint: str) -> dict[str, Any]:
+        path = Path(checkpoint, ABR_STATE_NAME)
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return state
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._is_active and checkpoint is not None:
-            self._load_repetition_state(Path(checkpoint, ABR_STATE_NAME))
+            self._load_repetition_state(checkpoint)
 
-    def _load_repetition_state(self, path: Path) -> None:
-        if not path.exists():
+    def _load_repetition_state(self, checkpoint: str) -> None:
+        state = self._read_repetition_state(checkpoint)
+        if not state:
             step = self.state.global_step
+            if self._budget is not None:
+                raise ValueError(f"{checkpoint} has no {ABR_STATE_NAME}: what it spent of --max_passes is unknown.")
             logger.warning(
-                f"{path} does not exist: taking each of the {step} batches before it for one ordinary pass."
+                f"{checkpoint} has no {ABR_STATE_NAME}: taking each of its {step} batches for one ordinary pass."
             )
             self.ledger.batches = self.ledger.updates = step
             self.ledger.passes = Fraction(step)
             return
-        state = json.loads(path.read_text(encoding="utf-8"))
         self.ledger.load_state_dict(state["ledger"])
         self._skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
-        self._window = LogWindow(**state["log_window"])
+        self._batches_in_epoch = state["batches_in_epoch"]
         saved, now = state["repeat_scheduler"]["description"], self._scheduler_description
         if saved == now:
             self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
         else:
             logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
-        tr_loss = state["log"]["tr_loss"]
-        if len(tr_loss) == self.args.world_size:
-            self._restored_log = tr_loss[self.args.process_index], state["log"]["last_logged"]
+        log = state["log"]
+        if len(log["tr_loss"]) == self.args.world_size:
+            self._window = LogWindow(**log["window"])
+            self._restored_log = log["tr_loss"], log["last_logged"]
 
     # ---- One batch ----
 
@@ -283,11 +325,20 @@ class ABRMixin(_AnyTrainer):
         if self._is_spent():  # a finished run, resumed
             self.control.should_training_stop = True
             return [], None
-        if self._batch.calls:
-            # A data set without length ended in the middle of a batch: its gradients must not leak into this one.
-            self.model_wrapped.zero_grad()
+        if epoch_iterator is not self._epoch_iterator:
+            if self._epoch_iterator is not None:
+                self._batches_in_epoch = 0
+            self._epoch_iterator = epoch_iterator
         self._batch = _Batch()
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batch_samples) < num_batches:
+            # A data set without length ended in the middle of a batch. Trainer would leave its gradients to the next.
+            if batch_samples and self.state.global_step == 0:
+                raise ValueError(
+                    f"The training set ended after {len(batch_samples)} micro-batches, before the first batch of "
+                    f"--gradient_accumulation_steps {num_batches} was complete."
+                )
+            return [], None
         if self.primer_dataset is not None and self.ledger.batches < self._setting("primer_batches"):
             batch_samples = self._primer_batch(len(batch_samples))
             num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
@@ -333,6 +384,11 @@ class ABRMixin(_AnyTrainer):
         if not math.isfinite(decision.observation.loss):
             # Neither this loss nor those before it in the batch enter the logged mean; `log` divides by the others.
             self._tr_loss.copy_(batch.tr_loss_before)
+            self._non_finite_batches += 1
+            if self.is_world_process_zero():
+                logger.warning(
+                    f"Batch {decision.observation.batch} is skipped: its loss is {decision.observation.loss}."
+                )
             return torch.zeros_like(loss)
         return loss
 
@@ -340,8 +396,8 @@ class ABRMixin(_AnyTrainer):
         """After a checkpoint between two logs, go on with the loss that the killed run had summed up."""
         if self._restored_log is not None:
             tr_loss, self._globalstep_last_logged = self._restored_log
-            self._tr_loss += tr_loss
-            self._total_loss_scalar -= tr_loss  # `train` returns the mean loss of its own batches
+            self._tr_loss += tr_loss[self.args.process_index]
+            self._total_loss_scalar -= sum(tr_loss) / len(tr_loss)  # `train` returns the mean loss of its own batches
             self._restored_log = None
 
     @contextlib.contextmanager
@@ -457,25 +513,29 @@ class ABRMixin(_AnyTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return None if self._batch.update_withheld else super()._get_grad_norm(model, grad_norm=grad_norm)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
         # Called once after each batch, and once more at the end of an epoch.
         outcome = self._batch.outcome
         if outcome is not None:
             self._finish_batch(outcome)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if outcome is not None and len(self._skips_in_a_row) >= self._setting("max_consecutive_skips"):
-            raise TooManySkips(self._explain_skips())
+            if not self.control.should_save:
+                self._save_checkpoint(model, trial)
+            raise TooManySkips(self._explain_skips(trial))
 
     def _finish_batch(self, outcome: Outcome) -> None:
         seconds, learning_rate = time.perf_counter() - self._batch.started, self._batch.learning_rate
         self._batch = _Batch()
+        self.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the whole process
+        self._batches_in_epoch += 1
         self.ledger.close_batch(outcome.repeats, seconds)
         self.repeat_scheduler.observe(outcome)
         self._window.observe(outcome)
         if outcome.skipped:
             self._skips_in_a_row.append((outcome.observation.batch, f"{outcome.observation.loss:.4g}"))
-            if len(self._skips_in_a_row) >= self._setting("max_consecutive_skips"):
-                self.control.should_save = True
         else:
             self._skips_in_a_row.clear()
         for callback in self.callback_handler.callbacks:
@@ -490,9 +550,9 @@ class ABRMixin(_AnyTrainer):
                     seconds=seconds,
                 )
 
-    def _explain_skips(self) -> str:
+    def _explain_skips(self, trial: Any) -> str:
         last = ", ".join(f"{batch} (loss {loss})" for batch, loss in self._skips_in_a_row[-5:])
-        saved = Path(self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        saved = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         return (
             f"{len(self._skips_in_a_row)} batches in a row were skipped, --max_consecutive_skips is "
             f"{self._setting('max_consecutive_skips')}. The last were {last}. The run is saved in {saved}: "
@@ -536,9 +596,7 @@ class ABRMixin(_AnyTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(budget, optimizer)
         if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            raise ValueError(
-                f"--max_passes does not work with {type(scheduler).__name__}: it is no function of the step."
-            )
+            self._refuse_schedule(type(scheduler).__name__)
         scheduler.lr_lambdas = [self._on_budget_clock(factor, budget) for factor in scheduler.lr_lambdas]
         return scheduler
 
@@ -554,16 +612,25 @@ class ABRMixin(_AnyTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_active and "loss" in logs and self._window.batches:
-            loss = self._window.finite_mean(logs["loss"])
-            if math.isfinite(loss):
-                # The mean training loss of the whole run must not count a non-finite batch as 0 either.
-                self._total_loss_scalar += (loss - logs["loss"]) * self._window.batches
-            logs["loss"] = loss
-            logs.update(self._window.logs(loss, self.ledger))
+            logs["loss"] = self._window.finite_mean(logs["loss"])
+            logs.update(self._window.logs(logs["loss"], self.ledger))
             self._window = LogWindow()
         elif self._is_active and "train_runtime" in logs:
             logs.update({f"train_{name}": value for name, value in self.ledger.summary().items()})
         super().log(logs, *args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        if self._is_active and self._budget is not None:
+            # Trainer planned for as many batches as the budget could have bought.
+            num_train_samples = self.state.global_step * self.get_total_train_batch_size(self.args)
+        if self._non_finite_batches:
+            # They gave 0 to the sum that Trainer divides by all batches: make that the mean over the others.
+            batches = self.state.global_step - getattr(self, "_initial_global_step", 0)
+            finite = batches - self._non_finite_batches
+            rest = self._tr_loss.item()
+            total = self._total_loss_scalar + rest
+            self._total_loss_scalar = (total * batches / finite if finite else math.nan) - rest
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as `Trainer` does; for a causal language model, add its token-exact perplexity to the metrics."""
@@ -591,11 +658,6 @@ class ABRTrainer(ABRMixin, Trainer):
     """`transformers.Trainer` with adaptive batch repetition."""
 
 
-def describe(scheduler: RepeatScheduler) -> str:
-    """Name a scheduler with its parameters, so that a checkpoint can tell whether its state fits."""
-    return repr(scheduler) if dataclasses.is_dataclass(scheduler) else type(scheduler).__qualname__
-
-
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the newest checkpoint written to its end, or None. A killed run can leave a newer one half-written."""
     checkpoints = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
@@ -610,7 +672,7 @@ def find_checkpoint(args: ABRConfig) -> str | None:
         ValueError: There is no such checkpoint.
     """
     wanted = args.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
+    if not wanted:
         return None
     found = last_complete_checkpoint(str(args.output_dir)) if str(wanted).lower() == "true" else wanted
     if found is None:
@@ -620,6 +682,15 @@ def find_checkpoint(args: ABRConfig) -> str | None:
             f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE_NAME} in it."
         )
     return found
+
+
+def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:
+    """Rename the checkpoints after this one to `abandoned-...`: a run that goes back must not be resumed from them."""
+    if args.process_index == 0 and Path(checkpoint).resolve().parent == Path(str(args.output_dir)).resolve():
+        for later in Path(checkpoint).parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if _step_of(later) > _step_of(Path(checkpoint)):
+                logger.warning(f"Going back to {checkpoint}: {later} is renamed to abandoned-{later.name}.")
+                later.rename(later.with_name(f"abandoned-{later.name}"))
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -633,10 +704,3 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError, TypeError):
         return False
     return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON, all or nothing."""
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps(value, allow_nan=False, indent=2) + "\n", encoding="utf-8")
-    replacement.replace(path)

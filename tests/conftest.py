@@ -33,6 +33,35 @@ class Scripted(RepeatScheduler):
         self.outcomes.append(outcome)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length, the same in every round."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class Counting(RepeatScheduler):
+    """Repeat every third batch that was trained on: a rule that remembers, and is no dataclass."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def decide(self, observation):
+        return 2 if self.seen % 3 == 2 else 1
+
+    def observe(self, outcome):
+        self.seen += 1
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state.get("seen", 0)
+
+
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     set_seed(seed)
     options = dict(

@@ -150,9 +150,42 @@ def test_a_directory_in_use_is_left_alone_unless_told_otherwise(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
-        check_output_dir(config("--output_dir", str(tmp_path)))
+        check_output_dir(config("--output_dir", str(tmp_path), "--do_train"))
     check_output_dir(config("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"))
-    overwriting = config("--output_dir", str(tmp_path), "--overwrite_output_dir")
+    overwriting = config("--output_dir", str(tmp_path), "--overwrite_output_dir", "--do_train")
     check_output_dir(overwriting)
     clear_output_dir(overwriting)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_adapter_of_an_earlier_run_does_not_survive_full_weights(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors", "all_results.json"):
+        (tmp_path / name).touch()
+    clear_output_dir(config("--output_dir", str(tmp_path), "--overwrite_output_dir", "--do_train"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_alone_neither_needs_nor_clears_an_empty_directory(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    evaluating = config("--output_dir", str(tmp_path), "--overwrite_output_dir", "--do_eval")
+    check_output_dir(config("--output_dir", str(tmp_path), "--do_eval"))
+    clear_output_dir(evaluating)
+    assert (tmp_path / "checkpoint-3").exists()
+
+
+def test_an_output_directory_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file"):
+        check_output_dir(config("--output_dir", str(tmp_path / "file"), "--do_train"))
+
+
+def test_yaml_reads_no_as_false_and_we_do_not(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("save_strategy: no\nresume_from_checkpoint: no\nuse_lora: no\nreport_to: none\n")
+    model, _, args = parse_arguments(CLASSES, [str(file)])
+    assert (args.save_strategy, model.use_lora) == ("no", False)
+
+
+@pytest.mark.parametrize("value", ["false", "False"])
+def test_resuming_can_be_switched_off(value):
+    assert config("--resume_from_checkpoint", value).resume_from_checkpoint is None

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer, LlamaConfig
 
-from abr_trainer.data import DataArguments, choose_block_size, load_blocks
+from abr_trainer.data import Corpus, DataArguments, choose_block_size, find_corpus, load_blocks
 from abr_trainer.demo import DEMO_MODEL
 from tests.conftest import SHARED
 
@@ -162,6 +162,36 @@ def test_a_bad_file_is_told_in_one_line_that_names_it(tmp_path, tokenizer, conte
         load_blocks(DataArguments(train_file=str(path), **arguments), tokenizer, 64, ["train"])
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_one_row_cannot_be_split(tmp_path, tokenizer):
+    arguments = DataArguments(train_file=write_rows(tmp_path / "one.jsonl", [{"text": "The owl. " * 100}]))
+    with pytest.raises(ValueError, match="has too few rows to hold some out. Give --validation_file."):
+        load_blocks(arguments, tokenizer, 8, ["train", "validation"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"text": "a"}\n', "is shorter than one block"), ('{"text": \n', "cannot be read")]
+)
+def test_a_bad_stream_is_told_before_training(tmp_path, tokenizer, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_blocks(DataArguments(train_file=str(path), streaming=True), tokenizer, 64, ["train"])
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_name_is_no_pattern(tmp_path, tokenizer):
+    path = tmp_path / "part[1].txt"
+    path.write_text("The owl.\n" * 100)
+    assert len(load_blocks(DataArguments(train_file=str(path)), tokenizer, 8, ["train"])["train"]) > 1
+
+
+def test_a_corpus_is_known_by_its_path_too():
+    assert find_corpus("Salesforce/wikitext").rows_are_lines
+    assert DataArguments(dataset_name="allenai/c4").is_streamed
+    assert find_corpus("someone/else") == Corpus("someone/else")
 
 
 def test_a_missing_split_is_told(tmp_path, tokenizer):

@@ -83,7 +83,10 @@ def test_a_quantised_model_trains_its_adapter_and_says_what_is_quantised(build, 
     [
         ({"load_in_8bit": True, "load_in_4bit": True}, "--load_in_8bit and --load_in_4bit exclude each other."),
         ({"load_in_4bit": True, "use_lora": False}, "Quantised weights cannot be trained"),
-        ({"llm_int8_enable_fp32_cpu_offload": True}, "--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit."),
+        (
+            {"llm_int8_enable_fp32_cpu_offload": True},
+            "--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit and --device_map auto.",
+        ),
         ({"lora_r": 0}, "--lora_r must be at least 1, got 0."),
     ],
 )

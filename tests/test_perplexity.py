@@ -71,6 +71,16 @@ def test_a_likelihood_that_is_not_finite_is_not_dropped(build):
     assert math.isnan(trainer.evaluate(token_rows(2))["eval_perplexity"])
 
 
+@torch.no_grad()
+def test_positions_before_the_labels_do_not_count():
+    # Prompt tuning puts virtual tokens before the text: their logits have no labels.
+    model, row = tiny_llama().eval(), token_rows(1)[0]
+    logits = model(row["input_ids"][None]).logits
+    plain = causal_nll(logits, row["labels"][None])
+    prompted = causal_nll(torch.cat([torch.randn(1, 3, 64), logits], dim=1), row["labels"][None])
+    assert torch.equal(plain[0], prompted[0])
+
+
 def test_predict_reports_it_too_and_returns_the_logits_as_before(build):
     rows = token_rows(3)
     output = build().predict(rows)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from abr_trainer import ABRConfig
 from abr_trainer.callbacks import read_trace
 from abr_trainer.schedulers import ConstantScheduler, ThresholdScheduler
-from abr_trainer.trainer import find_checkpoint, last_complete_checkpoint
-from tests.conftest import Scripted, log_without_times, token_rows, weights
+from abr_trainer.trainer import find_checkpoint, last_complete_checkpoint, set_aside_later_checkpoints
+from tests.conftest import Scripted, Stream, log_without_times, token_rows, weights
 from tests.jobs import resumable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +75,8 @@ def test_a_checkpoint_between_two_logs_changes_no_log(train, tmp_path, save_step
     )
     assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
     assert torch.equal(weights(resumed.model), weights(whole.model))
+    if not hasattr(resumed, "_initial_global_step"):
+        return  # before 5.20 or so, Trainer divides the loss of its own batches by those of the whole run
     # As in Trainer, the mean loss of a call of `train` is that of its own batches.
     own = [outcome.losses[0] for outcome in resumed.repeat_scheduler.outcomes]
     assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(sum(own) / len(own), rel=1e-5)
@@ -113,6 +116,64 @@ def test_another_scheduler_starts_with_an_empty_history(train, tmp_path, caplog)
     assert resumed.ledger.batches == 6
 
 
+def test_a_rule_of_ones_own_keeps_its_state_inside_an_outlier_rule(train, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 4}
+    path = "tests.conftest:Counting"
+    whole = train(config_cls=config_with(path), output_dir=str(tmp_path / "whole"), **options)
+    resumed = train(
+        config_cls=config_with(path),
+        output_dir=str(tmp_path / "resumed"),
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"),
+        **options,
+    )
+    assert resumed.repeat_scheduler.state_dict() == whole.repeat_scheduler.state_dict()
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def config_with(scheduler):
+    return lambda **config: ABRConfig(repeat_scheduler=scheduler, **config)
+
+
+@pytest.mark.parametrize("save_steps", [4, 5, 7])
+def test_a_stream_in_its_second_round_goes_on_where_it_stopped(train, tmp_path, save_steps):
+    # 10 rows are 5 batches: step 7 is the second batch of the second round, step 5 the last of the first.
+    options = {"data": Stream(token_rows(10)), "max_steps": 9, "save_strategy": "steps", "save_steps": save_steps}
+    whole = train(repeat_scheduler=Scripted(1), output_dir=str(tmp_path / "whole"), **options)
+    resumed = train(
+        repeat_scheduler=Scripted(1),
+        output_dir=str(tmp_path / "resumed"),
+        resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{save_steps}"),
+        **options,
+    )
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.state.epoch == whole.state.epoch
+
+
+def test_a_budget_is_not_guessed(train, tmp_path):
+    options = {"repeat_scheduler": Scripted(2), "max_passes": 8, "save_strategy": "steps", "save_steps": 2}
+    train(output_dir=str(tmp_path / "run"), save_only_model=True, **options)
+    with pytest.raises(ValueError, match="has no abr_state.json: what it spent of --max_passes is unknown"):
+        train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), **options)
+
+
+def test_a_state_that_is_not_json_is_told(build):
+    class Odd(Scripted):
+        def state_dict(self):
+            return {"mean": float("nan")}
+
+    with pytest.raises(TypeError, match="The state_dict of .*Odd.* is not JSON"):
+        build(repeat_scheduler=Odd(1), save_strategy="steps", save_steps=1).train()
+
+
+def test_going_back_sets_later_checkpoints_aside(train, tmp_path):
+    options = {"repeat_scheduler": Scripted(1), "save_strategy": "steps", "save_steps": 2}
+    trainer = train(output_dir=str(tmp_path / "run"), **options)
+    earlier = str(tmp_path / "run" / "checkpoint-2")
+    set_aside_later_checkpoints(trainer.args, earlier)
+    assert last_complete_checkpoint(tmp_path / "run") == earlier
+    assert (tmp_path / "run" / "abandoned-checkpoint-6" / "abr_state.json").exists()
+
+
 def test_a_checkpoint_of_stock_trainer_is_a_pass_a_batch(train, tmp_path, caplog):
     from transformers import Trainer, TrainingArguments
 
@@ -120,7 +181,7 @@ def test_a_checkpoint_of_stock_trainer_is_a_pass_a_batch(train, tmp_path, caplog
     train(trainer_cls=Trainer, config_cls=TrainingArguments, output_dir=str(tmp_path / "stock"), **options)
     checkpoint = str(tmp_path / "stock" / "checkpoint-3")
     resumed = train(repeat_scheduler=Scripted(2), resume_from_checkpoint=checkpoint, **options)
-    assert "taking each of the 3 batches before it for one ordinary pass" in caplog.text
+    assert "taking each of its 3 batches for one ordinary pass" in caplog.text
     assert resumed.ledger.passes == 3 + 3 * 2
 
 
@@ -136,7 +197,7 @@ def test_checkpoints_hold_json_and_no_pickle_of_ours(train, tmp_path):
     assert files(Scripted(1)) - files(None, TrainingArguments) == {"abr_state.json"}
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, None), ("false", None), ("true", "checkpoint-3")])
+@pytest.mark.parametrize(("given", "expected"), [(None, None), ("False", None), ("true", "checkpoint-3")])
 def test_the_script_finds_its_checkpoint(build, tmp_path, given, expected):
     trainer = build(
         repeat_scheduler=Scripted(1), save_strategy="steps", save_steps=3, max_steps=3, resume_from_checkpoint=given

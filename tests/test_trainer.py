@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.callbacks import read_trace
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
 from abr_trainer.trainer import TooManySkips
-from tests.conftest import Scripted, broken_row, log_without_times, tiny_llama, token_rows, weights
+from tests.conftest import Scripted, Stream, broken_row, log_without_times, tiny_llama, token_rows, weights
 
 ACCUMULATION = pytest.mark.parametrize("accumulation", [1, 4])  # 12 rows in twos: 6 micro-batches, so 4 + 2
 
@@ -309,6 +309,21 @@ def test_too_many_skips_in_a_row_save_and_stop(build):
     assert json.loads((checkpoint / "abr_state.json").read_text())["ledger"]["batches"] == 5
 
 
+def test_too_many_skips_save_whatever_the_save_strategy(build):
+    trainer = build(
+        repeat_scheduler=Scripted(0),
+        max_consecutive_skips=2,
+        save_strategy="best",
+        metric_for_best_model="loss",
+        eval_strategy="steps",
+        eval_steps=1,
+        trainer_options={"eval_dataset": token_rows(2)},
+    )
+    with pytest.raises(TooManySkips):
+        trainer.train()
+    assert Path(trainer.args.output_dir, "checkpoint-2", "abr_state.json").exists()
+
+
 def test_a_trained_batch_ends_a_row_of_skips(train):
     trainer = train(repeat_scheduler=Scripted(0, 0, 1, 0, 0, 1), max_consecutive_skips=3)
     assert trainer.ledger.skips == 4
@@ -453,15 +468,42 @@ def test_training_again_starts_clean(train):
     assert len(list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))) == 6
 
 
-def test_an_unsized_stream_that_ends_in_the_middle_of_a_batch_leaks_no_gradient(train):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(token_rows(6))  # three micro-batches, in groups of two
-
-    ours = train(data=Stream(), repeat_scheduler=Scripted(1), gradient_accumulation_steps=2, max_steps=3)
-    # Each round through the stream gives one whole batch and half of one, which is dropped.
-    same = train(data=token_rows(6)[:4] * 3, repeat_scheduler=Scripted(1), gradient_accumulation_steps=2)
+def test_an_unsized_stream_that_ends_in_the_middle_of_a_batch_leaks_nothing(train):
+    # Three micro-batches in groups of two: each round gives one whole batch and half of one, which is dropped.
+    options = {"repeat_scheduler": Scripted(1), "gradient_accumulation_steps": 2, "logging_steps": 1}
+    ours = train(data=Stream(token_rows(6)), max_steps=3, **options)
+    same = train(data=token_rows(6)[:4] * 3, **options)
     assert torch.equal(weights(ours.model), weights(same.model))
+    losses = [[logs["loss"] for logs in trainer.state.log_history if "loss" in logs] for trainer in (ours, same)]
+    assert losses[0] == losses[1]
+    assert ours.ledger.forwards == same.ledger.forwards == 6
+
+
+def test_a_stream_shorter_than_a_batch_is_told(build):
+    trainer = build(
+        data=Stream(token_rows(6)), repeat_scheduler=Scripted(1), gradient_accumulation_steps=4, max_passes=3
+    )
+    with pytest.raises(ValueError, match="ended after 3 micro-batches, before the first batch of"):
+        trainer.train()
+
+
+def test_the_mean_loss_of_a_run_leaves_out_what_is_not_finite(train):
+    rows = token_rows(12)
+    rows[10], rows[11] = broken_row(rows[10]), broken_row(rows[11])  # the last batch, after the last log
+    trainer = train(data=rows, repeat_scheduler=Scripted(1), logging_steps=4)
+    losses = [outcome.losses[0] for outcome in trainer.repeat_scheduler.outcomes]
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses[:5]) / 5, rel=1e-6)
+
+
+def test_a_budget_does_not_inflate_the_throughput(train):
+    metrics = train(repeat_scheduler=Scripted(2), max_passes=8).state.log_history[-1]
+    ratio = metrics["train_samples_per_second"] / metrics["train_steps_per_second"]
+    assert ratio == pytest.approx(2, rel=0.02)  # rows a batch
+
+
+def test_a_skip_at_the_end_leaves_other_loops_alone(train):
+    trainer = train(repeat_scheduler=Scripted(1, 1, 1, 1, 1, 0))
+    assert trainer.accelerator.sync_gradients
 
 
 def test_a_lower_perplexity_is_better_unless_told_otherwise():
@@ -482,6 +524,7 @@ def test_a_decision_that_is_no_count_is_refused(build, decision, error, message)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"model": "t5", "gradient_accumulation_steps": 2}, "may scale its loss with --gradient_accumulation_steps"),
         ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint can save in the middle of a batch"),
         ({"optim": "lomo"}, "--optim lomo updates the weights inside the backward"),
         ({"optim": "galore_adamw_layerwise"}, "updates the weights inside the backward"),
@@ -492,6 +535,9 @@ def test_a_decision_that_is_no_count_is_refused(build, decision, error, message)
     ],
 )
 def test_what_cannot_be_right_is_refused_at_construction(build, options, message):
+    if options.get("model") == "t5":
+        config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        options = {**options, "model": T5ForConditionalGeneration(config)}
     with pytest.raises(ValueError, match=message):
         build(repeat_scheduler=Scripted(1), trainer_options={"eval_dataset": token_rows(2)}, **options)
 

@@ -58,6 +58,10 @@ class RepeatScheduler(ABC):
 
     reason: ClassVar[str] = "scheduler"
 
+    def __repr__(self) -> str:
+        """Name the rule: a checkpoint tells by it whether its state fits. A dataclass adds its parameters."""
+        return f"{type(self).__qualname__}()"
+
     @abstractmethod
     def decide(self, observation: Observation) -> int:
         """Return the repeats of this batch: 0 to skip it, 1 to train on it once, n for n updates."""
