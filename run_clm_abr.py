@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import default_data_collator, set_seed
 
-from abr_trainer.callbacks import TRACE_NAME, summarise
+from abr_trainer.callbacks import summarise
 from abr_trainer.config import (
     ABRConfig,
     check_output_dir,
@@ -86,13 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
 
     if trainer.is_world_process_zero():
-        print("", *summarise(trainer.state.log_history, trainer.ledger), sep="\n")
-        if "test_perplexity" in results:
-            print(f"test        perplexity {results['test_perplexity']:.2f}")
-        if args.do_train:
-            output = Path(args.output_dir).resolve()
-            print(f"model       {output}", f"trace       {output / TRACE_NAME}", sep="\n")
-            print(*(f"TensorBoard tensorboard --logdir {logs}" for logs in output.glob("runs")), sep="\n")
+        print("", *summarise(trainer.state.log_history, trainer.ledger, results, Path(args.output_dir)), sep="\n")
     return results
 
 

@@ -184,22 +184,30 @@ class ABRProgressCallback(ProgressCallback):
             self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
 
 
-def summarise(log_history: list[dict[str, float]], ledger: ComputeLedger) -> list[str]:
-    """Return a line each on what a run reached and what it spent: perplexities first, then the ledger."""
-    evaluations = [logs for logs in log_history if "eval_perplexity" in logs]
+def summarise(
+    log_history: list[dict[str, float]], ledger: ComputeLedger, results: dict[str, float], output_dir: Path
+) -> list[str]:
+    """Return a line each on what a run reached, what it spent, and where its files are."""
     lines = []
+    evaluations = [logs for logs in log_history if "eval_perplexity" in logs]
     if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        before = "before training" if first["step"] == 0 else f"after {first['step']} batches"
-        change = last["eval_perplexity"] / first["eval_perplexity"] - 1
-        lines += [
-            f"perplexity  {first['eval_perplexity']:.2f} {before}, {last['eval_perplexity']:.2f} now ({change:+.1%}); "
-            f"exp(nll per target token) over {last['eval_target_tokens']:,} tokens of the evaluation set"
-        ]
+        first, last = evaluations[0]["eval_perplexity"], evaluations[-1]["eval_perplexity"]
+        tokens = f"exp(nll per target token) over {evaluations[-1]['eval_target_tokens']:,} tokens"
+        if evaluations[0]["step"] == 0 and ledger.batches:
+            lines.append(
+                f"evaluation  perplexity {first:.2f} before, {last:.2f} after ({last / first - 1:+.1%}); {tokens}"
+            )
+        else:
+            lines.append(f"evaluation  perplexity {last:.2f}; {tokens}")
+    if "test_perplexity" in results:
+        lines.append(f"test        perplexity {results['test_perplexity']:.2f}")
     if ledger.batches:
         lines += [
             f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
-            f"cost        {float(ledger.passes):.2f} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
+            f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
             f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
+            f"model       {output_dir}",
+            f"trace       {output_dir / TRACE_NAME}",
+            *(f"TensorBoard tensorboard --logdir {logs}" for logs in output_dir.glob("runs")),
         ]
     return lines
