@@ -112,7 +112,9 @@ class ABRMixin(_AnyTrainer):
         super().__init__(*args, **kwargs)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
         self._given_scheduler = repeat_scheduler
-        self._initial_scheduler_state = copy.deepcopy(repeat_scheduler.state_dict()) if repeat_scheduler else {}
+        self._initial_scheduler_state = (
+            {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
+        )
         self.primer_dataset = primer_dataset
         self._perplexity: TokenPerplexity | None = None
         self._reset_repetition()
