@@ -150,7 +150,9 @@ def load_model(
     if len(tokenizer) > int(model.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
         # Only then: an adapter trained on resized embeddings carries the whole table.
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for settings in (model.config, model.generation_config):
+        if settings is not None:
+            settings.pad_token_id = tokenizer.pad_token_id
     if not arguments.use_lora:
         return model
     if getattr(model, "is_quantized", False):
