@@ -14,18 +14,18 @@ from pathlib import Path
 from transformers import default_data_collator, set_seed
 
 from abr_trainer.callbacks import summarise
-from abr_trainer.config import (
-    ABRConfig,
-    check_output_dir,
-    checkpoints_activations,
-    clear_output_dir,
-    one_line_errors,
-    parse_arguments,
-    write_provenance,
-)
+from abr_trainer.command_line import one_line_errors, parse_arguments
+from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.trainer import ABRTrainer, TooManySkips, find_checkpoint, set_aside_later_checkpoints
+from abr_trainer.run_directory import (
+    check_output_dir,
+    clear_output_dir,
+    find_checkpoint,
+    set_aside_later_checkpoints,
+    write_provenance,
+)
+from abr_trainer.trainer import ABRTrainer, TooManySkips
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

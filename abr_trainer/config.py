@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import difflib
 import inspect
 import json
 import math
-import platform
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import TrainingArguments
 
 from .ledger import forward_share
 from .schedulers import (
@@ -33,12 +21,6 @@ from .schedulers import (
 
 CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 """The least a batch can cost, in passes."""
-
-RUN_FILES = (
-    *("checkpoint-*", "abandoned-checkpoint-*", "runs", "abr_trace.jsonl", "*_results.json", "trainer_state.json"),
-    *("run.json", "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
-)
-"""What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
 
 
 @dataclass
@@ -186,126 +168,6 @@ def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
     return value
 
 
-def parse_arguments(argument_classes: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Parse a command line into these dataclasses, with `HfArgumentParser`.
-
-    The first argument may be a `.yaml`, `.yml` or `.json` file of flags without their dashes; flags after it win.
-
-    Raises:
-        ValueError: A flag is unknown or has a bad value.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(argument_classes)
-    parser.error = _raise_value_error  # type: ignore[method-assign]
-    known = {option: action for action in parser._actions for option in action.option_strings}
-    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        argv = [*_flags_from_file(Path(argv[0]), known), *argv[1:]]
-    for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
-        if flag not in known:
-            close = difflib.get_close_matches(flag, known, n=1)
-            raise ValueError(f"Unknown flag {flag}." + (f" Did you mean {close[0]}?" if close else " See --help."))
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-
-
-def _raise_value_error(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
-def _flags_from_file(path: Path, known: dict[str, argparse.Action]) -> list[str]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of flags to values.")
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, bool) and getattr(known.get(f"--{name}"), "type", None) is not string_to_bool:
-            value = "yes" if value else "no"  # YAML reads `save_strategy: no` as false
-        if isinstance(value, dict):
-            flags += [f"--{name}", json.dumps(value)]
-        elif value is not None:
-            flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return flags
-
-
-@contextlib.contextmanager
-def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with the message of an exception of these kinds, on one line, instead of a traceback."""
-    try:
-        yield
-    except kinds as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-
-
-def check_output_dir(config: ABRConfig) -> None:
-    """Refuse to mix two runs in one directory.
-
-    Raises:
-        ValueError: The directory is not empty, and the run neither resumes nor overwrites.
-    """
-    path = Path(str(config.output_dir))
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {path} is a file.")
-    allowed = config.resume_from_checkpoint or config.overwrite_output_dir or not config.do_train
-    if config.process_index == 0 and not allowed and path.exists() and any(path.iterdir()):
-        raise ValueError(
-            f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
-            "--overwrite_output_dir to start over, or another directory."
-        )
-
-
-def clear_output_dir(config: ABRConfig) -> None:
-    """With `overwrite_output_dir`, remove what an earlier run left, unless this one resumes it or does not train.
-
-    Nothing else is touched.
-    """
-    starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
-    if config.process_index == 0 and starts_over:
-        for pattern in RUN_FILES:
-            for old in Path(str(config.output_dir)).glob(pattern):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def write_provenance(config: ABRConfig, argv: Sequence[str]) -> None:
-    """Write `run.json`: the command line, versions, code and machine that made this run."""
-    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
-    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
-    provenance = {
-        "argv": list(argv),
-        "versions": {"python": platform.python_version(), **versions},
-        "git": _git_commit(),
-        "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
-    }
-    Path(str(config.output_dir), "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-
-
-def _git_commit() -> str | None:
-    """Return the commit of this checkout, with "-dirty" if it was changed; None without git or outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
-            return git("describe", "--always", "--dirty", "--abbrev=40")
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    return None
-
-
 def checkpoints_activations(args: TrainingArguments) -> bool:
     """Tell whether the backward recomputes activations, by the name that this version of transformers has for it."""
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -27,7 +27,6 @@ import functools
 import json
 import math
 import operator
-import os
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -35,26 +34,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
-from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
 from .config import ABRConfig, checkpoints_activations
+from .evaluation import PerplexityMixin
 from .ledger import ComputeLedger, forward_share
-from .perplexity import TokenPerplexity, causal_nll
+from .run_directory import last_complete_checkpoint
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
+from .support import check_schedule, refuse_unsupported
 
 logger = logging.get_logger(__name__)
 
 ABR_STATE_NAME = "abr_state.json"
-
-_AnyTrainer: Any = object
-"""What type checkers see as the base of the mixin: it calls methods of the Trainer it is mixed into."""
 
 
 class TooManySkips(RuntimeError):
@@ -84,7 +79,7 @@ class _Batch:
         self.update_withheld = False
 
 
-class ABRMixin(_AnyTrainer):
+class ABRMixin(PerplexityMixin):
     """Give any `Trainer` subclass batch repetition and skipping: `class MyTrainer(ABRMixin, SomeTrainer)`.
 
     With plain `TrainingArguments` and no scheduler it changes nothing at all.
@@ -116,12 +111,11 @@ class ABRMixin(_AnyTrainer):
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
         )
         self.primer_dataset = primer_dataset
-        self._perplexity: TokenPerplexity | None = None
         self._reset_repetition()
         if primer_dataset is not None:
             self._check_primer()
         if self._is_active:
-            self._refuse_unsupported()
+            refuse_unsupported(self, self._budget)
             self.add_callback(TraceCallback())
             if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
                 self.remove_callback(ProgressCallback)
@@ -136,64 +130,6 @@ class ABRMixin(_AnyTrainer):
     @property
     def _budget(self) -> int | None:
         return self._setting("max_passes")
-
-    def _refuse_unsupported(self) -> None:
-        args = self.args
-        engine = self.accelerator.distributed_type
-        by_engine = {
-            DistributedType.DEEPSPEED: "DeepSpeed updates the weights inside the backward",
-            DistributedType.MEGATRON_LM: "Megatron-LM runs its own forward-backward",
-            DistributedType.XLA: "XLA traces the loop, and a decision on a loss would cut every trace",
-        }
-        refusals = [
-            (engine in by_engine, by_engine.get(engine, "")),
-            (
-                "layerwise" in args.optim or "lomo" in args.optim,
-                f"--optim {args.optim.value} updates the weights inside the backward",
-            ),
-            (args.enable_jit_checkpoint, "--enable_jit_checkpoint can save in the middle of a batch"),
-            (
-                max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size()) > 1
-                or getattr(self, "is_distributed_loading_by_transformers", False),
-                "a model or a sequence split over ranks gives each rank a part of the loss",
-            ),
-            (is_sagemaker_mp_enabled(), "SageMaker model parallelism runs its own forward-backward"),
-            (
-                args.gradient_accumulation_steps > 1
-                and self.model_accepts_loss_kwargs
-                and not (self._loss_shifts_labels or self.compute_loss_func)
-                and getattr(self, "loss_is_scaled_for_ga", None) is None,
-                f"{type(self.model).__name__} may scale its loss with --gradient_accumulation_steps; say so with the "
-                "attribute `loss_is_scaled_for_ga` of your Trainer subclass",
-            ),
-        ]
-        for refused, reason in refusals:
-            if refused:
-                raise ValueError(
-                    f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
-                )
-        if self._budget is not None:
-            if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-                self._refuse_schedule(args.lr_scheduler_type.value)
-            if not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR | None):
-                self._refuse_schedule(type(self.lr_scheduler).__name__)
-
-    def _refuse_schedule(self, name: str) -> None:
-        raise ValueError(
-            f"--max_passes makes the learning rate a function of the compute spent, which {name} is not. "
-            "Use a schedule that is a function of the step, such as linear or cosine."
-        )
-
-    def _check_primer(self) -> None:
-        batches = self._setting("primer_batches")
-        if batches < 1:
-            raise ValueError("A primer needs --primer_batches: how many batches of it to train on.")
-        needed = batches * self.args.gradient_accumulation_steps * self.args.world_size * self._train_batch_size
-        if needed > len(self.primer_dataset):
-            raise ValueError(
-                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {batches} needs {needed}. "
-                "Give a longer --primer_file or ask for fewer batches."
-            )
 
     def _reset_repetition(self) -> None:
         """Forget everything a run has learnt and spent."""
@@ -248,10 +184,10 @@ class ABRMixin(_AnyTrainer):
                 position = int(self.state.epoch or 0), batches * self.args.gradient_accumulation_steps
         return position
 
-    def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> Any:
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         if self._is_active and skip_scheduler and self.state.global_step > 0:
             return {}  # `eval_on_start` of a resumed run: the evaluation before the first batch is in its log already.
-        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -345,6 +281,17 @@ class ABRMixin(_AnyTrainer):
             batch_samples = self._primer_batch(len(batch_samples))
             num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
         return batch_samples, num_items_in_batch
+
+    def _check_primer(self) -> None:
+        batches = self._setting("primer_batches")
+        if batches < 1:
+            raise ValueError("A primer needs --primer_batches: how many batches of it to train on.")
+        needed = batches * self.args.gradient_accumulation_steps * self.args.world_size * self._train_batch_size
+        if needed > len(self.primer_dataset):
+            raise ValueError(
+                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {batches} needs {needed}. "
+                "Give a longer --primer_file or ask for fewer batches."
+            )
 
     def _primer_batch(self, micro_batches: int) -> list[Any]:
         """Return the primer's next batch. It takes the place of a batch of the training set, so that the data position
@@ -597,8 +544,7 @@ class ABRMixin(_AnyTrainer):
         if not self._is_active or budget is None:
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(budget, optimizer)
-        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            self._refuse_schedule(type(scheduler).__name__)
+        check_schedule(scheduler)
         scheduler.lr_lambdas = [self._on_budget_clock(factor, budget) for factor in scheduler.lr_lambdas]
         return scheduler
 
@@ -634,75 +580,6 @@ class ABRMixin(_AnyTrainer):
             self._total_loss_scalar = (total * batches / finite if finite else math.nan) - rest
         return super()._finalize_training(trial, num_train_samples, start_time)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does; for a causal language model, add its token-exact perplexity to the metrics."""
-        self._perplexity = TokenPerplexity() if self._is_active and self._loss_shifts_labels else None
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._perplexity is not None and self._perplexity.tokens:
-            output.metrics[f"{metric_key_prefix}_perplexity"] = self._perplexity.perplexity
-            output.metrics[f"{metric_key_prefix}_target_tokens"] = self._perplexity.tokens
-        self._perplexity = None
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        if self._perplexity is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
-        token_logits = logits[0] if isinstance(logits, tuple) else logits
-        if isinstance(labels, Tensor):
-            self._perplexity.add(*self.accelerator.gather_for_metrics(causal_nll(token_logits, labels)))
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
-
 
 class ABRTrainer(ABRMixin, Trainer):
     """`transformers.Trainer` with adaptive batch repetition."""
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint written to its end, or None. A killed run can leave a newer one half-written."""
-    checkpoints = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
-    return next((str(checkpoint) for checkpoint in checkpoints if _is_complete(checkpoint)), None)
-
-
-def find_checkpoint(args: ABRConfig) -> str | None:
-    """Return the checkpoint that `resume_from_checkpoint` names; `true` is the last complete one in the output
-    directory.
-
-    Raises:
-        ValueError: There is no such checkpoint.
-    """
-    wanted = args.resume_from_checkpoint
-    if not wanted:
-        return None
-    found = last_complete_checkpoint(str(args.output_dir)) if str(wanted).lower() == "true" else wanted
-    if found is None:
-        raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {args.output_dir}.")
-    if not _is_complete(Path(found)):
-        raise ValueError(
-            f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE_NAME} in it."
-        )
-    return found
-
-
-def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:
-    """Rename the checkpoints after this one to `abandoned-...`: a run that goes back must not be resumed from them."""
-    if args.process_index == 0 and Path(checkpoint).resolve().parent == Path(str(args.output_dir)).resolve():
-        for later in Path(checkpoint).parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if _step_of(later) > _step_of(Path(checkpoint)):
-                logger.warning(f"Going back to {checkpoint}: {later} is renamed to abandoned-{later.name}.")
-                later.rename(later.with_name(f"abandoned-{later.name}"))
-
-
-def _step_of(checkpoint: Path) -> int:
-    step = checkpoint.name.rpartition("-")[2]
-    return int(step) if step.isdigit() else -1
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True

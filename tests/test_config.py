@@ -8,9 +8,11 @@ import re
 import pytest
 from transformers import TrainingArguments
 
-from abr_trainer.config import ABRConfig, check_output_dir, clear_output_dir, parse_arguments
+from abr_trainer.command_line import parse_arguments
+from abr_trainer.config import ABRConfig
 from abr_trainer.data import DataArguments
 from abr_trainer.modeling import ModelArguments
+from abr_trainer.run_directory import check_output_dir, clear_output_dir
 from abr_trainer.schedulers import (
     ClassicOutlierSkip,
     ConstantScheduler,

@@ -14,8 +14,8 @@ import torch
 
 from abr_trainer import ABRConfig
 from abr_trainer.callbacks import read_trace
+from abr_trainer.run_directory import find_checkpoint, last_complete_checkpoint, set_aside_later_checkpoints
 from abr_trainer.schedulers import ConstantScheduler, ThresholdScheduler
-from abr_trainer.trainer import find_checkpoint, last_complete_checkpoint, set_aside_later_checkpoints
 from tests.conftest import Scripted, Stream, log_without_times, token_rows, weights
 from tests.jobs import resumable
 

@@ -1,0 +1,46 @@
+"""Token-exact perplexity in every evaluation of a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from .perplexity import TokenPerplexity, causal_nll
+
+_AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
+
+
+class PerplexityMixin(_AnyTrainer):
+    """Add `*_perplexity` and `*_target_tokens` to what a Trainer of causal language models evaluates."""
+
+    _token_perplexity: TokenPerplexity | None = None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as `Trainer` does; for a causal language model, add its token-exact perplexity to the metrics."""
+        self._token_perplexity = TokenPerplexity() if self._is_active and self._loss_shifts_labels else None
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._token_perplexity is not None and self._token_perplexity.tokens:
+            output.metrics[f"{metric_key_prefix}_perplexity"] = self._token_perplexity.perplexity
+            output.metrics[f"{metric_key_prefix}_target_tokens"] = self._token_perplexity.tokens
+        self._token_perplexity = None
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        if self._token_perplexity is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
+        token_logits = logits[0] if isinstance(logits, tuple) else logits
+        if isinstance(labels, Tensor):
+            self._token_perplexity.add(*self.accelerator.gather_for_metrics(causal_nll(token_logits, labels)))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)

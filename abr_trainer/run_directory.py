@@ -1,0 +1,141 @@
+"""The output directory of a run: one run in it, where it came from, and where to resume it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .config import ABRConfig
+
+logger = logging.get_logger(__name__)
+
+RUN_FILES = (
+    *("checkpoint-*", "abandoned-checkpoint-*", "runs", "abr_trace.jsonl", "*_results.json", "trainer_state.json"),
+    *("run.json", "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
+)
+"""What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
+
+
+def check_output_dir(config: ABRConfig) -> None:
+    """Refuse to mix two runs in one directory.
+
+    Raises:
+        ValueError: The directory is not empty, and the run neither resumes nor overwrites.
+    """
+    path = Path(str(config.output_dir))
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output_dir {path} is a file.")
+    allowed = config.resume_from_checkpoint or config.overwrite_output_dir or not config.do_train
+    if config.process_index == 0 and not allowed and path.exists() and any(path.iterdir()):
+        raise ValueError(
+            f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
+            "--overwrite_output_dir to start over, or another directory."
+        )
+
+
+def clear_output_dir(config: ABRConfig) -> None:
+    """With `overwrite_output_dir`, remove what an earlier run left, unless this one resumes it or does not train.
+
+    Nothing else is touched.
+    """
+    starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
+    if config.process_index == 0 and starts_over:
+        for pattern in RUN_FILES:
+            for old in Path(str(config.output_dir)).glob(pattern):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def write_provenance(config: ABRConfig, argv: Sequence[str]) -> None:
+    """Write `run.json`: the command line, versions, code and machine that made this run."""
+    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    provenance = {
+        "argv": list(argv),
+        "versions": {"python": platform.python_version(), **versions},
+        "git": _git_commit(),
+        "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
+    }
+    Path(str(config.output_dir), "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this checkout, with "-dirty" if it was changed; None without git or outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            return git("describe", "--always", "--dirty", "--abbrev=40")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the newest checkpoint written to its end, or None. A killed run can leave a newer one half-written."""
+    checkpoints = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
+    return next((str(checkpoint) for checkpoint in checkpoints if _is_complete(checkpoint)), None)
+
+
+def find_checkpoint(args: ABRConfig) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` names; `true` is the last complete one in the output
+    directory.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None
+    found = last_complete_checkpoint(str(args.output_dir)) if str(wanted).lower() == "true" else wanted
+    if found is None:
+        raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {args.output_dir}.")
+    if not _is_complete(Path(found)):
+        raise ValueError(
+            f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE_NAME} in it."
+        )
+    return found
+
+
+def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:
+    """Rename the checkpoints after this one to `abandoned-...`: a run that goes back must not be resumed from them."""
+    if args.process_index == 0 and Path(checkpoint).resolve().parent == Path(str(args.output_dir)).resolve():
+        for later in Path(checkpoint).parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if _step_of(later) > _step_of(Path(checkpoint)):
+                logger.warning(f"Going back to {checkpoint}: {later} is renamed to abandoned-{later.name}.")
+                later.rename(later.with_name(f"abandoned-{later.name}"))
+
+
+def _step_of(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
