@@ -11,17 +11,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import default_data_collator, set_seed
 
-from abr_trainer.callbacks import summarise
+from abr_trainer.callbacks import last_evaluation, summarise
 from abr_trainer.command_line import one_line_errors, parse_arguments
 from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import (
     check_output_dir,
-    clear_output_dir,
     find_checkpoint,
+    replacing_previous_run,
     set_aside_later_checkpoints,
     write_provenance,
 )
@@ -42,14 +43,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 raise ValueError("--primer_file needs --primer_batches: how many batches of it to train on.")
             splits.append("primer")
         checkpoint = find_checkpoint(args) if args.do_train else None
-        check_output_dir(args)
+        check_output_dir(args, model_args.model_name_or_path)
         config, tokenizer = load_config(model_args), load_tokenizer(model_args)
         block_size = choose_block_size(data_args, config)
         with args.main_process_first(desc="preparing the data"):
             blocks = load_blocks(data_args, tokenizer, block_size, splits)
 
     set_seed(args.seed)
-    with one_line_errors(ValueError, OSError, ImportError, RuntimeError):
+    with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
         model = load_model(model_args, config, tokenizer, checkpoints_activations(args))
         trainer = ABRTrainer(
             model=model,
@@ -60,33 +61,32 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             processing_class=tokenizer,
             data_collator=default_data_collator,
         )
-    clear_output_dir(args)
-    if checkpoint is not None:
-        set_aside_later_checkpoints(args, checkpoint)
-    if trainer.is_world_process_zero():
-        write_provenance(args, sys.argv if argv is None else ["run_clm_abr.py", *argv])
-        print(*describe_model(model), sep="\n", flush=True)
-
     results: dict[str, float] = {}
-    if args.do_train:
-        with one_line_errors(TooManySkips):
+    with replacing_previous_run(args), one_line_errors(TooManySkips):
+        if trainer.is_world_process_zero():
+            write_provenance(args, sys.argv if argv is None else ["run_clm_abr.py", *argv], model_args, data_args)
+            print(*describe_model(model), sep="\n", flush=True)
+        if checkpoint is not None:
+            set_aside_later_checkpoints(args, checkpoint)
+        if args.do_train:
             results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        trainer.save_metrics("train", results)
-        trainer.save_state()
+            trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated
+            trainer.save_metrics("train", results)
+            trainer.save_state()
     if args.do_eval:
-        metrics = trainer.evaluate()
+        metrics = last_evaluation(trainer.state) if args.do_train and not args.load_best_model_at_end else None
+        metrics = metrics or trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         results |= metrics
     if args.do_predict:
         metrics = trainer.evaluate(blocks["test"], metric_key_prefix="test")
         trainer.save_metrics("test", metrics)
         results |= metrics
-    if args.push_to_hub:
-        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
 
     if trainer.is_world_process_zero():
         print("", *summarise(trainer.state.log_history, trainer.ledger, results, Path(args.output_dir)), sep="\n")
+    if args.push_to_hub:
+        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
     return results
 
 

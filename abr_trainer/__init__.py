@@ -14,10 +14,15 @@ _HOMES = {
     "ABRConfig": "config",
     "ABRMixin": "trainer",
     "ABRTrainer": "trainer",
+    "ClassicOutlierSkip": "schedulers",
     "ComputeLedger": "ledger",
+    "ConstantScheduler": "schedulers",
     "Observation": "schedulers",
     "Outcome": "schedulers",
     "RepeatScheduler": "schedulers",
+    "RobustOutlierSkip": "schedulers",
+    "ThresholdScheduler": "schedulers",
+    "UniformScheduler": "schedulers",
     "get_repeat_scheduler": "schedulers",
 }
 
@@ -26,9 +31,14 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from .config import ABRConfig as ABRConfig
     from .ledger import ComputeLedger as ComputeLedger
+    from .schedulers import ClassicOutlierSkip as ClassicOutlierSkip
+    from .schedulers import ConstantScheduler as ConstantScheduler
     from .schedulers import Observation as Observation
     from .schedulers import Outcome as Outcome
     from .schedulers import RepeatScheduler as RepeatScheduler
+    from .schedulers import RobustOutlierSkip as RobustOutlierSkip
+    from .schedulers import ThresholdScheduler as ThresholdScheduler
+    from .schedulers import UniformScheduler as UniformScheduler
     from .schedulers import get_repeat_scheduler as get_repeat_scheduler
     from .trainer import ABRMixin as ABRMixin
     from .trainer import ABRTrainer as ABRTrainer

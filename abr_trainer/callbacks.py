@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from .ledger import ComputeLedger
@@ -182,6 +182,14 @@ class ABRProgressCallback(ProgressCallback):
         )
         if self._budget is not None:
             self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
+
+
+def last_evaluation(state: TrainerState) -> dict[str, float] | None:
+    """Return the metrics of the last evaluation if nothing was trained since, or None."""
+    logs = next((logs for logs in reversed(state.log_history) if "eval_loss" in logs), None)
+    if logs is None or logs["step"] != state.global_step:
+        return None
+    return {name: value for name, value in logs.items() if name != "step"}
 
 
 def summarise(

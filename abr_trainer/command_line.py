@@ -66,5 +66,7 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """End the program with the message of an exception of these kinds, on one line, instead of a traceback."""
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise SystemExit("interrupted: --resume_from_checkpoint true goes on from the last checkpoint") from error
     except kinds as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error

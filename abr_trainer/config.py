@@ -15,9 +15,21 @@ from .schedulers import (
     OUTLIER_RULES,
     SCHEDULERS,
     RepeatScheduler,
+    find_repeat_scheduler,
     get_outlier_rule,
     get_repeat_scheduler,
 )
+
+LEAST_VALUES = {
+    "max_repeats": 1,
+    "max_consecutive_skips": 1,
+    "primer_batches": 0,
+    "max_passes": 1,
+    "learning_rate": 0,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+}
 
 CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 """The least a batch can cost, in passes."""
@@ -28,9 +40,9 @@ class ABRConfig(TrainingArguments):
     """`TrainingArguments` with the fields below.
 
     Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, and `eval_strategy`,
-    which is "epoch" where `do_eval` asks for evaluation and "no" elsewhere. `greater_is_better` is False for a
-    perplexity. `max_passes` sets `max_steps` to the most batches that the budget can buy; a `max_steps` given beside
-    it caps the number of batches.
+    which is "epoch" where `do_eval` asks for evaluation (that of `save_strategy` where the best model is loaded at the
+    end) and "no" elsewhere. `greater_is_better` is False for a perplexity. `max_passes` sets `max_steps` to the most
+    batches that the budget can buy; a `max_steps` given beside it caps the number of batches.
     """
 
     repeat_scheduler: str = field(
@@ -51,7 +63,10 @@ class ABRConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "First-pass loss, in nats per target token, that buys one update under 'abr'."},
     )
-    max_repeats: int = field(default=5, metadata={"help": "Most updates made on one batch."})
+    max_repeats: int = field(
+        default=5,
+        metadata={"help": "Most updates that 'abr' and 'random' make on one batch, and how many 'fixed' makes."},
+    )
     skip_outliers: str = field(
         default="robust",
         metadata={
@@ -101,7 +116,8 @@ class ABRConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.eval_strategy is None:
-            self.eval_strategy = "epoch" if self.do_eval else "no"
+            evaluates_with_saves = self.load_best_model_at_end and self.save_strategy in ("steps", "epoch")
+            self.eval_strategy = "no" if not self.do_eval else self.save_strategy if evaluates_with_saves else "epoch"
         if str(self.resume_from_checkpoint).lower() in ("false", "no"):
             self.resume_from_checkpoint = None
         if self.hub_token is not None:
@@ -122,12 +138,7 @@ class ABRConfig(TrainingArguments):
             self.repeat_scheduler_kwargs = _parse_json_object(
                 "--repeat_scheduler_kwargs", self.repeat_scheduler_kwargs
             )
-        for name, least in (
-            ("max_repeats", 1),
-            ("max_consecutive_skips", 1),
-            ("primer_batches", 0),
-            ("max_passes", 1),
-        ):
+        for name, least in LEAST_VALUES.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
@@ -150,8 +161,11 @@ class ABRConfig(TrainingArguments):
         flags = {"loss_threshold": self.loss_threshold, "max_repeats": self.max_repeats, "seed": self.seed}
         if self.repeat_scheduler == "fixed":
             flags["repeats"] = self.max_repeats
-        registered = SCHEDULERS.get(self.repeat_scheduler)
-        takes = inspect.signature(registered).parameters if registered else {}
+        scheduler_class = find_repeat_scheduler(self.repeat_scheduler)
+        if scheduler_class not in SCHEDULERS.values():
+            # A rule of one's own keeps its own defaults: only flags that were set reach it.
+            flags = {name: value for name, value in flags.items() if value != getattr(type(self), name)}
+        takes = inspect.signature(scheduler_class).parameters
         explicit = self.repeat_scheduler_kwargs or {}
         if isinstance(explicit, str):
             explicit = _parse_json_object("--repeat_scheduler_kwargs", explicit)

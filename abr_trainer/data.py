@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,13 +250,14 @@ def _load(origin: str, *args: Any, **kwargs: Any) -> Any:
         return load_dataset(*args, **kwargs)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{origin} cannot be read: {_first_line(cause)}") from error
+        raise ValueError(f"{origin} cannot be read: {one_line(cause)}") from error
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such configuration, a script
-        raise ValueError(f"{origin} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{origin} cannot be loaded: {one_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: BaseException) -> str:
+    """Return a message on one line, cut where it grows long."""
+    return textwrap.shorten(str(error).strip() or type(error).__name__, 300, placeholder=" ...")
 
 
 def _split_rows(rows: Rows, percentage: float) -> tuple[Rows, Rows]:
@@ -297,7 +299,7 @@ def _first(data: Dataset | IterableDataset, origin: str) -> dict[str, Any] | Non
     try:
         return next(iter(data), None)
     except Exception as error:  # each reader has its own
-        raise ValueError(f"{origin} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{origin} cannot be read: {one_line(error)}") from error
 
 
 def choose_text_column(example: dict[str, Any], wanted: str | None, origin: str) -> str:
@@ -312,7 +314,9 @@ def choose_text_column(example: dict[str, Any], wanted: str | None, origin: str)
     usual = [name for name in TEXT_COLUMNS if name in candidates]
     if usual or len(candidates) == 1:
         return (usual or candidates)[0]
-    raise ValueError(f"Which column of {origin} is the text? Choose with --text_column from {', '.join(example)}.")
+    if not candidates:
+        raise ValueError(f"{origin} has no column of text: its columns are {', '.join(example)}.")
+    raise ValueError(f"Which column of {origin} is the text? Choose with --text_column from {', '.join(candidates)}.")
 
 
 def _is_text(value: Any) -> bool:

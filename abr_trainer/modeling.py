@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .data import one_line
 from .demo import DEMO_MODEL
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,6 +95,8 @@ class ModelArguments:
                 "--device_map auto spreads one model over all devices, but several processes were started. Leave it "
                 "out: each process then loads the model on its own device."
             )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
         if self.lora_r < 1:
             raise ValueError(f"--lora_r must be at least 1, got {self.lora_r}.")
 
@@ -111,7 +115,11 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, **arguments.hub_options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if Path(name, "adapter_config.json").exists():
+            raise ValueError(
+                f"{flag} {name} is an adapter, not a model: give the model that it was trained on."
+            ) from error
+        raise ValueError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -120,7 +128,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments.hub_options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name} has no tokenizer: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{flag} {name} has no tokenizer: {one_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

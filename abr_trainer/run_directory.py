@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,47 +28,108 @@ RUN_FILES = (
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
 
+PROVENANCE = "run.json"
+PREVIOUS = "previous-run"
 
-def check_output_dir(config: ABRConfig) -> None:
-    """Refuse to mix two runs in one directory.
+MAY_DIFFER = (
+    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_", "logging_", "log_", "save_", "eval_"),
+    *("report_to", "run_name", "disable_tqdm", "max_steps", "preprocessing_num_workers", "overwrite_cache"),
+)
+"""Beginnings of the names of arguments that a resumed run may change without changing the training."""
+
+
+def check_output_dir(config: ABRConfig, model_path: str) -> None:
+    """Refuse what would mix two runs in one directory, or destroy what is no run.
 
     Raises:
-        ValueError: The directory is not empty, and the run neither resumes nor overwrites.
+        ValueError: The directory is in use, and the run neither resumes nor may overwrite it.
     """
     path = Path(str(config.output_dir))
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {path} is a file.")
-    allowed = config.resume_from_checkpoint or config.overwrite_output_dir or not config.do_train
-    if config.process_index == 0 and not allowed and path.exists() and any(path.iterdir()):
+    if config.process_index != 0 or not path.exists() or not any(path.iterdir()):
+        return
+    if path.resolve() == Path(model_path).resolve():
+        raise ValueError(f"--output_dir {path} is the directory of --model_name_or_path. Give another one.")
+    if not config.do_train:
+        if any((path / name).exists() for name in ("adapter_config.json", "config.json")):
+            raise ValueError(
+                f"--output_dir {path} holds a trained model, and without --do_train the one evaluated would be "
+                f"{model_path}. Give another --output_dir."
+            )
+    elif config.overwrite_output_dir and not config.resume_from_checkpoint:
+        if not (path / PROVENANCE).exists() and not (path / PREVIOUS).exists():
+            raise ValueError(f"--overwrite_output_dir: {path} holds no run (no {PROVENANCE}). Clear it yourself.")
+    elif not config.resume_from_checkpoint:
         raise ValueError(
             f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
             "--overwrite_output_dir to start over, or another directory."
         )
 
 
-def clear_output_dir(config: ABRConfig) -> None:
-    """With `overwrite_output_dir`, remove what an earlier run left, unless this one resumes it or does not train.
+@contextlib.contextmanager
+def replacing_previous_run(config: ABRConfig) -> Iterator[None]:
+    """With `overwrite_output_dir`, move the run in the directory aside, and delete it when this one has been trained.
 
-    Nothing else is touched.
+    Where training fails, the previous run stays in `previous-run/`. Files that no run makes are not touched.
     """
+    path = Path(str(config.output_dir))
     starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
-    if config.process_index == 0 and starts_over:
-        for pattern in RUN_FILES:
-            for old in Path(str(config.output_dir)).glob(pattern):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    if config.process_index != 0 or not starts_over or not path.exists():
+        yield
+        return
+    previous, failed_before = path / PREVIOUS, (path / PREVIOUS).exists()
+    previous.mkdir(exist_ok=True)
+    for old in [old for pattern in RUN_FILES for old in path.glob(pattern)]:
+        if failed_before:  # what lies beside a previous run is what a failed attempt has left
+            _remove(old)
+        else:
+            old.rename(previous / old.name)
+    try:
+        yield
+    except BaseException:
+        logger.warning(f"The previous run is kept in {previous}.")
+        raise
+    _remove(previous)
 
 
-def write_provenance(config: ABRConfig, argv: Sequence[str]) -> None:
-    """Write `run.json`: the command line, versions, code and machine that made this run."""
-    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
-    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
-    provenance = {
-        "argv": list(argv),
-        "versions": {"python": platform.python_version(), **versions},
-        "git": _git_commit(),
-        "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
-    }
-    Path(str(config.output_dir), "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> None:
+    """Write `run.json`: the command line, all arguments, versions, code and machine that made this run.
+
+    A resumed run keeps what stands there, adds its own command line, and warns of every argument that has changed.
+
+    Args:
+        config: The arguments of the trainer; tokens in it are masked.
+        argv: The command line, the program first.
+        others: Further dataclasses of arguments.
+    """
+    path = Path(str(config.output_dir), PROVENANCE)
+    arguments = {**config.to_dict(), **{name: value for other in others for name, value in vars(other).items()}}
+    if config.resume_from_checkpoint and path.exists():
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+        for name, before in provenance["arguments"].items():
+            now = json.loads(json.dumps(arguments.get(name), default=str))
+            if now != before and not name.startswith(MAY_DIFFER):
+                logger.warning(f"This run is resumed with --{name} {now}; it was begun with {before}.")
+        provenance.setdefault("resumed", []).append(list(argv))
+    else:
+        packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+        versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
+        provenance = {
+            "argv": list(argv),
+            "versions": {"python": platform.python_version(), **versions},
+            "git": _git_commit(),
+            "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
+            "arguments": arguments,
+        }
+    path.write_text(json.dumps(provenance, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _git_commit() -> str | None:

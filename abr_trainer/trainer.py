@@ -104,6 +104,8 @@ class ABRMixin(PerplexityMixin):
         primer_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
+        if repeat_scheduler is not None and not isinstance(repeat_scheduler, RepeatScheduler):
+            raise TypeError(f"`repeat_scheduler` must be an instance of RepeatScheduler, got {repeat_scheduler!r}.")
         super().__init__(*args, **kwargs)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
         self._given_scheduler = repeat_scheduler
@@ -393,14 +395,13 @@ class ABRMixin(PerplexityMixin):
             return 0, "non-finite"
         if observation.batch < self._setting("primer_batches"):
             return 1, "primer"
-        name = type(self.repeat_scheduler).__name__
         decided = self.repeat_scheduler.decide(observation)
         try:
             repeats = operator.index(decided)
         except TypeError:
-            raise TypeError(f"{name}.decide must return an integer, got {decided!r}.") from None
+            raise TypeError(f"decide of {self.repeat_scheduler} must return an integer, got {decided!r}.") from None
         if repeats < 0:
-            raise ValueError(f"{name}.decide must return 0 (skip) or more, got {repeats}.")
+            raise ValueError(f"decide of {self.repeat_scheduler} must return 0 (skip) or more, got {repeats}.")
         return repeats, self.repeat_scheduler.explain(observation)
 
     def _carry_out(

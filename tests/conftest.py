@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +42,16 @@ class Stream(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         return iter(self.rows)
+
+
+@dataclasses.dataclass
+class Capped(RepeatScheduler):
+    """A rule of one's own with a default of its own."""
+
+    max_repeats: int = 1
+
+    def decide(self, observation):
+        return self.max_repeats
 
 
 class Counting(RepeatScheduler):

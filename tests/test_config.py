@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -12,7 +13,7 @@ from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import ABRConfig
 from abr_trainer.data import DataArguments
 from abr_trainer.modeling import ModelArguments
-from abr_trainer.run_directory import check_output_dir, clear_output_dir
+from abr_trainer.run_directory import check_output_dir, replacing_previous_run, write_provenance
 from abr_trainer.schedulers import (
     ClassicOutlierSkip,
     ConstantScheduler,
@@ -61,6 +62,19 @@ def test_flags_build_a_scheduler(flags, scheduler):
     assert config(*flags).build_repeat_scheduler() == scheduler
 
 
+def test_flags_that_are_set_reach_a_rule_of_ones_own():
+    own = ["--repeat_scheduler", "abr_trainer.schedulers:UniformScheduler", "--skip_outliers", "none"]
+    assert config(*own).build_repeat_scheduler() == UniformScheduler(seed=42)
+    mine = ["--repeat_scheduler", "tests.conftest:Capped", "--skip_outliers", "none"]
+    assert config(*mine).build_repeat_scheduler().max_repeats == 1  # its own default
+    assert config(*mine, "--max_repeats", "3").build_repeat_scheduler().max_repeats == 3
+
+
+def test_the_best_model_is_evaluated_whenever_it_is_saved():
+    args = config("--do_eval", "--load_best_model_at_end", "--save_steps", "20")
+    assert args.eval_strategy == args.save_strategy == "steps"
+
+
 def test_published_and_robust_rules_have_their_own_sigmas():
     assert config("--skip_outliers", "classic").build_repeat_scheduler().sigmas == 2.5
     assert config("--skip_outliers", "robust").build_repeat_scheduler().sigmas == 4.0
@@ -72,6 +86,8 @@ def test_published_and_robust_rules_have_their_own_sigmas():
         (["--repeat_scheduler", "abrr"], "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
         (["--loss_threshold", "0"], "`loss_threshold` must be positive, got 0.0."),
         (["--max_repeats", "0"], "--max_repeats must be at least 1, got 0."),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0."),
+        (["--learning_rate", "-1"], "--learning_rate must be at least 0, got -1.0."),
         (["--max_passes", "0"], "--max_passes must be at least 1, got 0."),
         (["--max_consecutive_skips", "0"], "--max_consecutive_skips must be at least 1, got 0."),
         (["--primer_batches", "-1"], "--primer_batches must be at least 0, got -1."),
@@ -148,37 +164,88 @@ def test_a_budget_bounds_the_batches_and_survives_a_copy():
     assert ABRConfig(output_dir="x", max_passes=10, max_steps=15, report_to="none").max_steps == 15
 
 
-def test_a_directory_in_use_is_left_alone_unless_told_otherwise(tmp_path):
+def in_directory(path, *flags):
+    return config("--output_dir", str(path), *flags)
+
+
+@pytest.fixture
+def used(tmp_path):
+    """A directory with a finished run and a file of the user's."""
     (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "all_results.json", "run.json", "notes.txt"):
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def names(path):
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_a_directory_in_use_is_left_alone_unless_told_otherwise(used):
     with pytest.raises(ValueError, match="is not empty"):
-        check_output_dir(config("--output_dir", str(tmp_path), "--do_train"))
-    check_output_dir(config("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"))
-    overwriting = config("--output_dir", str(tmp_path), "--overwrite_output_dir", "--do_train")
-    check_output_dir(overwriting)
-    clear_output_dir(overwriting)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        check_output_dir(in_directory(used, "--do_train"), "model")
+    check_output_dir(in_directory(used, "--do_train", "--resume_from_checkpoint", "true"), "model")
+    check_output_dir(in_directory(used, "--do_train", "--overwrite_output_dir"), "model")
 
 
-def test_an_adapter_of_an_earlier_run_does_not_survive_full_weights(tmp_path):
-    for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors", "all_results.json"):
-        (tmp_path / name).touch()
-    clear_output_dir(config("--output_dir", str(tmp_path), "--overwrite_output_dir", "--do_train"))
-    assert list(tmp_path.iterdir()) == []
+def test_a_run_that_is_overwritten_goes_when_the_new_one_is_trained(used):
+    with replacing_previous_run(in_directory(used, "--do_train", "--overwrite_output_dir")):
+        assert names(used) == ["notes.txt", "previous-run"]
+        (used / "model.safetensors").touch()
+    assert names(used) == ["model.safetensors", "notes.txt"]
 
 
-def test_evaluation_alone_neither_needs_nor_clears_an_empty_directory(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    evaluating = config("--output_dir", str(tmp_path), "--overwrite_output_dir", "--do_eval")
-    check_output_dir(config("--output_dir", str(tmp_path), "--do_eval"))
-    clear_output_dir(evaluating)
-    assert (tmp_path / "checkpoint-3").exists()
+def fail_in_the_place_of_a_run(args):
+    with replacing_previous_run(args):
+        Path(args.output_dir, "run.json").write_text("failed")
+        raise RuntimeError
+
+
+def test_a_run_is_not_lost_to_one_that_fails(used):
+    overwriting = in_directory(used, "--do_train", "--overwrite_output_dir")
+    for _ in range(2):  # however often it fails
+        with pytest.raises(RuntimeError):
+            fail_in_the_place_of_a_run(overwriting)
+        assert (used / "previous-run" / "run.json").read_text() == "run.json"
+    check_output_dir(overwriting, "model")
+    with replacing_previous_run(overwriting):
+        pass
+    assert names(used) == ["notes.txt"]
+
+
+def test_only_a_run_is_overwritten(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    overwriting = in_directory(tmp_path, "--do_train", "--overwrite_output_dir")
+    with pytest.raises(ValueError, match="is the directory of --model_name_or_path"):
+        check_output_dir(overwriting, str(tmp_path))
+    with pytest.raises(ValueError, match="holds no run"):
+        check_output_dir(overwriting, "model")
+
+
+def test_evaluating_into_the_directory_of_a_trained_model_is_refused(used, tmp_path):
+    with pytest.raises(ValueError, match="holds a trained model, and without --do_train the one evaluated would be"):
+        check_output_dir(in_directory(used, "--do_eval"), "model")
+
+
+def test_a_resumed_run_keeps_its_provenance_and_warns_of_changes(tmp_path, caplog):
+    begun = in_directory(tmp_path, "--do_train", "--learning_rate", "1e-3")
+    write_provenance(begun, ["run", "--do_train"], DataArguments(block_size=64))
+    resumed = in_directory(tmp_path, "--do_train", "--learning_rate", "1e-2", "--resume_from_checkpoint", "true")
+    write_provenance(resumed, ["run", "again"], DataArguments(block_size=32))
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert (written["argv"], written["resumed"]) == (["run", "--do_train"], [["run", "again"]])
+    assert written["arguments"]["block_size"] == 64
+    warned = [line for line in caplog.text.splitlines() if "This run is resumed with" in line]
+    assert [line.split("--")[1] for line in warned] == [
+        "learning_rate 0.01; it was begun with 0.001.",
+        "block_size 32; it was begun with 64.",
+    ]
 
 
 def test_an_output_directory_that_is_a_file_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file"):
-        check_output_dir(config("--output_dir", str(tmp_path / "file"), "--do_train"))
+        check_output_dir(in_directory(tmp_path / "file", "--do_train"), "model")
 
 
 def test_yaml_reads_no_as_false_and_we_do_not(tmp_path):

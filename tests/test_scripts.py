@@ -42,6 +42,8 @@ def test_perplexity_falls_and_is_written_down(finished):
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     before = next(logs["eval_perplexity"] for logs in log if "eval_perplexity" in logs)
     assert results["eval_perplexity"] < 0.95 * before
+    at_the_end = [logs for logs in log if "eval_loss" in logs and logs["step"] == results["train_batches"]]
+    assert len(at_the_end) == 1, "the same weights are evaluated once"
     written = {name: json.loads((output / f"{name}_results.json").read_text()) for name in ("eval", "test", "all")}
     assert written["eval"]["eval_perplexity"] == results["eval_perplexity"] == written["all"]["eval_perplexity"]
     assert written["test"]["test_perplexity"] == results["test_perplexity"]
@@ -140,7 +142,10 @@ def test_evaluation_alone_needs_no_training_text(tmp_path):
         ),
         (["--do_train", "--skip_outliers", "sometimes"], "invalid choice: 'sometimes'"),
         (["--do_train", "--learning_rate", "abc"], "--learning_rate/--learning-rate: invalid float value: 'abc'"),
-        (["--do_train", "--do_eval", "--load_best_model_at_end"], "requires the save and eval strategy to match"),
+        (
+            ["--do_train", "--load_best_model_at_end", "--eval_strategy", "epoch"],
+            "requires the save and eval strategy to match",
+        ),
     ],
 )
 def test_bad_arguments_give_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):

@@ -514,7 +514,7 @@ def test_a_lower_perplexity_is_better_unless_told_otherwise():
 
 @pytest.mark.parametrize(
     ("decision", "error", "message"),
-    [(1.5, TypeError, "Scripted.decide must return an integer, got 1.5"), (-1, ValueError, "got -1")],
+    [(1.5, TypeError, "decide of Scripted.. must return an integer, got 1.5"), (-1, ValueError, "got -1")],
 )
 def test_a_decision_that_is_no_count_is_refused(build, decision, error, message):
     with pytest.raises(error, match=message):

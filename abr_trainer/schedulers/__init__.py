@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
+import sys
 from typing import Any
 
 from .base import Observation, Outcome, RepeatScheduler
@@ -25,6 +27,7 @@ __all__ = [
     "RobustOutlierSkip",
     "ThresholdScheduler",
     "UniformScheduler",
+    "find_repeat_scheduler",
     "get_outlier_rule",
     "get_repeat_scheduler",
 ]
@@ -45,7 +48,7 @@ def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
     Raises:
         ValueError: `name` is unknown, cannot be imported or is no scheduler, or does not take one of `kwargs`.
     """
-    scheduler_class = _import_scheduler(name) if ":" in name else _lookup("repeat scheduler", name, SCHEDULERS)
+    scheduler_class = find_repeat_scheduler(name)
     if dataclasses.is_dataclass(scheduler_class):
         known = [field.name for field in dataclasses.fields(scheduler_class) if field.init]
         if unknown := sorted(set(kwargs) - set(known)):
@@ -55,6 +58,14 @@ def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
         return scheduler_class(**kwargs)
     except TypeError as error:
         raise ValueError(f"Repeat scheduler {name!r} cannot be built from {kwargs}: {error}.") from error
+
+
+def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
+    """Return the class that goes by a registered name or by `package.module:ClassName`."""
+    if ":" in name:
+        return _import_scheduler(name)
+    found: type[RepeatScheduler] = _lookup("repeat scheduler", name, SCHEDULERS)
+    return found
 
 
 def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> OutlierSkip:
@@ -73,6 +84,8 @@ def _lookup(kind: str, name: str, registry: dict[str, Any]) -> Any:
 
 def _import_scheduler(path: str) -> type[RepeatScheduler]:
     module_name, _, class_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `python path/to/script.py` finds modules beside the script only
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
