@@ -8,8 +8,8 @@ fail() { echo "error: $*" >&2; exit 1; }
 install_project() {
     local venv=${ABR_VENV:-.venv} python=${PYTHON:-python3}
     if [ ! -x "$venv/bin/python" ]; then
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            fail "Python 3.10 or newer is needed; $python is older or missing. Name another one with PYTHON=..."
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            fail "Python 3.11 or newer is needed; $python is older or missing. Name another one with PYTHON=..."
         echo "Making the virtual environment $venv"
         "$python" -m venv "$venv" || fail "$python cannot make a virtual environment. Is its venv package installed?"
     fi
