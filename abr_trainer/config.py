@@ -134,10 +134,6 @@ class ABRConfig(TrainingArguments):
         super().__post_init__()
 
     def _check_repetition(self) -> None:
-        if isinstance(self.repeat_scheduler_kwargs, str):
-            self.repeat_scheduler_kwargs = _parse_json_object(
-                "--repeat_scheduler_kwargs", self.repeat_scheduler_kwargs
-            )
         for name, least in LEAST_VALUES.items():
             value = getattr(self, name)
             if value is not None and value < least:

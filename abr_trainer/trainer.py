@@ -560,7 +560,7 @@ class ABRMixin(PerplexityMixin):
     # ---- Logs and metrics ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._is_active and "loss" in logs and self._window.batches:
+        if self._is_active and {"loss", "learning_rate"} <= logs.keys() and self._window.batches:
             logs["loss"] = self._window.finite_mean(logs["loss"])
             logs.update(self._window.logs(logs["loss"], self.ledger))
             self._window = LogWindow()

@@ -16,15 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_two_ranks_agree_and_equal_one_process_with_accumulation_two(tmp_path):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_agree_and_equal_one_process_with_twice_the_accumulation(tmp_path, accumulation):
     two, one = tmp_path / "two", tmp_path / "one"
     two.mkdir()
     one.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.jobs", "ranks", str(two)]
+    command += ["-m", "tests.jobs", "ranks", str(two), str(accumulation)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks(str(one), accumulation="2")
+    ranks(str(one), accumulation=str(2 * accumulation))
 
     first, second, alone = (
         json.loads(path.read_text()) for path in (two / "rank-0.json", two / "rank-1.json", one / "rank-0.json")
