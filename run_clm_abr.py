@@ -84,7 +84,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         results |= metrics
 
     if trainer.is_world_process_zero():
-        print("", *summarise(trainer.state.log_history, trainer.ledger, results, Path(args.output_dir)), sep="\n")
+        print(
+            "",
+            *summarise(trainer.state.log_history, trainer.ledger, results, Path(args.output_dir).resolve()),
+            sep="\n",
+        )
     if args.push_to_hub:
         trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
     return results
