@@ -52,8 +52,7 @@ class DataArguments:
     primer_file: str | None = field(
         default=None,
         metadata={
-            "help": "High-quality text that the first --primer_batches batches come from, in place of as many "
-            "batches of the training set."
+            "help": "High-quality text that the run begins with: --primer_batches batches, before the training set."
         },
     )
     text_column: str | None = field(

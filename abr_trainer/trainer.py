@@ -87,8 +87,7 @@ class ABRMixin(PerplexityMixin):
     Args:
         repeat_scheduler: Decides instead of the one that `ABRConfig` describes, outlier skipping included: to skip
             outliers around it, wrap it in `RobustOutlierSkip`.
-        primer_dataset: Where the first `primer_batches` batches come from, in order, in place of those of the training
-            set.
+        primer_dataset: What the run begins with: `primer_batches` batches of it, in order, as an epoch -1.
 
     Raises:
         ValueError: An argument of the trainer cannot be right with repeats; the message says why.
@@ -179,11 +178,20 @@ class ABRMixin(PerplexityMixin):
         if self._budget is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
             self.state.compute_steps(self.args, self._budget)
-        if checkpoint is not None and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
+        step, primer = self.state.global_step, self._primer_epoch
+        accumulation = self.args.gradient_accumulation_steps
+        if step < primer:
+            return -1, step * accumulation
+        if checkpoint is None or self.args.ignore_data_skip:
+            return position
+        if primer:
+            batches = step - primer
+            position = batches // num_update_steps_per_epoch, batches % num_update_steps_per_epoch * accumulation
+        if not has_length(self.train_dataset):
             # Trainer takes a data set without length for endless, and would look for the position in its first round.
-            batches = self._read_repetition_state(checkpoint).get("batches_in_epoch")
-            if batches is not None:
-                position = int(self.state.epoch or 0), batches * self.args.gradient_accumulation_steps
+            in_epoch = self._read_repetition_state(checkpoint).get("batches_in_epoch")
+            if in_epoch is not None:
+                position = int(self.state.epoch or 0), in_epoch * accumulation
         return position
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
@@ -210,7 +218,7 @@ class ABRMixin(PerplexityMixin):
                 "state": self.repeat_scheduler.state_dict(),
             },
             "skips_in_a_row": self._skips_in_a_row,
-            "batches_in_epoch": self._batches_in_epoch,
+            "batches_in_epoch": 0 if self.state.global_step == self._primer_epoch else self._batches_in_epoch,
             "log": {
                 "window": self._window.state_dict(),
                 "tr_loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
@@ -257,6 +265,41 @@ class ABRMixin(PerplexityMixin):
             self._window = LogWindow(**log["window"])
             self._restored_log = log["tr_loss"], log["last_logged"]
 
+    # ---- The primer: an epoch -1 before the others ----
+
+    def _check_primer(self) -> None:
+        batches = self._setting("primer_batches")
+        if batches < 1:
+            raise ValueError("A primer needs --primer_batches: how many batches of it to train on.")
+        needed = batches * self.get_total_train_batch_size(self.args)
+        if needed > len(self.primer_dataset):
+            raise ValueError(
+                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {batches} needs {needed}. "
+                "Give a longer --primer_file or ask for fewer batches."
+            )
+
+    @property
+    def _primer_epoch(self) -> int:
+        """Batches that the run begins with, before the training set."""
+        return 0 if self.primer_dataset is None else self._setting("primer_batches")
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        *values, max_steps = super().set_initial_training_values(args, dataloader)
+        return (*values, max_steps if args.max_steps > 0 else max_steps + self._primer_epoch)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["epoch"] < 0:
+            rows = self._primer_epoch * self.get_total_train_batch_size(self.args)
+            kwargs["train_dataloader"] = self._get_dataloader(
+                dataset=[self.primer_dataset[row] for row in range(rows)],
+                description="Primer",
+                batch_size=self._train_batch_size,
+                is_training=True,
+            )
+            kwargs["num_update_steps_per_epoch"] = self._primer_epoch
+            kwargs["steps_in_epoch"] = self._primer_epoch * self.args.gradient_accumulation_steps
+        super()._run_epoch(*args, **kwargs)
+
     # ---- One batch ----
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -279,29 +322,7 @@ class ABRMixin(PerplexityMixin):
                     f"--gradient_accumulation_steps {num_batches} was complete."
                 )
             return [], None
-        if self.primer_dataset is not None and self.ledger.batches < self._setting("primer_batches"):
-            batch_samples = self._primer_batch(len(batch_samples))
-            num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
         return batch_samples, num_items_in_batch
-
-    def _check_primer(self) -> None:
-        batches = self._setting("primer_batches")
-        if batches < 1:
-            raise ValueError("A primer needs --primer_batches: how many batches of it to train on.")
-        needed = batches * self.args.gradient_accumulation_steps * self.args.world_size * self._train_batch_size
-        if needed > len(self.primer_dataset):
-            raise ValueError(
-                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {batches} needs {needed}. "
-                "Give a longer --primer_file or ask for fewer batches."
-            )
-
-    def _primer_batch(self, micro_batches: int) -> list[Any]:
-        """Return the primer's next batch. It takes the place of a batch of the training set, so that the data position
-        stays a function of `global_step`."""
-        size, world = self._train_batch_size, self.args.world_size
-        first = self.ledger.batches * self.args.gradient_accumulation_steps
-        starts = [((first + i) * world + self.args.process_index) * size for i in range(micro_batches)]
-        return [self.data_collator([self.primer_dataset[start + row] for row in range(size)]) for start in starts]
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         one_pass = functools.partial(super().training_step, model)

@@ -90,21 +90,25 @@ def test_a_finished_run_resumed_trains_no_more(train, tmp_path):
     assert again.ledger.passes == 8
 
 
-def test_a_primer_goes_on_where_it_stopped(train, tmp_path):
+@pytest.mark.parametrize("save_steps", [2, 3, 4, 10])
+@pytest.mark.parametrize("has_length", [True, False])
+def test_a_primer_goes_on_where_it_stopped(train, tmp_path, save_steps, has_length):
+    # Three batches of the primer, then six a round of the training set.
+    rows = token_rows(12)
     options = {
+        "data": rows if has_length else Stream(rows),
         "repeat_scheduler": ConstantScheduler(repeats=2),
         "primer_batches": 3,
+        "max_steps": 12,
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": save_steps,
         "trainer_options": {"primer_dataset": token_rows(6, seed=4)},
     }
     whole = train(output_dir=str(tmp_path / "whole"), **options)
-    resumed = train(
-        output_dir=str(tmp_path / "resumed"),
-        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
-        **options,
-    )
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{save_steps}")
+    resumed = train(output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint, **options)
     assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
 
 
 def test_another_scheduler_starts_with_an_empty_history(train, tmp_path, caplog):

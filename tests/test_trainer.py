@@ -419,7 +419,10 @@ def test_a_primer_comes_from_its_own_data(train):
     ours = train(
         data=rows, repeat_scheduler=ConstantScheduler(), primer_batches=2, trainer_options={"primer_dataset": primer}
     )
-    same = train(data=primer + rows[4:], repeat_scheduler=ConstantScheduler())
+    trace = list(read_trace(Path(ours.args.output_dir, "abr_trace.jsonl")))
+    assert [batch["epoch"] for batch in trace] == [-0.5, 0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [batch["reason"] for batch in trace] == ["primer"] * 2 + ["constant"] * 4
+    same = train(data=primer + rows, repeat_scheduler=ConstantScheduler())
     assert torch.equal(weights(ours.model), weights(same.model))
 
 
