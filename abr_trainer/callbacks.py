@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .ledger import ComputeLedger
 from .perplexity import perplexity_of
+from .run_directory import write_whole
 from .schedulers import Outcome
 
 logger = logging.get_logger(__name__)
@@ -149,9 +150,7 @@ def cut_trace(path: Path, step: int) -> int:
     """Drop the batches after `step` from a trace, all or nothing, and return how many are left."""
     kept = [batch for batch in read_trace(path) if batch["step"] <= step] if step and path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(json.dumps(batch) + "\n" for batch in kept), encoding="utf-8")
-    replacement.replace(path)
+    write_whole(path, "".join(json.dumps(batch) + "\n" for batch in kept))
     return len(kept)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +48,7 @@ def _flags_from_file(path: Path, known: dict[str, argparse.Action]) -> list[str]
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of flags to values.")
     flags = []
@@ -61,6 +62,11 @@ def _flags_from_file(path: Path, known: dict[str, argparse.Action]) -> list[str]
     return flags
 
 
+def one_line(error: BaseException, width: int = 300) -> str:
+    """Return the message of an error on one line, cut at `width` characters; its kind if it has none."""
+    return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """End the program with the message of an exception of these kinds, on one line, instead of a traceback."""
@@ -69,4 +75,4 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise SystemExit("interrupted: --resume_from_checkpoint true goes on from the last checkpoint") from error
     except kinds as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"error: {one_line(error, width=sys.maxsize)}") from error

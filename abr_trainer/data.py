@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .command_line import one_line
 from .demo import demo_texts
 
 logger = logging.get_logger(__name__)
@@ -180,9 +180,8 @@ def load_blocks(
 
 def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, Rows]:
     """Load the rows of these splits; take validation rows from the training rows where there are no others."""
-    source = _load_files(arguments) if arguments.dataset_name is None else _load_named(arguments, splits)
-    if arguments.primer_file is not None:
-        source["primer"] = _load_file("primer_file", arguments.primer_file, streaming=False)
+    source = {} if arguments.dataset_name is None else _load_named(arguments, splits)
+    source |= _load_files(arguments, splits)
     if "validation" in splits and "validation" not in source and "train" in source:
         source["train"], source["validation"] = _split_rows(source["train"], arguments.validation_split_percentage)
     for split in splits:
@@ -192,12 +191,13 @@ def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, Ro
     return {split: source[split] for split in splits}
 
 
-def _load_files(arguments: DataArguments) -> dict[str, Rows]:
-    flags = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
+def _load_files(arguments: DataArguments, splits: Collection[str]) -> dict[str, Rows]:
+    """Load the files of these splits, and the training file where validation rows may have to come from it."""
+    wanted = {*splits, "train"} if "validation" in splits and arguments.validation_file is None else splits
     return {
-        split: _load_file(flag, path, arguments.streaming and split == "train")
-        for split, flag in flags.items()
-        if (path := getattr(arguments, flag)) is not None
+        split: _load_file(f"{split}_file", path, arguments.streaming and split == "train")
+        for split in wanted
+        if (path := getattr(arguments, f"{split}_file")) is not None
     }
 
 
@@ -221,7 +221,7 @@ def _load_named(arguments: DataArguments, splits: Collection[str]) -> dict[str, 
             split: Rows(Dataset.from_dict({"text": demo_texts(split)}), origin)
             for split in splits
             if split != "primer"
-        } | _load_files(arguments)
+        }
     corpus = find_corpus(name)
     config = arguments.dataset_config_name or corpus.config
     streaming = arguments.is_streamed
@@ -231,13 +231,12 @@ def _load_named(arguments: DataArguments, splits: Collection[str]) -> dict[str, 
         found = _load(origin, corpus.path, config, revision=corpus.revision, streaming=streaming)
     if not isinstance(found, DatasetDict | IterableDatasetDict):
         found = {"train": found}
-    named = {
+    return {
         split: Rows(found[alias], origin, corpus.rows_are_lines)
         for split, aliases in SPLIT_ALIASES.items()
         for alias in aliases[::-1]
         if alias in found
     }
-    return named | _load_files(arguments)
 
 
 def _is_saved_to_disk(path: Path) -> bool:
@@ -252,11 +251,6 @@ def _load(origin: str, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"{origin} cannot be read: {one_line(cause)}") from error
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such configuration, a script
         raise ValueError(f"{origin} cannot be loaded: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return a message on one line, cut where it grows long."""
-    return textwrap.shorten(str(error).strip() or type(error).__name__, 300, placeholder=" ...")
 
 
 def _split_rows(rows: Rows, percentage: float) -> tuple[Rows, Rows]:

@@ -129,7 +129,14 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
             "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
             "arguments": arguments,
         }
-    path.write_text(json.dumps(provenance, indent=2, default=str) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(provenance, indent=2, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file all or nothing: a kill leaves what stood there before."""
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(text, encoding="utf-8")
+    replacement.replace(path)
 
 
 def _git_commit() -> str | None:

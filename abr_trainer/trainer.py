@@ -43,7 +43,7 @@ from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
 from .config import ABRConfig, checkpoints_activations
 from .evaluation import PerplexityMixin
 from .ledger import ComputeLedger, forward_share
-from .run_directory import last_complete_checkpoint
+from .run_directory import last_complete_checkpoint, write_whole
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .support import check_schedule, refuse_unsupported
 
@@ -147,7 +147,6 @@ class ABRMixin(PerplexityMixin):
         self._flops_per_token: float | None = None
         self._restored_log: tuple[list[float], int] | None = None
         self._non_finite_batches = 0
-        self._epoch_iterator: Any = None
         self._batches_in_epoch = 0
 
     def _forward_share(self) -> Fraction:
@@ -204,9 +203,7 @@ class ABRMixin(PerplexityMixin):
         if self._is_active:
             state = self._repetition_state()  # on every rank: an error must not leave the others waiting
             if self.args.should_save:
-                replacement = Path(output_dir, ABR_STATE_NAME + ".tmp")
-                replacement.write_text(state, encoding="utf-8")
-                replacement.replace(Path(output_dir, ABR_STATE_NAME))
+                write_whole(Path(output_dir, ABR_STATE_NAME), state)
 
     def _repetition_state(self) -> str:
         """Return what a resumed run needs, as strict JSON."""
@@ -268,14 +265,12 @@ class ABRMixin(PerplexityMixin):
     # ---- The primer: an epoch -1 before the others ----
 
     def _check_primer(self) -> None:
-        batches = self._setting("primer_batches")
-        if batches < 1:
+        if self._primer_epoch < 1:
             raise ValueError("A primer needs --primer_batches: how many batches of it to train on.")
-        needed = batches * self.get_total_train_batch_size(self.args)
-        if needed > len(self.primer_dataset):
+        if self._primer_rows > len(self.primer_dataset):
             raise ValueError(
-                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {batches} needs {needed}. "
-                "Give a longer --primer_file or ask for fewer batches."
+                f"The primer has {len(self.primer_dataset)} blocks; --primer_batches {self._primer_epoch} needs "
+                f"{self._primer_rows}. Give a longer --primer_file or ask for fewer batches."
             )
 
     @property
@@ -283,15 +278,18 @@ class ABRMixin(PerplexityMixin):
         """Batches that the run begins with, before the training set."""
         return 0 if self.primer_dataset is None else self._setting("primer_batches")
 
+    @property
+    def _primer_rows(self) -> int:
+        return self._primer_epoch * self.get_total_train_batch_size(self.args)
+
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         *values, max_steps = super().set_initial_training_values(args, dataloader)
         return (*values, max_steps if args.max_steps > 0 else max_steps + self._primer_epoch)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if kwargs["epoch"] < 0:
-            rows = self._primer_epoch * self.get_total_train_batch_size(self.args)
             kwargs["train_dataloader"] = self._get_dataloader(
-                dataset=[self.primer_dataset[row] for row in range(rows)],
+                dataset=[self.primer_dataset[row] for row in range(self._primer_rows)],
                 description="Primer",
                 batch_size=self._train_batch_size,
                 is_training=True,
@@ -299,6 +297,7 @@ class ABRMixin(PerplexityMixin):
             kwargs["num_update_steps_per_epoch"] = self._primer_epoch
             kwargs["steps_in_epoch"] = self._primer_epoch * self.args.gradient_accumulation_steps
         super()._run_epoch(*args, **kwargs)
+        self._batches_in_epoch = 0
 
     # ---- One batch ----
 
@@ -308,10 +307,6 @@ class ABRMixin(PerplexityMixin):
         if self._is_spent():  # a finished run, resumed
             self.control.should_training_stop = True
             return [], None
-        if epoch_iterator is not self._epoch_iterator:
-            if self._epoch_iterator is not None:
-                self._batches_in_epoch = 0
-            self._epoch_iterator = epoch_iterator
         self._batch = _Batch()
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batch_samples) < num_batches:
@@ -393,9 +388,11 @@ class ABRMixin(PerplexityMixin):
 
     def _decide(self, losses: list[Tensor]) -> _Decision:
         """Average the first-pass loss over ranks, and decide. The same on every rank, because what it looks at is."""
-        rows = self._on_all_ranks(torch.stack(losses).sum(), *self._tokens_and_forward_flops())
+        loss, tokens, forward_flops = self._sum_over_ranks(
+            torch.stack(losses).sum(), *self._tokens_and_forward_flops()
+        )
         observation = Observation(
-            batch=self.ledger.batches, loss=sum(row[0] for row in rows) / len(rows), progress=self._progress()
+            batch=self.ledger.batches, loss=loss / self.args.world_size, progress=self._progress()
         )
         repeats, reason = self._choose(observation)
         left = None if self._budget is None else math.floor(self._budget - self.ledger.passes)
@@ -405,8 +402,8 @@ class ABRMixin(PerplexityMixin):
             observation=observation,
             repeats=repeats,
             reason=reason,
-            tokens=int(sum(row[1] for row in rows)),
-            forward_flops=sum(row[2] for row in rows),
+            tokens=int(tokens),
+            forward_flops=forward_flops,
             learning_rate=self._get_learning_rate(),
         )
 
@@ -465,8 +462,8 @@ class ABRMixin(PerplexityMixin):
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with contextlib.nullcontext() if is_last or each_syncs else self.accelerator.no_sync(model):
                 losses.append(one_pass(copy.copy(inputs), *args, **kwargs))
-        rows = self._on_all_ranks(torch.stack(losses).sum())
-        return sum(row[0] for row in rows) / len(rows)
+        (loss,) = self._sum_over_ranks(torch.stack(losses).sum())
+        return loss / self.args.world_size
 
     def _withhold_update(self, model: nn.Module) -> None:
         """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
@@ -532,14 +529,12 @@ class ABRMixin(PerplexityMixin):
 
     # ---- Compute ----
 
-    def _on_all_ranks(self, *scalars: Tensor | float) -> list[list[float]]:
-        """Return these scalars from every rank, in rank order: the one place where ranks exchange what rules decide
-        on.
-        """
-        first = next(scalar for scalar in scalars if isinstance(scalar, Tensor))
-        dtype = torch.float32 if first.device.type == "mps" else torch.float64
-        row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=first.device) for scalar in scalars])
-        return self.accelerator.gather(row[None]).tolist() if self.args.world_size > 1 else [row.tolist()]
+    def _sum_over_ranks(self, loss: Tensor, *others: float) -> list[float]:
+        """Return each sum over ranks, in rank order: the one place where ranks exchange what rules decide on."""
+        dtype = torch.float32 if loss.device.type == "mps" else torch.float64
+        row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=loss.device) for scalar in (loss, *others)])
+        rows = self.accelerator.gather(row[None]).tolist() if self.args.world_size > 1 else [row.tolist()]
+        return [sum(column) for column in zip(*rows, strict=True)]
 
     def _tokens_and_forward_flops(self) -> tuple[int, float]:
         """Return what one forward over this rank's part of the batch costs."""

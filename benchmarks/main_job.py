@@ -21,16 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEDULERS = ("baseline", "abr")
 PROTOCOLS = {"same batches": ["--max_steps", "50"], "same compute": ["--max_passes", "200"]}
 FILES = {
-    "wikitext2": "wikitext2/wiki.{train,valid,test}.tokens",
-    "dailydialog": "dailydialog/{train,validation,test}.jsonl",
+    "wikitext2": ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+    "dailydialog": ("train.jsonl", "validation.jsonl", "test.jsonl"),
 }
 
 
 def flags_for(corpus: str, data: Path) -> list[str]:
-    prefix, _, rest = FILES[corpus].partition("{")
-    names, _, suffix = rest.partition("}")
-    paths = [str(data / f"{prefix}{name}{suffix}") for name in names.split(",")]
-    return ["--train_file", paths[0], "--validation_file", paths[1], "--test_file", paths[2]]
+    train, validation, test = (str(data / corpus / name) for name in FILES[corpus])
+    return ["--train_file", train, "--validation_file", validation, "--test_file", test]
 
 
 def run(output: Path, flags: list[str]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 
 VOCABULARY = 64
+QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -131,9 +132,7 @@ def build(tmp_path):
             logging_steps=2,
             save_strategy="no",
             train_sampling_strategy="sequential",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
+            **QUIET,
         )
         scheduler = {} if repeat_scheduler is None else {"repeat_scheduler": repeat_scheduler}
         return trainer_cls(

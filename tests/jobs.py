@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
 from abr_trainer.schedulers import RobustOutlierSkip, ThresholdScheduler
-from tests.conftest import VOCABULARY, tiny_llama, token_rows, weights
+from tests.conftest import QUIET, VOCABULARY, tiny_llama, token_rows, weights
 
 
 class KillAfter(TrainerCallback):
@@ -52,9 +52,7 @@ def resumable(output_dir: str, kill_after: str = "0", resume: bool = False) -> A
             eval_strategy="steps",
             eval_steps=10,
             eval_on_start=True,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
+            **QUIET,
         ),
         train_dataset=rows,
         eval_dataset=rows[:4],
@@ -88,9 +86,7 @@ def ranks(output_dir: str, accumulation: str = "1") -> ABRTrainer:
             logging_steps=2,
             save_strategy="no",
             train_sampling_strategy="sequential",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
+            **QUIET,
         ),
         train_dataset=rows,
         eval_dataset=token_rows(5, seed=3),  # does not divide by two ranks: one row is given out twice
