@@ -43,10 +43,9 @@ class LogWindow:
         finite = self.batches - self.non_finite
         return mean * self.batches / finite if finite else math.nan
 
-    def logs(self, loss: float, ledger: ComputeLedger) -> dict[str, float]:
+    def logs(self, ledger: ComputeLedger) -> dict[str, float]:
         """Return what is logged beside the first-pass loss."""
         return {
-            "perplexity": perplexity_of(loss),
             "repeats": self.updates / self.batches,
             "skipped": self.skipped / self.batches,
             "passes": float(ledger.passes),
@@ -82,20 +81,21 @@ class ABRCallback(TrainerCallback):
 
 
 class TraceCallback(ABRCallback):
-    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory.
+    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial.
 
     Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
     trace has neither gaps nor doubles. A loss that is not finite is written as null.
     """
 
     def __init__(self) -> None:
+        self.directory: Path | None = None
         self._file: IO[str] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self._close()
-        path = Path(args.output_dir, TRACE_NAME)
+        path = (self.directory or Path(args.output_dir)) / TRACE_NAME
         kept = cut_trace(path, state.global_step)
         if kept < state.global_step:
             logger.warning(f"{path} holds {kept} of the {state.global_step} batches before this checkpoint.")
@@ -157,6 +157,10 @@ def cut_trace(path: Path, step: int) -> int:
 class ABRProgressCallback(ProgressCallback):
     """Trainer's progress bar, with repeats and perplexity; it counts passes where a budget bounds them."""
 
+    def __init__(self, *args: Any, shows_perplexity: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shows_perplexity = shows_perplexity
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._budget = getattr(args, "max_passes", None)
@@ -173,12 +177,9 @@ class ABRProgressCallback(ProgressCallback):
     ) -> None:
         if self.training_bar is None:
             return
-        self.training_bar.set_postfix(
-            repeats=f"{ledger.repeats:.2f}",
-            skips=ledger.skips,
-            perplexity=f"{perplexity_of(outcome.observation.loss):.2f}",
-            refresh=False,
-        )
+        loss = outcome.observation.loss
+        level = {"perplexity": f"{perplexity_of(loss):.2f}"} if self._shows_perplexity else {"loss": f"{loss:.3f}"}
+        self.training_bar.set_postfix(repeats=f"{ledger.repeats:.2f}", skips=ledger.skips, **level, refresh=False)
         if self._budget is not None:
             self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
 

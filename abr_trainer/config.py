@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ LEAST_VALUES = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
 }
+
+MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
 CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 """The least a batch can cost, in passes."""
@@ -128,10 +131,17 @@ class ABRConfig(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
             self.greater_is_better = False
         self._check_repetition()
-        if self.max_passes is not None:
-            most_batches = math.ceil(self.max_passes / CHEAPEST_BATCH)
-            self.max_steps = min(self.max_steps, most_batches) if self.max_steps > 0 else most_batches
+        self._most_batches = self.max_steps
+        self.plan_batches(self.max_passes)
+        refuse_single_process_launch()
         super().__post_init__()
+
+    def plan_batches(self, max_passes: int | None) -> None:
+        """Set `max_steps` to the most batches that a budget can buy, or to the cap that was given if that is less."""
+        self.max_steps = self._most_batches
+        if max_passes is not None:
+            affordable = math.ceil(max_passes / CHEAPEST_BATCH)
+            self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable
 
     def _check_repetition(self) -> None:
         for name, least in LEAST_VALUES.items():
@@ -176,6 +186,17 @@ def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
     return value
+
+
+def refuse_single_process_launch() -> None:
+    """Raise a ValueError where `accelerate launch --cpu` was asked for several processes: it starts one, silently."""
+    environment = os.environ
+    is_alone = not any(name in environment for name in ("WORLD_SIZE", *MPI_WORLD_SIZES))
+    if is_alone and "MASTER_PORT" in environment and environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise ValueError(
+            "`accelerate launch --cpu` was asked for several processes and started one. Use `torchrun "
+            "--nproc_per_node N ...` with --use_cpu instead."
+        )
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:

@@ -14,10 +14,13 @@ ENGINES = {
     DistributedType.XLA: "XLA traces the loop, and a decision on a loss would cut every trace",
 }
 
+ONLINE_TRAINERS = {"A2POTrainer", "AsyncDistillationTrainer", "AsyncGRPOTrainer", "GKDTrainer", "OnlineDPOTrainer"}
+
 
 def refuse_unsupported(trainer: Any, budget: int | None) -> None:
     """Raise a ValueError that says why, if `trainer` is set up for something that repeats would get wrong."""
     args, engine = trainer.args, trainer.accelerator.distributed_type
+    bases = {base.__name__ for base in type(trainer).__mro__}
     refusals = [
         (engine in ENGINES, ENGINES.get(engine, "")),
         (is_sagemaker_mp_enabled(), "SageMaker model parallelism runs its own forward-backward"),
@@ -32,12 +35,9 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
         ),
         (args.enable_jit_checkpoint, "--enable_jit_checkpoint can save in the middle of a batch"),
         (
-            args.gradient_accumulation_steps > 1
-            and trainer.model_accepts_loss_kwargs
-            and not (trainer._loss_shifts_labels or trainer.compute_loss_func)
-            and getattr(trainer, "loss_is_scaled_for_ga", None) is None,
-            f"{type(trainer.model).__name__} may scale its loss with --gradient_accumulation_steps; say so with the "
-            "attribute `loss_is_scaled_for_ga` of your Trainer subclass",
+            hasattr(trainer, "_buffered_inputs") or not ONLINE_TRAINERS.isdisjoint(bases),
+            f"{type(trainer).__name__} generates its inputs while it trains, and counts calls of `training_step` to "
+            "know when",
         ),
     ]
     for refused, reason in refusals:

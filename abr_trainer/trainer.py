@@ -43,6 +43,8 @@ from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
 from .config import ABRConfig, checkpoints_activations
 from .evaluation import PerplexityMixin
 from .ledger import ComputeLedger, forward_share
+from .loss_scale import LossScale, count_targets, known_loss_scale, measure_loss_scale
+from .perplexity import perplexity_of
 from .run_directory import last_complete_checkpoint, write_whole
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .support import check_schedule, refuse_unsupported
@@ -50,6 +52,7 @@ from .support import check_schedule, refuse_unsupported
 logger = logging.get_logger(__name__)
 
 ABR_STATE_NAME = "abr_state.json"
+TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 
 
 class TooManySkips(RuntimeError):
@@ -117,16 +120,22 @@ class ABRMixin(PerplexityMixin):
             self._check_primer()
         if self._is_active:
             refuse_unsupported(self, self._budget)
-            self.add_callback(TraceCallback())
+            self._trace = TraceCallback()
+            self.add_callback(self._trace)
             if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
                 self.remove_callback(ProgressCallback)
-                self.add_callback(ABRProgressCallback())
+                self.add_callback(ABRProgressCallback(shows_perplexity=self._loss_is_of_tokens))
 
     # ---- A run: start, resume, checkpoint ----
 
     def _setting(self, name: str) -> Any:
         """Return an `ABRConfig` argument, or its default under plain `TrainingArguments`."""
         return getattr(self.args, name, ABRConfig.__dataclass_fields__[name].default)
+
+    @property
+    def _loss_is_of_tokens(self) -> bool:
+        """Whether exp of the training loss is a perplexity."""
+        return self._loss_shifts_labels and self.label_smoother is None
 
     @property
     def _budget(self) -> int | None:
@@ -145,6 +154,7 @@ class ABRMixin(PerplexityMixin):
         self._window = LogWindow()
         self._skips_in_a_row: list[tuple[int, str]] = []
         self._flops_per_token: float | None = None
+        self._loss_scale: LossScale | None = None
         self._restored_log: tuple[list[float], int] | None = None
         self._non_finite_batches = 0
         self._batches_in_epoch = 0
@@ -164,6 +174,15 @@ class ABRMixin(PerplexityMixin):
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        budget = self._budget
+        super()._hp_search_setup(trial)
+        if self._is_active and self.hp_search_backend is not None and trial is not None:
+            if self._budget != budget:
+                self.args.plan_batches(self._budget)
+            self._reset_repetition()  # an impossible value of the trial is refused here, by the name of its flag
+            refuse_unsupported(self, self._budget)
+
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
     ) -> tuple[int, int]:
@@ -174,6 +193,7 @@ class ABRMixin(PerplexityMixin):
         )
         if not self._is_active:
             return position
+        self._trace.directory = Path(self._get_output_dir(trial))
         if self._budget is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
             self.state.compute_steps(self.args, self._budget)
@@ -326,6 +346,7 @@ class ABRMixin(PerplexityMixin):
         batch = self._batch
         if not batch.calls:
             self._continue_log()
+            self._find_loss_scale(model, inputs, *args, **kwargs)
             batch.tr_loss_before = self._tr_loss.clone()
         batch.calls.append((copy.copy(inputs), args, kwargs))
         if not self.accelerator.gradient_state.sync_gradients:
@@ -388,12 +409,8 @@ class ABRMixin(PerplexityMixin):
 
     def _decide(self, losses: list[Tensor]) -> _Decision:
         """Average the first-pass loss over ranks, and decide. The same on every rank, because what it looks at is."""
-        loss, tokens, forward_flops = self._sum_over_ranks(
-            torch.stack(losses).sum(), *self._tokens_and_forward_flops()
-        )
-        observation = Observation(
-            batch=self.ledger.batches, loss=loss / self.args.world_size, progress=self._progress()
-        )
+        loss, tokens, forward_flops = self._mean_over_ranks(losses, *self._tokens_and_forward_flops())
+        observation = Observation(batch=self.ledger.batches, loss=loss, progress=self._progress())
         repeats, reason = self._choose(observation)
         left = None if self._budget is None else math.floor(self._budget - self.ledger.passes)
         if left is not None and repeats > left:
@@ -453,17 +470,25 @@ class ABRMixin(PerplexityMixin):
             self.lr_scheduler.step()
         model.zero_grad()
 
+    @contextlib.contextmanager
+    def _counted_once(self) -> Iterator[None]:
+        """Undo what passes in this context add to the counters of TRL's trainers, which count in `compute_loss`."""
+        counters = {name: copy.deepcopy(value) for name, value in self.__dict__.items() if name in TRL_COUNTERS}
+        yield
+        self.__dict__.update(counters)
+
     def _pass_again(self, model: nn.Module, one_pass: Callable[..., Tensor]) -> float:
         """Run one more pass over the whole batch, and return its loss averaged over ranks."""
-        losses = []
+        losses: list[Tensor] = []
         each_syncs = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        for i, (inputs, args, kwargs) in enumerate(self._batch.calls, start=1):
-            is_last = i == len(self._batch.calls)
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
-            with contextlib.nullcontext() if is_last or each_syncs else self.accelerator.no_sync(model):
-                losses.append(one_pass(copy.copy(inputs), *args, **kwargs))
-        (loss,) = self._sum_over_ranks(torch.stack(losses).sum())
-        return loss / self.args.world_size
+        with self._counted_once():
+            for i, (inputs, args, kwargs) in enumerate(self._batch.calls, start=1):
+                is_last = i == len(self._batch.calls)
+                self.accelerator.gradient_state._set_sync_gradients(is_last)
+                with contextlib.nullcontext() if is_last or each_syncs else self.accelerator.no_sync(model):
+                    losses.append(one_pass(copy.copy(inputs), *args, **kwargs))
+        (loss,) = self._mean_over_ranks(losses)
+        return loss
 
     def _withhold_update(self, model: nn.Module) -> None:
         """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
@@ -529,10 +554,58 @@ class ABRMixin(PerplexityMixin):
 
     # ---- Compute ----
 
-    def _sum_over_ranks(self, loss: Tensor, *others: float) -> list[float]:
+    def _find_loss_scale(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> None:
+        """Settle, once a run and for all ranks, what the losses of micro-batches mean."""
+        if self._loss_scale is not None:
+            return
+        self._loss_scale = known_loss_scale(self)
+        if self._loss_scale is not None:
+            return
+        if num_items_in_batch is None or self.args.world_size * self.args.gradient_accumulation_steps == 1:
+            self._loss_scale = LossScale(adds_up=False)
+            return
+        with self._counted_once():
+            measured = measure_loss_scale(self, model, inputs, num_items_in_batch)
+        # A rank whose micro-batch cannot tell follows those that know; where none does, the next batch may.
+        votes = (0, 0, 0.0) if measured is None else (measured.adds_up, not measured.adds_up, measured.factor)
+        adds_up, does_not, factors = self._sum_over_ranks(*votes)
+        if adds_up:
+            self._loss_scale = LossScale(adds_up=True)
+        elif does_not:
+            self._loss_scale = LossScale(adds_up=False, factor=factors / does_not)
+
+    def _mean_over_ranks(self, losses: list[Tensor], *others: float) -> list[float]:
+        """Return the mean loss per target of one pass, over micro-batches and ranks, and the sum of each other number.
+
+        Args:
+            losses: What `training_step` returned for each micro-batch of this rank.
+        """
+        loss, weight = self._weighted_loss(losses)
+        total, weights, *sums = self._sum_over_ranks(loss, weight, *others)
+        return [total / weights if weights else math.nan, *sums]
+
+    def _weighted_loss(self, losses: list[Tensor]) -> tuple[Tensor, Tensor | int]:
+        """Return this rank's loss, multiplied by its weight in the mean over ranks, and that weight."""
+        _, args, kwargs = self._batch.calls[0]
+        items = args[0] if args else kwargs.get("num_items_in_batch")
+        scale = self._loss_scale or LossScale(adds_up=True)
+        if scale.adds_up:
+            loss = torch.stack(losses).sum()
+            if items is None or self.args.average_tokens_across_devices or self.args.world_size == 1:
+                return loss, 1
+            return loss * items, items  # each rank's own mean
+        is_divided = not (self.model_accepts_loss_kwargs and items is not None) and self.compute_loss_func is None
+        if is_divided or getattr(self, "loss_is_scaled_for_ga", None) is False:
+            scale = LossScale(adds_up=False, factor=scale.factor / len(losses))
+        targets = [count_targets(inputs, self._loss_shifts_labels) for inputs, _, _ in self._batch.calls]
+        weights = torch.stack([torch.as_tensor(count, device=losses[0].device) for count in targets])
+        return (torch.stack(losses) * weights).sum() / scale.factor, weights.sum()
+
+    def _sum_over_ranks(self, *scalars: Tensor | float) -> list[float]:
         """Return each sum over ranks, in rank order: the one place where ranks exchange what rules decide on."""
-        dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-        row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=loss.device) for scalar in (loss, *others)])
+        device = self.args.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=device) for scalar in scalars])
         rows = self.accelerator.gather(row[None]).tolist() if self.args.world_size > 1 else [row.tolist()]
         return [sum(column) for column in zip(*rows, strict=True)]
 
@@ -578,7 +651,9 @@ class ABRMixin(PerplexityMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_active and {"loss", "learning_rate"} <= logs.keys() and self._window.batches:
             logs["loss"] = self._window.finite_mean(logs["loss"])
-            logs.update(self._window.logs(logs["loss"], self.ledger))
+            if self._loss_is_of_tokens:
+                logs["perplexity"] = perplexity_of(logs["loss"])
+            logs.update(self._window.logs(self.ledger))
             self._window = LogWindow()
         elif self._is_active and "train_runtime" in logs:
             logs.update({f"train_{name}": value for name, value in self.ledger.summary().items()})
