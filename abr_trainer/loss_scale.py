@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from .perplexity import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class LossScale:
@@ -77,4 +79,4 @@ def count_targets(inputs: Any, shifted: bool) -> Tensor | int:
         return 1
     if shifted and "shift_labels" not in inputs:
         labels = labels[..., 1:]
-    return labels.ne(-100).sum()
+    return labels.ne(IGNORE_INDEX).sum()

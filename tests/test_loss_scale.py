@@ -185,4 +185,5 @@ def test_a_seq2seq_trainer_repeats_and_generates(build, train):
     assert trainer.ledger.updates == 2 * trainer.ledger.batches
     assert all(outcome.losses[1] < outcome.losses[0] for outcome in scheduler.outcomes)
     stock = build(trainer_cls=Seq2SeqTrainer, model=trainer.model, **arguments)
-    assert (trainer.predict(llama_rows()).predictions == stock.predict(llama_rows()).predictions).all()
+    ours, theirs = (each.predict(llama_rows()).predictions[:, :10] for each in (trainer, stock))
+    assert (ours == theirs).all()

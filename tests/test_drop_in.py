@@ -1,0 +1,301 @@
+"""Whatever Trainer can do: with one repeat it is stock training, with repeats and skips it is stock training on the
+batches as they were trained on.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from accelerate.utils import AutocastKwargs
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from abr_trainer import ABRConfig, ABRTrainer
+from abr_trainer.callbacks import read_trace
+from tests.conftest import Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
+
+BASELINE = functools.partial(ABRConfig, repeat_scheduler="baseline", skip_outliers="none")
+
+FEATURES = {
+    "bf16": {"bf16": True},
+    "no clipping": {"max_grad_norm": 0.0},
+    "activation checkpointing": {"gradient_checkpointing": True},
+    "activation checkpointing, reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "torch_compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "auto_find_batch_size": {"auto_find_batch_size": True},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "tokens averaged on each device": {"average_tokens_across_devices": False},
+    "schedule-free": {"optim": "schedule_free_adamw"},
+    "8-bit AdamW": {"optim": "adamw_bnb_8bit", "model": functools.partial(tiny_llama, hidden_size=64)},
+    "paged AdamW": {"optim": "paged_adamw_32bit"},
+    "paged 8-bit AdamW": {"optim": "paged_adamw_8bit", "model": functools.partial(tiny_llama, hidden_size=64)},
+    "dropout": {"model": functools.partial(tiny_llama, attention_dropout=0.5)},
+    "NEFTune": {"neftune_noise_alpha": 5.0},
+    "tokens counted": {"include_num_input_tokens_seen": "all"},
+}
+RANDOM = ("dropout", "NEFTune")  # a skip draws random numbers in its forward
+
+
+def trained(train, feature, **options):
+    options = {"lr_scheduler_type": "constant", **FEATURES[feature], **options}
+    return train(**{**options, "model": options.get("model", tiny_llama)()})
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_repeats_and_skips_are_stock_training_on_the_batches_as_trained_on(train, feature, accumulation):
+    rows, size = token_rows(6 * accumulation), 2 * accumulation
+    first, second, third = (rows[start : start + size] for start in range(0, len(rows), size))
+    decisions, as_trained_on = ((3, 1, 2), [first] * 3 + [second] + [third] * 2)
+    if feature not in RANDOM:
+        decisions, as_trained_on = ((2, 0, 2), [first] * 2 + [third] * 2)
+    ours = trained(
+        train, feature, data=rows, repeat_scheduler=Scripted(*decisions), gradient_accumulation_steps=accumulation
+    )
+    theirs = trained(
+        train,
+        feature,
+        trainer_cls=Trainer,
+        config_cls=TrainingArguments,
+        data=list(itertools.chain(*as_trained_on)),
+        gradient_accumulation_steps=accumulation,
+    )
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert not torch.equal(weights(ours.model), weights(FEATURES[feature].get("model", tiny_llama)()))
+
+
+def ragged_rows():
+    rows = token_rows(14)
+    return [{name: value[: 4 + i % 7] for name, value in row.items()} for i, row in enumerate(rows)]
+
+
+def pad(rows):
+    return {
+        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+        for name, value in (("input_ids", 0), ("labels", -100))
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({**options, "gradient_accumulation_steps": 2} for options in FEATURES.values()),
+        {
+            "data": ragged_rows(),
+            "train_sampling_strategy": "group_by_length",
+            "trainer_options": {"data_collator": pad},
+        },
+        {"train_sampling_strategy": "random", "num_train_epochs": 3, "gradient_accumulation_steps": 4},
+        {"data": Stream(token_rows(12)), "max_steps": 8, "gradient_accumulation_steps": 2},
+        {"data": Stream(token_rows(12)), "max_steps": 9, "accelerator_config": {"dispatch_batches": False}},
+        {"dataloader_drop_last": True, "data": token_rows(11)},
+        {"accelerator_config": {"split_batches": True}},
+        {
+            "max_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "trainer_options": {"eval_dataset": token_rows(3)},
+        },
+    ],
+    ids=[
+        *FEATURES,
+        "group_by_length",
+        "shuffled",
+        "stream",
+        "stream, not dispatched",
+        "drop_last",
+        "split_batches",
+        "evaluated",
+    ],
+)
+def test_a_baseline_is_trainer(train, options):
+    options = {"learning_rate": 3e-3, "warmup_steps": 2, **options}
+    build_model = options.pop("model", tiny_llama)
+    ours = train(config_cls=BASELINE, model=build_model(), **options)
+    theirs = train(trainer_cls=Trainer, config_cls=TrainingArguments, model=build_model(), **options)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    for mine, stock in zip(log_without_times(ours), log_without_times(theirs), strict=True):
+        assert stock.items() <= mine.items()
+
+
+class ScaledMixin:
+    """Loss scaling on the CPU, with a scale that overflows at first: fp16 needs a GPU, its GradScaler does not."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+
+
+class ScaledTrainer(ScaledMixin, Trainer):
+    pass
+
+
+class ScaledABRTrainer(ScaledMixin, ABRTrainer):
+    pass
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_overflow_inside_a_pass_is_one_rejected_update(train, accumulation, max_grad_norm):
+    rows, size = token_rows(6 * accumulation), 2 * accumulation
+    options = {
+        "gradient_accumulation_steps": accumulation,
+        "max_grad_norm": max_grad_norm,
+        "lr_scheduler_type": "constant",
+    }
+    scheduler = Scripted(8, 0, 2)
+    ours = train(trainer_cls=ScaledABRTrainer, data=rows, repeat_scheduler=scheduler, **options)
+    scale = ours.accelerator.scaler.state_dict()
+    as_trained_on = rows[:size] * 8 + rows[2 * size :] * 2
+    theirs = train(trainer_cls=ScaledTrainer, config_cls=TrainingArguments, data=as_trained_on, **options)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert scale == theirs.accelerator.scaler.state_dict()
+    losses = scheduler.outcomes[0].losses
+    assert losses[1] == losses[0]  # the first update was rejected
+    assert losses[-1] < losses[0]
+
+
+class Overriding:
+    """A subclass of Trainer that overrides what subclasses override, and notes that it was asked."""
+
+    def __init__(self, *args, **kwargs):
+        self.asked = []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.asked.append("loss")
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        return (result[0] * 2, result[1]) if return_outputs else result * 2
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.asked.append("step")
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.asked.append("samples")
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def log(self, logs, start_time=None):
+        self.asked.append("log")
+        super().log({**logs, "mine": 1.0}, start_time)
+
+
+class OverridingTrainer(Overriding, Trainer):
+    pass
+
+
+class OverridingABRTrainer(Overriding, ABRTrainer):
+    pass
+
+
+@pytest.mark.parametrize("config_cls", [TrainingArguments, BASELINE])
+def test_a_subclass_overrides_what_it_likes(train, config_cls):
+    ours = train(trainer_cls=OverridingABRTrainer, config_cls=config_cls)
+    theirs = train(trainer_cls=OverridingTrainer, config_cls=TrainingArguments)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert ours.asked == theirs.asked
+    assert all(logs["mine"] == 1.0 for logs in ours.state.log_history)
+
+
+class AtTrainEnd(TrainerCallback):
+    def __init__(self, note):
+        self.note = note
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.note()
+
+
+def test_a_hyperparameter_search_starts_each_trial_clean(tmp_path):
+    """Each trial has its own budget, ledger, trace and rule; none sees what the one before it spent or learnt."""
+    trainer = ABRTrainer(
+        model_init=lambda: tiny_llama(),
+        args=ABRConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            max_passes=6,
+            loss_threshold=2.0,
+            skip_outliers="none",
+            eval_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=token_rows(12),
+        eval_dataset=token_rows(2),
+    )
+    spent = []
+    trainer.add_callback(AtTrainEnd(lambda: spent.append((trainer.ledger.passes, trainer.repeat_scheduler))))
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {
+            "max_passes": trial.suggest_categorical("max_passes", [4, 9, 12]),
+            "loss_threshold": trial.suggest_categorical("loss_threshold", [2.0]),
+        },
+        backend="optuna",
+        n_trials=3,
+        sampler=optuna.samplers.GridSampler({"max_passes": [4, 9, 12], "loss_threshold": [2.0]}, seed=0),
+    )
+    assert sorted(passes for passes, _ in spent) == [4, 9, 12]
+    assert len({id(scheduler) for _, scheduler in spent}) == 3
+    for number, (passes, _) in enumerate(spent):
+        trace = list(read_trace(tmp_path / f"run-{number}" / "abr_trace.jsonl"))
+        assert sum(batch["repeats"] for batch in trace) == passes
+        assert [batch["step"] for batch in trace] == list(range(1, len(trace) + 1))
+    assert not Path(tmp_path, "abr_trace.jsonl").exists()
+
+
+def test_an_impossible_value_of_a_trial_is_told_by_its_flag(tmp_path):
+    trainer = ABRTrainer(
+        model_init=lambda: tiny_llama(),
+        args=ABRConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True),
+        train_dataset=token_rows(4),
+        eval_dataset=token_rows(2),
+    )
+    with pytest.raises(ValueError, match="`loss_threshold` must be positive, got -1.0"):
+        trainer.hyperparameter_search(
+            hp_space=lambda trial: {"loss_threshold": trial.suggest_float("loss_threshold", -1.0, -1.0)},
+            backend="optuna",
+            n_trials=1,
+        )
+
+
+def test_training_again_is_training_anew(build):
+    """A second `train()` of one trainer equals stock Trainer's second, and counts from nothing."""
+    ours, theirs = build(config_cls=BASELINE), build(trainer_cls=Trainer, config_cls=TrainingArguments)
+    for trainer in (ours, theirs):
+        trainer.train()
+        trainer.train()
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert ours.ledger.batches == ours.state.global_step == theirs.state.global_step
+
+
+def test_checkpoints_of_stock_and_of_plain_arguments_are_alike(train, tmp_path):
+    names = []
+    for trainer_cls in (Trainer, ABRTrainer):
+        directory = tmp_path / trainer_cls.__name__
+        train(
+            trainer_cls=trainer_cls,
+            config_cls=TrainingArguments,
+            output_dir=str(directory),
+            save_strategy="steps",
+            save_steps=3,
+        )
+        names.append(sorted(str(path.relative_to(directory)) for path in directory.rglob("*")))
+    assert names[0] == names[1]
+    states = [
+        json.loads(Path(tmp_path, cls, "checkpoint-6", "trainer_state.json").read_text())
+        for cls in ("Trainer", "ABRTrainer")
+    ]
+    assert states[0] == states[1]

@@ -1,0 +1,156 @@
+"""TRL's trainers with repeats: the same training, and counters that count a batch once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("trl")
+
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from abr_trainer import ABRMixin
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.trl import ABRSFTConfig, ABRSFTTrainer
+from tests.conftest import Scripted, log_without_times, tiny_llama, weights
+
+PAIRS = Dataset.from_list(
+    [
+        {"prompt": f"The fox saw {count} birds.", "completion": " One of them " + "flew away " * (1 + count % 3)}
+        for count in range(12)
+    ]
+)
+COUNTED = ("num_tokens", "entropy", "mean_token_accuracy")
+
+
+def demo_model():
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+
+
+@pytest.fixture
+def fine_tune(tmp_path):
+    def fine_tune(trainer_cls=ABRSFTTrainer, config_cls=ABRSFTConfig, repeat_scheduler=None, **config):
+        options = dict(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_length=64,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            bf16=False,
+            num_train_epochs=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = trainer_cls(
+            model=demo_model(),
+            args=config_cls(**{**options, **config}),
+            train_dataset=PAIRS,
+            eval_dataset=PAIRS.select(range(5)),
+            processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+            **({} if repeat_scheduler is None else {"repeat_scheduler": repeat_scheduler}),
+        )
+        trainer.train()
+        return trainer
+
+    return fine_tune
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_one_repeat_is_ordinary_fine_tuning(fine_tune, packing):
+    options = {"packing": packing, "completion_only_loss": True}
+    ours = fine_tune(repeat_scheduler=Scripted(1), **options)
+    theirs = fine_tune(trainer_cls=SFTTrainer, config_cls=SFTConfig, **options)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    for mine, stock in zip(log_without_times(ours), log_without_times(theirs), strict=True):
+        assert stock.items() <= mine.items()
+
+
+class Mixed(ABRMixin, SFTTrainer):
+    """What a user writes who does not know of `ABRSFTTrainer`."""
+
+
+@pytest.mark.parametrize("trainer_cls", [ABRSFTTrainer, Mixed])
+def test_repeats_and_skips_do_not_inflate_counters(fine_tune, trainer_cls):
+    scheduler = Scripted(3, 0, 2)
+    ours = fine_tune(trainer_cls=trainer_cls, repeat_scheduler=scheduler, learning_rate=0.0)
+    theirs = fine_tune(trainer_cls=SFTTrainer, config_cls=SFTConfig, learning_rate=0.0)
+    assert ours.ledger.updates == 5
+    for mine, stock in zip(ours.state.log_history[:3], theirs.state.log_history[:3], strict=True):
+        assert {key: mine[key] for key in COUNTED} == {key: stock[key] for key in COUNTED}
+        assert mine["loss"] == stock["loss"]
+    assert [outcome.observation.loss for outcome in scheduler.outcomes] == pytest.approx(
+        [logs["loss"] for logs in theirs.state.log_history[:3]], rel=1e-6
+    )
+
+
+def test_the_perplexity_is_that_of_completion_tokens(fine_tune):
+    trainer = fine_tune(repeat_scheduler=Scripted(2), completion_only_loss=True)
+    metrics = trainer.evaluate()
+    nll, tokens = 0.0, 0
+    for batch in trainer.get_eval_dataloader():
+        with torch.no_grad():
+            logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        targets = batch["labels"][:, 1:].flatten()
+        nll += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum").item()
+        tokens += int((targets != -100).sum())
+    assert metrics["eval_target_tokens"] == tokens < 5 * 30
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+
+class MixedDPOTrainer(ABRMixin, DPOTrainer):
+    pass
+
+
+def test_preference_training_repeats_and_counts_once(tmp_path):
+    choices = Dataset.from_list([{"prompt": "The fox", "chosen": " ran.", "rejected": " flew."}] * 8)
+    scheduler = Scripted(2)
+    trainer = MixedDPOTrainer(
+        model=demo_model(),
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            bf16=False,
+            num_train_epochs=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=choices,
+        processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+        repeat_scheduler=scheduler,
+    )
+    trainer.train()
+    first = scheduler.outcomes[0]
+    assert first.losses[0] == pytest.approx(math.log(2), rel=1e-4)  # the policy is still the reference
+    assert first.losses[1] < first.losses[0]
+    tokens = [logs["num_tokens"] for logs in trainer.state.log_history if "num_tokens" in logs]
+    assert tokens[1] == 2 * tokens[0]
+
+
+class MixedGRPOTrainer(ABRMixin, GRPOTrainer):
+    pass
+
+
+def test_a_trainer_that_generates_its_inputs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="MixedGRPOTrainer generates its inputs while it trains"):
+        MixedGRPOTrainer(
+            model=tiny_llama(vocab_size=2048),
+            args=GRPOConfig(output_dir=str(tmp_path), num_generations=2, use_cpu=True, bf16=False, report_to="none"),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            train_dataset=Dataset.from_list([{"prompt": "The fox"}] * 8),
+            processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+            repeat_scheduler=Scripted(1),
+        )
