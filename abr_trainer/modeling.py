@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
@@ -164,6 +165,7 @@ def load_model(
     if not arguments.use_lora:
         return model
     if getattr(model, "is_quantized", False):
+        keep_packing(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
@@ -183,6 +185,17 @@ def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=getattr(torch, arguments.bnb_4bit_compute_dtype),
         )
     return None
+
+
+def keep_packing(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU.
+
+    That rounds their scales, so that training goes on with another model, and fails where a layer's input is no
+    multiple of the block of 64.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _own_device() -> dict[str, Any]:

@@ -10,9 +10,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer, lora_config
+from abr_trainer.modeling import (
+    ModelArguments,
+    describe_model,
+    keep_packing,
+    load_config,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    quantization_config,
+)
 from abr_trainer.trainer import ABRTrainer
-from tests.conftest import token_rows
+from tests.conftest import Scripted, token_rows
 
 
 def load(**options):
@@ -76,6 +85,48 @@ def test_a_quantised_model_trains_its_adapter_and_says_what_is_quantised(build, 
     assert all("lora_" in name for name in moved)
     assert isinstance(trainer, ABRTrainer)
     assert trainer.ledger.share == 0.5  # the base is frozen
+
+
+@pytest.mark.parametrize("flag", ["load_in_8bit", "load_in_4bit"])
+def test_a_quantised_model_comes_back_with_the_same_logits(build, tmp_path, flag):
+    trainer = build(
+        model=load(**{flag: True}), data=token_rows(4), max_passes=4, repeat_scheduler=None, loss_threshold=2.0
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    tokens = token_rows(1)[0]["input_ids"][None]
+    base = AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, quantization_config=quantization_config(ModelArguments(**{flag: True})), device_map={"": "cpu"}
+    )
+    keep_packing(base)
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = trainer.model.eval()(tokens).logits
+        assert torch.equal(reloaded(tokens).logits, expected)
+        with reloaded.disable_adapter():
+            assert not torch.equal(reloaded(tokens).logits, expected)
+
+
+def test_evaluation_changes_nothing_in_a_4_bit_model(build):
+    model = load(load_in_4bit=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    build(model=model, trainer_options={"eval_dataset": token_rows(2)}).evaluate()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_spread_over_devices_is_never_moved_by_hand(build, monkeypatch):
+    model = load(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True, device_map="auto")
+    # What `auto` returns where the model does not fit on one device; here all of its devices are the same.
+    model.get_base_model().hf_device_map = {"model.embed_tokens": "cpu", "model.layers": "cpu"}
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("the model was moved")
+
+    monkeypatch.setattr(type(model), "to", refuse)
+    monkeypatch.setattr(type(model.get_base_model()), "to", refuse)
+    trainer = build(model=model, data=token_rows(4), repeat_scheduler=Scripted(2, 0))
+    trainer.train()
+    assert trainer.ledger.updates == 2
 
 
 @pytest.mark.parametrize(
