@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .command_line import one_line
 from .demo import DEMO_MODEL
@@ -147,13 +148,17 @@ def load_model(
     activation_checkpointing: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load the base model, quantise it, and attach a LoRA adapter, as the arguments ask."""
+    is_sharded, dtype = shards_weights(), base_dtype(arguments, config)
+    if is_sharded and arguments.load_in_8bit:
+        raise ValueError("--load_in_8bit weights cannot be sharded by FSDP or ZeRO-3. Use --load_in_4bit, or DDP.")
+    has_own_device = arguments.is_quantised and not is_sharded
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model_name_or_path,
         config=config,
-        dtype=arguments.torch_dtype,
+        dtype=dtype,
         attn_implementation=arguments.attn_implementation,
-        quantization_config=quantization_config(arguments),
-        device_map=arguments.device_map or (_own_device() if arguments.is_quantised else None),
+        quantization_config=quantization_config(arguments, storage=dtype if is_sharded else torch.uint8),
+        device_map=arguments.device_map or (_own_device() if has_own_device else None),
         **arguments.hub_options,
     )
     if len(tokenizer) > int(model.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
@@ -164,15 +169,39 @@ def load_model(
             settings.pad_token_id = tokenizer.pad_token_id
     if not arguments.use_lora:
         return model
-    if getattr(model, "is_quantized", False):
+    is_quantised = getattr(model, "is_quantized", False)
+    if is_quantised:
         keep_packing(model)
+    if is_quantised and not is_sharded:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
-    return get_peft_model(model, lora_config(arguments, model))
+    adapted = get_peft_model(model, lora_config(arguments, model), autocast_adapter_dtype=not is_sharded)
+    if is_sharded:
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
-def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:
+def shards_weights() -> bool:
+    """Tell whether FSDP or ZeRO-3 will split the weights over ranks: what is split together must be of one dtype."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled()
+
+
+def base_dtype(arguments: ModelArguments, config: PreTrainedConfig) -> torch.dtype:
+    if arguments.torch_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, arguments.torch_dtype)
+        return dtype
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def quantization_config(arguments: ModelArguments, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
+    """Return how bitsandbytes shall quantise.
+
+    Args:
+        storage: What four-bit weights are packed into. FSDP and ZeRO-3 shard floats only: the dtype of the others.
+    """
     if arguments.load_in_8bit:
         return BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=arguments.llm_int8_enable_fp32_cpu_offload
@@ -183,6 +212,7 @@ def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, arguments.bnb_4bit_compute_dtype),
+            bnb_4bit_quant_storage=storage,
         )
     return None
 

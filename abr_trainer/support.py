@@ -9,7 +9,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 ENGINES = {
-    DistributedType.DEEPSPEED: "DeepSpeed updates the weights inside the backward",
     DistributedType.MEGATRON_LM: "Megatron-LM runs its own forward-backward",
     DistributedType.XLA: "XLA traces the loop, and a decision on a loss would cut every trace",
 }
@@ -23,6 +22,12 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
     bases = {base.__name__ for base in type(trainer).__mro__}
     refusals = [
         (engine in ENGINES, ENGINES.get(engine, "")),
+        (
+            engine == DistributedType.DEEPSPEED
+            and "scheduler" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config,
+            "the `scheduler` of a DeepSpeed configuration ticks once an update, not once a batch. Leave it out, and "
+            "Trainer's own is used",
+        ),
         (is_sagemaker_mp_enabled(), "SageMaker model parallelism runs its own forward-backward"),
         (
             max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1

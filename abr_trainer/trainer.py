@@ -41,6 +41,7 @@ from transformers.utils import logging
 
 from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
 from .config import ABRConfig, checkpoints_activations
+from .engines import forget_batch_of_deepspeed
 from .evaluation import PerplexityMixin
 from .ledger import ComputeLedger, forward_share
 from .loss_scale import LossScale, count_targets, known_loss_scale, measure_loss_scale
@@ -111,6 +112,7 @@ class ABRMixin(PerplexityMixin):
         super().__init__(*args, **kwargs)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
         self._given_scheduler = repeat_scheduler
+        self._forward_flops_per_token = 0.0
         self._initial_scheduler_state = (
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
         )
@@ -150,19 +152,28 @@ class ABRMixin(PerplexityMixin):
             self.repeat_scheduler = self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
         self._scheduler_description = repr(self.repeat_scheduler)
         self.ledger = ComputeLedger(share=self._forward_share())
+        self._measure_forward()
         self._batch = _Batch()
         self._window = LogWindow()
         self._skips_in_a_row: list[tuple[int, str]] = []
-        self._flops_per_token: float | None = None
         self._loss_scale: LossScale | None = None
         self._restored_log: tuple[list[float], int] | None = None
         self._non_finite_batches = 0
         self._batches_in_epoch = 0
 
     def _forward_share(self) -> Fraction:
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
+        # ZeRO-3 leaves nothing of a parameter in its place but the size.
+        sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in self.model.parameters()]
         trainable = sum(size for size, requires_grad in sizes if requires_grad)
-        return forward_share(2 * trainable < sum(size for size, _ in sizes), checkpoints_activations(self.args))
+        engine = getattr(self.accelerator.state, "fsdp_plugin", None)
+        recomputes = checkpoints_activations(self.args) or bool(getattr(engine, "activation_checkpointing", False))
+        return forward_share(2 * trainable < sum(size for size, _ in sizes), recomputes)
+
+    def _measure_forward(self) -> None:
+        # Trainer's estimate for a forward-backward with all weights trainable is 6 a parameter and token, and linear
+        # in the tokens. A forward is a third of it. ZeRO-3 hides the parameters later.
+        token = {getattr(self.model, "main_input_name", "input_ids"): torch.zeros((1, 1), dtype=torch.long)}
+        self._forward_flops_per_token = self.floating_point_ops(token) / 3 or self._forward_flops_per_token
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its
@@ -360,9 +371,9 @@ class ABRMixin(PerplexityMixin):
             decision = decision or self._decide([*batch.losses, loss.detach()])
             return decision.repeats > 0
 
-        # FSDP must finish the backward of every forward, or unsharded gradients are left behind.
-        gate = contextlib.nullcontext() if self.is_fsdp_enabled else self._before_backward(decide)
-        with gate:
+        # Before its last backward, FSDP keeps the gradients of a batch where `zero_grad` does not reach them.
+        must_finish = self.is_fsdp_enabled and len(batch.calls) > 1
+        with contextlib.nullcontext() if must_finish else self._before_backward(decide):
             loss = one_pass(inputs, *args, **kwargs)
         backwards = len(batch.calls) - (decision is not None and decision.repeats == 0)
         decide(loss)
@@ -480,15 +491,28 @@ class ABRMixin(PerplexityMixin):
     def _pass_again(self, model: nn.Module, one_pass: Callable[..., Tensor]) -> float:
         """Run one more pass over the whole batch, and return its loss averaged over ranks."""
         losses: list[Tensor] = []
-        each_syncs = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        mean: float | None = None
+
+        def is_sound(loss: Tensor) -> bool:
+            nonlocal mean
+            (mean,) = self._mean_over_ranks([*losses, loss.detach()])
+            return math.isfinite(mean)
+
+        each_syncs = self.is_deepspeed_enabled or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         with self._counted_once():
             for i, (inputs, args, kwargs) in enumerate(self._batch.calls, start=1):
                 is_last = i == len(self._batch.calls)
                 self.accelerator.gradient_state._set_sync_gradients(is_last)
-                with contextlib.nullcontext() if is_last or each_syncs else self.accelerator.no_sync(model):
+                with contextlib.ExitStack() as context:
+                    if not (is_last or each_syncs):
+                        context.enter_context(self.accelerator.no_sync(model))
+                    if is_last and self.is_deepspeed_enabled:
+                        # Its backward is the update too: last chance to see that there must be none.
+                        context.enter_context(self._before_backward(is_sound))
                     losses.append(one_pass(copy.copy(inputs), *args, **kwargs))
-        (loss,) = self._mean_over_ranks(losses)
-        return loss
+        if mean is None:
+            (mean,) = self._mean_over_ranks(losses)
+        return mean
 
     def _withhold_update(self, model: nn.Module) -> None:
         """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
@@ -496,6 +520,8 @@ class ABRMixin(PerplexityMixin):
         Gradients of zero would not do: momentum and weight decay move the weights under them.
         """
         model.zero_grad()
+        if self.is_deepspeed_enabled:
+            forget_batch_of_deepspeed(model)
         self.accelerator.gradient_state._set_sync_gradients(False)
         self.optimizer._is_overflow = False  # of an earlier batch: it would keep the learning rate from ticking
         self._batch.update_withheld = True
@@ -613,12 +639,7 @@ class ABRMixin(PerplexityMixin):
         """Return what one forward over this rank's part of the batch costs."""
         main_input = getattr(self.model, "main_input_name", "input_ids")
         tokens = sum(inputs[main_input].numel() for inputs, _, _ in self._batch.calls if main_input in inputs)
-        if self._flops_per_token is None and tokens:
-            # Trainer's estimate for a forward-backward with all weights trainable is 6 a parameter and token, and
-            # linear in the tokens. A forward is a third of it.
-            inputs = self._batch.calls[0][0]
-            self._flops_per_token = self.floating_point_ops(inputs) / 3 / inputs[main_input].numel()
-        return tokens, tokens * (self._flops_per_token or 0.0)
+        return tokens, tokens * self._forward_flops_per_token
 
     def _is_spent(self) -> bool:
         """Tell whether no whole pass fits into the budget any more."""
