@@ -8,13 +8,19 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from abr_trainer import ABRConfig, ABRTrainer
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
-from abr_trainer.schedulers import RobustOutlierSkip, ThresholdScheduler
+from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
 from tests.conftest import QUIET, VOCABULARY, tiny_llama, token_rows, weights
 
 
@@ -64,48 +70,194 @@ def resumable(output_dir: str, kill_after: str = "0", resume: bool = False) -> A
 
 def poison(module, args, output):
     """Break the forward of any micro-batch that begins with the last token of the vocabulary."""
-    return torch.full_like(output, math.nan) if args[0][0, 0] == VOCABULARY - 1 else output
+    return output * math.nan if args[0][0, 0] == VOCABULARY - 1 else output
 
 
-def ranks(output_dir: str, accumulation: str = "1") -> ABRTrainer:
-    """Train on 16 micro-batches, one of them broken: on two ranks, or in two micro-batches of one process."""
-    rows = token_rows(32)
-    for row in rows:
-        row["input_ids"][0] = row["input_ids"][0].clamp(max=VOCABULARY - 2)
+def rows_with_a_broken_one(count: int = 32) -> list[dict[str, torch.Tensor]]:
+    """Rows of which the tenth breaks its micro-batch, and of which each second has half as many targets."""
+    rows = token_rows(count)
+    for i, row in enumerate(rows):
+        row["input_ids"] = row["input_ids"].clamp(max=VOCABULARY - 2)
+        row["labels"] = row["input_ids"].clone()
+        row["labels"][: 6 * (i % 2)] = -100
     rows[10]["input_ids"][0] = VOCABULARY - 1  # row 10 opens micro-batch 5, the second of its pair
-    model = tiny_llama()
-    model.model.embed_tokens.register_forward_hook(poison)
-    trainer = ABRTrainer(
+    return rows
+
+
+def fsdp(version: int) -> dict[str, Any]:
+    options = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
+    return {"fsdp": True, "fsdp_config": {"fsdp_version": version, **options}}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": "auto",
+            "train_batch_size": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }
+    }
+
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "one micro-batch": {},
+    "four micro-batches": {"gradient_accumulation_steps": 4, "rows": 64},
+    "uneven": {"gradient_accumulation_steps": 2, "rows": 29},
+    "dispatched": {"accelerator_config": {"dispatch_batches": True}},
+    "split": {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 4},
+    "means of devices": {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False},
+    "classification": {"gradient_accumulation_steps": 2, "model": "classifier"},
+    "two micro-batches": {"gradient_accumulation_steps": 2},
+    "stock": {"gradient_accumulation_steps": 2, "trainer": "stock"},
+    "baseline": {"gradient_accumulation_steps": 2, "trainer": "baseline"},
+    "LoRA": {"gradient_accumulation_steps": 2, "model": "lora"},
+    "FSDP2": fsdp(2),
+    "FSDP2, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(2)},
+    "FSDP2, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **fsdp(2)},
+    "FSDP1": fsdp(1),
+    "FSDP1, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(1)},
+    **{f"ZeRO-{stage}": zero(stage) for stage in (1, 2, 3)},
+    **{f"ZeRO-{stage}, two micro-batches": {"gradient_accumulation_steps": 2, **zero(stage)} for stage in (1, 2, 3)},
+    **{f"ZeRO-{stage}, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **zero(stage)} for stage in (2, 3)},
+}
+
+
+def build_model(kind: str) -> Any:
+    model = tiny_llama(tie_word_embeddings=False)
+    if kind == "lora":
+        torch.manual_seed(1)
+        options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    if kind == "classifier":
+        model = LlamaForSequenceClassification(LlamaConfig(**{**model.config.to_dict(), "num_labels": 3}))
+        model.config.pad_token_id = VOCABULARY - 3
+    return model
+
+
+class SkipEveryFifth(RepeatScheduler):
+    """Skip sound batches too, whatever the rule inside says."""
+
+    def __init__(self, inner: RepeatScheduler) -> None:
+        self.inner = inner
+
+    def decide(self, observation):
+        return 0 if observation.batch % 5 == 3 else self.inner.decide(observation)
+
+    def observe(self, outcome):
+        self.inner.observe(outcome)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+
+
+def train_scenario(output_dir: str, name: str, **changes: Any) -> Any:
+    """Train on micro-batches of which one is broken, with repeats and skips that depend on losses alone."""
+    options = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, **SCENARIOS[name], **changes}
+    count, kind, how = options.pop("rows", 32), options.pop("model", "causal LM"), options.pop("trainer", "repeats")
+    rows = rows_with_a_broken_one(count)
+    rows += rows[: options.pop("first_rows_again", 0)]
+    if kind == "classifier":
+        rows = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 3)} for i, row in enumerate(rows)]
+    model = build_model(kind)
+    rule = ThresholdScheduler(loss_threshold=0.4 if kind == "classifier" else 1.3, max_repeats=3)
+    trainer_cls, config_cls, scheduler = {
+        "repeats": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(RobustOutlierSkip(rule, sigmas=2.0))}),
+        "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
+        "stock": (Trainer, TrainingArguments, {}),
+    }[how]
+    if how == "repeats":
+        model.get_input_embeddings().register_forward_hook(poison)
+    trainer = trainer_cls(
         model=model,
-        args=ABRConfig(
+        args=config_cls(
             output_dir=output_dir,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=int(accumulation),
             num_train_epochs=2,
             learning_rate=1e-2,
             logging_steps=2,
             save_strategy="no",
             train_sampling_strategy="sequential",
+            **options,
             **QUIET,
         ),
         train_dataset=rows,
-        eval_dataset=token_rows(5, seed=3),  # does not divide by two ranks: one row is given out twice
-        repeat_scheduler=RobustOutlierSkip(ThresholdScheduler(loss_threshold=1.3, max_repeats=3), sigmas=2.0),
+        eval_dataset=rows[3:8],  # does not divide by two ranks: a row is given out twice
+        **scheduler,
     )
     trainer.train()
-    metrics = trainer.evaluate()
-    rank = trainer.args.process_index
-    torch.save(weights(trainer.model), Path(output_dir, f"weights-{rank}.pt"))
-    numbers = {
-        "ledger": {key: value for key, value in trainer.ledger.state_dict().items() if key != "seconds"},
-        "scheduler": trainer.repeat_scheduler.state_dict(),
-        "loss": [logs["loss"] for logs in trainer.state.log_history if "loss" in logs],
-        "perplexity": metrics["eval_perplexity"],
-        "target_tokens": metrics["eval_target_tokens"],
-    }
-    Path(output_dir, f"rank-{rank}.json").write_text(json.dumps(numbers))
     return trainer
 
 
+def whole_weights(trainer: Any) -> torch.Tensor:
+    """All weights of a model, as one vector, whatever its engine has split."""
+    model = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return weights(model)
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return weights(model)
+    parameters = (parameter.detach() for parameter in model.parameters())
+    return torch.cat([(each.full_tensor() if isinstance(each, DTensor) else each).flatten() for each in parameters])
+
+
+def numbers_of(trainer: Any) -> dict[str, Any]:
+    """What ranks must agree on, and what must equal the reference."""
+    metrics = trainer.evaluate()
+    logged = [logs for logs in trainer.state.log_history if "loss" in logs]
+    numbers = {name: [logs.get(name) for logs in logged] for name in ("loss", "learning_rate", "repeats")}
+    numbers |= {f"eval_{name}": metrics.get(f"eval_{name}") for name in ("loss", "perplexity", "target_tokens")}
+    if isinstance(trainer, ABRTrainer):
+        numbers["ledger"] = {key: value for key, value in trainer.ledger.state_dict().items() if key != "seconds"}
+        numbers["history"] = trainer.repeat_scheduler.state_dict().get("history")
+    return numbers
+
+
+def shards_on_cpu() -> None:
+    """Let accelerate switch FSDP on where there is no GPU: it drops the plugin there, and says nothing."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 compares it with "cpu", not with "cpu:0"
+
+
+def engines(output_dir: str, *names: str) -> None:
+    """Run scenarios one after the other in this rank; write the weights and numbers of each."""
+    shards_on_cpu()
+    if any(name.startswith("ZeRO") for name in names):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled, for minutes
+    for name in names:
+        directory = Path(output_dir, name)
+        directory.mkdir(exist_ok=True)
+        trainer = train_scenario(str(directory), name)
+        rank = trainer.args.process_index
+        sharded = sum(isinstance(parameter, DTensor) for parameter in trainer.model_wrapped.parameters())
+        numbers = {**numbers_of(trainer), "engine": type(trainer.model_wrapped).__name__, "sharded": sharded}
+        torch.save(whole_weights(trainer), directory / f"weights-{rank}.pt")
+        Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
+        trainer.accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        unset_hf_deepspeed_config()
+        print(f"{name}: done", flush=True)
+
+
 if __name__ == "__main__":
-    {"resumable": resumable, "ranks": ranks}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "engines": engines}[sys.argv[1]](*sys.argv[2:])
