@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         with args.main_process_first(desc="preparing the data"):
             blocks = load_blocks(data_args, tokenizer, block_size, splits)
 
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # no causal language model leaves any out, and looking for them costs
     set_seed(args.seed)
     with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
         model = load_model(model_args, config, tokenizer, checkpoints_activations(args))

@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install_project "[test]"
+install_deepspeed
 export HF_HUB_OFFLINE=1
 echo "ruff" && ruff format --check . && ruff check .
 echo "mypy" && mypy

@@ -25,3 +25,13 @@ install_project() {
         touch "$stamp"
     fi
 }
+
+# install_deepspeed: DeepSpeed at the tested version, without compiling its kernels. It builds with the torch that is there.
+install_deepspeed() {
+    python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('deepspeed') is None)" && return
+    echo "Installing DeepSpeed"
+    python -m pip install --quiet --disable-pip-version-check --upgrade setuptools wheel --constraint constraints.txt &&
+        DS_BUILD_OPS=0 python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+            --editable ".[deepspeed]" --constraint constraints.txt ||
+        echo "DeepSpeed does not install here: its tests will be skipped."
+}

@@ -102,6 +102,7 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
+RESUMED = ("two micro-batches", "FSDP2, two micro-batches", "ZeRO-2, two micro-batches", "ZeRO-3, two micro-batches")
 SCENARIOS: dict[str, dict[str, Any]] = {
     "one micro-batch": {},
     "four micro-batches": {"gradient_accumulation_steps": 4, "rows": 64},
@@ -125,6 +126,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
+SCENARIOS |= {f"{name}, resumed": {**SCENARIOS[name], "is_resumed": True} for name in RESUMED}
+
+
 def build_model(kind: str) -> Any:
     model = tiny_llama(tie_word_embeddings=False)
     if kind == "lora":
@@ -135,6 +139,16 @@ def build_model(kind: str) -> Any:
         model = LlamaForSequenceClassification(LlamaConfig(**{**model.config.to_dict(), "num_labels": 3}))
         model.config.pad_token_id = VOCABULARY - 3
     return model
+
+
+class StopAfter(TrainerCallback):
+    """End training after `step` batches, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = state.global_step == self.step
 
 
 class SkipEveryFifth(RepeatScheduler):
@@ -159,22 +173,42 @@ class SkipEveryFifth(RepeatScheduler):
 def train_scenario(output_dir: str, name: str, **changes: Any) -> Any:
     """Train on micro-batches of which one is broken, with repeats and skips that depend on losses alone."""
     options = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, **SCENARIOS[name], **changes}
-    count, kind, how = options.pop("rows", 32), options.pop("model", "causal LM"), options.pop("trainer", "repeats")
-    rows = rows_with_a_broken_one(count)
-    rows += rows[: options.pop("first_rows_again", 0)]
-    if kind == "classifier":
-        rows = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 3)} for i, row in enumerate(rows)]
-    model = build_model(kind)
-    rule = ThresholdScheduler(loss_threshold=0.4 if kind == "classifier" else 1.3, max_repeats=3)
+    if not options.pop("is_resumed", False):
+        trainer = build_scenario(output_dir, **options)
+        trainer.train()
+        return trainer
+    stopped = build_scenario(output_dir, **options)
+    stopped.add_callback(StopAfter(5))
+    stopped.train()
+    forget_engine(stopped)
+    trainer = build_scenario(output_dir, **options)
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
+def build_scenario(
+    output_dir: str,
+    rows: int = 32,
+    first_rows_again: int = 0,
+    model: str = "causal LM",
+    trainer: str = "repeats",
+    **options: Any,
+) -> Any:
+    data = rows_with_a_broken_one(rows)
+    data += data[:first_rows_again]
+    if model == "classifier":
+        data = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 3)} for i, row in enumerate(data)]
+    network = build_model(model)
+    rule = ThresholdScheduler(loss_threshold=0.4 if model == "classifier" else 1.3, max_repeats=3)
     trainer_cls, config_cls, scheduler = {
         "repeats": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(RobustOutlierSkip(rule, sigmas=2.0))}),
         "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
         "stock": (Trainer, TrainingArguments, {}),
-    }[how]
-    if how == "repeats":
-        model.get_input_embeddings().register_forward_hook(poison)
-    trainer = trainer_cls(
-        model=model,
+    }[trainer]
+    if trainer == "repeats":
+        network.get_input_embeddings().register_forward_hook(poison)
+    return trainer_cls(
+        model=network,
         args=config_cls(
             output_dir=output_dir,
             num_train_epochs=2,
@@ -185,12 +219,19 @@ def train_scenario(output_dir: str, name: str, **changes: Any) -> Any:
             **options,
             **QUIET,
         ),
-        train_dataset=rows,
-        eval_dataset=rows[3:8],  # does not divide by two ranks: a row is given out twice
+        train_dataset=data,
+        eval_dataset=data[3:8],  # does not divide by two ranks: a row is given out twice
         **scheduler,
     )
-    trainer.train()
-    return trainer
+
+
+def forget_engine(trainer: Any) -> None:
+    """Leave nothing of an engine to the next trainer of this process."""
+    trainer.accelerator.free_memory()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)
+    unset_hf_deepspeed_config()
 
 
 def whole_weights(trainer: Any) -> torch.Tensor:
@@ -251,11 +292,7 @@ def engines(output_dir: str, *names: str) -> None:
         numbers = {**numbers_of(trainer), "engine": type(trainer.model_wrapped).__name__, "sharded": sharded}
         torch.save(whole_weights(trainer), directory / f"weights-{rank}.pt")
         Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
-        trainer.accelerator.free_memory()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        unset_hf_deepspeed_config()
+        forget_engine(trainer)
         print(f"{name}: done", flush=True)
 
 

@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.jobs import SCENARIOS, numbers_of, train_scenario, whole_weights
+from tests.jobs import RESUMED, SCENARIOS, numbers_of, train_scenario, whole_weights
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SPENT = ("batches", "skips", "updates", "tokens")
-FSDP = [name for name in SCENARIOS if name.startswith("FSDP")]
 ZERO = [name for name in SCENARIOS if name.startswith("ZeRO")]
-DDP = [name for name in SCENARIOS if name not in FSDP + ZERO]
+OTHERS = [name for name in SCENARIOS if name not in ZERO]
+FSDP = [name for name in OTHERS if name.startswith("FSDP") and "resumed" not in name]
+ONE_PROCESS_CAN = [
+    *("one micro-batch", "two micro-batches", "four micro-batches"),
+    *("uneven", "dispatched", "split", "LoRA", "classification"),
+]
 
 
 def launch(directory: Path, ranks: int, names: list[str]) -> Path:
@@ -42,7 +46,7 @@ def launch(directory: Path, ranks: int, names: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"), 2, DDP + FSDP)
+    return launch(tmp_path_factory.mktemp("two"), 2, OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def four_ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks_of_deepspeed(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed: see the comment on the extra `deepspeed` in setup.cfg")
+        pytest.skip("DeepSpeed is not installed")
     return launch(tmp_path_factory.mktemp("deepspeed"), 2, ZERO)
 
 
@@ -88,7 +92,7 @@ def alone(directory: Path, name: str, ranks: int) -> tuple[torch.Tensor, dict]:
     return whole_weights(trainer), numbers_of(trainer)
 
 
-@pytest.mark.parametrize("name", [name for name in DDP if name not in ("means of devices", "stock", "baseline")])
+@pytest.mark.parametrize("name", ONE_PROCESS_CAN)
 def test_two_ranks_equal_one_process_with_twice_the_accumulation(two_ranks, tmp_path, name):
     assert_alike(*agreed(two_ranks, name), *alone(tmp_path, name, ranks=2))
 
@@ -125,8 +129,16 @@ def test_fsdp_equals_ddp(two_ranks, name):
     assert numbers["sharded"] > 0 if "FSDP2" in name else numbers["engine"] == "FullyShardedDataParallel"
 
 
-@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("name", [name for name in ZERO if "resumed" not in name])
 def test_deepspeed_equals_ddp(two_ranks_of_deepspeed, two_ranks, name):
     weights, numbers = agreed(two_ranks_of_deepspeed, name)
     assert_alike(weights, numbers, *agreed(two_ranks, reference(name)))
     assert numbers["engine"] == "DeepSpeedEngine"
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_on_two_ranks_is_bit_identical(request, name):
+    directory = request.getfixturevalue("two_ranks_of_deepspeed" if name in ZERO else "two_ranks")
+    (weights, numbers), (expected_weights, expected) = agreed(directory, f"{name}, resumed"), agreed(directory, name)
+    assert torch.equal(weights, expected_weights)
+    assert numbers == expected

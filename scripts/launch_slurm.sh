@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Run run_clm_abr.py on several nodes under Slurm: one torchrun a node, which meet on the first one. Everything after the
+# script's name goes to run_clm_abr.py:
+#     sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh run.yaml --max_passes 20000
+# To go through accelerate instead, for FSDP or DeepSpeed, name a configuration:
+#     ACCELERATE_CONFIG=configs/accelerate/fsdp2_lora.yaml sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh ...
+#SBATCH --job-name=abr
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=8
+#SBATCH --output=runs/slurm-%j.log
+#SBATCH --signal=TERM@120
+set -euo pipefail
+
+: "${SLURM_JOB_NODELIST:?start this with sbatch: $0 runs one process group over the nodes that Slurm gives}"
+[ "$#" -gt 0 ] || { echo "error: no arguments for run_clm_abr.py, e.g. sbatch $0 run.yaml" >&2; exit 2; }
+cd "${SLURM_SUBMIT_DIR:-.}"
+[ -f run_clm_abr.py ] || { echo "error: submit from the repository; there is no run_clm_abr.py in $PWD" >&2; exit 2; }
+if [ -d "${ABR_VENV:-.venv}" ]; then source "${ABR_VENV:-.venv}/bin/activate"; fi
+
+export MASTER_ADDR MASTER_PORT
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+nodes=$SLURM_JOB_NUM_NODES
+gpus=${SLURM_GPUS_ON_NODE:-1}
+
+if [ -n "${ACCELERATE_CONFIG:-}" ]; then
+    launcher=(accelerate launch --config_file "$ACCELERATE_CONFIG" --num_machines "$nodes"
+        --num_processes "$((nodes * gpus))" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"
+        --rdzv_backend c10d)
+    rank=(--machine_rank '$SLURM_NODEID')
+else
+    launcher=(torchrun --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID"
+        --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT")
+    rank=()
+fi
+command=$(printf '%q ' "${launcher[@]}")
+echo "$nodes nodes of $gpus processes, meeting on $MASTER_ADDR:$MASTER_PORT"
+# The rank of a node is known on the node only.
+srun --kill-on-bad-exit=1 bash -c "exec $command ${rank[*]-} run_clm_abr.py $(printf '%q ' "$@")"
