@@ -1,0 +1,274 @@
+"""What repetition costs beyond its passes: `ABRTrainer` against stock `Trainer`, paired in one run.
+
+    python benchmarks/engines.py                                     # one process, on a GPU if there is one
+    torchrun --nproc_per_node 2 benchmarks/engines.py --only fp32    # DDP; likewise under `accelerate launch` with a
+                                                                     # configuration of configs/accelerate
+
+A LLaMA of random weights (about 1.2 billion parameters on a GPU, 9 million on a CPU) trains on random tokens, in every
+precision that the machine can run. Each round trains four times from the same weights: stock, once a batch, three
+times a batch, and every other batch skipped. A ratio is the median over rounds of medians over batches of that round;
+the table shows it with its least and greatest round. Adds its rows to --json, and prints the table of all rows there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from abr_trainer import ABRConfig, ABRTrainer, ConstantScheduler, RepeatScheduler
+from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+ON_GPU = torch.cuda.is_available()
+SIZES = {
+    "gpu": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "cpu": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8},
+}
+SHAPES = {"gpu": (8, 512, 32000), "cpu": (4, 128, 4096)}  # rows, tokens a row, vocabulary
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
+    "compile": {"torch_compile": True},
+    "8-bit LoRA": {"load_in_8bit": True},
+    "4-bit LoRA": {"load_in_4bit": True},
+}
+VARIANTS = ("stock", "once", "three times", "every other")
+BOUNDS = {"once": "1.01", "pass": "1.01", "memory": "1.01", "skip": "forward share"}
+
+
+class EveryOther(RepeatScheduler):
+    """Skip every second batch."""
+
+    def decide(self, observation: Any) -> int:
+        return 1 - observation.batch % 2
+
+
+class BatchTimes(TrainerCallback):
+    """Wall-clock seconds from the start of each batch to the end of its last update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronise()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronise()
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def synchronise() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def build_model(options: dict[str, Any], directory: Path) -> Any:
+    """Return the same random model each time: whole, or quantised from disk with an adapter."""
+    kind = "gpu" if ON_GPU else "cpu"
+    set_seed(0)
+    quantised = {name: value for name, value in options.items() if name.startswith("load_in")}
+    config = LlamaConfig(vocab_size=SHAPES[kind][2], max_position_embeddings=2048, use_cache=False, **SIZES[kind])
+    if not quantised:
+        with torch.device("cuda" if ON_GPU else "cpu"):
+            return LlamaForCausalLM(config)
+    if not (directory / "config.json").exists():
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    arguments = ModelArguments(model_name_or_path=str(directory), lora_dropout=0.0, **quantised)
+    return load_model(arguments, load_config(arguments), load_tokenizer(ModelArguments()))
+
+
+def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    _, length, vocabulary = SHAPES["gpu" if ON_GPU else "cpu"]
+    tokens = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def build_trainer(variant: str, options: dict[str, Any], batches: int, directory: Path) -> Any:
+    schedulers = {"once": ConstantScheduler(1), "three times": ConstantScheduler(3), "every other": EveryOther()}
+    batch_size = SHAPES["gpu" if ON_GPU else "cpu"][0]
+    arguments = {
+        "output_dir": str(directory / "out"),
+        "per_device_train_batch_size": batch_size,
+        "max_steps": batches,
+        "learning_rate": 1e-4,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not ON_GPU,
+        **{name: value for name, value in options.items() if not name.startswith("load_in")},
+    }
+    stock = variant == "stock"
+    trainer = (Trainer if stock else ABRTrainer)(
+        model=build_model(options, directory / "model"),
+        args=(TrainingArguments if stock else ABRConfig)(**arguments),
+        train_dataset=rows(batches * batch_size * accelerate.PartialState().num_processes, seed=1),
+        eval_dataset=rows(2 * batch_size, seed=2),
+        **({} if stock else {"repeat_scheduler": schedulers[variant]}),
+    )
+    trainer.callback_handler.callbacks = [
+        each for each in trainer.callback_handler.callbacks if type(each).__name__ != "PrinterCallback"
+    ]
+    return trainer
+
+
+def reset_peak_memory() -> None:
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """Peak memory in bytes since the reset: of the GPU, or of the process."""
+    if ON_GPU:
+        return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        return float(next(line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line)) * 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def measure(variant: str, options: dict[str, Any], batches: int, directory: Path) -> dict[str, Any]:
+    """Train once; return the seconds of each batch after the first quarter, memory, and what the weights became."""
+    trainer = build_trainer(variant, options, batches, directory)
+    times = BatchTimes()
+    trainer.add_callback(times)
+    reset_peak_memory()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("warn")
+        trainer.train()
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    result = {
+        "seconds": times.seconds[batches // 4 // 2 * 2 :],
+        "memory": peak_memory(),
+        "synchronisations": sum("synchronizing CUDA operation" in str(each.message) for each in caught) / batches,
+        "engine": f"{trainer.accelerator.distributed_type.value} x {trainer.args.world_size}",
+        "perplexity": math.exp(trainer.evaluate()["eval_loss"]),
+        "weights": hashlib.sha256(
+            b"".join(each.detach().float().cpu().numpy().tobytes() for each in local_weights(trainer))
+        ).hexdigest(),
+        "share": None if variant == "stock" else float(trainer.ledger.share),
+    }
+    trainer.accelerator.free_memory()
+    return result
+
+
+def local_weights(trainer: Any) -> list[torch.Tensor]:
+    parameters = (each for each in trainer.model_wrapped.parameters() if each.requires_grad)
+    return [getattr(each, "_local_tensor", each) for each in parameters]
+
+
+def compare(name: str, rounds: int, batches: int) -> dict[str, Any]:
+    """Return one row: `ABRTrainer` against `Trainer` in one precision."""
+    options = PRECISIONS[name]
+    ratios: dict[str, list[float]] = {key: [] for key in ("once", "pass", "skip", "memory")}
+    tokens = SHAPES["gpu" if ON_GPU else "cpu"]
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        measure("stock", options, 4, directory)  # caches, compilation
+        for index in range(rounds):
+            order = VARIANTS[index % 4 :] + VARIANTS[: index % 4]
+            runs = {variant: measure(variant, options, batches, directory) for variant in order}
+            stock = statistics.median(runs["stock"]["seconds"])
+            ratios["once"].append(statistics.median(runs["once"]["seconds"]) / stock)
+            ratios["pass"].append(statistics.median(runs["three times"]["seconds"]) / 3 / stock)
+            ratios["skip"].append(statistics.median(runs["every other"]["seconds"][1::2]) / stock)
+            ratios["memory"].append(runs["once"]["memory"] / runs["stock"]["memory"])
+    first, second = runs["stock"], runs["once"]
+    return {
+        "precision": name,
+        "engine": first["engine"],
+        "same_weights": first["weights"] == second["weights"],
+        "perplexity": [first["perplexity"], second["perplexity"]],
+        "tokens_per_second": tokens[0] * tokens[1] * accelerate.PartialState().num_processes / stock,
+        "forward_share": second["share"],
+        "synchronisations": [first["synchronisations"], second["synchronisations"]] if ON_GPU else None,
+        "ratios": ratios,
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def runs_here(name: str) -> bool:
+    return ON_GPU or (name != "fp16" and not (name == "compile" and shutil.which("g++") is None))
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table."""
+
+    def cell(values: list[float]) -> str:
+        return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    lines = [
+        "| engine | precision | same weights | perplexity, stock and ours | tokens/s | N = 1 | a pass of N = 3 | a skip "
+        "(forward share) | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        ratios = row["ratios"]
+        lines.append(
+            f"| {row['engine']} | {row['precision']} | {'yes' if row['same_weights'] else 'NO'} | "
+            f"{row['perplexity'][0]:.4f}, {row['perplexity'][1]:.4f} | {row['tokens_per_second']:,.0f} | "
+            f"{cell(ratios['once'])} | {cell(ratios['pass'])} | {cell(ratios['skip'])} ({row['forward_share']:.2f}) | "
+            f"{cell(ratios['memory'])} |"
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "engines.json")
+    parser.add_argument("--only", nargs="+", choices=list(PRECISIONS), default=[*filter(runs_here, PRECISIONS)])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=24)
+    args = parser.parse_args(argv)
+
+    results = json.loads(args.json.read_text()) if args.json.exists() else []
+    for name in args.only:
+        row = compare(name, args.rounds, args.batches)
+        if not accelerate.PartialState().is_main_process:
+            continue
+        key = ("engine", "precision")
+        results = [each for each in results if any(each[part] != row[part] for part in key)] + [row]
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{row['engine']}, {name}: done", flush=True)
+    if accelerate.PartialState().is_main_process:
+        print(*table(results), sep="\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
