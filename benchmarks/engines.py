@@ -50,7 +50,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "4-bit LoRA": {"load_in_4bit": True},
 }
 VARIANTS = ("stock", "once", "three times", "every other")
-BOUNDS = {"once": "1.01", "pass": "1.01", "memory": "1.01", "skip": "forward share"}
 
 
 class EveryOther(RepeatScheduler):
@@ -165,7 +164,7 @@ def measure(variant: str, options: dict[str, Any], batches: int, directory: Path
         "seconds": times.seconds[batches // 4 // 2 * 2 :],
         "memory": peak_memory(),
         "synchronisations": sum("synchronizing CUDA operation" in str(each.message) for each in caught) / batches,
-        "engine": f"{trainer.accelerator.distributed_type.value} x {trainer.args.world_size}",
+        "engine": engine_of(trainer),
         "perplexity": math.exp(trainer.evaluate()["eval_loss"]),
         "weights": hashlib.sha256(
             b"".join(each.detach().float().cpu().numpy().tobytes() for each in local_weights(trainer))
@@ -174,6 +173,11 @@ def measure(variant: str, options: dict[str, Any], batches: int, directory: Path
     }
     trainer.accelerator.free_memory()
     return result
+
+
+def engine_of(trainer: Any) -> str:
+    ranks = trainer.args.world_size
+    return f"{trainer.accelerator.distributed_type.value} x {ranks}" if ranks > 1 else "one process"
 
 
 def local_weights(trainer: Any) -> list[torch.Tensor]:
@@ -232,8 +236,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
     lines = [
-        "| engine | precision | same weights | perplexity, stock and ours | tokens/s | N = 1 | a pass of N = 3 | a skip "
-        "(forward share) | peak memory |",
+        "| engine | precision | same weights | perplexity, stock and ours | tokens/s | N = 1 | a pass of N = 3 | "
+        "a skip (forward share) | peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
@@ -251,8 +255,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "engines.json")
     parser.add_argument("--only", nargs="+", choices=list(PRECISIONS), default=[*filter(runs_here, PRECISIONS)])
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=20)
     args = parser.parse_args(argv)
 
     results = json.loads(args.json.read_text()) if args.json.exists() else []
