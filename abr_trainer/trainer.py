@@ -24,7 +24,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import math
 import operator
 import time
@@ -36,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
@@ -46,13 +45,12 @@ from .evaluation import PerplexityMixin
 from .ledger import ComputeLedger, forward_share
 from .loss_scale import LossScale, count_targets, known_loss_scale, measure_loss_scale
 from .perplexity import perplexity_of
-from .run_directory import last_complete_checkpoint, write_whole
+from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .support import check_schedule, refuse_unsupported
 
 logger = logging.get_logger(__name__)
 
-ABR_STATE_NAME = "abr_state.json"
 TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 
 
@@ -83,7 +81,7 @@ class _Batch:
         self.update_withheld = False
 
 
-class ABRMixin(PerplexityMixin):
+class ABRMixin(ResumeMixin, PerplexityMixin):
     """Give any `Trainer` subclass batch repetition and skipping: `class MyTrainer(ABRMixin, SomeTrainer)`.
 
     With plain `TrainingArguments` and no scheduler it changes nothing at all.
@@ -128,7 +126,7 @@ class ABRMixin(PerplexityMixin):
                 self.remove_callback(ProgressCallback)
                 self.add_callback(ABRProgressCallback(shows_perplexity=self._loss_is_of_tokens))
 
-    # ---- A run: start, resume, checkpoint ----
+    # ---- A run ----
 
     def _setting(self, name: str) -> Any:
         """Return an `ABRConfig` argument, or its default under plain `TrainingArguments`."""
@@ -151,13 +149,14 @@ class ABRMixin(PerplexityMixin):
         else:
             self.repeat_scheduler = self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
         self._scheduler_description = repr(self.repeat_scheduler)
-        self.ledger = ComputeLedger(share=self._forward_share())
-        self._measure_forward()
+        self.ledger = ComputeLedger()
+        if self._is_active:
+            self.ledger.share = self._forward_share()
+            self._measure_forward()
         self._batch = _Batch()
         self._window = LogWindow()
         self._skips_in_a_row: list[tuple[int, str]] = []
         self._loss_scale: LossScale | None = None
-        self._restored_log: tuple[list[float], int] | None = None
         self._non_finite_batches = 0
         self._batches_in_epoch = 0
 
@@ -175,16 +174,6 @@ class ABRMixin(PerplexityMixin):
         token = {getattr(self.model, "main_input_name", "input_ids"): torch.zeros((1, 1), dtype=torch.long)}
         self._forward_flops_per_token = self.floating_point_ops(token) / 3 or self._forward_flops_per_token
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its
-        end.
-        """
-        if self._is_active and resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _hp_search_setup(self, trial: Any) -> None:
         budget = self._budget
         super()._hp_search_setup(trial)
@@ -199,6 +188,7 @@ class ABRMixin(PerplexityMixin):
     ) -> tuple[int, int]:
         # The start of every inner training loop, those among them that follow an out-of-memory error.
         self._reset_repetition()
+        self._restored_log = None
         position: tuple[int, int] = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
@@ -208,90 +198,11 @@ class ABRMixin(PerplexityMixin):
         if self._budget is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
             self.state.compute_steps(self.args, self._budget)
-        step, primer = self.state.global_step, self._primer_epoch
-        accumulation = self.args.gradient_accumulation_steps
-        if step < primer:
-            return -1, step * accumulation
+        if self.state.global_step < self._primer_epoch:
+            return -1, self.state.global_step * self.args.gradient_accumulation_steps
         if checkpoint is None or self.args.ignore_data_skip:
             return position
-        if primer:
-            batches = step - primer
-            position = batches // num_update_steps_per_epoch, batches % num_update_steps_per_epoch * accumulation
-        if not has_length(self.train_dataset):
-            # Trainer takes a data set without length for endless, and would look for the position in its first round.
-            in_epoch = self._read_repetition_state(checkpoint).get("batches_in_epoch")
-            if in_epoch is not None:
-                position = int(self.state.epoch or 0), in_epoch * accumulation
-        return position
-
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        if self._is_active and skip_scheduler and self.state.global_step > 0:
-            return {}  # `eval_on_start` of a resumed run: the evaluation before the first batch is in its log already.
-        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._is_active:
-            state = self._repetition_state()  # on every rank: an error must not leave the others waiting
-            if self.args.should_save:
-                write_whole(Path(output_dir, ABR_STATE_NAME), state)
-
-    def _repetition_state(self) -> str:
-        """Return what a resumed run needs, as strict JSON."""
-        state = {
-            "format": 1,
-            "ledger": self.ledger.state_dict(),
-            "repeat_scheduler": {
-                "description": self._scheduler_description,
-                "state": self.repeat_scheduler.state_dict(),
-            },
-            "skips_in_a_row": self._skips_in_a_row,
-            "batches_in_epoch": 0 if self.state.global_step == self._primer_epoch else self._batches_in_epoch,
-            "log": {
-                "window": self._window.state_dict(),
-                "tr_loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
-                "last_logged": self._globalstep_last_logged,
-            },
-        }
-        try:
-            return json.dumps(state, allow_nan=False, indent=2) + "\n"
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"The state_dict of {self._scheduler_description} is not JSON: {error}.") from error
-
-    def _read_repetition_state(self, checkpoint: str) -> dict[str, Any]:
-        path = Path(checkpoint, ABR_STATE_NAME)
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return state
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._is_active and checkpoint is not None:
-            self._load_repetition_state(checkpoint)
-
-    def _load_repetition_state(self, checkpoint: str) -> None:
-        state = self._read_repetition_state(checkpoint)
-        if not state:
-            step = self.state.global_step
-            if self._budget is not None:
-                raise ValueError(f"{checkpoint} has no {ABR_STATE_NAME}: what it spent of --max_passes is unknown.")
-            logger.warning(
-                f"{checkpoint} has no {ABR_STATE_NAME}: taking each of its {step} batches for one ordinary pass."
-            )
-            self.ledger.batches = self.ledger.updates = step
-            self.ledger.passes = Fraction(step)
-            return
-        self.ledger.load_state_dict(state["ledger"])
-        self._skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
-        self._batches_in_epoch = state["batches_in_epoch"]
-        saved, now = state["repeat_scheduler"]["description"], self._scheduler_description
-        if saved == now:
-            self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
-        else:
-            logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
-        log = state["log"]
-        if len(log["tr_loss"]) == self.args.world_size:
-            self._window = LogWindow(**log["window"])
-            self._restored_log = log["tr_loss"], log["last_logged"]
+        return self._position_in_data(checkpoint, num_update_steps_per_epoch) or position
 
     # ---- The primer: an epoch -1 before the others ----
 
@@ -390,14 +301,6 @@ class ABRMixin(PerplexityMixin):
                 )
             return torch.zeros_like(loss)
         return loss
-
-    def _continue_log(self) -> None:
-        """After a checkpoint between two logs, go on with the loss that the killed run had summed up."""
-        if self._restored_log is not None:
-            tr_loss, self._globalstep_last_logged = self._restored_log
-            self._tr_loss += tr_loss[self.args.process_index]
-            self._total_loss_scalar -= sum(tr_loss) / len(tr_loss)  # `train` returns the mean loss of its own batches
-            self._restored_log = None
 
     @contextlib.contextmanager
     def _before_backward(self, wanted: Callable[[Tensor], bool]) -> Iterator[None]:

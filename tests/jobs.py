@@ -115,6 +115,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "stock": {"gradient_accumulation_steps": 2, "trainer": "stock"},
     "baseline": {"gradient_accumulation_steps": 2, "trainer": "baseline"},
     "LoRA": {"gradient_accumulation_steps": 2, "model": "lora"},
+    "LoRA, checkpointed": {"gradient_accumulation_steps": 2, "model": "lora", "gradient_checkpointing": True},
     "FSDP2": fsdp(2),
     "FSDP2, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(2)},
     "FSDP2, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **fsdp(2)},
@@ -134,6 +135,7 @@ def build_model(kind: str) -> Any:
     if kind == "lora":
         torch.manual_seed(1)
         options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        model.enable_input_require_grads()  # for checkpointed activations
         model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options))
     if kind == "classifier":
         model = LlamaForSequenceClassification(LlamaConfig(**{**model.config.to_dict(), "num_labels": 3}))
@@ -216,6 +218,7 @@ def build_scenario(
             logging_steps=2,
             save_strategy="no",
             train_sampling_strategy="sequential",
+            ddp_find_unused_parameters=False,
             **options,
             **QUIET,
         ),

@@ -23,7 +23,7 @@ OTHERS = [name for name in SCENARIOS if name not in ZERO]
 FSDP = [name for name in OTHERS if name.startswith("FSDP") and "resumed" not in name]
 ONE_PROCESS_CAN = [
     *("one micro-batch", "two micro-batches", "four micro-batches"),
-    *("uneven", "dispatched", "split", "LoRA", "classification"),
+    *("uneven", "dispatched", "split", "LoRA", "LoRA, checkpointed", "classification"),
 ]
 
 

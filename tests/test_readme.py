@@ -6,16 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import HfArgumentParser
 
 from abr_trainer import ABRConfig, ABRTrainer, Observation
 from abr_trainer.data import DataArguments
+from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.modeling import ModelArguments
 from tests.conftest import tiny_llama, token_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE, OWN_RULE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLE, OWN_RULE, TRL_EXAMPLE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_example_trains(tmp_path, monkeypatch):
@@ -25,6 +27,14 @@ def test_the_example_trains(tmp_path, monkeypatch):
     exec(EXAMPLE.replace("max_passes=2000", "max_passes=12"), names)
     assert isinstance(names["trainer"], ABRTrainer)
     assert names["trainer"].ledger.passes == 12
+
+
+def test_the_example_for_trl_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"train_dataset": Dataset.from_list([{"text": "The fox saw nine birds. One of them flew away."}] * 12)}
+    quick = f'model="{DEMO_MODEL}"', "max_passes=4, use_cpu=True, bf16=False"
+    exec(TRL_EXAMPLE.replace('model="path/or/hub-id"', quick[0]).replace("max_passes=2000", quick[1]), names)
+    assert names["trainer"].ledger.passes == 4
 
 
 def test_the_own_rule_decides():
@@ -41,8 +51,9 @@ def test_the_own_rule_decides():
 def test_every_flag_is_one_of_the_script():
     parser = HfArgumentParser((ModelArguments, DataArguments, ABRConfig))
     known = {option for action in parser._actions for option in action.option_strings}
-    of_others = {"--nproc_per_node", "--data", "--model", "--logdir", "--help"}
-    assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README)) <= known | of_others
+    of_others = {"--data", "--model", "--logdir", "--help", "--cpu", "--no-build-isolation", "--config_file"}
+    of_others |= {"--nodes", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
+    assert set(re.findall(r"(?<![\w-])--[a-z_0-9-]+", README)) <= known | of_others
 
 
 def test_every_test_it_names_exists():

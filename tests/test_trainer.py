@@ -524,23 +524,6 @@ def test_a_decision_that_is_no_count_is_refused(build, decision, error, message)
         build(repeat_scheduler=Scripted(decision)).train()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint can save in the middle of a batch"),
-        ({"optim": "lomo"}, "--optim lomo updates the weights inside the backward"),
-        ({"optim": "galore_adamw_layerwise"}, "updates the weights inside the backward"),
-        (
-            {"max_passes": 5, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
-            "--max_passes makes the learning rate a function of the compute spent",
-        ),
-    ],
-)
-def test_what_cannot_be_right_is_refused_at_construction(build, options, message):
-    with pytest.raises(ValueError, match=message):
-        build(repeat_scheduler=Scripted(1), trainer_options={"eval_dataset": token_rows(2)}, **options)
-
-
 def test_a_retry_after_running_out_of_memory_starts_clean(train):
     """`auto_find_batch_size` starts the loop again in the middle of a batch: nothing of it may be left."""
     model, forwards = tiny_llama(), []

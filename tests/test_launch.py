@@ -1,0 +1,73 @@
+"""Configurations that accelerate takes, and a Slurm job on two nodes that are played by this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGURATIONS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+
+SCONTROL = "#!/bin/sh\necho 127.0.0.1\necho another-node\n"
+SRUN = '#!/bin/sh\nshift\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" || exit 1\nwait $first\n'
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_accelerate_takes_the_configuration(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    assert config.num_processes == 8
+    assert config.mixed_precision == "bf16"
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[path.stem.partition("_")[0]]
+    assert config.distributed_type == expected
+    if expected == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if expected == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_one_run_over_its_nodes(tmp_path):
+    for name, script in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "ABR_VENV": str(tmp_path / "none"),
+        "OMP_NUM_THREADS": "1",
+    }
+    flags = ["--dataset_name", "demo", "--do_train", "--max_passes", "4", "--block_size", "64", "--use_cpu"]
+    subprocess.run(
+        ["bash", "scripts/launch_slurm.sh", *flags, "--output_dir", str(tmp_path / "a run")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=200,
+        check=True,
+    )
+    results = json.loads((tmp_path / "a run" / "all_results.json").read_text())
+    assert results["train_passes"] == 4
+    assert results["train_tokens"] == 4 * 2 * 8 * 64  # passes, nodes, rows, tokens a row
+
+
+def test_the_slurm_script_says_how_it_is_started():
+    done = subprocess.run(
+        ["bash", "scripts/launch_slurm.sh", "run.yaml"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "start this with sbatch" in done.stderr
