@@ -491,13 +491,13 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         if self._loss_scale is not None:
             return
         if num_items_in_batch is None or self.args.world_size * self.args.gradient_accumulation_steps == 1:
-            self._loss_scale = LossScale(adds_up=False)
+            self._loss_scale = LossScale(adds_up=False)  # nothing to scale it with
             return
         with self._counted_once():
             measured = measure_loss_scale(self, model, inputs, num_items_in_batch)
         # A rank whose micro-batch cannot tell follows those that know; where none does, the next batch may.
         votes = (0, 0, 0.0) if measured is None else (measured.adds_up, not measured.adds_up, measured.factor)
-        adds_up, does_not, factors = self._sum_over_ranks(*votes)
+        adds_up, does_not, factors = self._sum_over_ranks(*torch.tensor(votes, device=self.args.device))
         if adds_up:
             self._loss_scale = LossScale(adds_up=True)
         elif does_not:
@@ -518,11 +518,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         _, args, kwargs = self._batch.calls[0]
         items = args[0] if args else kwargs.get("num_items_in_batch")
         scale = self._loss_scale or LossScale(adds_up=True)
+        if self.args.world_size * len(losses) == 1:
+            return losses[0], 1
         if scale.adds_up:
             loss = torch.stack(losses).sum()
-            if items is None or self.args.average_tokens_across_devices or self.args.world_size == 1:
-                return loss, 1
-            return loss * items, items  # each rank's own mean
+            is_mean_of_all = self.args.average_tokens_across_devices or self.args.world_size == 1
+            return (loss, 1) if items is None or is_mean_of_all else (loss * items, items)
         is_divided = not (self.model_accepts_loss_kwargs and items is not None) and self.compute_loss_func is None
         if is_divided or getattr(self, "loss_is_scaled_for_ga", None) is False:
             scale = LossScale(adds_up=False, factor=scale.factor / len(losses))
@@ -531,12 +532,17 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         return (torch.stack(losses) * weights).sum() / scale.factor, weights.sum()
 
     def _sum_over_ranks(self, *scalars: Tensor | float) -> list[float]:
-        """Return each sum over ranks, in rank order: the one place where ranks exchange what rules decide on."""
+        """Return each sum over ranks, in rank order: the one place where ranks exchange what rules decide on, and where
+        the host waits for the device, once.
+        """
         device = self.args.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
+        if self.args.world_size == 1:
+            on_device = [scalar.to(dtype) for scalar in scalars if isinstance(scalar, Tensor)]
+            read = iter(torch.stack(on_device).tolist())
+            return [next(read) if isinstance(scalar, Tensor) else float(scalar) for scalar in scalars]
         row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=device) for scalar in scalars])
-        rows = self.accelerator.gather(row[None]).tolist() if self.args.world_size > 1 else [row.tolist()]
-        return [sum(column) for column in zip(*rows, strict=True)]
+        return [sum(column) for column in zip(*self.accelerator.gather(row[None]).tolist(), strict=True)]
 
     def _tokens_and_forward_flops(self) -> tuple[int, float]:
         """Return what one forward over this rank's part of the batch costs."""

@@ -5,9 +5,10 @@
                                                                      # configuration of configs/accelerate
 
 A LLaMA of random weights (about 1.2 billion parameters on a GPU, 9 million on a CPU) trains on random tokens, in every
-precision that the machine can run. Each round trains four times from the same weights: stock, once a batch, three
-times a batch, and every other batch skipped. A ratio is the median over rounds of medians over batches of that round;
-the table shows it with its least and greatest round. Adds its rows to --json, and prints the table of all rows there.
+precision that the machine can run: once a batch, three times a batch, and every other batch skipped. Beside each of
+these, in a thread of its own, stock Trainer trains from the same weights on the same batches, and the two take turns
+batch by batch, so that whatever else the machine does hits both. A ratio is the median over these pairs of batches; the
+table shows it with its quartiles. Adds its rows to --json, and prints the table of all rows there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import resource
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "8-bit LoRA": {"load_in_8bit": True},
     "4-bit LoRA": {"load_in_4bit": True},
 }
-VARIANTS = ("stock", "once", "three times", "every other")
+WARM_UP = 4  # batches; even, so that the skipped ones stay the odd ones
 
 
 class EveryOther(RepeatScheduler):
@@ -59,13 +62,41 @@ class EveryOther(RepeatScheduler):
         return 1 - observation.batch % 2
 
 
-class BatchTimes(TrainerCallback):
-    """Wall-clock seconds from the start of each batch to the end of its last update."""
+class Turns:
+    """Let two threads go on one at a time."""
 
     def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.turn = 0
+        self.done: set[int] = set()
+
+    def wait(self, me: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == me)
+
+    def hand_over(self, me: int) -> None:
+        with self.changed:
+            if 1 - me not in self.done:
+                self.turn = 1 - me
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.turn == me)
+
+    def finish(self, me: int) -> None:
+        with self.changed:
+            self.done.add(me)
+            self.turn = 1 - me
+            self.changed.notify_all()
+
+
+class BatchTimes(TrainerCallback):
+    """Wall-clock seconds from the start of each batch to the end of its last update, each batch in its turn."""
+
+    def __init__(self, turns: Turns, me: int) -> None:
+        self.turns, self.me = turns, me
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.turns.hand_over(self.me)
         synchronise()
         self.started = time.perf_counter()
 
@@ -147,32 +178,49 @@ def peak_memory() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def measure(variant: str, options: dict[str, Any], batches: int, directory: Path) -> dict[str, Any]:
-    """Train once; return the seconds of each batch after the first quarter, memory, and what the weights became."""
+def in_turns(variant: str, options: dict[str, Any], batches: int, directory: Path) -> list[float]:
+    """Train with stock Trainer and with ours, batch by batch in turns; return the ratio of each pair of times."""
+    turns = Turns()
+
+    def train(me: int, kind: str) -> list[float]:
+        try:
+            turns.wait(me)
+            trainer = build_trainer(kind, options, batches + WARM_UP, directory)
+            times = BatchTimes(turns, me)
+            trainer.add_callback(times)
+            trainer.train()
+            return times.seconds[WARM_UP:]
+        finally:
+            turns.finish(me)
+
+    with ThreadPoolExecutor(2) as threads:
+        stock, ours = (threads.submit(train, me, kind) for me, kind in enumerate(("stock", variant)))
+        return [mine / theirs for mine, theirs in zip(ours.result(), stock.result(), strict=True)]
+
+
+def alone(variant: str, options: dict[str, Any], batches: int, directory: Path) -> dict[str, Any]:
+    """Train once; return memory, speed, host synchronisations, and what the weights became."""
+    torch.compiler.reset()
     trainer = build_trainer(variant, options, batches, directory)
-    times = BatchTimes()
-    trainer.add_callback(times)
     reset_peak_memory()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if ON_GPU:
             torch.cuda.set_sync_debug_mode("warn")
-        trainer.train()
+        output = trainer.train()
         if ON_GPU:
             torch.cuda.set_sync_debug_mode("default")
-    result = {
-        "seconds": times.seconds[batches // 4 // 2 * 2 :],
+    weights = (each.detach().float().cpu().numpy().tobytes() for each in local_weights(trainer))
+    shape = SHAPES["gpu" if ON_GPU else "cpu"]
+    return {
         "memory": peak_memory(),
         "synchronisations": sum("synchronizing CUDA operation" in str(each.message) for each in caught) / batches,
-        "engine": engine_of(trainer),
+        "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
         "perplexity": math.exp(trainer.evaluate()["eval_loss"]),
-        "weights": hashlib.sha256(
-            b"".join(each.detach().float().cpu().numpy().tobytes() for each in local_weights(trainer))
-        ).hexdigest(),
+        "tokens_per_second": output.metrics["train_samples_per_second"] * shape[1],
+        "engine": engine_of(trainer),
         "share": None if variant == "stock" else float(trainer.ledger.share),
     }
-    trainer.accelerator.free_memory()
-    return result
 
 
 def engine_of(trainer: Any) -> str:
@@ -185,31 +233,26 @@ def local_weights(trainer: Any) -> list[torch.Tensor]:
     return [getattr(each, "_local_tensor", each) for each in parameters]
 
 
-def compare(name: str, rounds: int, batches: int) -> dict[str, Any]:
+def compare(name: str, batches: int) -> dict[str, Any]:
     """Return one row: `ABRTrainer` against `Trainer` in one precision."""
     options = PRECISIONS[name]
-    ratios: dict[str, list[float]] = {key: [] for key in ("once", "pass", "skip", "memory")}
-    tokens = SHAPES["gpu" if ON_GPU else "cpu"]
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        measure("stock", options, 4, directory)  # caches, compilation
-        for index in range(rounds):
-            order = VARIANTS[index % 4 :] + VARIANTS[: index % 4]
-            runs = {variant: measure(variant, options, batches, directory) for variant in order}
-            stock = statistics.median(runs["stock"]["seconds"])
-            ratios["once"].append(statistics.median(runs["once"]["seconds"]) / stock)
-            ratios["pass"].append(statistics.median(runs["three times"]["seconds"]) / 3 / stock)
-            ratios["skip"].append(statistics.median(runs["every other"]["seconds"][1::2]) / stock)
-            ratios["memory"].append(runs["once"]["memory"] / runs["stock"]["memory"])
-    first, second = runs["stock"], runs["once"]
+        stock, ours = (alone(variant, options, batches, directory) for variant in ("stock", "once"))
+        ratios = {
+            "once": in_turns("once", options, batches, directory),
+            "pass": [ratio / 3 for ratio in in_turns("three times", options, batches, directory)],
+            "skip": in_turns("every other", options, batches, directory)[1::2],
+        }
     return {
         "precision": name,
-        "engine": first["engine"],
-        "same_weights": first["weights"] == second["weights"],
-        "perplexity": [first["perplexity"], second["perplexity"]],
-        "tokens_per_second": tokens[0] * tokens[1] * accelerate.PartialState().num_processes / stock,
-        "forward_share": second["share"],
-        "synchronisations": [first["synchronisations"], second["synchronisations"]] if ON_GPU else None,
+        "engine": stock["engine"],
+        "same_weights": stock["weights"] == ours["weights"],
+        "perplexity": [stock["perplexity"], ours["perplexity"]],
+        "tokens_per_second": stock["tokens_per_second"],
+        "memory": [stock["memory"], ours["memory"]],
+        "forward_share": ours["share"],
+        "synchronisations": [stock["synchronisations"], ours["synchronisations"]] if ON_GPU else None,
         "ratios": ratios,
         "machine": machine(),
     }
@@ -233,7 +276,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     """Return a Markdown table."""
 
     def cell(values: list[float]) -> str:
-        return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        low, middle, high = statistics.quantiles(values, n=4)
+        return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
     lines = [
         "| engine | precision | same weights | perplexity, stock and ours | tokens/s | N = 1 | a pass of N = 3 | "
@@ -246,7 +290,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             f"| {row['engine']} | {row['precision']} | {'yes' if row['same_weights'] else 'NO'} | "
             f"{row['perplexity'][0]:.4f}, {row['perplexity'][1]:.4f} | {row['tokens_per_second']:,.0f} | "
             f"{cell(ratios['once'])} | {cell(ratios['pass'])} | {cell(ratios['skip'])} ({row['forward_share']:.2f}) | "
-            f"{cell(ratios['memory'])} |"
+            f"{row['memory'][1] / row['memory'][0]:.3f} |"
         )
     return lines
 
@@ -255,13 +299,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "engines.json")
     parser.add_argument("--only", nargs="+", choices=list(PRECISIONS), default=[*filter(runs_here, PRECISIONS)])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--batches", type=int, default=60)
     args = parser.parse_args(argv)
 
     results = json.loads(args.json.read_text()) if args.json.exists() else []
     for name in args.only:
-        row = compare(name, args.rounds, args.batches)
+        row = compare(name, args.batches)
         if not accelerate.PartialState().is_main_process:
             continue
         key = ("engine", "precision")
