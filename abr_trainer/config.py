@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from .schedulers import (
     get_outlier_rule,
     get_repeat_scheduler,
 )
+from .support import refuse_single_process_launch
 
 LEAST_VALUES = {
     "max_repeats": 1,
@@ -31,8 +31,6 @@ LEAST_VALUES = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
 }
-
-MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
 CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 """The least a batch can cost, in passes."""
@@ -130,25 +128,30 @@ class ABRConfig(TrainingArguments):
             )
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
             self.greater_is_better = False
-        self._check_repetition()
-        self._most_batches = self.max_steps
-        self.plan_batches(self.max_passes)
         refuse_single_process_launch()
+        self.plan(most_batches=self.max_steps)
         super().__post_init__()
 
-    def plan_batches(self, max_passes: int | None) -> None:
-        """Set `max_steps` to the most batches that a budget can buy, or to the cap that was given if that is less."""
-        self.max_steps = self._most_batches
-        if max_passes is not None:
-            affordable = math.ceil(max_passes / CHEAPEST_BATCH)
-            self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable
+    def plan(self, most_batches: int | None = None) -> None:
+        """Check the fields above, and set `max_steps` to the most batches that the budget can buy.
 
-    def _check_repetition(self) -> None:
+        Args:
+            most_batches: A lower cap that was asked for; by default the one of the last time.
+
+        Raises:
+            ValueError: A field is out of range, or names no rule.
+        """
         for name, least in LEAST_VALUES.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
         self.build_repeat_scheduler()
+        if most_batches is not None:
+            self._most_batches = most_batches
+        self.max_steps = self._most_batches
+        if self.max_passes is not None:
+            affordable = math.ceil(self.max_passes / CHEAPEST_BATCH)
+            self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable
 
     def build_repeat_scheduler(self) -> RepeatScheduler:
         """Return a new scheduler as the fields describe it, outlier skipping included.
@@ -186,17 +189,6 @@ def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
     return value
-
-
-def refuse_single_process_launch() -> None:
-    """Raise a ValueError where `accelerate launch --cpu` was asked for several processes: it starts one, silently."""
-    environment = os.environ
-    is_alone = not any(name in environment for name in ("WORLD_SIZE", *MPI_WORLD_SIZES))
-    if is_alone and "MASTER_PORT" in environment and environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        raise ValueError(
-            "`accelerate launch --cpu` was asked for several processes and started one. Use `torchrun "
-            "--nproc_per_node N ...` with --use_cpu instead."
-        )
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:

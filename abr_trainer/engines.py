@@ -16,7 +16,7 @@ def forget_batch_of_deepspeed(engine: Any) -> None:
     if hasattr(optimizer, "overflow"):
         optimizer.overflow = False  # of an earlier batch: it would keep the learning rate from ticking
     if engine.zero_optimization_stage() == 3:
-        engine.empty_partition_cache()  # a forward without its backward leaves whole parameters behind
+        optimizer.empty_partition_cache()  # a forward without its backward leaves whole parameters behind
     elif hasattr(optimizer, "all_grad_tensors"):
         for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             for group in gradients:

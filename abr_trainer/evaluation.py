@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from .loss_scale import shifts_labels
 from .perplexity import TokenPerplexity, causal_nll
 
 _AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
@@ -26,7 +27,7 @@ class PerplexityMixin(_AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as `Trainer` does; for a causal language model, add its token-exact perplexity to the metrics."""
-        self._token_perplexity = TokenPerplexity() if self._is_active and self._loss_shifts_labels else None
+        self._token_perplexity = TokenPerplexity() if self._is_active and shifts_labels(self) else None
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._token_perplexity is not None and self._token_perplexity.tokens:
             output.metrics[f"{metric_key_prefix}_perplexity"] = self._token_perplexity.perplexity

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,45 +29,84 @@ class LossScale:
     factor: float = 1.0
 
 
-def known_loss_scale(trainer: Any) -> LossScale | None:
-    """Return the scale where it needs no measurement: under Trainer's own `compute_loss`, where the number of targets
-    reaches no loss at all, or surely the loss of a causal language model. None elsewhere.
-    """
-    if getattr(trainer, "loss_is_scaled_for_ga", None):
-        return LossScale(adds_up=True)
-    if type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None:
-        return None
-    if not trainer.model_accepts_loss_kwargs:
-        return LossScale(adds_up=False)
-    return LossScale(adds_up=True) if trainer._loss_shifts_labels or trainer.label_smoother is not None else None
+def shifts_labels(trainer: Any) -> bool:
+    """Tell whether the model's loss is that of a causal language model: Trainer goes by names, and includes others."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = inspect.unwrap(type(base).forward)
+    return bool(trainer._loss_shifts_labels) and "loss_function" in forward.__code__.co_names
 
 
-def measure_loss_scale(trainer: Any, model: Any, inputs: Any, items: Any) -> LossScale | None:
-    """Find out what `compute_loss` does with the number of targets in the batch, by telling it others.
+def has_own_loss(trainer: Any) -> bool:
+    """Tell whether the loss is computed by somebody else's code, not by Trainer and the model."""
+    return type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
 
-    Costs at most three forwards over one micro-batch, without dropout, and leaves the random state as it was.
+
+def find_loss_scale(
+    trainer: Any, model: Any, inputs: Any, items: Any, sum_over_ranks: Callable[..., list[float]]
+) -> LossScale | None:
+    """Return how losses are scaled; where that is not known, find out by telling `compute_loss` other target counts.
+
+    That costs at most three forwards over one micro-batch, without dropout, and leaves torch's random state as it was.
+    All ranks make the same calls and come to the same result.
 
     Args:
         inputs: A micro-batch.
-        items: The number of targets in its batch, as Trainer passes it on.
+        items: The number of targets in its batch, as Trainer passes it on; None where it counts none.
+        sum_over_ranks: Sums numbers over ranks.
 
     Returns:
-        None where this micro-batch cannot tell, because its loss is 0 or not finite.
+        None where no rank can tell by its micro-batch, because its loss is 0 or not finite.
     """
-
-    def loss(number: Any) -> float:
-        prepared = trainer._prepare_inputs(copy.copy(inputs))
-        return float(trainer.compute_loss(model, prepared, num_items_in_batch=number).mean())
+    if getattr(trainer, "loss_is_scaled_for_ga", None):
+        return LossScale(adds_up=True)
+    if items is None or trainer.args.world_size * trainer.args.gradient_accumulation_steps == 1:
+        return LossScale(adds_up=False)
+    if not has_own_loss(trainer) and (shifts_labels(trainer) or trainer.label_smoother is not None):
+        return LossScale(adds_up=True)
 
     device = trainer.args.device
-    with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        model.eval()
-        told, doubled = loss(items), loss(items * 2)
-        if told == 0 or not math.isfinite(told):
-            return None
-        if abs(told - doubled) > 1e-3 * abs(told):
-            return LossScale(adds_up=True)
-        return LossScale(adds_up=False, factor=told / loss(None))
+
+    @torch.no_grad()
+    def loss(number: Any) -> float:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            prepared = trainer._prepare_inputs(copy.copy(inputs))
+            return float(trainer.compute_loss(model, prepared, num_items_in_batch=number).mean())
+
+    model.eval()
+    told, doubled = loss(items), loss(items * 2)
+    can_tell = told != 0 and math.isfinite(told) and math.isfinite(doubled)
+    adds_up = can_tell and abs(told - doubled) > 1e-3 * abs(told)
+    those_that_add_up, those_that_do_not = sum_over_ranks(adds_up, can_tell and not adds_up)
+    if those_that_add_up or not those_that_do_not:
+        return LossScale(adds_up=True) if those_that_add_up else None
+    own = loss(None)
+    (factors,) = sum_over_ranks(told / own if can_tell else 0.0)
+    return LossScale(adds_up=False, factor=factors / those_that_do_not)
+
+
+def weighted_loss(
+    trainer: Any, scale: LossScale | None, losses: list[Tensor], micro_batches: list[Any], items: Any
+) -> tuple[Tensor, Tensor | int]:
+    """Return the mean loss per target of this rank's micro-batches, times its weight in the mean over ranks, and that.
+
+    Args:
+        losses: What `training_step` returned for each micro-batch.
+        items: The number of targets in the batch, as Trainer passes it on.
+    """
+    means = torch.stack(losses)
+    says = getattr(trainer, "loss_is_scaled_for_ga", None)
+    takes_items = trainer.model_accepts_loss_kwargs and items is not None
+    if says is False or (says is None and not takes_items and trainer.compute_loss_func is None):
+        means = means * len(losses)  # Trainer divided by it
+    if trainer.args.world_size * len(losses) == 1:
+        return means[0], 1
+    if scale is None or scale.adds_up:
+        is_mean_of_all = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
+        return (means.sum(), 1) if items is None or is_mean_of_all else (means.sum() * items, items)
+    counts = [count_targets(inputs, shifts_labels(trainer)) for inputs in micro_batches]
+    targets = torch.stack([torch.as_tensor(count, device=means.device) for count in counts])
+    return (means * targets).sum() / scale.factor, targets.sum()
 
 
 def count_targets(inputs: Any, shifted: bool) -> Tensor | int:

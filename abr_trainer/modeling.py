@@ -148,16 +148,16 @@ def load_model(
     activation_checkpointing: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load the base model, quantise it, and attach a LoRA adapter, as the arguments ask."""
-    is_sharded, dtype = shards_weights(), base_dtype(arguments, config)
+    is_sharded = shards_weights()
     if is_sharded and arguments.load_in_8bit:
         raise ValueError("--load_in_8bit weights cannot be sharded by FSDP or ZeRO-3. Use --load_in_4bit, or DDP.")
     has_own_device = arguments.is_quantised and not is_sharded
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model_name_or_path,
         config=config,
-        dtype=dtype,
+        dtype=arguments.torch_dtype,
         attn_implementation=arguments.attn_implementation,
-        quantization_config=quantization_config(arguments, storage=dtype if is_sharded else torch.uint8),
+        quantization_config=quantization_config(arguments, config if is_sharded else None),
         device_map=arguments.device_map or (_own_device() if has_own_device else None),
         **arguments.hub_options,
     )
@@ -176,43 +176,38 @@ def load_model(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
-    adapted = get_peft_model(model, lora_config(arguments, model), autocast_adapter_dtype=not is_sharded)
-    if is_sharded:
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-    return adapted
+    # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
+    return get_peft_model(
+        model, lora_config(arguments, model), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+    )
 
 
 def shards_weights() -> bool:
-    """Tell whether FSDP or ZeRO-3 will split the weights over ranks: what is split together must be of one dtype."""
+    """Tell whether FSDP or ZeRO-3 will split the weights over ranks."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled()
 
 
-def base_dtype(arguments: ModelArguments, config: PreTrainedConfig) -> torch.dtype:
-    if arguments.torch_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, arguments.torch_dtype)
-        return dtype
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
-def quantization_config(arguments: ModelArguments, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
+def quantization_config(
+    arguments: ModelArguments, sharded: PreTrainedConfig | None = None
+) -> BitsAndBytesConfig | None:
     """Return how bitsandbytes shall quantise.
 
     Args:
-        storage: What four-bit weights are packed into. FSDP and ZeRO-3 shard floats only: the dtype of the others.
+        sharded: Configuration of a model that FSDP or ZeRO-3 will split. They split floats only: its four-bit weights
+            are packed into the dtype of the others.
     """
     if arguments.load_in_8bit:
         return BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=arguments.llm_int8_enable_fp32_cpu_offload
         )
     if arguments.load_in_4bit:
+        dtype = arguments.torch_dtype if arguments.torch_dtype != "auto" else getattr(sharded, "dtype", None)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, arguments.bnb_4bit_compute_dtype),
-            bnb_4bit_quant_storage=storage,
+            bnb_4bit_quant_storage=(dtype or torch.bfloat16) if sharded is not None else torch.uint8,
         )
     return None
 

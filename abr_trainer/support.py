@@ -1,7 +1,8 @@
-"""What cannot be right with repeats and skips, and why: refused when the trainer is built."""
+"""What cannot be right with repeats and skips, and why: refused when the trainer is built, or its arguments."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -13,6 +14,7 @@ ENGINES = {
     DistributedType.XLA: "XLA traces the loop, and a decision on a loss would cut every trace",
 }
 
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 ONLINE_TRAINERS = {"A2POTrainer", "AsyncDistillationTrainer", "AsyncGRPOTrainer", "GKDTrainer", "OnlineDPOTrainer"}
 
 
@@ -24,9 +26,14 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
         (engine in ENGINES, ENGINES.get(engine, "")),
         (
             engine == DistributedType.DEEPSPEED
-            and "scheduler" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config,
-            "the `scheduler` of a DeepSpeed configuration ticks once an update, not once a batch. Leave it out, and "
-            "Trainer's own is used",
+            and not {"optimizer", "scheduler"}.isdisjoint(trainer.accelerator.state.deepspeed_plugin.deepspeed_config),
+            "with an `optimizer` or a `scheduler` in its configuration, DeepSpeed moves the learning rate once an "
+            "update, not once a batch. Without them, Trainer's own are used",
+        ),
+        (
+            args.n_gpu > 1,
+            f"one process drives {args.n_gpu} GPUs through DataParallel. Start one process a GPU, with torchrun or "
+            "accelerate launch, or let it see one GPU by CUDA_VISIBLE_DEVICES",
         ),
         (is_sagemaker_mp_enabled(), "SageMaker model parallelism runs its own forward-backward"),
         (
@@ -67,3 +74,13 @@ def refuse_schedule(name: str) -> None:
         f"--max_passes makes the learning rate a function of the compute spent, which {name} is not. "
         "Use a schedule that is a function of the step, such as linear or cosine."
     )
+
+
+def refuse_single_process_launch() -> None:
+    """Raise a ValueError where `accelerate launch --cpu` was asked for several processes: it starts one, silently."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and "MASTER_PORT" in os.environ and os.environ.keys().isdisjoint(WORLD_SIZES):
+        raise ValueError(
+            "`accelerate launch --cpu` was asked for several processes and started one. Use `torchrun "
+            "--nproc_per_node N ...` with --use_cpu instead."
+        )

@@ -43,7 +43,7 @@ from .config import ABRConfig, checkpoints_activations
 from .engines import forget_batch_of_deepspeed
 from .evaluation import PerplexityMixin
 from .ledger import ComputeLedger, forward_share
-from .loss_scale import LossScale, count_targets, known_loss_scale, measure_loss_scale
+from .loss_scale import LossScale, find_loss_scale, has_own_loss, shifts_labels, weighted_loss
 from .perplexity import perplexity_of
 from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
@@ -51,7 +51,7 @@ from .support import check_schedule, refuse_unsupported
 
 logger = logging.get_logger(__name__)
 
-TRL_COUNTERS = ("_metrics", "_total_train_tokens")
+TRL_COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
 
 class TooManySkips(RuntimeError):
@@ -135,7 +135,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
     @property
     def _loss_is_of_tokens(self) -> bool:
         """Whether exp of the training loss is a perplexity."""
-        return self._loss_shifts_labels and self.label_smoother is None
+        return shifts_labels(self) and self.label_smoother is None
 
     @property
     def _budget(self) -> int | None:
@@ -161,7 +161,6 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         self._batches_in_epoch = 0
 
     def _forward_share(self) -> Fraction:
-        # ZeRO-3 leaves nothing of a parameter in its place but the size.
         sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in self.model.parameters()]
         trainable = sum(size for size, requires_grad in sizes if requires_grad)
         engine = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -170,17 +169,23 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
 
     def _measure_forward(self) -> None:
         # Trainer's estimate for a forward-backward with all weights trainable is 6 a parameter and token, and linear
-        # in the tokens. A forward is a third of it. ZeRO-3 hides the parameters later.
+        # in the tokens. A forward is a third of it.
+        hidden = {
+            parameter: parameter.ds_numel for parameter in self.model.parameters() if hasattr(parameter, "ds_numel")
+        }
+        if hidden:  # ZeRO-3 leaves nothing of a parameter in its place but the size
+            tables = {module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)}
+            self._forward_flops_per_token = 2.0 * sum(size for each, size in hidden.items() if each not in tables)
+            return
         token = {getattr(self.model, "main_input_name", "input_ids"): torch.zeros((1, 1), dtype=torch.long)}
-        self._forward_flops_per_token = self.floating_point_ops(token) / 3 or self._forward_flops_per_token
+        self._forward_flops_per_token = self.floating_point_ops(token) / 3
 
     def _hp_search_setup(self, trial: Any) -> None:
-        budget = self._budget
+        most_batches = self.args.max_steps
         super()._hp_search_setup(trial)
         if self._is_active and self.hp_search_backend is not None and trial is not None:
-            if self._budget != budget:
-                self.args.plan_batches(self._budget)
-            self._reset_repetition()  # an impossible value of the trial is refused here, by the name of its flag
+            if isinstance(self.args, ABRConfig):
+                self.args.plan(most_batches=None if self.args.max_steps == most_batches else self.args.max_steps)
             refuse_unsupported(self, self._budget)
 
     def _init_training_state(
@@ -484,24 +489,11 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
     # ---- Compute ----
 
     def _find_loss_scale(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> None:
-        """Settle, once a run and for all ranks, what the losses of micro-batches mean."""
-        if self._loss_scale is not None:
-            return
-        self._loss_scale = known_loss_scale(self)
-        if self._loss_scale is not None:
-            return
-        if num_items_in_batch is None or self.args.world_size * self.args.gradient_accumulation_steps == 1:
-            self._loss_scale = LossScale(adds_up=False)  # nothing to scale it with
-            return
-        with self._counted_once():
-            measured = measure_loss_scale(self, model, inputs, num_items_in_batch)
-        # A rank whose micro-batch cannot tell follows those that know; where none does, the next batch may.
-        votes = (0, 0, 0.0) if measured is None else (measured.adds_up, not measured.adds_up, measured.factor)
-        adds_up, does_not, factors = self._sum_over_ranks(*torch.tensor(votes, device=self.args.device))
-        if adds_up:
-            self._loss_scale = LossScale(adds_up=True)
-        elif does_not:
-            self._loss_scale = LossScale(adds_up=False, factor=factors / does_not)
+        # A baseline needs no loss, and somebody's `compute_loss` may count its calls.
+        is_needed = not (isinstance(self.repeat_scheduler, ConstantScheduler) and has_own_loss(self))
+        if self._loss_scale is None and is_needed:
+            with self._counted_once():
+                self._loss_scale = find_loss_scale(self, model, inputs, num_items_in_batch, self._sum_over_ranks)
 
     def _mean_over_ranks(self, losses: list[Tensor], *others: float) -> list[float]:
         """Return the mean loss per target of one pass, over micro-batches and ranks, and the sum of each other number.
@@ -509,40 +501,23 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         Args:
             losses: What `training_step` returned for each micro-batch of this rank.
         """
-        loss, weight = self._weighted_loss(losses)
+        calls = self._batch.calls
+        items = calls[0][1][0] if calls[0][1] else calls[0][2].get("num_items_in_batch")
+        loss, weight = weighted_loss(self, self._loss_scale, losses, [inputs for inputs, _, _ in calls], items)
         total, weights, *sums = self._sum_over_ranks(loss, weight, *others)
         return [total / weights if weights else math.nan, *sums]
 
-    def _weighted_loss(self, losses: list[Tensor]) -> tuple[Tensor, Tensor | int]:
-        """Return this rank's loss, multiplied by its weight in the mean over ranks, and that weight."""
-        _, args, kwargs = self._batch.calls[0]
-        items = args[0] if args else kwargs.get("num_items_in_batch")
-        scale = self._loss_scale or LossScale(adds_up=True)
-        if self.args.world_size * len(losses) == 1:
-            return losses[0], 1
-        if scale.adds_up:
-            loss = torch.stack(losses).sum()
-            is_mean_of_all = self.args.average_tokens_across_devices or self.args.world_size == 1
-            return (loss, 1) if items is None or is_mean_of_all else (loss * items, items)
-        is_divided = not (self.model_accepts_loss_kwargs and items is not None) and self.compute_loss_func is None
-        if is_divided or getattr(self, "loss_is_scaled_for_ga", None) is False:
-            scale = LossScale(adds_up=False, factor=scale.factor / len(losses))
-        targets = [count_targets(inputs, self._loss_shifts_labels) for inputs, _, _ in self._batch.calls]
-        weights = torch.stack([torch.as_tensor(count, device=losses[0].device) for count in targets])
-        return (torch.stack(losses) * weights).sum() / scale.factor, weights.sum()
-
     def _sum_over_ranks(self, *scalars: Tensor | float) -> list[float]:
-        """Return each sum over ranks, in rank order: the one place where ranks exchange what rules decide on, and where
-        the host waits for the device, once.
+        """Return each sum over ranks, in rank order: the one place where ranks exchange what rules decide on.
+
+        The host waits for the device here, once, and nowhere else.
         """
         device = self.args.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        if self.args.world_size == 1:
-            on_device = [scalar.to(dtype) for scalar in scalars if isinstance(scalar, Tensor)]
-            read = iter(torch.stack(on_device).tolist())
-            return [next(read) if isinstance(scalar, Tensor) else float(scalar) for scalar in scalars]
-        row = torch.stack([torch.as_tensor(scalar, dtype=dtype, device=device) for scalar in scalars])
-        return [sum(column) for column in zip(*self.accelerator.gather(row[None]).tolist(), strict=True)]
+        full = functools.partial(torch.full, (), dtype=dtype, device=device)  # does not wait, as `torch.tensor` would
+        row = torch.stack([each.to(device, dtype) if isinstance(each, Tensor) else full(each) for each in scalars])
+        rows = self.accelerator.gather(row[None]).tolist() if self.args.world_size > 1 else [row.tolist()]
+        return [sum(column) for column in zip(*rows, strict=True)]
 
     def _tokens_and_forward_flops(self) -> tuple[int, float]:
         """Return what one forward over this rank's part of the batch costs."""

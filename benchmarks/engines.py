@@ -7,8 +7,8 @@
 A LLaMA of random weights (about 1.2 billion parameters on a GPU, 9 million on a CPU) trains on random tokens, in every
 precision that the machine can run: once a batch, three times a batch, and every other batch skipped. Beside each of
 these, in a thread of its own, stock Trainer trains from the same weights on the same batches, and the two take turns
-batch by batch, so that whatever else the machine does hits both. A ratio is the median over these pairs of batches; the
-table shows it with its quartiles. Adds its rows to --json, and prints the table of all rows there.
+batch by batch, so that whatever else the machine does hits both. A ratio is the median over these pairs of batches;
+the table shows it with its quartiles. Adds its rows to --json, and prints the table of all rows there.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def engine_of(trainer: Any) -> str:
 
 def local_weights(trainer: Any) -> list[torch.Tensor]:
     parameters = (each for each in trainer.model_wrapped.parameters() if each.requires_grad)
-    return [getattr(each, "_local_tensor", each) for each in parameters]
+    return [getattr(each, "ds_tensor", getattr(each, "_local_tensor", each)) for each in parameters]
 
 
 def compare(name: str, batches: int) -> dict[str, Any]:

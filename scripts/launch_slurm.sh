@@ -9,8 +9,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
 #SBATCH --gpus-per-node=8
-#SBATCH --output=runs/slurm-%j.log
-#SBATCH --signal=TERM@120
+#SBATCH --output=slurm-%j.log
 set -euo pipefail
 
 : "${SLURM_JOB_NODELIST:?start this with sbatch: $0 runs one process group over the nodes that Slurm gives}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
@@ -73,14 +75,14 @@ def poison(module, args, output):
     return output * math.nan if args[0][0, 0] == VOCABULARY - 1 else output
 
 
-def rows_with_a_broken_one(count: int = 32) -> list[dict[str, torch.Tensor]]:
-    """Rows of which the tenth breaks its micro-batch, and of which each second has half as many targets."""
+def rows_with_a_broken_one(count: int, broken: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of which one breaks its micro-batch, and of which each second has half as many targets."""
     rows = token_rows(count)
     for i, row in enumerate(rows):
         row["input_ids"] = row["input_ids"].clamp(max=VOCABULARY - 2)
         row["labels"] = row["input_ids"].clone()
         row["labels"][: 6 * (i % 2)] = -100
-    rows[10]["input_ids"][0] = VOCABULARY - 1  # row 10 opens micro-batch 5, the second of its pair
+    rows[broken]["input_ids"][0] = VOCABULARY - 1
     return rows
 
 
@@ -111,6 +113,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "split": {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 4},
     "means of devices": {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False},
     "classification": {"gradient_accumulation_steps": 2, "model": "classifier"},
+    "classification, broken at first": {"gradient_accumulation_steps": 2, "model": "classifier", "broken": 2},
     "two micro-batches": {"gradient_accumulation_steps": 2},
     "stock": {"gradient_accumulation_steps": 2, "trainer": "stock"},
     "baseline": {"gradient_accumulation_steps": 2, "trainer": "baseline"},
@@ -119,6 +122,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "FSDP2": fsdp(2),
     "FSDP2, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(2)},
     "FSDP2, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **fsdp(2)},
+    "FSDP2, classification": {"gradient_accumulation_steps": 2, "model": "classifier", "broken": 2, **fsdp(2)},
     "FSDP1": fsdp(1),
     "FSDP1, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(1)},
     **{f"ZeRO-{stage}": zero(stage) for stage in (1, 2, 3)},
@@ -191,12 +195,13 @@ def train_scenario(output_dir: str, name: str, **changes: Any) -> Any:
 def build_scenario(
     output_dir: str,
     rows: int = 32,
+    broken: int = 10,  # opens micro-batch 5: that of the second rank of two
     first_rows_again: int = 0,
     model: str = "causal LM",
     trainer: str = "repeats",
     **options: Any,
 ) -> Any:
-    data = rows_with_a_broken_one(rows)
+    data = rows_with_a_broken_one(rows, broken)
     data += data[:first_rows_again]
     if model == "classifier":
         data = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 3)} for i, row in enumerate(data)]
@@ -279,13 +284,18 @@ def shards_on_cpu() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 compares it with "cpu", not with "cpu:0"
 
 
+def without_compiled_communication() -> None:
+    """Keep DeepSpeed from compiling a communication kernel for CPUs, which takes minutes."""
+    if importlib.util.find_spec("deepspeed") is not None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def engines(output_dir: str, *names: str) -> None:
     """Run scenarios one after the other in this rank; write the weights and numbers of each."""
     shards_on_cpu()
-    if any(name.startswith("ZeRO") for name in names):
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled, for minutes
+    without_compiled_communication()
     for name in names:
         directory = Path(output_dir, name)
         directory.mkdir(exist_ok=True)
@@ -299,5 +309,12 @@ def engines(output_dir: str, *names: str) -> None:
         print(f"{name}: done", flush=True)
 
 
+def script(*flags: str) -> None:
+    """Run run_clm_abr.py as an engine of several GPUs would, on a CPU."""
+    shards_on_cpu()
+    without_compiled_communication()
+    run_clm_abr.main([*flags])
+
+
 if __name__ == "__main__":
-    {"resumable": resumable, "engines": engines}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "engines": engines, "script": script}[sys.argv[1]](*sys.argv[2:])

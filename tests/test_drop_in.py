@@ -200,10 +200,12 @@ class OverridingABRTrainer(Overriding, ABRTrainer):
     pass
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("config_cls", [TrainingArguments, BASELINE])
-def test_a_subclass_overrides_what_it_likes(train, config_cls):
-    ours = train(trainer_cls=OverridingABRTrainer, config_cls=config_cls)
-    theirs = train(trainer_cls=OverridingTrainer, config_cls=TrainingArguments)
+def test_a_subclass_overrides_what_it_likes(train, config_cls, accumulation):
+    options = {"gradient_accumulation_steps": accumulation}
+    ours = train(trainer_cls=OverridingABRTrainer, config_cls=config_cls, **options)
+    theirs = train(trainer_cls=OverridingTrainer, config_cls=TrainingArguments, **options)
     assert torch.equal(weights(ours.model), weights(theirs.model))
     assert ours.asked == theirs.asked
     assert all(logs["mine"] == 1.0 for logs in ours.state.log_history)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,38 @@ def test_accelerate_takes_the_configuration(path):
         assert config.fsdp_config["fsdp_version"] == 2
     if expected == "DEEPSPEED":
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+@pytest.mark.slow
+def test_every_configuration_trains_to_the_same_perplexity(tmp_path):
+    """On two CPU processes instead of eight GPUs, in fp32; 4 bit is another model."""
+    flags = ["--dataset_name", "demo", "--max_eval_samples", "16", "--block_size", "64", "--lora_dropout", "0"]
+    flags += ["--do_train", "--do_eval", "--max_passes", "9", "--gradient_accumulation_steps", "2", "--use_cpu"]
+    flags += ["--skip_outliers", "none", "--report_to", "none"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    results = {}
+    for path in CONFIGURATIONS:
+        if path.stem == "fsdp2_qlora" or ("deepspeed" in path.stem and find_spec("deepspeed") is None):
+            continue
+        command = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"]
+        command += ["--mixed_precision", "no", "-m", "tests.jobs", "script", *flags]
+        output = tmp_path / path.stem
+        done = subprocess.run(
+            [sys.executable, *command, "--output_dir", str(output)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+        results[path.stem] = json.loads((output / "all_results.json").read_text())
+    assert {"ddp", "fsdp2_lora"} <= results.keys()
+    for result in results.values():
+        assert result["eval_perplexity"] == pytest.approx(results["ddp"]["eval_perplexity"], rel=1e-5)
+        assert result["train_updates"] == results["ddp"]["train_updates"] == 9
+        assert result["train_flops"] == pytest.approx(results["ddp"]["train_flops"], rel=1e-3)
 
 
 @pytest.mark.slow

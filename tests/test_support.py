@@ -17,12 +17,12 @@ from tests.conftest import Scripted, token_rows
     [
         (DistributedType.MEGATRON_LM, "Megatron-LM runs its own forward-backward"),
         (DistributedType.XLA, "XLA traces the loop"),
-        (DistributedType.DEEPSPEED, "the `scheduler` of a DeepSpeed configuration ticks once an update"),
+        (DistributedType.DEEPSPEED, "with an `optimizer` or a `scheduler` in its configuration, DeepSpeed"),
     ],
 )
 def test_an_engine_that_cannot_be_right_is_refused(build, monkeypatch, engine, reason):
     trainer = build(repeat_scheduler=Scripted(1))
-    plugin = SimpleNamespace(deepspeed_config={"scheduler": {"type": "WarmupLR"}})
+    plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
     state = SimpleNamespace(distributed_type=engine, deepspeed_plugin=plugin)
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(distributed_type=engine, state=state))
     with pytest.raises(ValueError, match=f"Batch repetition does not work here: {reason}"):

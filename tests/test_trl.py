@@ -7,11 +7,22 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 pytest.importorskip("trl")
 
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from abr_trainer import ABRMixin
 from abr_trainer.demo import DEMO_MODEL
@@ -31,27 +42,36 @@ def demo_model():
     return AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
 
 
+def demo_classifier():
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(DEMO_MODEL, num_labels=1)
+    model.config.pad_token_id = 0
+    return model
+
+
+OPTIONS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_length": 64,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "num_train_epochs": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+SAME_ORDER = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
+
+
 @pytest.fixture
 def fine_tune(tmp_path):
     def fine_tune(trainer_cls=ABRSFTTrainer, config_cls=ABRSFTConfig, repeat_scheduler=None, **config):
-        options = dict(
-            output_dir=str(tmp_path / "run"),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_length=64,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            gradient_checkpointing=False,
-            bf16=False,
-            num_train_epochs=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
         trainer = trainer_cls(
             model=demo_model(),
-            args=config_cls(**{**options, **config}),
+            args=config_cls(**{**OPTIONS, "output_dir": str(tmp_path / "run"), **config}),
             train_dataset=PAIRS,
             eval_dataset=PAIRS.select(range(5)),
             processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
@@ -109,35 +129,54 @@ class MixedDPOTrainer(ABRMixin, DPOTrainer):
     pass
 
 
-def test_preference_training_repeats_and_counts_once(tmp_path):
-    choices = Dataset.from_list([{"prompt": "The fox", "chosen": " ran.", "rejected": " flew."}] * 8)
-    scheduler = Scripted(2)
-    trainer = MixedDPOTrainer(
-        model=demo_model(),
-        args=DPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            gradient_checkpointing=False,
-            bf16=False,
-            num_train_epochs=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=choices,
-        processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
-        repeat_scheduler=scheduler,
-    )
-    trainer.train()
-    first = scheduler.outcomes[0]
-    assert first.losses[0] == pytest.approx(math.log(2), rel=1e-4)  # the policy is still the reference
-    assert first.losses[1] < first.losses[0]
-    tokens = [logs["num_tokens"] for logs in trainer.state.log_history if "num_tokens" in logs]
-    assert tokens[1] == 2 * tokens[0]
+class MixedKTOTrainer(ABRMixin, KTOTrainer):
+    pass
+
+
+class MixedRewardTrainer(ABRMixin, RewardTrainer):
+    pass
+
+
+CHOICES = [{"chosen": " ran." * (1 + i % 3), "rejected": " flew away."} for i in range(12)]
+KINDS = {
+    "SFT": (ABRSFTTrainer, SFTTrainer, SFTConfig, [*PAIRS], demo_model),
+    "DPO": (MixedDPOTrainer, DPOTrainer, DPOConfig, [{"prompt": "The fox", **row} for row in CHOICES], demo_model),
+    "KTO": (
+        MixedKTOTrainer,
+        KTOTrainer,
+        KTOConfig,
+        [{"prompt": "The fox", "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(CHOICES)],
+        demo_model,
+    ),
+    "reward": (MixedRewardTrainer, RewardTrainer, RewardConfig, CHOICES, demo_classifier),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeats_are_stock_training_on_the_batches_as_trained_on(tmp_path, kind):
+    ours_cls, stock_cls, config_cls, rows, build_model = KINDS[kind]
+    first, second, third = rows[:4], rows[4:8], rows[8:]
+
+    def run(trainer_cls, data, **scheduler):
+        trainer = trainer_cls(
+            model=build_model(),
+            args=config_cls(**{**OPTIONS, "output_dir": str(tmp_path), **SAME_ORDER}),
+            train_dataset=Dataset.from_list(data),
+            processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+            **scheduler,
+        )
+        trainer.train()
+        return trainer
+
+    scheduler = Scripted(3, 0, 2)
+    ours = run(ours_cls, rows, repeat_scheduler=scheduler)
+    theirs = run(stock_cls, first * 3 + third * 2)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert [outcome.repeats for outcome in scheduler.outcomes] == [3, 0, 2]
+    once = run(stock_cls, first + second + third)
+    assert not torch.equal(weights(ours.model), weights(once.model))
+    tokens = [[logs["num_tokens"] for logs in each.state.log_history if "num_tokens" in logs] for each in (ours, once)]
+    assert tokens[0] == tokens[1]
 
 
 class MixedGRPOTrainer(ABRMixin, GRPOTrainer):
