@@ -161,22 +161,24 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         self._batches_in_epoch = 0
 
     def _forward_share(self) -> Fraction:
-        sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in self.model.parameters()]
-        trainable = sum(size for size, requires_grad in sizes if requires_grad)
+        sizes = self._parameter_sizes()
+        trainable = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
         engine = getattr(self.accelerator.state, "fsdp_plugin", None)
         recomputes = checkpoints_activations(self.args) or bool(getattr(engine, "activation_checkpointing", False))
-        return forward_share(2 * trainable < sum(size for size, _ in sizes), recomputes)
+        return forward_share(2 * trainable < sum(sizes.values()), recomputes)
+
+    def _parameter_sizes(self) -> dict[nn.Parameter, int]:
+        # ZeRO-3 leaves nothing of a parameter in its place but the size.
+        return {each: getattr(each, "ds_numel", each.numel()) for each in self.model.parameters()}
 
     def _measure_forward(self) -> None:
+        if any(hasattr(parameter, "ds_numel") for parameter in self.model.parameters()):
+            tables = {module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)}
+            size = sum(size for parameter, size in self._parameter_sizes().items() if parameter not in tables)
+            self._forward_flops_per_token = 2.0 * size
+            return
         # Trainer's estimate for a forward-backward with all weights trainable is 6 a parameter and token, and linear
         # in the tokens. A forward is a third of it.
-        hidden = {
-            parameter: parameter.ds_numel for parameter in self.model.parameters() if hasattr(parameter, "ds_numel")
-        }
-        if hidden:  # ZeRO-3 leaves nothing of a parameter in its place but the size
-            tables = {module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)}
-            self._forward_flops_per_token = 2.0 * sum(size for each, size in hidden.items() if each not in tables)
-            return
         token = {getattr(self.model, "main_input_name", "input_ids"): torch.zeros((1, 1), dtype=torch.long)}
         self._forward_flops_per_token = self.floating_point_ops(token) / 3
 

@@ -17,7 +17,7 @@ from tests.jobs import RESUMED, SCENARIOS, numbers_of, train_scenario, whole_wei
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-SPENT = ("batches", "skips", "updates", "tokens", "forwards")
+SPENT = ("batches", "skips", "updates", "tokens")
 ZERO = [name for name in SCENARIOS if name.startswith("ZeRO")]
 OTHERS = [name for name in SCENARIOS if name not in ZERO]
 FSDP = [name for name in OTHERS if name.startswith("FSDP") and "resumed" not in name]
