@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         args.ddp_find_unused_parameters = False  # no causal language model leaves any out, and looking for them costs
     set_seed(args.seed)
     with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
-        model = load_model(model_args, config, tokenizer, checkpoints_activations(args))
+        model = load_model(model_args, config, tokenizer, args.device, checkpoints_activations(args))
         trainer = ABRTrainer(
             model=model,
             args=args,

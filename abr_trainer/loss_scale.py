@@ -43,7 +43,7 @@ def has_own_loss(trainer: Any) -> bool:
 
 
 def find_loss_scale(
-    trainer: Any, model: Any, inputs: Any, items: Any, sum_over_ranks: Callable[..., list[float]]
+    trainer: Any, model: Any, inputs: Any, items: Any, begin_sum: Callable[..., Callable[[], list[float]]]
 ) -> LossScale | None:
     """Return how losses are scaled; where that is not known, find out by telling `compute_loss` other target counts.
 
@@ -53,7 +53,7 @@ def find_loss_scale(
     Args:
         inputs: A micro-batch.
         items: The number of targets in its batch, as Trainer passes it on; None where it counts none.
-        sum_over_ranks: Sums numbers over ranks.
+        begin_sum: Starts to sum numbers over ranks, and returns what waits for the sums.
 
     Returns:
         None where no rank can tell by its micro-batch, because its loss is 0 or not finite.
@@ -77,11 +77,11 @@ def find_loss_scale(
     told, doubled = loss(items), loss(items * 2)
     can_tell = told != 0 and math.isfinite(told) and math.isfinite(doubled)
     adds_up = can_tell and abs(told - doubled) > 1e-3 * abs(told)
-    those_that_add_up, those_that_do_not = sum_over_ranks(adds_up, can_tell and not adds_up)
+    those_that_add_up, those_that_do_not = begin_sum(adds_up, can_tell and not adds_up)()
     if those_that_add_up or not those_that_do_not:
         return LossScale(adds_up=True) if those_that_add_up else None
     own = loss(None)
-    (factors,) = sum_over_ranks(told / own if can_tell else 0.0)
+    (factors,) = begin_sum(told / own if can_tell else 0.0)()
     return LossScale(adds_up=False, factor=factors / those_that_do_not)
 
 
@@ -91,17 +91,20 @@ def weighted_loss(
     """Return the mean loss per target of this rank's micro-batches, times its weight in the mean over ranks, and that.
 
     Args:
+        scale: None where it is not known: then the loss is what Trainer logs.
         losses: What `training_step` returned for each micro-batch.
         items: The number of targets in the batch, as Trainer passes it on.
     """
     means = torch.stack(losses)
+    if scale is None:
+        return means.sum(), 1
     says = getattr(trainer, "loss_is_scaled_for_ga", None)
     takes_items = trainer.model_accepts_loss_kwargs and items is not None
     if says is False or (says is None and not takes_items and trainer.compute_loss_func is None):
         means = means * len(losses)  # Trainer divided by it
     if trainer.args.world_size * len(losses) == 1:
         return means[0], 1
-    if scale is None or scale.adds_up:
+    if scale.adds_up:
         is_mean_of_all = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
         return (means.sum(), 1) if items is None or is_mean_of_all else (means.sum() * items, items)
     counts = [count_targets(inputs, shifts_labels(trainer)) for inputs in micro_batches]

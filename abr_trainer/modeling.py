@@ -145,9 +145,15 @@ def load_model(
     arguments: ModelArguments,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    device: str | torch.device,
     activation_checkpointing: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Load the base model, quantise it, and attach a LoRA adapter, as the arguments ask."""
+    """Load the base model, quantise it, and attach a LoRA adapter, as the arguments ask.
+
+    Args:
+        device: Where a quantised model is put; any other stays on the CPU until Trainer moves it.
+        activation_checkpointing: Whether it will be trained with activation checkpointing.
+    """
     is_sharded = shards_weights()
     if is_sharded and arguments.load_in_8bit:
         raise ValueError("--load_in_8bit weights cannot be sharded by FSDP or ZeRO-3. Use --load_in_4bit, or DDP.")
@@ -158,7 +164,7 @@ def load_model(
         dtype=arguments.torch_dtype,
         attn_implementation=arguments.attn_implementation,
         quantization_config=quantization_config(arguments, config if is_sharded else None),
-        device_map=arguments.device_map or (_own_device() if has_own_device else None),
+        device_map=arguments.device_map or ({"": device} if has_own_device else None),
         **arguments.hub_options,
     )
     if len(tokenizer) > int(model.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
@@ -221,10 +227,6 @@ def keep_packing(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _own_device() -> dict[str, Any]:
-    return {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
 
 
 def lora_config(arguments: ModelArguments, model: PreTrainedModel) -> LoraConfig:

@@ -55,7 +55,10 @@ TRL_COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
 
 class TooManySkips(RuntimeError):
-    """`max_consecutive_skips` batches in a row were skipped: the data, or the model, are broken."""
+    """`max_consecutive_skips` batches in a row were skipped: the data, or the model, are broken.
+
+    `hyperparameter_search(catch=(TooManySkips,))` lets optuna go on with the other trials.
+    """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,7 +113,6 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         super().__init__(*args, **kwargs)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
         self._given_scheduler = repeat_scheduler
-        self._forward_flops_per_token = 0.0
         self._initial_scheduler_state = (
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
         )
@@ -152,7 +154,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         self.ledger = ComputeLedger()
         if self._is_active:
             self.ledger.share = self._forward_share()
-            self._measure_forward()
+            self._forward_flops_per_token = self._forward_flops()
         self._batch = _Batch()
         self._window = LogWindow()
         self._skips_in_a_row: list[tuple[int, str]] = []
@@ -171,16 +173,15 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         # ZeRO-3 leaves nothing of a parameter in its place but the size.
         return {each: getattr(each, "ds_numel", each.numel()) for each in self.model.parameters()}
 
-    def _measure_forward(self) -> None:
+    def _forward_flops(self) -> float:
+        """Return the FLOPs of a forward over one token."""
         if any(hasattr(parameter, "ds_numel") for parameter in self.model.parameters()):
             tables = {module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)}
-            size = sum(size for parameter, size in self._parameter_sizes().items() if parameter not in tables)
-            self._forward_flops_per_token = 2.0 * size
-            return
+            return 2.0 * sum(size for parameter, size in self._parameter_sizes().items() if parameter not in tables)
         # Trainer's estimate for a forward-backward with all weights trainable is 6 a parameter and token, and linear
         # in the tokens. A forward is a third of it.
         token = {getattr(self.model, "main_input_name", "input_ids"): torch.zeros((1, 1), dtype=torch.long)}
-        self._forward_flops_per_token = self.floating_point_ops(token) / 3
+        return self.floating_point_ops(token) / 3
 
     def _hp_search_setup(self, trial: Any) -> None:
         most_batches = self.args.max_steps
@@ -330,7 +331,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
 
     def _decide(self, losses: list[Tensor]) -> _Decision:
         """Average the first-pass loss over ranks, and decide. The same on every rank, because what it looks at is."""
-        loss, tokens, forward_flops = self._mean_over_ranks(losses, *self._tokens_and_forward_flops())
+        loss, tokens, forward_flops = self._begin_mean(losses, *self._tokens_and_forward_flops())()
         observation = Observation(batch=self.ledger.batches, loss=loss, progress=self._progress())
         repeats, reason = self._choose(observation)
         left = None if self._budget is None else math.floor(self._budget - self.ledger.passes)
@@ -401,12 +402,13 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
     def _pass_again(self, model: nn.Module, one_pass: Callable[..., Tensor]) -> float:
         """Run one more pass over the whole batch, and return its loss averaged over ranks."""
         losses: list[Tensor] = []
-        mean: float | None = None
+        mean: Callable[[], list[float]] | None = None
 
-        def is_sound(loss: Tensor) -> bool:
+        def begin_mean(loss: Tensor) -> bool:
             nonlocal mean
-            (mean,) = self._mean_over_ranks([*losses, loss.detach()])
-            return math.isfinite(mean)
+            mean = mean or self._begin_mean([*losses, loss.detach()])
+            # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
+            return not self.is_deepspeed_enabled or math.isfinite(mean()[0])
 
         each_syncs = self.is_deepspeed_enabled or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         with self._counted_once():
@@ -414,15 +416,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
                 is_last = i == len(self._batch.calls)
                 self.accelerator.gradient_state._set_sync_gradients(is_last)
                 with contextlib.ExitStack() as context:
-                    if not (is_last or each_syncs):
+                    if is_last:
+                        context.enter_context(self._before_backward(begin_mean))
+                    elif not each_syncs:
                         context.enter_context(self.accelerator.no_sync(model))
-                    if is_last and self.is_deepspeed_enabled:
-                        # Its backward is the update too: last chance to see that there must be none.
-                        context.enter_context(self._before_backward(is_sound))
                     losses.append(one_pass(copy.copy(inputs), *args, **kwargs))
-        if mean is None:
-            (mean,) = self._mean_over_ranks(losses)
-        return mean
+        return (mean or self._begin_mean(losses))()[0]
 
     def _withhold_update(self, model: nn.Module) -> None:
         """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
@@ -495,31 +494,51 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         is_needed = not (isinstance(self.repeat_scheduler, ConstantScheduler) and has_own_loss(self))
         if self._loss_scale is None and is_needed:
             with self._counted_once():
-                self._loss_scale = find_loss_scale(self, model, inputs, num_items_in_batch, self._sum_over_ranks)
+                self._loss_scale = find_loss_scale(self, model, inputs, num_items_in_batch, self._begin_sum)
 
-    def _mean_over_ranks(self, losses: list[Tensor], *others: float) -> list[float]:
-        """Return the mean loss per target of one pass, over micro-batches and ranks, and the sum of each other number.
+    def _begin_mean(self, losses: list[Tensor], *others: float) -> Callable[[], list[float]]:
+        """Start to average over ranks, and return what waits for the result.
 
         Args:
             losses: What `training_step` returned for each micro-batch of this rank.
+            others: Numbers of this rank.
+
+        Returns:
+            A function that returns the mean loss per target of the pass, and the sum over ranks of each other number.
         """
         calls = self._batch.calls
         items = calls[0][1][0] if calls[0][1] else calls[0][2].get("num_items_in_batch")
         loss, weight = weighted_loss(self, self._loss_scale, losses, [inputs for inputs, _, _ in calls], items)
-        total, weights, *sums = self._sum_over_ranks(loss, weight, *others)
-        return [total / weights if weights else math.nan, *sums]
+        read = self._begin_sum(loss, weight, *others)
 
-    def _sum_over_ranks(self, *scalars: Tensor | float) -> list[float]:
-        """Return each sum over ranks, in rank order: the one place where ranks exchange what rules decide on.
+        def mean_and_sums() -> list[float]:
+            total, weights, *sums = read()
+            return [total / weights if weights else math.nan, *sums]
 
-        The host waits for the device here, once, and nowhere else.
+        return mean_and_sums
+
+    def _begin_sum(self, *scalars: Tensor | float) -> Callable[[], list[float]]:
+        """Start to sum over ranks, in rank order: the one place where ranks exchange what rules decide on.
+
+        Returns:
+            A function that waits for the sums: the one place where the host waits for the device.
         """
         device = self.args.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         full = functools.partial(torch.full, (), dtype=dtype, device=device)  # does not wait, as `torch.tensor` would
         row = torch.stack([each.to(device, dtype) if isinstance(each, Tensor) else full(each) for each in scalars])
-        rows = self.accelerator.gather(row[None]).tolist() if self.args.world_size > 1 else [row.tolist()]
-        return [sum(column) for column in zip(*rows, strict=True)]
+        rows = self.accelerator.gather(row[None]) if self.args.world_size > 1 else row[None]
+        arrived: Any = None
+        if device.type == "cuda":
+            rows, arrived = rows.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+
+        def sums() -> list[float]:
+            if arrived is not None:
+                arrived.synchronize()  # waits for the copy, not for what was launched after it
+            return [sum(column) for column in zip(*rows.tolist(), strict=True)]
+
+        return sums
 
     def _tokens_and_forward_flops(self) -> tuple[int, float]:
         """Return what one forward over this rank's part of the batch costs."""

@@ -41,7 +41,7 @@ def resumable(output_dir: str, kill_after: str = "0", resume: bool = False) -> A
     """Fine-tune the demo model with LoRA dropout under a budget: repeats, skips, a checkpoint between two logs."""
     arguments = ModelArguments(lora_r=2)
     torch.manual_seed(0)
-    model = load_model(arguments, load_config(arguments), load_tokenizer(arguments))
+    model = load_model(arguments, load_config(arguments), load_tokenizer(arguments), "cpu")
     rows = token_rows(60, length=24)
     rows[33] = {"input_ids": rows[33]["input_ids"], "labels": torch.full((24,), -100)}
     trainer = ABRTrainer(

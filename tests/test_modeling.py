@@ -26,7 +26,7 @@ from tests.conftest import Scripted, token_rows
 
 def load(**options):
     arguments = ModelArguments(**options)
-    return load_model(arguments, load_config(arguments), load_tokenizer(arguments))
+    return load_model(arguments, load_config(arguments), load_tokenizer(arguments), "cpu")
 
 
 def test_only_the_adapter_trains():
