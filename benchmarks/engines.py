@@ -280,8 +280,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
     lines = [
-        "| engine | precision | difference of weights | perplexity, stock and ours | tokens/s | N = 1 | a pass of N = 3 | "
-        "a skip (forward share) | peak memory, N = 1 and 3 |",
+        "| engine | precision | difference of weights | perplexity, stock and ours | tokens/s | N = 1 | "
+        "a pass of N = 3 | a skip (forward share) | peak memory, N = 1 and 3 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
