@@ -10,10 +10,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from .loss_scale import shifts_labels
 from .perplexity import TokenPerplexity, causal_nll
 
-_AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
+AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
 
 
-class PerplexityMixin(_AnyTrainer):
+class PerplexityMixin(AnyTrainer):
     """Add `*_perplexity` and `*_target_tokens` to what a Trainer of causal language models evaluates."""
 
     _token_perplexity: TokenPerplexity | None = None
