@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 
-import transformers.testing_utils  # puts a module of its own into sys.modules
-import transformers.trainer
 
-from abr_trainer import ABRTrainer
+def pytest_configure(config):
+    import transformers.testing_utils  # puts a module of its own into sys.modules
+    import transformers.trainer
 
-transformers.trainer.Trainer = ABRTrainer
-vars(sys.modules["transformers"])["Trainer"] = ABRTrainer
+    from abr_trainer import ABRTrainer
+
+    transformers.trainer.Trainer = ABRTrainer
+    vars(sys.modules["transformers"])["Trainer"] = ABRTrainer
