@@ -1,6 +1,6 @@
 """A pytest plugin: run tests that were written for `transformers.Trainer` with `ABRTrainer` in its place.
 
-python -m pytest -p tests.as_trainer CHECKOUT_OF_TRANSFORMERS/tests/trainer/test_trainer*.py
+PYTHONPATH=tests python -m pytest -p as_trainer CHECKOUT_OF_TRANSFORMERS/tests/trainer/test_trainer*.py
 """
 
 from __future__ import annotations

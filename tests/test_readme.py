@@ -51,7 +51,17 @@ def test_the_own_rule_decides():
 def test_every_flag_is_one_of_the_script():
     parser = HfArgumentParser((ModelArguments, DataArguments, ABRConfig))
     known = {option for action in parser._actions for option in action.option_strings}
-    of_others = {"--data", "--model", "--logdir", "--help", "--only", "--cpu", "--no-build-isolation", "--config_file"}
+    of_others = {
+        "--data",
+        "--model",
+        "--logdir",
+        "--help",
+        "--only",
+        "--batches",
+        "--cpu",
+        "--no-build-isolation",
+        "--config_file",
+    }
     of_others |= {"--nodes", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", README)) <= known | of_others
 
