@@ -129,14 +129,11 @@ class ABRConfig(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
             self.greater_is_better = False
         refuse_single_process_launch()
-        self.plan(most_batches=self.max_steps)
+        self.plan()
         super().__post_init__()
 
-    def plan(self, most_batches: int | None = None) -> None:
-        """Check the fields above, and set `max_steps` to the most batches that the budget can buy.
-
-        Args:
-            most_batches: A lower cap that was asked for; by default the one of the last time.
+    def plan(self) -> None:
+        """Check the fields above, take `max_steps` for a cap that was asked for, and lower it to what the budget buys.
 
         Raises:
             ValueError: A field is out of range, or names no rule.
@@ -146,9 +143,7 @@ class ABRConfig(TrainingArguments):
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
         self.build_repeat_scheduler()
-        if most_batches is not None:
-            self._most_batches = most_batches
-        self.max_steps = self._most_batches
+        self.most_batches = self.max_steps
         if self.max_passes is not None:
             affordable = math.ceil(self.max_passes / CHEAPEST_BATCH)
             self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from .loss_scale import shifts_labels
 from .perplexity import TokenPerplexity, causal_nll
 
-AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
+_AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
 
 
-class PerplexityMixin(AnyTrainer):
+class PerplexityMixin(_AnyTrainer):
     """Add `*_perplexity` and `*_target_tokens` to what a Trainer of causal language models evaluates."""
 
     _token_perplexity: TokenPerplexity | None = None
@@ -27,7 +27,7 @@ class PerplexityMixin(AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as `Trainer` does; for a causal language model, add its token-exact perplexity to the metrics."""
-        self._token_perplexity = TokenPerplexity() if self._is_active and shifts_labels(self) else None
+        self._token_perplexity = TokenPerplexity() if self._is_active and self._loss_shifts_labels else None
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._token_perplexity is not None and self._token_perplexity.tokens:
             output.metrics[f"{metric_key_prefix}_perplexity"] = self._token_perplexity.perplexity
@@ -38,7 +38,8 @@ class PerplexityMixin(AnyTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        if self._token_perplexity is None:
+        has_labels = isinstance(inputs, Mapping) and isinstance(inputs.get("labels"), Tensor)
+        if self._token_perplexity is None or not has_labels:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
         token_logits = logits[0] if isinstance(logits, tuple) else logits

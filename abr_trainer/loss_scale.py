@@ -31,10 +31,12 @@ class LossScale:
 
 def shifts_labels(trainer: Any) -> bool:
     """Tell whether the model's loss is that of a causal language model: Trainer goes by names, and includes others."""
+    if not trainer._loss_shifts_labels:
+        return False
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = inspect.unwrap(type(base).forward)
-    return bool(trainer._loss_shifts_labels) and "loss_function" in forward.__code__.co_names
+    return "loss_function" in forward.__code__.co_names
 
 
 def has_own_loss(trainer: Any) -> bool:
@@ -42,8 +44,21 @@ def has_own_loss(trainer: Any) -> bool:
     return type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
 
 
+def declares_scaled(trainer: Any) -> bool | None:
+    """Return what the trainer's class declares, where this version of transformers asks it."""
+    return trainer.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+
+
+def is_divided(trainer: Any, items: Any) -> bool:
+    """Tell whether Trainer divides each loss by the number of micro-batches, before its backward."""
+    declared = declares_scaled(trainer)
+    if declared is not None:
+        return not declared
+    return not (trainer.model_accepts_loss_kwargs and items is not None) and trainer.compute_loss_func is None
+
+
 def find_loss_scale(
-    trainer: Any, model: Any, inputs: Any, items: Any, begin_sum: Callable[..., Callable[[], list[float]]]
+    trainer: Any, model: Any, inputs: Any, items: Any, begin_sum: Callable[..., Callable[[], list[float]]] | None
 ) -> LossScale | None:
     """Return how losses are scaled; where that is not known, find out by telling `compute_loss` other target counts.
 
@@ -53,17 +68,19 @@ def find_loss_scale(
     Args:
         inputs: A micro-batch.
         items: The number of targets in its batch, as Trainer passes it on; None where it counts none.
-        begin_sum: Starts to sum numbers over ranks, and returns what waits for the sums.
+        begin_sum: Starts to sum numbers over ranks, and returns what waits for the sums. None forbids to find out.
 
     Returns:
-        None where no rank can tell by its micro-batch, because its loss is 0 or not finite.
+        None where it is not known: no rank can tell by its micro-batch, because its loss is 0 or not finite.
     """
-    if getattr(trainer, "loss_is_scaled_for_ga", None):
+    if declares_scaled(trainer):
         return LossScale(adds_up=True)
     if items is None or trainer.args.world_size * trainer.args.gradient_accumulation_steps == 1:
         return LossScale(adds_up=False)
     if not has_own_loss(trainer) and (shifts_labels(trainer) or trainer.label_smoother is not None):
         return LossScale(adds_up=True)
+    if begin_sum is None:
+        return None
 
     device = trainer.args.device
 
@@ -96,18 +113,15 @@ def weighted_loss(
         items: The number of targets in the batch, as Trainer passes it on.
     """
     means = torch.stack(losses)
-    if scale is None:
+    if scale is None or trainer.args.world_size * len(losses) == 1:
         return means.sum(), 1
-    says = getattr(trainer, "loss_is_scaled_for_ga", None)
-    takes_items = trainer.model_accepts_loss_kwargs and items is not None
-    if says is False or (says is None and not takes_items and trainer.compute_loss_func is None):
-        means = means * len(losses)  # Trainer divided by it
-    if trainer.args.world_size * len(losses) == 1:
-        return means[0], 1
+    if is_divided(trainer, items):
+        means = means * len(losses)
     if scale.adds_up:
         is_mean_of_all = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
         return (means.sum(), 1) if items is None or is_mean_of_all else (means.sum() * items, items)
-    counts = [count_targets(inputs, shifts_labels(trainer)) for inputs in micro_batches]
+    shifted = shifts_labels(trainer)
+    counts = [count_targets(inputs, shifted) for inputs in micro_batches]
     targets = torch.stack([torch.as_tensor(count, device=means.device) for count in counts])
     return (means * targets).sum() / scale.factor, targets.sum()
 

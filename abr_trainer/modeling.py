@@ -157,6 +157,8 @@ def load_model(
     is_sharded = shards_weights()
     if is_sharded and arguments.load_in_8bit:
         raise ValueError("--load_in_8bit weights cannot be sharded by FSDP or ZeRO-3. Use --load_in_4bit, or DDP.")
+    if is_deepspeed_zero3_enabled() and arguments.load_in_4bit:
+        raise ValueError("--load_in_4bit weights are sharded by FSDP2, not by ZeRO-3. Use FSDP2, ZeRO-2 or DDP.")
     has_own_device = arguments.is_quantised and not is_sharded
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model_name_or_path,
@@ -208,12 +210,14 @@ def quantization_config(
         )
     if arguments.load_in_4bit:
         dtype = arguments.torch_dtype if arguments.torch_dtype != "auto" else getattr(sharded, "dtype", None)
+        if sharded is not None and dtype is None:
+            raise ValueError("--load_in_4bit under FSDP needs --torch_dtype: the model's configuration names none.")
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, arguments.bnb_4bit_compute_dtype),
-            bnb_4bit_quant_storage=(dtype or torch.bfloat16) if sharded is not None else torch.uint8,
+            bnb_4bit_quant_storage=dtype if sharded is not None else torch.uint8,
         )
     return None
 

@@ -11,15 +11,16 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .callbacks import LogWindow
-from .evaluation import AnyTrainer
 from .run_directory import last_complete_checkpoint, write_whole
 
 logger = logging.get_logger(__name__)
 
 ABR_STATE_NAME = "abr_state.json"
 
+_AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
 
-class ResumeMixin(AnyTrainer):
+
+class ResumeMixin(_AnyTrainer):
     """Write `abr_state.json` into each checkpoint of a Trainer with repetition, and go on from it."""
 
     _restored_log: tuple[list[float], int] | None = None

@@ -43,7 +43,7 @@ from .config import ABRConfig, checkpoints_activations
 from .engines import forget_batch_of_deepspeed
 from .evaluation import PerplexityMixin
 from .ledger import ComputeLedger, forward_share
-from .loss_scale import LossScale, find_loss_scale, has_own_loss, shifts_labels, weighted_loss
+from .loss_scale import LossScale, find_loss_scale, has_own_loss, weighted_loss
 from .perplexity import perplexity_of
 from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
@@ -137,7 +137,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
     @property
     def _loss_is_of_tokens(self) -> bool:
         """Whether exp of the training loss is a perplexity."""
-        return shifts_labels(self) and self.label_smoother is None
+        return self._loss_shifts_labels and self.label_smoother is None and not has_own_loss(self)
 
     @property
     def _budget(self) -> int | None:
@@ -184,11 +184,13 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         return self.floating_point_ops(token) / 3
 
     def _hp_search_setup(self, trial: Any) -> None:
-        most_batches = self.args.max_steps
+        is_trial = self._is_active and self.hp_search_backend is not None and trial is not None
+        if is_trial and isinstance(self.args, ABRConfig):
+            self.args.max_steps = self.args.most_batches
         super()._hp_search_setup(trial)
-        if self._is_active and self.hp_search_backend is not None and trial is not None:
+        if is_trial:
             if isinstance(self.args, ABRConfig):
-                self.args.plan(most_batches=None if self.args.max_steps == most_batches else self.args.max_steps)
+                self.args.plan()
             refuse_unsupported(self, self._budget)
 
     def _init_training_state(
@@ -490,11 +492,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
     # ---- Compute ----
 
     def _find_loss_scale(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> None:
-        # A baseline needs no loss, and somebody's `compute_loss` may count its calls.
-        is_needed = not (isinstance(self.repeat_scheduler, ConstantScheduler) and has_own_loss(self))
-        if self._loss_scale is None and is_needed:
+        if self._loss_scale is None:
+            # A baseline is Trainer, and needs no loss: somebody's `compute_loss` may count its calls.
+            is_baseline = isinstance(self.repeat_scheduler, ConstantScheduler) and self.repeat_scheduler.repeats == 1
+            begin_sum = None if is_baseline and has_own_loss(self) else self._begin_sum
             with self._counted_once():
-                self._loss_scale = find_loss_scale(self, model, inputs, num_items_in_batch, self._begin_sum)
+                self._loss_scale = find_loss_scale(self, model, inputs, num_items_in_batch, begin_sum)
 
     def _begin_mean(self, losses: list[Tensor], *others: float) -> Callable[[], list[float]]:
         """Start to average over ranks, and return what waits for the result.
@@ -589,6 +592,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         if self._is_active and self._budget is not None:
             # Trainer planned for as many batches as the budget could have bought.
             num_train_samples = self.state.global_step * self.get_total_train_batch_size(self.args)
+            self.state.max_steps = self.state.global_step
         if self._non_finite_batches:
             # They gave 0 to the sum that Trainer divides by all batches: make that the mean over the others.
             batches = self.state.global_step - getattr(self, "_initial_global_step", 0)

@@ -34,11 +34,15 @@ class ABRSFTTrainer(ABRMixin, SFTTrainer):
 
     args: SFTConfig
 
+    @property
+    def _loss_is_of_tokens(self) -> bool:
+        return self.label_smoother is None and self.compute_loss_func is None and self.args.loss_type == "nll"
+
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        is_token_mean = self.label_smoother is None and self.compute_loss_func is None and self.args.loss_type == "nll"
-        if self._token_perplexity is None or not prediction_loss_only or not is_token_mean or self.args.world_size > 1:
+        takes_loss = prediction_loss_only and self._loss_is_of_tokens and self.args.world_size == 1
+        if self._token_perplexity is None or not takes_loss:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # The loss says it all. The logits, which SFTTrainer does not keep, would cost another forward.
         loss, logits, labels = SFTTrainer.prediction_step(self, model, inputs, True, ignore_keys)

@@ -168,7 +168,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+NEEDS_DECLARATION = pytest.mark.skipif(
+    not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="this version of transformers asks no class for its scale"
+)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=NEEDS_DECLARATION if "divided" in kind else ()) for kind in KINDS]
+)
 def test_the_first_pass_loss_does_not_depend_on_accumulation_and_the_gradients_are_stock(train, kind):
     model, rows, stock, ours, options = KINDS[kind]
     seen = []

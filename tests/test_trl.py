@@ -162,6 +162,7 @@ def test_repeats_are_stock_training_on_the_batches_as_trained_on(tmp_path, kind)
             model=build_model(),
             args=config_cls(**{**OPTIONS, "output_dir": str(tmp_path), **SAME_ORDER}),
             train_dataset=Dataset.from_list(data),
+            eval_dataset=Dataset.from_list(rows[:4]),
             processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
             **scheduler,
         )
@@ -173,6 +174,7 @@ def test_repeats_are_stock_training_on_the_batches_as_trained_on(tmp_path, kind)
     theirs = run(stock_cls, first * 3 + third * 2)
     assert torch.equal(weights(ours.model), weights(theirs.model))
     assert [outcome.repeats for outcome in scheduler.outcomes] == [3, 0, 2]
+    assert ("eval_perplexity" in ours.evaluate()) == ("perplexity" in ours.state.log_history[0]) == (kind == "SFT")
     once = run(stock_cls, first + second + third)
     assert not torch.equal(weights(ours.model), weights(once.model))
     tokens = [[logs["num_tokens"] for logs in each.state.log_history if "num_tokens" in logs] for each in (ours, once)]
