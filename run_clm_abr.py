@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import default_data_collator, set_seed
 
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
     if args.push_to_hub:
         trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
+    PartialState().destroy_process_group()  # or a rank may abort while it ends
     return results
 
 

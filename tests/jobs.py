@@ -307,6 +307,7 @@ def engines(output_dir: str, *names: str) -> None:
         Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
         forget_engine(trainer)
         print(f"{name}: done", flush=True)
+    torch.distributed.destroy_process_group()
 
 
 def script(*flags: str) -> None:
