@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import AutocastKwargs
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 
 VOCABULARY = 64
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 class Scripted(RepeatScheduler):
@@ -97,6 +101,33 @@ def token_rows(count: int, length: int = 12, seed: int = 0) -> list[dict[str, to
 def broken_row(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A row without a single target: its mean loss is 0 / 0."""
     return {"input_ids": row["input_ids"], "labels": torch.full_like(row["labels"], -100)}
+
+
+class ScaledMixin:
+    """Loss scaling on the CPU, before a Trainer: fp16 itself needs a GPU, its GradScaler does not."""
+
+    init_scale = 2.0**8
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.init_scale)
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+
+
+def run_module(*arguments: str, timeout: float) -> None:
+    """Run `python -m` from the root of the repository, on a thread a process and without GPUs, and expect success."""
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:

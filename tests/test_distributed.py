@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import run_module
 from tests.jobs import RESUMED, SCENARIOS, numbers_of, train_scenario, whole_weights
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 SPENT = ("batches", "skips", "updates", "tokens")
 ZERO = [name for name in SCENARIOS if name.startswith("ZeRO")]
 OTHERS = [name for name in SCENARIOS if name not in ZERO]
@@ -29,18 +26,8 @@ ONE_PROCESS_CAN = [
 
 def launch(directory: Path, ranks: int, names: list[str]) -> Path:
     """Run scenarios in `ranks` processes over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "-m", "tests.jobs", "engines", str(directory), *names],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    run_module(*launcher, "-m", "tests.jobs", "engines", str(directory), *names, timeout=280)
     return directory
 
 

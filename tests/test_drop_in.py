@@ -12,13 +12,12 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from accelerate.utils import AutocastKwargs
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.callbacks import read_trace
-from tests.conftest import Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
+from tests.conftest import ScaledMixin, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 
 BASELINE = functools.partial(ABRConfig, repeat_scheduler="baseline", skip_outliers="none")
 
@@ -127,23 +126,12 @@ def test_a_baseline_is_trainer(train, options):
         assert stock.items() <= mine.items()
 
 
-class ScaledMixin:
-    """Loss scaling on the CPU, with a scale that overflows at first: fp16 needs a GPU, its GradScaler does not."""
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-        self.accelerator.native_amp = True
-        self.accelerator.state._mixed_precision = "fp16"
-        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+class OverflowingTrainer(ScaledMixin, Trainer):
+    init_scale = 2.0**127
 
 
-class ScaledTrainer(ScaledMixin, Trainer):
-    pass
-
-
-class ScaledABRTrainer(ScaledMixin, ABRTrainer):
-    pass
+class OverflowingABRTrainer(ScaledMixin, ABRTrainer):
+    init_scale = 2.0**127
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
@@ -156,10 +144,10 @@ def test_an_overflow_inside_a_pass_is_one_rejected_update(train, accumulation, m
         "lr_scheduler_type": "constant",
     }
     scheduler = Scripted(8, 0, 2)
-    ours = train(trainer_cls=ScaledABRTrainer, data=rows, repeat_scheduler=scheduler, **options)
+    ours = train(trainer_cls=OverflowingABRTrainer, data=rows, repeat_scheduler=scheduler, **options)
     scale = ours.accelerator.scaler.state_dict()
     as_trained_on = rows[:size] * 8 + rows[2 * size :] * 2
-    theirs = train(trainer_cls=ScaledTrainer, config_cls=TrainingArguments, data=as_trained_on, **options)
+    theirs = train(trainer_cls=OverflowingTrainer, config_cls=TrainingArguments, data=as_trained_on, **options)
     assert torch.equal(weights(ours.model), weights(theirs.model))
     assert scale == theirs.accelerator.scaler.state_dict()
     losses = scheduler.outcomes[0].losses

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT, run_module
+
 CONFIGURATIONS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 SCONTROL = "#!/bin/sh\necho 127.0.0.1\necho another-node\n"
@@ -45,24 +46,14 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(tmp_path):
     flags = ["--dataset_name", "demo", "--max_eval_samples", "16", "--block_size", "64", "--lora_dropout", "0"]
     flags += ["--do_train", "--do_eval", "--max_passes", "9", "--gradient_accumulation_steps", "2", "--use_cpu"]
     flags += ["--skip_outliers", "none", "--report_to", "none"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     results = {}
     for name, (path, more) in LAUNCHES.items():
         if "deepspeed" in name and find_spec("deepspeed") is None:
             continue
-        command = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"]
-        command += ["--mixed_precision", "no", "-m", "tests.jobs", "script", *flags, *more]
+        launcher = ["accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"]
+        launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "script"]
         output = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, *command, "--output_dir", str(output)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
+        run_module(*launcher, *flags, *more, "--output_dir", str(output), timeout=200)
         results[name] = json.loads((output / "all_results.json").read_text())
     for name, result in results.items():
         expected = results["ddp_4_bit" if "qlora" in name else "ddp"]

@@ -8,14 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.utils import AutocastKwargs
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.callbacks import read_trace
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
 from abr_trainer.trainer import TooManySkips
-from tests.conftest import Scripted, Stream, broken_row, log_without_times, tiny_llama, token_rows, weights
+from tests.conftest import (
+    ScaledMixin,
+    Scripted,
+    Stream,
+    broken_row,
+    log_without_times,
+    tiny_llama,
+    token_rows,
+    weights,
+)
 
 ACCUMULATION = pytest.mark.parametrize("accumulation", [1, 4])  # 12 rows in twos: 6 micro-batches, so 4 + 2
 
@@ -203,15 +211,8 @@ def test_a_skip_is_exact_for_a_schedule_free_optimizer(train):
         assert torch.equal(one, other)
 
 
-class ScaledTrainer(ABRTrainer):
-    """Loss scaling on the CPU: fp16 itself needs a GPU, its GradScaler does not."""
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        self.accelerator.native_amp = True
-        self.accelerator.state._mixed_precision = "fp16"
-        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+class ScaledTrainer(ScaledMixin, ABRTrainer):
+    pass
 
 
 @ACCUMULATION
