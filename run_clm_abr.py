@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from transformers import default_data_collator, set_seed
 
 from abr_trainer.callbacks import last_evaluation, summarise
-from abr_trainer.command_line import one_line_errors, parse_arguments
+from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
+from abr_trainer.errors import one_line_errors
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import (
     check_output_dir,
@@ -75,12 +76,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
             trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated
             trainer.save_metrics("train", results)
-            trainer.save_state()
     if args.do_eval:
         metrics = last_evaluation(trainer.state) if args.do_train and not args.load_best_model_at_end else None
         metrics = metrics or trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         results |= metrics
+    if args.do_train:
+        trainer.save_state()  # with the last evaluation in its log
     if args.do_predict:
         metrics = trainer.evaluate(blocks["test"], metric_key_prefix="test")
         trainer.save_metrics("test", metrics)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,12 +13,10 @@ from transformers.utils import logging
 
 from .ledger import ComputeLedger
 from .perplexity import perplexity_of
-from .run_directory import write_whole
+from .records import SKIPPED_NAME, TRACE_NAME, cut_lines
 from .schedulers import Outcome
 
 logger = logging.get_logger(__name__)
-
-TRACE_NAME = "abr_trace.jsonl"
 
 
 @dataclass
@@ -68,6 +64,8 @@ class ABRCallback(TrainerCallback):
         ledger: ComputeLedger,
         learning_rate: float,
         seconds: float,
+        memory: int,
+        excerpts: list[list[int]],
         **kwargs: Any,
     ) -> None:
         """Event after a batch is finished, before it is logged, evaluated or saved.
@@ -77,11 +75,14 @@ class ABRCallback(TrainerCallback):
             ledger: What the run has spent, this batch included.
             learning_rate: The rate of the first update on the batch.
             seconds: Wall-clock time of the batch.
+            memory: Bytes: on a GPU the most that was allocated so far, elsewhere what the process holds.
+            excerpts: The first tokens of each row of a skipped batch, of all ranks; nothing for other batches.
         """
 
 
 class TraceCallback(ABRCallback):
-    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial.
+    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial, and what a
+    skipped batch was about to `_skipped_batches.jsonl`.
 
     Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
     trace has neither gaps nor doubles. A loss that is not finite is written as null.
@@ -89,17 +90,17 @@ class TraceCallback(ABRCallback):
 
     def __init__(self) -> None:
         self.directory: Path | None = None
-        self._file: IO[str] | None = None
+        self._files: list[IO[str]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self._close()
-        path = (self.directory or Path(args.output_dir)) / TRACE_NAME
-        kept = cut_trace(path, state.global_step)
+        paths = [(self.directory or Path(args.output_dir)) / name for name in (TRACE_NAME, SKIPPED_NAME)]
+        kept, _ = [cut_lines(path, state.global_step) for path in paths]
         if kept < state.global_step:
-            logger.warning(f"{path} holds {kept} of the {state.global_step} batches before this checkpoint.")
-        self._file = path.open("a", encoding="utf-8")
+            logger.warning(f"{paths[0]} holds {kept} of the {state.global_step} batches before this checkpoint.")
+        self._files = [path.open("a", encoding="utf-8") for path in paths]
 
     def on_outcome(
         self,
@@ -110,48 +111,43 @@ class TraceCallback(ABRCallback):
         ledger: ComputeLedger,
         learning_rate: float,
         seconds: float,
+        memory: int,
+        excerpts: list[list[int]],
         **kwargs: Any,
     ) -> None:
-        if self._file is None:
+        if not self._files:
             return
+        trace, skipped = self._files
         losses = [loss if math.isfinite(loss) else None for loss in outcome.losses]
         line = {
             "step": state.global_step,
             "epoch": state.epoch,
+            "progress": outcome.observation.progress,
+            "passes": float(ledger.passes),
             "loss": losses[0],
             "losses": losses,
             "repeats": outcome.repeats,
             "reason": outcome.reason,
             "learning_rate": learning_rate,
             "seconds": seconds,
+            "memory": memory,
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        _append(trace, line)
+        if outcome.skipped:
+            _append(skipped, {"step": state.global_step, "input_ids": excerpts})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()
 
     def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in self._files:
+            file.close()
+        self._files = []
 
 
-def read_trace(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the batches of a trace, up to the first line that a killed run left unfinished."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                return
-            yield json.loads(line)
-
-
-def cut_trace(path: Path, step: int) -> int:
-    """Drop the batches after `step` from a trace, all or nothing, and return how many are left."""
-    kept = [batch for batch in read_trace(path) if batch["step"] <= step] if step and path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(batch) + "\n" for batch in kept))
-    return len(kept)
+def _append(file: IO[str], line: dict[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
 
 
 class ABRProgressCallback(ProgressCallback):

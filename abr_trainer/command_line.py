@@ -1,20 +1,20 @@
-"""From a command line or a file of flags to arguments, and from errors to one line."""
+"""From a command line or a file of flags to arguments."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import json
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+
+from .errors import one_line
 
 
 def parse_arguments(argument_classes: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -60,19 +60,3 @@ def _flags_from_file(path: Path, known: dict[str, argparse.Action]) -> list[str]
         elif value is not None:
             flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return flags
-
-
-def one_line(error: BaseException, width: int = 300) -> str:
-    """Return the message of an error on one line, cut at `width` characters; its kind if it has none."""
-    return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
-
-
-@contextlib.contextmanager
-def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with the message of an exception of these kinds, on one line, instead of a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise SystemExit("interrupted: --resume_from_checkpoint true goes on from the last checkpoint") from error
-    except kinds as error:
-        raise SystemExit(f"error: {one_line(error, width=sys.maxsize)}") from error

@@ -42,8 +42,9 @@ class ABRConfig(TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, and `eval_strategy`,
     which is "epoch" where `do_eval` asks for evaluation (that of `save_strategy` where the best model is loaded at the
-    end) and "no" elsewhere. `greater_is_better` is False for a perplexity. `max_passes` sets `max_steps` to the most
-    batches that the budget can buy; a `max_steps` given beside it caps the number of batches.
+    end; "no" beside `eval_passes`) and "no" elsewhere. `greater_is_better` is False for a perplexity. `max_passes`
+    sets `max_steps` to the most batches that the budget can buy; a `max_steps` given beside it caps the number of
+    batches.
     """
 
     repeat_scheduler: str = field(
@@ -95,6 +96,13 @@ class ABRConfig(TrainingArguments):
             "batch costs its forward: 1/3 of a pass, 1/2 with a frozen base. Less than a pass can be left at the end."
         },
     )
+    eval_passes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate whenever so many more passes are spent; below 1, a share of --max_passes. Runs of equal "
+            "budget are then evaluated at equal compute, however often they repeat."
+        },
+    )
     primer_batches: int = field(
         default=0,
         metadata={"help": "Train on this many batches at the start once each, neither repeating nor skipping them."},
@@ -118,7 +126,8 @@ class ABRConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.eval_strategy is None:
             evaluates_with_saves = self.load_best_model_at_end and self.save_strategy in ("steps", "epoch")
-            self.eval_strategy = "no" if not self.do_eval else self.save_strategy if evaluates_with_saves else "epoch"
+            by_default = "no" if self.eval_passes else self.save_strategy if evaluates_with_saves else "epoch"
+            self.eval_strategy = by_default if self.do_eval else "no"
         if str(self.resume_from_checkpoint).lower() in ("false", "no"):
             self.resume_from_checkpoint = None
         if self.hub_token is not None:
@@ -142,6 +151,10 @@ class ABRConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
+        if self.eval_passes is not None and not self.eval_passes > 0:
+            raise ValueError(f"--eval_passes must be positive, got {self.eval_passes}.")
+        if self.eval_passes is not None and self.eval_passes < 1 and self.max_passes is None:
+            raise ValueError(f"--eval_passes {self.eval_passes} is a share of --max_passes, which is not given.")
         self.build_repeat_scheduler()
         self.most_batches = self.max_steps
         if self.max_passes is not None:

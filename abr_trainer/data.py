@@ -14,8 +14,8 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .command_line import one_line
 from .demo import demo_texts
+from .errors import one_line
 
 logger = logging.get_logger(__name__)
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .command_line import one_line
 from .demo import DEMO_MODEL
+from .errors import one_line
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}

@@ -11,7 +11,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .callbacks import LogWindow
-from .run_directory import last_complete_checkpoint, write_whole
+from .records import last_complete_checkpoint, write_whole
 
 logger = logging.get_logger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -13,22 +12,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import ABRConfig
+from .records import (
+    CHECKPOINT_PREFIX,
+    PROVENANCE,
+    SKIPPED_NAME,
+    TRACE_NAME,
+    TRAINER_STATE,
+    is_complete,
+    last_complete_checkpoint,
+    step_of,
+    write_whole,
+)
 
 logger = logging.get_logger(__name__)
 
 RUN_FILES = (
-    *("checkpoint-*", "abandoned-checkpoint-*", "runs", "abr_trace.jsonl", "*_results.json", "trainer_state.json"),
-    *("run.json", "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
+    *("checkpoint-*", "abandoned-checkpoint-*", "runs", TRACE_NAME, SKIPPED_NAME, "*_results.json", TRAINER_STATE),
+    *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
 
-PROVENANCE = "run.json"
 PREVIOUS = "previous-run"
 
 MAY_DIFFER = (
@@ -132,13 +138,6 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
     write_whole(path, json.dumps(provenance, indent=2, default=str) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file all or nothing: a kill leaves what stood there before."""
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(text, encoding="utf-8")
-    replacement.replace(path)
-
-
 def _git_commit() -> str | None:
     """Return the commit of this checkout, with "-dirty" if it was changed; None without git or outside a checkout."""
     root = Path(__file__).resolve().parents[1]
@@ -163,12 +162,6 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint written to its end, or None. A killed run can leave a newer one half-written."""
-    checkpoints = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
-    return next((str(checkpoint) for checkpoint in checkpoints if _is_complete(checkpoint)), None)
-
-
 def find_checkpoint(args: ABRConfig) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` names; `true` is the last complete one in the output
     directory.
@@ -182,30 +175,15 @@ def find_checkpoint(args: ABRConfig) -> str | None:
     found = last_complete_checkpoint(str(args.output_dir)) if str(wanted).lower() == "true" else wanted
     if found is None:
         raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {args.output_dir}.")
-    if not _is_complete(Path(found)):
-        raise ValueError(
-            f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE_NAME} in it."
-        )
+    if not is_complete(Path(found)):
+        raise ValueError(f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE} in it.")
     return found
 
 
 def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:
     """Rename the checkpoints after this one to `abandoned-...`: a run that goes back must not be resumed from them."""
     if args.process_index == 0 and Path(checkpoint).resolve().parent == Path(str(args.output_dir)).resolve():
-        for later in Path(checkpoint).parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if _step_of(later) > _step_of(Path(checkpoint)):
+        for later in Path(checkpoint).parent.glob(f"{CHECKPOINT_PREFIX}*"):
+            if step_of(later) > step_of(Path(checkpoint)):
                 logger.warning(f"Going back to {checkpoint}: {later} is renamed to abandoned-{later.name}.")
                 later.rename(later.with_name(f"abandoned-{later.name}"))
-
-
-def _step_of(checkpoint: Path) -> int:
-    step = checkpoint.name.rpartition("-")[2]
-    return int(step) if step.isdigit() else -1
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True

@@ -27,12 +27,14 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -50,6 +52,9 @@ from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .support import check_schedule, refuse_unsupported
 
 logger = logging.get_logger(__name__)
+
+EXCERPT_TOKENS = 128
+"""How much of each row of a skipped batch is kept, to show which data are broken."""
 
 TRL_COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
@@ -82,6 +87,8 @@ class _Batch:
         self.outcome: Outcome | None = None
         self.learning_rate = 0.0
         self.update_withheld = False
+        self.excerpts: list[list[int]] = []
+        self.evaluation_is_due = False
 
 
 class ABRMixin(ResumeMixin, PerplexityMixin):
@@ -122,6 +129,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             self._check_primer()
         if self._is_active:
             refuse_unsupported(self, self._budget)
+            if self._setting("eval_passes") and self.eval_dataset is None:
+                raise ValueError("--eval_passes needs something to evaluate on: --do_eval, or an `eval_dataset`.")
             self._trace = TraceCallback()
             self.add_callback(self._trace)
             if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -368,6 +377,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
     ) -> None:
         """Make all updates but the last, which Trainer makes; or none, and keep Trainer from making it."""
         batch, micro_batches = self._batch, len(self._batch.calls)
+        spent_before = self.ledger.passes
         self.ledger.charge_pass(micro_batches, backwards, decision.tokens, decision.forward_flops)
         losses, repeats, reason = [decision.observation.loss], decision.repeats, decision.reason
         while len(losses) < repeats:
@@ -378,8 +388,11 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
                 repeats, reason = len(losses) - 1, "non-finite"
         if repeats < len(losses):
             self._withhold_update(model)
+        if repeats == 0:
+            batch.excerpts = self._excerpts()
         batch.outcome = Outcome(decision.observation, repeats, tuple(losses), reason)
         batch.learning_rate = decision.learning_rate
+        batch.evaluation_is_due = self._evaluations_until(self.ledger.passes) > self._evaluations_until(spent_before)
         if self._is_spent():
             self.state.max_steps = self.state.global_step + 1  # Trainer stops, evaluates and saves by its own rules.
 
@@ -457,8 +470,9 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             raise TooManySkips(self._explain_skips(trial))
 
     def _finish_batch(self, outcome: Outcome) -> None:
-        seconds, learning_rate = time.perf_counter() - self._batch.started, self._batch.learning_rate
-        self._batch = _Batch()
+        batch, self._batch = self._batch, _Batch()
+        seconds = time.perf_counter() - batch.started
+        self.control.should_evaluate = self.control.should_evaluate or batch.evaluation_is_due
         self.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the whole process
         self._batches_in_epoch += 1
         self.ledger.close_batch(outcome.repeats, seconds)
@@ -476,9 +490,30 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
                     self.control,
                     outcome=outcome,
                     ledger=self.ledger,
-                    learning_rate=learning_rate,
+                    learning_rate=batch.learning_rate,
                     seconds=seconds,
+                    memory=self._memory(),
+                    excerpts=batch.excerpts,
                 )
+
+    def _excerpts(self) -> list[list[int]]:
+        """Return the first tokens of each row of the batch, padding left out, of all ranks: every rank skips it."""
+        rows: list[list[int]] = []
+        for inputs, _, _ in self._batch.calls:
+            ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+            if isinstance(ids, Tensor) and ids.dim() == 2:
+                mask = inputs.get("attention_mask")
+                mask = (
+                    mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
+                )
+                rows += [row[kept][:EXCERPT_TOKENS].tolist() for row, kept in zip(ids, mask, strict=True)]
+        return gather_object(rows) if self.args.world_size > 1 else rows
+
+    def _memory(self) -> int:
+        """Return the bytes in use: on a GPU the most allocated so far, elsewhere what the process holds."""
+        if self.args.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.args.device)
+        return psutil.Process().memory_info().rss
 
     def _explain_skips(self, trial: Any) -> str:
         last = ", ".join(f"{batch} (loss {loss})" for batch, loss in self._skips_in_a_row[-5:])
@@ -548,6 +583,13 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         main_input = getattr(self.model, "main_input_name", "input_ids")
         tokens = sum(inputs[main_input].numel() for inputs, _, _ in self._batch.calls if main_input in inputs)
         return tokens, tokens * self._forward_flops_per_token
+
+    def _evaluations_until(self, passes: Fraction) -> int:
+        """Return how many evaluations `eval_passes` asks for within so many passes."""
+        if self._setting("eval_passes") is None:
+            return 0
+        every = Fraction(str(self._setting("eval_passes")))  # 0.1 is a tenth
+        return math.floor(passes / (every if every >= 1 or self._budget is None else every * self._budget))
 
     def _is_spent(self) -> bool:
         """Tell whether no whole pass fits into the budget any more."""

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.callbacks import read_trace
+from abr_trainer.records import read_lines
 from tests.conftest import ScaledMixin, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 
 BASELINE = functools.partial(ABRConfig, repeat_scheduler="baseline", skip_outliers="none")
@@ -240,7 +240,7 @@ def test_a_hyperparameter_search_starts_each_trial_clean(tmp_path):
     assert sorted(passes for passes, _ in spent) == [4, 9, 12]
     assert len({id(scheduler) for _, scheduler in spent}) == 3
     for number, (passes, _) in enumerate(spent):
-        trace = list(read_trace(tmp_path / f"run-{number}" / "abr_trace.jsonl"))
+        trace = list(read_lines(tmp_path / f"run-{number}" / "abr_trace.jsonl"))
         assert sum(batch["repeats"] for batch in trace) == passes
         assert [batch["step"] for batch in trace] == list(range(1, len(trace) + 1))
     assert not Path(tmp_path, "abr_trace.jsonl").exists()

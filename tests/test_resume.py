@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from abr_trainer import ABRConfig
-from abr_trainer.callbacks import read_trace
-from abr_trainer.run_directory import find_checkpoint, last_complete_checkpoint, set_aside_later_checkpoints
+from abr_trainer.records import last_complete_checkpoint, read_lines
+from abr_trainer.run_directory import find_checkpoint, set_aside_later_checkpoints
 from abr_trainer.schedulers import ConstantScheduler, ThresholdScheduler
 from tests.conftest import Scripted, Stream, log_without_times, token_rows, weights
 from tests.jobs import resumable
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def trace_of(directory):
-    return [{**batch, "seconds": None} for batch in read_trace(Path(directory, "abr_trace.jsonl"))]
+    return [{**batch, "seconds": None, "memory": None} for batch in read_lines(Path(directory, "abr_trace.jsonl"))]
 
 
 def state_of(checkpoint):

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
-from abr_trainer.callbacks import read_trace
+from abr_trainer.records import read_lines
 from abr_trainer.data import DataArguments, load_blocks
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.perplexity import TokenPerplexity, causal_nll
@@ -52,11 +52,12 @@ def test_perplexity_falls_and_is_written_down(finished):
 
 def test_hard_batches_were_repeated_and_the_trace_adds_up(finished):
     output, results = finished
-    trace = list(read_trace(output / "abr_trace.jsonl"))
+    trace = list(read_lines(output / "abr_trace.jsonl"))
     assert [batch["step"] for batch in trace] == list(range(1, results["train_batches"] + 1))
     assert sum(batch["repeats"] for batch in trace) == results["train_updates"]
     assert max(batch["repeats"] for batch in trace) > 1
-    keys = {"step", "epoch", "loss", "losses", "repeats", "reason", "learning_rate", "seconds"}
+    keys = {"step", "epoch", "progress", "passes", "loss", "losses", "repeats", "reason"}
+    keys |= {"learning_rate", "seconds", "memory"}
     assert all(set(batch) == keys for batch in trace)
 
 
@@ -114,7 +115,7 @@ def test_it_reads_a_yaml_file_own_text_a_primer_and_a_stream(tmp_path):
     )
     output = tmp_path / "run"
     run_clm_abr.main([str(config), *QUICK, "--output_dir", str(output), "--max_repeats", "2"])
-    trace = list(read_trace(output / "abr_trace.jsonl"))
+    trace = list(read_lines(output / "abr_trace.jsonl"))
     assert [(batch["repeats"], batch["reason"]) for batch in trace] == [(1, "primer")] * 2 + [(2, "constant")] * 3
 
 

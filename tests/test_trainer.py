@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.callbacks import read_trace
+from abr_trainer.records import read_lines
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
 from abr_trainer.trainer import TooManySkips
 from tests.conftest import (
@@ -245,7 +245,7 @@ def test_a_broken_batch_costs_one_skip(train):
     rows[4], rows[5] = broken_row(rows[4]), broken_row(rows[5])
     scheduler = RobustOutlierSkip(ThresholdScheduler())
     trainer = train(data=rows, repeat_scheduler=scheduler, logging_steps=1)
-    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
     assert [batch["reason"] for batch in trace] == ["threshold"] * 2 + ["non-finite"] + ["threshold"] * 3
     assert trace[2]["loss"] is None
     assert trace[2]["repeats"] == 0
@@ -344,7 +344,7 @@ def test_a_budget_is_spent_exactly_and_ends_at_the_last_learning_rate(train, rep
 
 def test_the_last_batch_is_cut_to_what_is_left(train):
     trainer = train(repeat_scheduler=Scripted(5), max_passes=7)
-    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
     assert [(batch["repeats"], batch["reason"]) for batch in trace] == [(5, "scheduler"), (2, "budget")]
 
 
@@ -410,7 +410,7 @@ def test_progress_is_the_share_of_the_run_that_is_spent(train):
 def test_primer_batches_are_trained_on_once_and_fill_the_history(train):
     scheduler = RobustOutlierSkip(ConstantScheduler(repeats=3))
     trainer = train(repeat_scheduler=scheduler, primer_batches=2)
-    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
     assert [(batch["repeats"], batch["reason"]) for batch in trace] == [(1, "primer")] * 2 + [(3, "constant")] * 4
     assert len(scheduler.history) == 6
 
@@ -420,7 +420,7 @@ def test_a_primer_comes_from_its_own_data(train):
     ours = train(
         data=rows, repeat_scheduler=ConstantScheduler(), primer_batches=2, trainer_options={"primer_dataset": primer}
     )
-    trace = list(read_trace(Path(ours.args.output_dir, "abr_trace.jsonl")))
+    trace = list(read_lines(Path(ours.args.output_dir, "abr_trace.jsonl")))
     assert [batch["epoch"] for batch in trace] == [-0.5, 0.0, 0.25, 0.5, 0.75, 1.0]
     assert [batch["reason"] for batch in trace] == ["primer"] * 2 + ["constant"] * 4
     same = train(data=primer + rows, repeat_scheduler=ConstantScheduler())
@@ -455,7 +455,7 @@ def test_logs_hold_first_pass_loss_perplexity_repeats_skips_and_cost(train):
 
 def test_the_trace_has_a_line_a_batch(train):
     trainer = train(repeat_scheduler=Scripted(2, 1), num_train_epochs=2, data=token_rows(6))
-    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
     assert [batch["step"] for batch in trace] == [1, 2, 3, 4, 5, 6]
     assert [batch["epoch"] for batch in trace] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
     assert [len(batch["losses"]) for batch in trace] == [2, 1, 1, 1, 1, 1]
@@ -469,7 +469,7 @@ def test_training_again_starts_clean(train):
     trainer.train()
     assert (trainer.ledger.batches, len(trainer.repeat_scheduler.history)) == (6, 6)
     assert first[1] == 6
-    assert len(list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))) == 6
+    assert len(list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))) == 6
 
 
 def test_an_unsized_stream_that_ends_in_the_middle_of_a_batch_leaks_nothing(train):
@@ -557,5 +557,5 @@ def test_a_retry_after_running_out_of_memory_starts_clean(train):
         "a stale micro-batch would add its loss: log(64) is 4.16"
     )
     assert (trainer.ledger.batches, trainer.ledger.passes) == (6, 6)
-    trace = list(read_trace(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
     assert [batch["step"] for batch in trace] == [1, 2, 3, 4, 5, 6]

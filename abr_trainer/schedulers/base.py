@@ -48,8 +48,8 @@ class Outcome:
 class RepeatScheduler(ABC):
     """Decide how many updates each batch gets.
 
-    `decide` and `explain` only read, `observe` is the only method that writes. What a scheduler remembers goes through
-    `state_dict`, as JSON, and is written into every checkpoint. A rule that needs a coin derives it from
+    `decide`, `explain` and `evidence` only read, `observe` is the only method that writes. What a scheduler remembers
+    goes through `state_dict`, as JSON, and is written into every checkpoint. A rule that needs a coin derives it from
     `(seed, observation.batch)`, so that all ranks and a resumed run toss the same one.
 
     The trainer never asks about a batch whose first-pass loss is not finite: it skips it, and reports the outcome.
@@ -69,6 +69,10 @@ class RepeatScheduler(ABC):
     def explain(self, observation: Observation) -> str:
         """Name the rule that `decide` would follow, in one word."""
         return self.reason
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        """Return the numbers that `decide` weighs, by name: thresholds, and what it remembers."""
+        return {}
 
     def observe(self, outcome: Outcome) -> None:
         """Take note of a finished batch, skipped or not. Called exactly once a batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,17 +13,23 @@ from .base import Observation, RepeatScheduler
 class ConstantScheduler(RepeatScheduler):
     """Train on every batch `repeats` times; once is ordinary training.
 
+    A number that is not whole is the mean: batches with the next lower and the next higher number of updates take
+    turns as evenly as possible, so that a rule can be compared with one that spends the same and looks at nothing.
+
     >>> ConstantScheduler(repeats=3).decide(Observation(batch=0, loss=2.0, progress=0.0))
     3
+    >>> half = ConstantScheduler(repeats=1.5)
+    >>> [half.decide(Observation(batch=batch, loss=2.0, progress=0.0)) for batch in range(6)]
+    [1, 2, 1, 2, 1, 2]
     """
 
     reason: ClassVar[str] = "constant"
 
-    repeats: int = 1
+    repeats: float = 1
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
+        if not 1 <= self.repeats < math.inf:
             raise ValueError(f"`repeats` must be at least 1, got {self.repeats}.")
 
     def decide(self, observation: Observation) -> int:
-        return self.repeats
+        return math.floor((observation.batch + 1) * self.repeats) - math.floor(observation.batch * self.repeats)

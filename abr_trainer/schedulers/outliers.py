@@ -69,6 +69,18 @@ class OutlierSkip(RepeatScheduler):
     def explain(self, observation: Observation) -> str:
         return self.reason if self.is_outlier(observation.loss) else self.inner.explain(observation)
 
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        numbers: dict[str, float] = {"losses remembered": len(self.history)}
+        if len(self.history) >= MIN_HISTORY:
+            level, spread = self.level_and_spread()
+            numbers |= {
+                "their level": level,
+                "their spread": spread,
+                "outlier_sigmas": self.sigmas,
+                "outlier above": level + self.sigmas * spread,
+            }
+        return numbers | self.inner.evidence(observation)
+
     def observe(self, outcome: Outcome) -> None:
         if is_finite(outcome):
             loss = outcome.observation.loss

@@ -34,3 +34,10 @@ class ThresholdScheduler(RepeatScheduler):
 
     def decide(self, observation: Observation) -> int:
         return max(1, int(min(observation.loss / self.loss_threshold, self.max_repeats)))
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        return {
+            "loss_threshold": self.loss_threshold,
+            "loss / loss_threshold": observation.loss / self.loss_threshold,
+            "max_repeats": self.max_repeats,
+        }

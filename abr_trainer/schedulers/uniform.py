@@ -11,10 +11,13 @@ from .base import Observation, RepeatScheduler
 
 @dataclass
 class UniformScheduler(RepeatScheduler):
-    """Train on a batch 1 to `max_repeats` times, drawn uniformly for each batch index.
+    """Train on a batch 1 to `max_repeats` times, drawn for each batch index: uniformly, or with a mean of one's own.
 
     The draw depends on `(seed, batch)` alone: it is the same on all ranks, after a resume, and whatever was drawn
     before.
+
+    Attributes:
+        mean_repeats: The mean to draw with. Each update after the first is then made or not by the toss of a coin.
 
     >>> scheduler = UniformScheduler(max_repeats=3, seed=0)
     >>> [scheduler.decide(Observation(batch=batch, loss=2.0, progress=0.0)) for batch in (0, 1, 2, 1, 0)]
@@ -25,10 +28,19 @@ class UniformScheduler(RepeatScheduler):
 
     max_repeats: int = 5
     seed: int = 0
+    mean_repeats: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_repeats < 1:
             raise ValueError(f"`max_repeats` must be at least 1, got {self.max_repeats}.")
+        if self.mean_repeats is not None and not 1 <= self.mean_repeats <= self.max_repeats:
+            raise ValueError(
+                f"`mean_repeats` must lie between 1 and `max_repeats`, {self.max_repeats}; got {self.mean_repeats}."
+            )
 
     def decide(self, observation: Observation) -> int:
-        return random.Random(f"{self.seed}-{observation.batch}").randint(1, self.max_repeats)
+        draw = random.Random(f"{self.seed}-{observation.batch}")
+        if self.mean_repeats is None:
+            return draw.randint(1, self.max_repeats)
+        extra = self.max_repeats - 1
+        return 1 + sum(draw.random() * extra < self.mean_repeats - 1 for _ in range(extra))

@@ -61,6 +61,9 @@ def test_deciding_and_explaining_change_nothing(name, rule):
     observation = Observation(batch=50, loss=99.0, progress=0.5)
     assert scheduler.decide(observation) == scheduler.decide(observation)
     assert scheduler.explain(observation) == scheduler.explain(observation)
+    evidence = scheduler.evidence(observation)
+    assert evidence == scheduler.evidence(observation)
+    assert json.dumps(evidence)
     assert scheduler.state_dict() == before
 
 
@@ -87,6 +90,17 @@ def test_every_decision_has_a_reason(name, rule):
     reason = build(name, rule).explain(Observation(batch=0, loss=3.0, progress=0.0))
     assert reason
     assert " " not in reason
+
+
+@pytest.mark.parametrize("mean", [1.0, 1.46, 2.0, 3.7])
+def test_controls_spend_the_mean_they_are_given(mean):
+    batches = [Observation(batch=batch, loss=3.0, progress=0.0) for batch in range(2000)]
+    even = [get_repeat_scheduler("fixed", repeats=mean).decide(batch) for batch in batches]
+    assert sum(even) == pytest.approx(2000 * mean, abs=1)
+    assert set(even) == {int(mean), -int(-mean // 1)}
+    drawn = [get_repeat_scheduler("random", mean_repeats=mean, seed=3).decide(batch) for batch in batches]
+    assert sum(drawn) / 2000 == pytest.approx(mean, abs=0.08)  # 4 standard errors of a binomial with 4 tosses
+    assert set(drawn) <= {1, 2, 3, 4, 5}
 
 
 def test_schedulers_need_neither_torch_nor_transformers():

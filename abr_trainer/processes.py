@@ -1,0 +1,108 @@
+"""Scripts at work, each in a process of its own that ends with this one."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Process(Protocol):
+    """A run at work."""
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class Forked:
+    """A run forked from a process that has imported everything.
+
+    Args:
+        context: Of the start method "forkserver".
+        log: File for what the run prints.
+    """
+
+    def __init__(self, context: Any, script: Path, argv: list[str], log: Path) -> None:
+        self._process = context.Process(target=_run_script, args=(str(script), argv, str(log)))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        status: int | None = self._process.exitcode
+        return status
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def wait(self) -> None:
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+
+
+def _run_script(script: str, argv: list[str], log: str) -> None:
+    """Be the script: called in a forked process."""
+    os.setsid()  # an interrupt from the keyboard is for the comparison, which ends its runs
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when the one that wanted it is gone: two runs in one directory would spoil it."""
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+class Launched:
+    """A run started as a command, with all processes that it starts itself."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        with open(log, "w", encoding="utf-8") as file:
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does: what runs is ended with it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

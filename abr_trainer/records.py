@@ -1,0 +1,63 @@
+"""What a run leaves on disk, by name; readable without torch and transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROVENANCE = "run.json"
+RESULTS = "all_results.json"
+TRAINER_STATE = "trainer_state.json"
+CHECKPOINT_PREFIX = "checkpoint-"
+
+TRACE_NAME = "abr_trace.jsonl"
+
+SKIPPED_NAME = "_skipped_batches.jsonl"
+"""Holds text of the training set: `Trainer` pushes no file whose name begins with an underscore."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file all or nothing: a kill leaves what stood there before."""
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(text, encoding="utf-8")
+    replacement.replace(path)
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a trace, an object each, up to the first that a killed run left unfinished."""
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+def cut_lines(path: Path, step: int) -> int:
+    """Drop the batches after `step` from a trace, all or nothing, and return how many are left."""
+    kept = [batch for batch in read_lines(path) if batch["step"] <= step] if step and path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(batch) + "\n" for batch in kept))
+    return len(kept)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the newest checkpoint written to its end, or None. A killed run can leave a newer one half-written."""
+    checkpoints = sorted(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*"), key=step_of, reverse=True)
+    return next((str(checkpoint) for checkpoint in checkpoints if is_complete(checkpoint)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of batches in the name of a checkpoint, -1 if there is none."""
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint has been written to its end, which is the state of the trainer."""
+    try:
+        return "global_step" in json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

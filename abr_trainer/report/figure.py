@@ -1,0 +1,123 @@
+"""What a report shows, apart from how it is drawn: the pictures and the page are both made from these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Number = float | None
+"""A value that may be missing: None is left out of a picture and shown as a dash in a table."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What goes by one name in a figure.
+
+    Attributes:
+        name: Shown in the legend. The same name has the same colour in all figures of a report.
+        x: For "lines" and "points", where along the abscissa. For "intervals", the values of the single seeds.
+        y: As many, for "lines" and "points". None interrupts a line.
+        low, high: For "lines", the band around `y`, as many. For "intervals", one number each: the ends.
+        inner: For "intervals", a second interval, drawn within the first.
+        center: For "intervals", the mean.
+        labels: For "points", what to say of each.
+    """
+
+    name: str
+    x: tuple[float, ...] = ()
+    y: tuple[Number, ...] = ()
+    low: tuple[Number, ...] = ()
+    high: tuple[Number, ...] = ()
+    inner: tuple[float, float] | None = None
+    center: Number = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One diagram.
+
+    Attributes:
+        name: File name without suffix, and anchor in the page.
+        title: What is plotted, in a few words.
+        description: What a reader sees in it, in a sentence or two; stands in for the picture where it cannot be seen.
+        kind: "lines" over an abscissa, with bands; "points"; or "intervals", one row a series, along the abscissa.
+        reference: A value to draw a line at: across "intervals", along "lines".
+        whole_x: The abscissa counts something: no ticks between whole numbers.
+    """
+
+    name: str
+    title: str
+    description: str
+    kind: Literal["lines", "points", "intervals"]
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    x_log: bool = False
+    y_log: bool = False
+    whole_x: bool = False
+    reference: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under columns. The first column names its row.
+
+    Attributes:
+        caption: What the rows are.
+        notes: Below the table, a paragraph each.
+        emphasised: Indices of rows that stand out.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    emphasised: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Commands to paste, one a line, or other text where line breaks and blanks count."""
+
+    caption: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A sentence that must not be overlooked.
+
+    Attributes:
+        kind: "good", "bad", "neutral", or "warning". Never told by colour alone: the text says it too.
+    """
+
+    kind: Literal["good", "bad", "neutral", "warning"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report under a heading."""
+
+    heading: str
+    blocks: tuple[str | Figure | Table | Commands | Notice, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report, start to end.
+
+    Attributes:
+        lead: What to know if nothing else is read.
+        names: The names that keep one colour throughout, in the order of the palette.
+    """
+
+    title: str
+    lead: tuple[str | Notice, ...]
+    sections: tuple[Section, ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Figure))

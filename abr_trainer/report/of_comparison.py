@@ -1,0 +1,433 @@
+"""The report on a comparison, from its data alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .figure import Commands, Figure, Notice, Report, Section, Series, Table
+
+METRIC_NAMES = {"eval_perplexity": "validation perplexity", "test_perplexity": "test perplexity"}
+
+PROTOCOLS = {
+    "passes": "All runs had the same compute, {passes} passes (forward-backwards over a batch), over which the learning "
+    "rate falls to the same end. Who repeats a batch sees fewer others.",
+    "batches": "All runs saw the same batches, whatever they spent on them. This is the published protocol: a scheduler "
+    "that repeats has more compute than one that does not, see the costs. It cannot show that repeating pays.",
+}
+
+FILES = {"report": "report.html", "Markdown": "report.md", "data": "comparison.json", "TensorBoard": "tensorboard"}
+
+KINDS: dict[str, Any] = {"better": "good", "worse": "bad"}
+
+
+def report_on_comparison(data: dict[str, Any]) -> Report:
+    """Build the report on what `abr_trainer.comparison.collect` returned."""
+    arms = [arm for arm in data["arms"] if arm["seeds"]]
+    names = tuple(arm["name"] for arm in data["arms"])
+    lead = [describe_protocol(data), *(Notice("warning", text) for text in shortcomings(data))]
+    sections = [
+        Section("What was reached", reached(data, arms)),
+        Section("On the way", (curves(arms),)),
+        Section("What the schedulers did", behaviour(arms)),
+        Section("What it cost", (cost_table(arms),)),
+        *([Section("What was tuned", tuned(arms))] if any(arm["tuning"] for arm in arms) else []),
+        Section("How it was done", method(data, arms)),
+    ]
+    title = (
+        f"Does it pay? {', '.join(name for name in names if name != data['reference'])} against {data['reference']}"
+    )
+    return Report(title, (*lead, *verdicts(data, arms)), tuple(sections), names)
+
+
+# ---- In words ----
+
+
+def describe_protocol(data: dict[str, Any]) -> str:
+    passes = [run["cost"]["passes"] for run in data["runs"]]
+    protocol = PROTOCOLS[data["match"]].format(passes=f"{max(passes, default=0):g}")
+    seeds = f"{len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
+    return f"{protocol} {seeds.capitalize()}, paired: for each, all schedulers begin with the same weights and see the data in the same order."
+
+
+def shortcomings(data: dict[str, Any]) -> list[str]:
+    missing = data["missing"]
+    texts = [f"{len(missing)} runs are not finished and left out: {', '.join(missing)}."] if missing else []
+    return [*texts, *data["failures"], *data["warnings"]]
+
+
+def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
+    metric = data["metric"]
+    found = [
+        Notice(KINDS.get(arm[metric]["verdict"], "neutral"), verdict_sentence(arm, data["reference"], metric))
+        for arm in arms
+        if arm["name"] != data["reference"] and metric in arm
+    ]
+    if len(found) > 1:
+        text = (
+            f"{len(found)} schedulers are compared with {data['reference']}, each with an interval of its own: that one "
+            f"of {len(found)} looks different by chance alone is likelier than one in twenty."
+        )
+        found.append(Notice("neutral", text))
+    return found
+
+
+def verdict_sentence(arm: dict[str, Any], reference: str, metric: str) -> str:
+    """Say what the difference of an arm to the reference is, and how sure that is."""
+    entry, found = arm[metric], arm[metric]["difference"]
+    name, words = arm["name"], entry["verdict"]
+    if entry["not_finite"]:
+        return f"{name}: {entry['not_finite']} of {len(entry['values'])} runs ended without a finite perplexity."
+    if not found["seeds"]:
+        return f"{name}: no run of it has a partner under {reference}."
+    change = f"{METRIC_NAMES[metric]} {signed(found['mean'])} ({percent(found['mean'], found)}) against {reference}"
+    if found["seeds"] == 1:
+        return f"{name}: {change}. One seed shows nothing: no verdict."
+    pairs = f"lower in {found['wins']} of {found['seeds']} seeds"
+    if words == "no difference":
+        return f"{name}: every run equals that of {reference}."
+    interval = f"95 % interval {signed(found['t_low'])} to {signed(found['t_high'])}"
+    sentence = f"{name}: {words}. {change}, {interval}, {pairs}."
+    if words == "no evidence":
+        sentence += (
+            f" So many seeds could have shown a difference of {number(found['detectable'])} "
+            f"({percent(found['detectable'], found).lstrip('+')}) or more."
+        )
+    return sentence
+
+
+def summary_lines(data: dict[str, Any], out: Path) -> list[str]:
+    """Return the verdicts and where the report lies, for the terminal."""
+    arms = [arm for arm in data["arms"] if arm["seeds"]]
+    return [
+        "",
+        *(f"warning: {text}" for text in shortcomings(data)),
+        *(notice.text for notice in verdicts(data, arms)),
+        *(f"{what:<11} {out / name}" for what, name in FILES.items() if (out / name).exists()),
+    ]
+
+
+# ---- Numbers ----
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3g}"
+
+
+def percent(value: float, found: dict[str, Any]) -> str:
+    return f"{100 * value / found['relative_to']:+.1f} %"
+
+
+def mean_and_deviation(entry: dict[str, Any]) -> str:
+    if entry["mean"] is None:
+        return "not finite"
+    spread = "" if entry["deviation"] is None else f" ± {entry['deviation']:.2g}"
+    return number(entry["mean"]) + spread + (f" ({entry['not_finite']} not finite)" if entry["not_finite"] else "")
+
+
+# ---- What was reached ----
+
+
+def reached(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    metric, reference = data["metric"], data["reference"]
+    return (result_table(data, arms), final_figure(arms, metric), difference_figure(arms, metric, reference))
+
+
+def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
+    metric, reference = data["metric"], data["reference"]
+    metrics = [name for name in METRIC_NAMES if any(name in arm for arm in arms)]
+    rows = []
+    for arm in arms:
+        entry = arm.get(metric)
+        found = entry["difference"] if entry else {"seeds": 0}
+        cells = [arm["name"], *(mean_and_deviation(arm[name]) if name in arm else "-" for name in metrics)]
+        if arm["name"] == reference or found["seeds"] == 0:
+            cells += ["-"] * 5 + ["reference" if arm["name"] == reference else "-"]
+        else:
+            cells += [
+                f"{signed(found['mean'])} ({percent(found['mean'], found)})",
+                *(interval(found, kind) for kind in ("t", "bootstrap")),
+                f"{found['wins']} of {found['seeds']}",
+                number(found.get("detectable"), 2),
+                entry["verdict"],
+            ]
+        rows.append((*cells, number(arm["cost"]["repeats"], 3), f"{arm['cost']['flops']:.3g}"))
+    return Table(
+        f"Perplexity, mean ± standard deviation over seeds; difference in {METRIC_NAMES[metric]} to {reference}",
+        (
+            *("scheduler", *(METRIC_NAMES[name] for name in metrics), "difference", "95 % interval (t)"),
+            *("95 % interval (bootstrap)", "wins", "detectable", "verdict", "repeats", "FLOPs"),
+        ),
+        tuple(rows),
+        (
+            "The verdict rests on the t interval over paired seeds; the bootstrap of few seeds is too narrow. Detectable "
+            "is the difference that this many seeds, scattering as they do, would have shown in four cases of five.",
+        ),
+        tuple(i for i, arm in enumerate(arms) if arm["name"] == reference),
+    )
+
+
+def interval(found: dict[str, Any], kind: str) -> str:
+    return f"{signed(found[f'{kind}_low'])} to {signed(found[f'{kind}_high'])}" if f"{kind}_low" in found else "-"
+
+
+def final_figure(arms: list[dict[str, Any]], metric: str) -> Figure:
+    series = tuple(
+        Series(
+            arm["name"],
+            x=tuple(value for value in arm[metric]["values"].values() if value is not None),
+            low=(arm[metric]["interval"][0],) if arm[metric]["interval"] else (),
+            high=(arm[metric]["interval"][1],) if arm[metric]["interval"] else (),
+            center=arm[metric]["mean"],
+        )
+        for arm in arms
+        if metric in arm
+    )
+    return Figure(
+        "final",
+        f"{METRIC_NAMES[metric].capitalize()} at the end",
+        "Mean over seeds with its 95 % t interval, and each seed. Left is better. The scatter between seeds is shared by "
+        "all schedulers: the next figure takes it out.",
+        "intervals",
+        METRIC_NAMES[metric],
+        "scheduler",
+        series,
+    )
+
+
+def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str) -> Figure:
+    before = next((arm[metric]["values"] for arm in arms if arm["name"] == reference and metric in arm), {})
+    series = []
+    for arm in arms:
+        found = arm[metric]["difference"] if metric in arm else {}
+        if arm["name"] == reference or not found.get("seeds"):
+            continue
+        values = arm[metric]["values"]
+        has_ends = "t_low" in found
+        series.append(
+            Series(
+                arm["name"],
+                x=tuple(
+                    value - before[seed]
+                    for seed, value in values.items()
+                    if value is not None and before.get(seed) is not None
+                ),
+                low=(found["t_low"],) if has_ends else (),
+                high=(found["t_high"],) if has_ends else (),
+                inner=(found["bootstrap_low"], found["bootstrap_high"]) if has_ends else None,
+                center=found["mean"],
+            )
+        )
+    return Figure(
+        "difference",
+        f"Difference in {METRIC_NAMES[metric]} to {reference}",
+        "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). Left of 0 is "
+        f"better than {reference}; an interval across 0 is no evidence.",
+        "intervals",
+        f"{METRIC_NAMES[metric]} minus that of {reference}",
+        "scheduler",
+        tuple(series),
+        reference=0.0,
+    )
+
+
+# ---- On the way, and what they did ----
+
+
+def lines(arms: list[dict[str, Any]], key: str, x: str, y: str, band: bool = False) -> tuple[Series, ...]:
+    """Return a line for each arm out of the points that it has under `key`."""
+
+    def column(arm: dict[str, Any], name: str) -> tuple[float, ...]:
+        return tuple(point[name] for point in arm[key])
+
+    return tuple(
+        Series(
+            arm["name"],
+            column(arm, x),
+            column(arm, y),
+            column(arm, "low") if band else (),
+            column(arm, "high") if band else (),
+        )
+        for arm in arms
+        if arm[key]
+    )
+
+
+def curves(arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "curves",
+        "Validation perplexity against compute",
+        "Mean over seeds and one standard deviation around it. At the same place on the abscissa, runs have spent the same.",
+        "lines",
+        "passes spent",
+        METRIC_NAMES["eval_perplexity"],
+        lines(arms, "curve", "passes", "mean", band=True),
+        y_log=True,
+    )
+
+
+def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    figures: list[Any] = [
+        Figure(
+            "repeats_over_loss",
+            "Repeats against first-pass loss",
+            "Mean updates on batches of about this loss, between the fewest and the most. A skip counts as 0.",
+            "lines",
+            "first-pass loss, nats per token",
+            "updates on a batch",
+            lines(arms, "over_loss", "loss", "mean", band=True),
+        ),
+        Figure(
+            "repeats_over_time",
+            "Repeats in the course of training",
+            "Mean updates on a batch, by the passes spent until then.",
+            "lines",
+            "passes spent",
+            "updates on a batch",
+            lines(arms, "over_time", "passes", "repeats"),
+        ),
+        Figure(
+            "skips_over_time",
+            "Skips in the course of training",
+            "Share of the batches that were skipped, by the passes spent until then.",
+            "lines",
+            "passes spent",
+            "share of batches skipped",
+            lines(arms, "over_time", "passes", "skipped"),
+        ),
+    ]
+    repeating = lines(arms, "over_passes", "pass", "mean", band=True)
+    if not repeating:
+        return (*figures, "No batch was repeated.")
+    figures.append(
+        Figure(
+            "loss_over_passes",
+            "Loss after each pass of repeated batches",
+            "Change of the loss of a batch from its first pass to each further one: mean and quartiles, over the batches "
+            "that were passed over so often. It tells what was learnt of this batch, not of others.",
+            "lines",
+            "pass over the batch",
+            "loss minus first-pass loss, nats",
+            repeating,
+            whole_x=True,
+        )
+    )
+    return tuple(figures)
+
+
+# ---- Costs, tuning, method ----
+
+COST_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "passes": ("passes", lambda value: f"{value:,.1f}"),
+    "flops": ("FLOPs", lambda value: f"{value:.3g}"),
+    "updates": ("updates", lambda value: f"{value:,.1f}"),
+    "batches": ("batches", lambda value: f"{value:,.1f}"),
+    "skips": ("skips", lambda value: f"{value:,.1f}"),
+    "repeats": ("updates a batch", lambda value: f"{value:.2f}"),
+    "tokens": ("tokens", lambda value: f"{value:,.0f}"),
+    "seconds": ("seconds", lambda value: f"{value:,.1f}"),
+}
+
+
+def cost_table(arms: list[dict[str, Any]]) -> Table:
+    return Table(
+        "Mean over seeds of what a run has spent",
+        ("scheduler", *(heading for heading, _ in COST_COLUMNS.values())),
+        tuple((arm["name"], *(form(arm["cost"][key]) for key, (_, form) in COST_COLUMNS.items())) for arm in arms),
+        (
+            "A pass is a forward-backward over a batch; a skip costs its forward. Tokens are those of all forwards. Seconds "
+            "are those of batches alone, without evaluation, logging and checkpoints, on the machine named below.",
+        ),
+    )
+
+
+def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    names = sorted({name for arm in arms if arm["tuning"] for name in arm["tuning"]["chosen"]})
+    rows, series, notices = [], [], []
+    for arm in (arm for arm in arms if arm["tuning"]):
+        for tried in arm["tuning"]["tried"]:
+            is_chosen = tried["values"] == arm["tuning"]["chosen"]
+            values = [tried["values"][name] for name in names]
+            rows.append((arm["name"], *values, number(tried["eval_perplexity"]), "chosen" if is_chosen else ""))
+        notices += [
+            Notice(
+                "warning",
+                f"{arm['name']}: the best {name}, {arm['tuning']['chosen'][name]}, lies at an end of what "
+                "was tried. Try further values.",
+            )
+            for name in arm["tuning"]["at_edge"]
+        ]
+        if len(names) == 1 and all(_is_number(tried["values"][names[0]]) for tried in arm["tuning"]["tried"]):
+            points = sorted(
+                (float(tried["values"][names[0]]), tried["eval_perplexity"]) for tried in arm["tuning"]["tried"]
+            )
+            series.append(Series(arm["name"], *(tuple(column) for column in zip(*points, strict=True))))
+    table = Table(
+        "Validation perplexity of each value, mean over the seeds it was chosen by",
+        ("scheduler", *names, METRIC_NAMES["eval_perplexity"], "choice"),
+        tuple(rows),
+        ("What is reported is the run with the value chosen on the validation split; the test split had no say.",),
+    )
+    if not series:
+        return (*notices, table)
+    figure = Figure(
+        "tuning",
+        f"Validation perplexity against {names[0]}",
+        "Each scheduler is compared at its own best value.",
+        "lines",
+        names[0],
+        METRIC_NAMES["eval_perplexity"],
+        tuple(series),
+        x_log=all(x > 0 for each in series for x in each.x),
+    )
+    return (*notices, table, figure)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    controls = [f"{arm['name']} spends the mean repeats of {arm['control_of']}" for arm in arms if arm["control_of"]]
+    return (
+        *([f"Controls, which look at nothing: {'; '.join(controls)}."] if controls else []),
+        Commands("The comparison", (shlex.join(["python", *data["argv"]]),)),
+        Commands("Each run", tuple(shlex.join(["python", *run["argv"]]) for run in data["runs"])),
+        run_table(data),
+        machine_table(data),
+    )
+
+
+def run_table(data: dict[str, Any]) -> Table:
+    metrics = [name for name in METRIC_NAMES if any(name in run["metrics"] for run in data["runs"])]
+    rows = [
+        (
+            run["arm"],
+            str(run["seed"]),
+            *(number(run["metrics"].get(name), 6) for name in metrics),
+            *(form(run["cost"][key]) for key, (_, form) in COST_COLUMNS.items()),
+            run["directory"],
+        )
+        for run in data["runs"]
+    ]
+    headings = (heading for heading, _ in COST_COLUMNS.values())
+    columns = ("scheduler", "seed", *(METRIC_NAMES[name] for name in metrics), *headings, "directory")
+    return Table("Every run", columns, tuple(rows))
+
+
+def machine_table(data: dict[str, Any]) -> Table:
+    rows: dict[tuple[str, str], None] = {}
+    for run in data["runs"]:
+        rows.update(dict.fromkeys((name, str(value)) for name, value in {**run["machine"], **run["versions"]}.items()))
+        rows[("commit", str(run["git"]))] = None
+    return Table("Machine, versions and commit", ("what", "value"), tuple(rows))

@@ -1,0 +1,52 @@
+"""What TensorBoard shows of a comparison: the same tags for every run, over passes instead of steps, and HParams."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..records import TRACE_NAME, TRAINER_STATE, read_lines
+
+FOLDER = "tensorboard"
+
+TAGS = {
+    **{name: f"train/{name}" for name in ("loss", "perplexity", "repeats", "skipped", "learning_rate", "grad_norm")},
+    "eval_perplexity": "eval/perplexity",
+    "eval_loss": "eval/loss",
+}
+
+
+def write_events(data: dict[str, Any], out: Path) -> None:
+    """Write the logs of all runs in `data` to `tensorboard/` in `out`, a folder each; what was there is replaced.
+
+    The step of an event is the number of whole passes spent until then.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    flags = {arm["name"]: arm["flags"] for arm in data["arms"]}
+    for run in data["runs"]:
+        directory = out / run["directory"]
+        folder = out / FOLDER / Path(run["directory"]).relative_to("runs")
+        with SummaryWriter(str(folder)) as writer:
+            for tag, value, passes in scalars(directory):
+                writer.add_scalar(tag, value, passes)
+            settings = {"scheduler": run["arm"], "seed": run["seed"], "flags": " ".join(flags[run["arm"]])}
+            final = {f"final/{name}": value for name, value in run["metrics"].items() if value is not None}
+            costs = {f"cost/{name}": value for name, value in run["cost"].items()}
+            writer.add_hparams({**settings, **run["tuned"]}, {**final, **costs}, run_name=".")
+
+
+def scalars(directory: Path) -> list[tuple[str, float, int]]:
+    """Return `(tag, value, passes)` for everything a run has logged."""
+    spent = {0: 0.0, **{batch["step"]: batch["passes"] for batch in read_lines(directory / TRACE_NAME)}}
+    log = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+    return [
+        (tag, logs[name], round(spent[logs["step"]]))
+        for logs in log
+        if logs["step"] in spent
+        for name, tag in TAGS.items()
+        if name in logs
+    ]
