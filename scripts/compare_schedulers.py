@@ -32,11 +32,11 @@ from abr_trainer.report.tensorboard import write_events
 SCRIPT = Path(__file__).resolve().parents[1] / "run_clm_abr.py"
 
 HELP = {
-    "schedulers": "name, name:value, name:parameter=value,... or module:Class:parameter=value,...; a parameter that the "
-    "rule does not have is a flag of the script",
+    "schedulers": "name, name:value, name:parameter=value,... or module:Class:parameter=value,...; a parameter that "
+    "the rule does not have is a flag of the script",
     "seeds": "one number: so many seeds, from 0; several: these seeds",
-    "match": "passes: the same compute, --max_passes, and the same final learning rate; batches: the same data, whatever "
-    "that costs (the published protocol)",
+    "match": "passes: the same compute, --max_passes, and the same final learning rate; batches: the same data, "
+    "whatever that costs (the published protocol)",
     "out": "directory of the runs and of the report",
     "reference": "what the others are compared with; default: baseline, or the first",
     "controls": "add, for each rule that decides, even and random repeats of the same mean",
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with one_line_errors(ValueError, RunFailed, when_interrupted="the same command goes on"):
         seeds = list(range(args.seeds[0])) if len(args.seeds) == 1 else args.seeds
         experiment = Experiment(
-            out=args.out.absolute(),
-            script=SCRIPT,
+            out=args.out,
+            script=SCRIPT.relative_to(Path.cwd()) if SCRIPT.is_relative_to(Path.cwd()) else SCRIPT,
             arms=[parse_arm(text) for text in args.schedulers],
             seeds=seeds,
             flags=complete_flags(rest, args.match, args.evaluations),
