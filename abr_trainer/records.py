@@ -16,13 +16,14 @@ CHECKPOINT_PREFIX = "checkpoint-"
 TRACE_NAME = "abr_trace.jsonl"
 
 SKIPPED_NAME = "_skipped_batches.jsonl"
-"""Holds text of the training set: `Trainer` pushes no file whose name begins with an underscore."""
+REPORT_FOLDER = "_report"
+"""These hold text of the training set: `Trainer` pushes nothing whose name begins with an underscore."""
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file all or nothing: a kill leaves what stood there before."""
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(text, encoding="utf-8")
+    replacement = path.with_name(f"{path.name}.tmp")
+    replacement.write_bytes(content.encode() if isinstance(content, str) else content)
     replacement.replace(path)
 
 

@@ -18,6 +18,7 @@ from .config import ABRConfig
 from .records import (
     CHECKPOINT_PREFIX,
     PROVENANCE,
+    REPORT_FOLDER,
     SKIPPED_NAME,
     TRACE_NAME,
     TRAINER_STATE,
@@ -30,7 +31,8 @@ from .records import (
 logger = logging.get_logger(__name__)
 
 RUN_FILES = (
-    *("checkpoint-*", "abandoned-checkpoint-*", "runs", TRACE_NAME, SKIPPED_NAME, "*_results.json", TRAINER_STATE),
+    *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
+    *(TRACE_NAME, SKIPPED_NAME, REPORT_FOLDER),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""

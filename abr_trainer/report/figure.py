@@ -44,6 +44,7 @@ class Figure:
         kind: "lines" over an abscissa, with bands; "points"; or "intervals", one row a series, along the abscissa.
         reference: A value to draw a line at: across "intervals", along "lines".
         whole_x: The abscissa counts something: no ticks between whole numbers.
+        range_label, inner_label: What `low` to `high` is, and `inner`.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Figure:
     y_log: bool = False
     whole_x: bool = False
     reference: float | None = None
+    range_label: str = "band"
+    inner_label: str = "inner interval"
 
 
 @dataclass(frozen=True)

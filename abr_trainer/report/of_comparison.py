@@ -12,10 +12,11 @@ from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 METRIC_NAMES = {"eval_perplexity": "validation perplexity", "test_perplexity": "test perplexity"}
 
 PROTOCOLS = {
-    "passes": "All runs had the same compute, {passes} passes (forward-backwards over a batch), over which the learning "
-    "rate falls to the same end. Who repeats a batch sees fewer others.",
-    "batches": "All runs saw the same batches, whatever they spent on them. This is the published protocol: a scheduler "
-    "that repeats has more compute than one that does not, see the costs. It cannot show that repeating pays.",
+    "passes": "All runs had the same compute, {passes} passes (forward-backwards over a batch), over which the "
+    "learning rate falls to the same end. Who repeats a batch sees fewer others.",
+    "batches": "All runs saw the same batches, whatever they spent on them. This is the published protocol: a "
+    "scheduler that repeats has more compute than one that does not, see the costs. It cannot show that repeating "
+    "pays.",
 }
 
 FILES = {"report": "report.html", "Markdown": "report.md", "data": "comparison.json", "TensorBoard": "tensorboard"}
@@ -27,7 +28,7 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
     """Build the report on what `abr_trainer.comparison.collect` returned."""
     arms = [arm for arm in data["arms"] if arm["seeds"]]
     names = tuple(arm["name"] for arm in data["arms"])
-    lead = [describe_protocol(data), *(Notice("warning", text) for text in shortcomings(data))]
+    warnings = [Notice("warning", text) for text in shortcomings(data)]
     sections = [
         Section("What was reached", reached(data, arms)),
         Section("On the way", (curves(arms),)),
@@ -36,10 +37,12 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
         *([Section("What was tuned", tuned(arms))] if any(arm["tuning"] for arm in arms) else []),
         Section("How it was done", method(data, arms)),
     ]
-    title = (
-        f"Does it pay? {', '.join(name for name in names if name != data['reference'])} against {data['reference']}"
+    return Report(
+        f"Does it pay? {', '.join(name for name in names if name != data['reference'])} against {data['reference']}",
+        (describe_protocol(data), *warnings, *verdicts(data, arms)),
+        tuple(sections),
+        names,
     )
-    return Report(title, (*lead, *verdicts(data, arms)), tuple(sections), names)
 
 
 # ---- In words ----
@@ -49,7 +52,10 @@ def describe_protocol(data: dict[str, Any]) -> str:
     passes = [run["cost"]["passes"] for run in data["runs"]]
     protocol = PROTOCOLS[data["match"]].format(passes=f"{max(passes, default=0):g}")
     seeds = f"{len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
-    return f"{protocol} {seeds.capitalize()}, paired: for each, all schedulers begin with the same weights and see the data in the same order."
+    return (
+        f"{protocol} {seeds.capitalize()}, paired: for each, all schedulers begin with the same weights and see the "
+        "data in the same order."
+    )
 
 
 def shortcomings(data: dict[str, Any]) -> list[str]:
@@ -67,8 +73,8 @@ def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
     ]
     if len(found) > 1:
         text = (
-            f"{len(found)} schedulers are compared with {data['reference']}, each with an interval of its own: that one "
-            f"of {len(found)} looks different by chance alone is likelier than one in twenty."
+            f"{len(found)} schedulers are compared with {data['reference']}, each with an interval of its own: that "
+            f"one of {len(found)} looks different by chance alone is likelier than one in twenty."
         )
         found.append(Notice("neutral", text))
     return found
@@ -76,7 +82,8 @@ def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
 
 def verdict_sentence(arm: dict[str, Any], reference: str, metric: str) -> str:
     """Say what the difference of an arm to the reference is, and how sure that is."""
-    entry, found = arm[metric], arm[metric]["difference"]
+    entry = arm[metric]
+    found = entry["difference"]
     name, words = arm["name"], entry["verdict"]
     if entry["not_finite"]:
         return f"{name}: {entry['not_finite']} of {len(entry['values'])} runs ended without a finite perplexity."
@@ -144,8 +151,8 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
     metrics = [name for name in METRIC_NAMES if any(name in arm for arm in arms)]
     rows = []
     for arm in arms:
-        entry = arm.get(metric)
-        found = entry["difference"] if entry else {"seeds": 0}
+        entry = arm.get(metric, {})
+        found = entry.get("difference", {"seeds": 0})
         cells = [arm["name"], *(mean_and_deviation(arm[name]) if name in arm else "-" for name in metrics)]
         if arm["name"] == reference or found["seeds"] == 0:
             cells += ["-"] * 5 + ["reference" if arm["name"] == reference else "-"]
@@ -166,8 +173,9 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
         ),
         tuple(rows),
         (
-            "The verdict rests on the t interval over paired seeds; the bootstrap of few seeds is too narrow. Detectable "
-            "is the difference that this many seeds, scattering as they do, would have shown in four cases of five.",
+            "The verdict rests on the t interval over paired seeds; the bootstrap of few seeds is too narrow. "
+            "Detectable is the difference that this many seeds, scattering as they do, would have shown in four cases "
+            "of five.",
         ),
         tuple(i for i, arm in enumerate(arms) if arm["name"] == reference),
     )
@@ -192,17 +200,21 @@ def final_figure(arms: list[dict[str, Any]], metric: str) -> Figure:
     return Figure(
         "final",
         f"{METRIC_NAMES[metric].capitalize()} at the end",
-        "Mean over seeds with its 95 % t interval, and each seed. Left is better. The scatter between seeds is shared by "
-        "all schedulers: the next figure takes it out.",
+        "Mean over seeds with its 95 % t interval, and each seed. Left is better. The scatter between seeds is shared "
+        "by all schedulers: the next figure takes it out.",
         "intervals",
         METRIC_NAMES[metric],
         "scheduler",
         series,
+        range_label="95 % t interval",
     )
 
 
 def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str) -> Figure:
-    before = next((arm[metric]["values"] for arm in arms if arm["name"] == reference and metric in arm), {})
+    before: dict[str, Any] = {}
+    for arm in arms:
+        if arm["name"] == reference:
+            before = arm.get(metric, {}).get("values", {})
     series = []
     for arm in arms:
         found = arm[metric]["difference"] if metric in arm else {}
@@ -227,13 +239,15 @@ def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str) -
     return Figure(
         "difference",
         f"Difference in {METRIC_NAMES[metric]} to {reference}",
-        "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). Left of 0 is "
-        f"better than {reference}; an interval across 0 is no evidence.",
+        "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). Left of 0 "
+        f"is better than {reference}; an interval across 0 is no evidence.",
         "intervals",
         f"{METRIC_NAMES[metric]} minus that of {reference}",
         "scheduler",
         tuple(series),
         reference=0.0,
+        range_label="95 % t interval",
+        inner_label="95 % bootstrap interval",
     )
 
 
@@ -263,12 +277,14 @@ def curves(arms: list[dict[str, Any]]) -> Figure:
     return Figure(
         "curves",
         "Validation perplexity against compute",
-        "Mean over seeds and one standard deviation around it. At the same place on the abscissa, runs have spent the same.",
+        "Mean over seeds and one standard deviation around it. At the same place on the abscissa, runs have spent the "
+        "same.",
         "lines",
         "passes spent",
         METRIC_NAMES["eval_perplexity"],
         lines(arms, "curve", "passes", "mean", band=True),
         y_log=True,
+        range_label="one standard deviation",
     )
 
 
@@ -282,6 +298,7 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
             "first-pass loss, nats per token",
             "updates on a batch",
             lines(arms, "over_loss", "loss", "mean", band=True),
+            range_label="fewest to most",
         ),
         Figure(
             "repeats_over_time",
@@ -309,13 +326,14 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         Figure(
             "loss_over_passes",
             "Loss after each pass of repeated batches",
-            "Change of the loss of a batch from its first pass to each further one: mean and quartiles, over the batches "
-            "that were passed over so often. It tells what was learnt of this batch, not of others.",
+            "Change of the loss of a batch from its first pass to each further one: mean and quartiles, over the "
+            "batches that were passed over so often. It tells what was learnt of this batch, not of others.",
             "lines",
             "pass over the batch",
             "loss minus first-pass loss, nats",
             repeating,
             whole_x=True,
+            range_label="quartiles",
         )
     )
     return tuple(figures)
@@ -341,8 +359,9 @@ def cost_table(arms: list[dict[str, Any]]) -> Table:
         ("scheduler", *(heading for heading, _ in COST_COLUMNS.values())),
         tuple((arm["name"], *(form(arm["cost"][key]) for key, (_, form) in COST_COLUMNS.items())) for arm in arms),
         (
-            "A pass is a forward-backward over a batch; a skip costs its forward. Tokens are those of all forwards. Seconds "
-            "are those of batches alone, without evaluation, logging and checkpoints, on the machine named below.",
+            "A pass is a forward-backward over a batch; a skip costs its forward. Tokens are those of all forwards. "
+            "Seconds are those of batches alone, without evaluation, logging and checkpoints, on the machine named "
+            "below.",
         ),
     )
 
@@ -351,10 +370,10 @@ def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     names = sorted({name for arm in arms if arm["tuning"] for name in arm["tuning"]["chosen"]})
     rows, series, notices = [], [], []
     for arm in (arm for arm in arms if arm["tuning"]):
-        for tried in arm["tuning"]["tried"]:
-            is_chosen = tried["values"] == arm["tuning"]["chosen"]
-            values = [tried["values"][name] for name in names]
-            rows.append((arm["name"], *values, number(tried["eval_perplexity"]), "chosen" if is_chosen else ""))
+        for candidate in arm["tuning"]["tried"]:
+            is_chosen = candidate["values"] == arm["tuning"]["chosen"]
+            values = [candidate["values"][name] for name in names]
+            rows.append((arm["name"], *values, number(candidate["eval_perplexity"]), "chosen" if is_chosen else ""))
         notices += [
             Notice(
                 "warning",
@@ -363,11 +382,11 @@ def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
             )
             for name in arm["tuning"]["at_edge"]
         ]
-        if len(names) == 1 and all(_is_number(tried["values"][names[0]]) for tried in arm["tuning"]["tried"]):
-            points = sorted(
-                (float(tried["values"][names[0]]), tried["eval_perplexity"]) for tried in arm["tuning"]["tried"]
+        if len(names) == 1 and all(_is_number(each["values"][names[0]]) for each in arm["tuning"]["tried"]):
+            tried = sorted(
+                (float(each["values"][names[0]]), each["eval_perplexity"]) for each in arm["tuning"]["tried"]
             )
-            series.append(Series(arm["name"], *(tuple(column) for column in zip(*points, strict=True))))
+            series.append(Series(arm["name"], x=tuple(x for x, _ in tried), y=tuple(y for _, y in tried)))
     table = Table(
         "Validation perplexity of each value, mean over the seeds it was chosen by",
         ("scheduler", *names, METRIC_NAMES["eval_perplexity"], "choice"),

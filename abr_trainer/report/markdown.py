@@ -1,0 +1,82 @@
+"""A report as GitHub-flavoured Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import starmap
+
+from .figure import Commands, Figure, Notice, Report, Table
+from .text import numeric_columns, spans
+
+Block = str | Figure | Table | Commands | Notice
+
+SIGNS = {"good": "✓", "bad": "✗", "neutral": "•", "warning": "⚠"}
+
+# An underscore within a word stays: it is no emphasis there, and names are full of them.
+MARKUP = re.compile(r"[\\`*<>\[\]~$&]|(?<![^\W_])_|_(?![^\W_])")
+LIST_OR_HEADING = re.compile(r"^(\d*)([#.)+-])")
+
+
+def render_markdown(report: Report, pictures: str = "plots") -> str:
+    """Render a report; its pictures are looked for in the folder of that name beside it."""
+    parts = [f"# {_escaped(report.title)}", *(_block(block, pictures) for block in report.lead)]
+    for section in report.sections:
+        parts += [f"## {_escaped(section.heading)}", *(_block(block, pictures) for block in section.blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(block: Block, pictures: str) -> str:
+    match block:
+        case str():
+            return _paragraph(block)
+        case Notice():
+            return f"> {SIGNS[block.kind]} {_bold(_escaped(block.text))}"
+        case Figure():
+            picture = f"![{_escaped(block.description)}]({pictures}/{block.name}.png)"
+            return f"{_bold(_escaped(block.title))}\n\n{picture}"
+        case Commands():
+            return _commands(block)
+        case Table():
+            return _table(block)
+
+
+def _table(table: Table) -> str:
+    header = _row(table.columns)
+    rule = "|" + "|".join(" ---: " if numeric else " --- " for numeric in numeric_columns(table)) + "|"
+    rows = [_row(row, bold=index in table.emphasised) for index, row in enumerate(table.rows)]
+    return "\n\n".join(
+        (_bold(_escaped(table.caption)), "\n".join((header, rule, *rows)), *map(_paragraph, table.notes))
+    )
+
+
+def _row(cells: Iterable[str], bold: bool = False) -> str:
+    texts = (_escaped(cell).replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(_bold(text) if bold else text for text in texts) + " |"
+
+
+def _commands(commands: Commands) -> str:
+    longest = max((len(run) for line in commands.lines for run in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join((f"{_escaped(commands.caption)}\n", f"{fence}text", *commands.lines, fence))
+
+
+def _paragraph(text: str) -> str:
+    return LIST_OR_HEADING.sub(r"\1\\\2", _escaped(text))
+
+
+def _bold(text: str) -> str:
+    return f"**{text}**" if text else ""
+
+
+def _escaped(text: str) -> str:
+    """Take from a text what Markdown would read as markup, code between backticks apart.
+
+    >>> print(_escaped("`a_b` of <b>_x_</b> and max_repeats=2*3"))
+    `a_b` of \\<b\\>\\_x\\_\\</b\\> and max_repeats=2\\*3
+    """
+    return "".join(starmap(_span, spans(text)))
+
+
+def _span(is_code: bool, text: str) -> str:
+    return f"`{text}`" if is_code else MARKUP.sub(r"\\\g<0>", text)

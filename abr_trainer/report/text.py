@@ -1,0 +1,57 @@
+"""Text as both the page and the Markdown write it: numbers, code between backticks, columns of figures."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from .figure import Number, Table
+
+DASH = "—"
+"""Stands for a number that is missing."""
+
+LIKE_A_NUMBER = re.compile(r"[^\w\s]?\s*[\d.][\d.,]*\s*(%|e[+-]?\d+)?(\s+(to|of|±|\()\s*.*)?")
+
+
+def number(value: Number) -> str:
+    """Write a number with four significant digits; whole ones, and the whole part of long ones, to the last digit.
+
+    >>> [number(value) for value in (12.34567, 5.0, 123456.7, 0.00001234, 2.5e15, -0.5, None)]
+    ['12.35', '5', '123,457', '1.234e-5', '2.5e15', '-0.5', '—']
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    size = abs(value)
+    if value == 0:
+        return "0"
+    if size >= 1e9 or size < 1e-3:
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    if size >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def spans(text: str) -> list[tuple[bool, str]]:
+    """Split into `(is code, text)`: what stands between two backticks is code. White space is collapsed.
+
+    >>> spans("set `--max_passes` and  go")
+    [(False, 'set '), (True, '--max_passes'), (False, ' and go')]
+    """
+    parts = re.split(r"`([^`]+)`", " ".join(text.split()))
+    return [(index % 2 == 1, part) for index, part in enumerate(parts) if part]
+
+
+def numeric_columns(table: Table) -> tuple[bool, ...]:
+    """Tell which columns hold numbers only, and are thus aligned to the right. The first names its row.
+
+    >>> numeric_columns(Table("", ("arm", "loss", "note"), (("a", "1.25 ± 0.1", "3 seeds were"), ("b", "—", "lost"))))
+    (False, True, False)
+    """
+    cells = [[row[column] for row in table.rows] for column in range(len(table.columns))]
+    return tuple(column > 0 and _is_numeric(cells[column]) for column in range(len(cells)))
+
+
+def _is_numeric(cells: list[str]) -> bool:
+    filled = [cell.strip() for cell in cells if cell.strip() not in ("", "-", "\N{EN DASH}", DASH)]
+    return bool(filled) and all(LIKE_A_NUMBER.fullmatch(cell) for cell in filled)

@@ -1,0 +1,150 @@
+"""The page as a reader meets it: in a browser, on a phone and a screen, by day and by night, by mouse and by key."""
+
+from __future__ import annotations
+
+import pytest
+
+from abr_trainer.report.page import render_page
+from abr_trainer.report.text import number
+from tests.report.browser import CONTRASTS, chromium, show
+from tests.report.sample import HOSTILE, hostile_report, odd_report, sample_report
+
+PHONE, SCREEN = (390, 844), (1280, 900)
+SMALL_PHONE = (360, 740)
+OPEN_ALL = "document.querySelectorAll('details').forEach((details) => (details.open = true))"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    for name, report in (("sample", sample_report()), ("hostile", hostile_report()), ("odd", odd_report())):
+        (folder / name).mkdir()
+        (folder / name / "report.html").write_text(render_page(report), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as session:
+        yield session
+
+
+@pytest.fixture
+def look_at(browser, pages):
+    """Open a page, and afterwards make sure that it asked for nothing and that nothing went wrong in it."""
+
+    def open_page(name="sample", size=SCREEN, scheme="light", media=""):
+        show(browser, pages / name / "report.html", *size, scheme, media)
+        return browser
+
+    yield open_page
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.parametrize("name", ["sample", "hostile", "odd"])
+@pytest.mark.parametrize("size", [SMALL_PHONE, PHONE, SCREEN], ids=["small phone", "phone", "screen"])
+def test_the_page_never_scrolls_sideways(look_at, size, name):
+    page = look_at(name, size)
+    page.execute_script(OPEN_ALL)
+    assert page.execute_script("return document.documentElement.scrollWidth") <= size[0]
+
+
+@pytest.mark.parametrize("size", [PHONE, SCREEN], ids=["phone", "screen"])
+def test_every_figure_is_drawn_and_none_of_its_text_is_cut_off(look_at, size):
+    page = look_at(size=size)
+    for figure in sample_report().figures:
+        svg = page.find_element("css selector", f"#{figure.name} .drawing > svg[role=img]")
+        assert svg.get_attribute("aria-label") == f"{figure.title}. {figure.description}"
+        assert len(svg.find_elements("css selector", "[aria-label=dot] > *")) >= 3 * len(figure.series)
+        cut_off = """
+            const frame = arguments[0].getBoundingClientRect();
+            return [...arguments[0].querySelectorAll("text")].filter((text) => {
+              const box = text.getBoundingClientRect();
+              return box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1;
+            }).map((text) => text.textContent);"""
+        assert page.execute_script(cut_off, svg) == []
+
+
+def test_charts_are_drawn_anew_when_the_window_changes(look_at):
+    page = look_at(size=SCREEN)
+    wide = page.find_element("css selector", ".drawing > svg").size["width"]
+    resized = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", resized)
+    settled = "const done = arguments[0]; setTimeout(() => requestAnimationFrame(() => done()), 100)"
+    page.execute_async_script(settled)
+    svg = page.find_element("css selector", ".drawing > svg")
+    assert svg.get_attribute("width") == str(svg.size["width"])
+    assert svg.size["width"] < 390 < wide
+
+
+@pytest.mark.parametrize("size", [PHONE, SCREEN], ids=["phone", "screen"])
+def test_text_stands_out_by_day_and_by_night(look_at, size):
+    grounds = {}
+    for scheme in ("light", "dark"):
+        page = look_at(size=size, scheme=scheme)
+        page.execute_script(OPEN_ALL)
+        grounds[scheme] = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        contrasts = page.execute_script(CONTRASTS)
+        assert len(contrasts) > 200
+        assert [found for found in contrasts if found[0] < 4.5] == []
+    assert grounds == {"light": "rgb(247, 248, 250)", "dark": "rgb(16, 19, 25)"}
+
+
+def test_a_print_is_dark_on_light_by_night_too(look_at):
+    page = look_at(scheme="dark", media="print")
+    assert page.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert [found for found in page.execute_script(CONTRASTS) if found[0] < 4.5] == []
+
+
+def test_the_number_shows_where_the_pointer_is(look_at):
+    from selenium.webdriver import ActionChains
+
+    page = look_at()
+    figure = sample_report().figures[0]
+    svg = page.find_element("css selector", f"#{figure.name} .drawing > svg")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", svg)
+    last = svg.find_elements("css selector", "[aria-label=dot]")[0].find_elements("css selector", "*")[-1]
+    ActionChains(page).move_to_element(last).perform()
+    tip = svg.find_element("css selector", "[aria-label=tip] text").get_attribute("textContent")
+    series = figure.series[0]
+    assert series.name in tip
+    assert f"passes (forward and backward over a\u200bbatch): {number(series.x[-1])}" in tip
+    assert f"validation perplexity: {number(series.y[-1])}" in tip
+    assert f"band: {number(series.low[-1])} to {number(series.high[-1])}" in tip
+
+
+def test_everything_that_scrolls_can_be_reached_by_key(look_at):
+    from selenium.webdriver import ActionChains, Keys
+
+    page = look_at(size=PHONE)
+    regions = page.find_elements("css selector", ":not(details) > [role=region]")
+    left = [region.get_attribute("aria-label") for region in regions]
+    assert len(left) == 3
+    for presses in range(40):
+        ActionChains(page).send_keys(Keys.TAB).perform()
+        focused = page.switch_to.active_element
+        assert focused.value_of_css_property("outline-style") == "solid"
+        assert presses or focused.text == "Skip to the content"
+        if focused.get_attribute("aria-label") == left[0]:
+            left.pop(0)
+        if not left:
+            break
+    assert left == []
+
+
+@pytest.mark.parametrize("size", [PHONE, SCREEN], ids=["phone", "screen"])
+def test_odd_figures_are_drawn_too(look_at, size):
+    page = look_at("odd", size)
+    svgs = page.find_elements("css selector", ".drawing > svg")
+    assert len(svgs) == len(odd_report().figures)
+    assert all(svg.find_elements("css selector", "[aria-label=dot] > *") for svg in svgs)
+    assert all("NaN" not in svg.get_attribute("outerHTML") for svg in svgs)
+
+
+def test_a_hostile_name_is_shown_and_not_obeyed(look_at):
+    page = look_at("hostile")
+    assert page.title == HOSTILE
+    assert page.find_element("css selector", ".legend span").get_attribute("textContent") == HOSTILE
+    assert page.find_elements("css selector", "b") == []
+    assert page.find_element("css selector", "#empty .no-data").text == "No data"

@@ -1,0 +1,141 @@
+"""What a comparison shows: statistics by hand, and alignment of runs on what they have spent."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+
+from abr_trainer.comparison import (
+    find_mismatches,
+    mean_curve,
+    over_loss,
+    over_passes,
+    over_time,
+    paired,
+    read_comparison,
+    summarise_arm,
+    verdict,
+)
+
+
+def test_the_t_interval_is_that_of_the_textbook():
+    # Mean -2, deviation 1, standard error 1 / sqrt(5) = 0.4472; t(0.975, 4) = 2.7764: margin 1.2416.
+    found = paired([-1.0, -1.0, -2.0, -3.0, -3.0])
+    assert found["mean"] == -2
+    assert found["t_low"] == pytest.approx(-3.2416, abs=1e-3)
+    assert found["t_high"] == pytest.approx(-0.7584, abs=1e-3)
+    assert found["wins"] == 5
+    assert verdict(found) == "better"
+
+
+def test_the_bootstrap_interval_lies_within_the_values_and_is_the_same_each_time():
+    differences = [-1.0, -0.2, 0.3, -0.7, -0.4]
+    found = paired(differences)
+    assert min(differences) < found["bootstrap_low"] < found["mean"] < found["bootstrap_high"] < max(differences)
+    assert found == paired(differences)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say_and_the_bootstrap_less():
+    draw = random.Random(0)
+    trials = [paired([draw.gauss(0, 1) for _ in range(5)]) for _ in range(400)]
+    t = statistics.fmean(found["t_low"] < 0 < found["t_high"] for found in trials)
+    bootstrap = statistics.fmean(found["bootstrap_low"] < 0 < found["bootstrap_high"] for found in trials)
+    assert t == pytest.approx(0.95, abs=0.033)  # 3 standard errors of a share of 400
+    assert bootstrap < 0.90, "why the verdict does not rest on it"
+
+
+def test_a_detectable_difference_is_detected_in_four_cases_of_five():
+    draw = random.Random(1)
+    # Standard errors are those of the population here: 1 / sqrt(5); 3.76 of them are detectable with 5 seeds.
+    effect = 3.76 / 5**0.5
+    found = [verdict(paired([draw.gauss(-effect, 1) for _ in range(5)])) for _ in range(400)]
+    assert found.count("better") / 400 == pytest.approx(0.8, abs=0.06)
+
+
+def test_one_seed_gives_no_verdict_and_equal_runs_no_difference():
+    assert verdict(paired([-5.0])) == "one seed: no verdict"
+    assert "t_low" not in paired([-5.0])
+    assert verdict(paired([0.0, 0.0, 0.0])) == "no difference"
+    assert verdict(paired([])) == "no pair of runs"
+    assert verdict(paired([1.0, 1.2, 0.9])) == "worse"
+    assert verdict(paired([1.0, -1.2, 0.9])) == "no evidence"
+
+
+def run(seed, perplexity, **others):
+    cost = dict.fromkeys(("passes", "updates", "batches", "skips", "repeats", "tokens", "flops", "seconds"), 1.0)
+    return {"seed": seed, "metrics": {"test_perplexity": perplexity}, "cost": cost, "first_loss": 3.0, **others}
+
+
+def test_differences_are_paired_by_seed_and_runs_that_diverged_are_no_pair():
+    reference = [run(0, 10.0), run(1, 20.0), run(2, 30.0)]
+    arm = [run(1, 19.0), run(0, 9.0), run(2, None), run(3, 1.0)]
+    entry = summarise_arm(arm, reference, ["test_perplexity"])["test_perplexity"]
+    assert entry["not_finite"] == 1
+    assert (entry["difference"]["seeds"], entry["difference"]["mean"]) == (2, -1.0)
+    assert entry["difference"]["relative_to"] == 15
+    assert entry["mean"] == pytest.approx(29 / 3)
+
+
+def test_curves_of_as_many_evaluations_are_averaged_one_by_one():
+    curves = [[[0, 10.0], [20, 6.0]], [[0, 12.0], [22, 8.0]]]
+    first, last = mean_curve(curves)
+    assert (first["passes"], first["mean"]) == (0, 11)
+    assert (last["passes"], last["mean"]) == (21, 7)
+    assert last["high"] - last["low"] == pytest.approx(2 * 2**0.5)
+
+
+def test_curves_of_different_lengths_are_compared_at_equal_compute():
+    curves = [[[0, 10.0], [10, 8.0], [20, 6.0]], [[0, 10.0], [20, 4.0]]]
+    points = mean_curve(curves)
+    assert [(point["passes"], point["mean"]) for point in points] == [(0, 10), (20, 5)]
+    assert mean_curve([[[0, None]]]) == []
+
+
+def batch(passes, loss, losses, repeats):
+    return {"passes": passes, "loss": loss, "losses": losses, "repeats": repeats}
+
+
+def test_batches_are_counted_where_they_belong():
+    batches = [
+        batch(2, 4.0, [4.0, 3.0], 2),
+        batch(2.5, 9.0, [9.0], 0),
+        batch(5.5, 4.1, [4.1, 3.3, 3.0], 3),
+        batch(6, None, [None], 0),
+        batch(100, 1.0, [1.0], 1),
+    ]
+    first, second, last = over_time(batches, end=100.0)
+    assert (first["repeats"], first["skipped"], first["batches"]) == (1, 0.5, 2)
+    assert (second["repeats"], second["skipped"]) == (1.5, 0.5)
+    assert (last["passes"], last["repeats"]) == (97.5, 1)
+    low, middle, high = over_loss(batches, least=1.0, most=9.0)
+    assert (low["mean"], middle["mean"], high["mean"]) == (1, 2.5, 0)
+    assert (middle["low"], middle["high"], middle["batches"]) == (2, 3, 2)
+    changes = over_passes(batches)
+    assert [change["pass"] for change in changes] == [1, 2, 3]
+    assert [change["mean"] for change in changes] == pytest.approx([0, -0.9, -1.1])
+    assert [change["batches"] for change in changes] == [2, 2, 1]
+
+
+def test_what_speaks_against_a_comparison_is_said():
+    same = {"git": "a", "versions": {"torch": "1"}, "machine": {"device": "cpu"}}
+    runs = [run(0, 1.0, **same), run(0, 1.0, **same), run(1, 1.0, **same)]
+    assert find_mismatches(runs, "passes") == []
+    runs[1] = {**runs[1], "first_loss": 3.1, "git": "b", "cost": {**runs[1]["cost"], "passes": 9.0}}
+    text = " ".join(find_mismatches(runs, "passes"))
+    for part in ("Seed 0 is not paired", "different commits", "did not spend the same: 1 to 9 passes"):
+        assert part in text
+    assert "Seed 1" not in text
+    assert "did not spend" not in " ".join(find_mismatches(runs, "batches"))
+
+
+def test_a_directory_without_a_comparison_is_told_apart_from_a_damaged_one(tmp_path):
+    with pytest.raises(ValueError, match="comparison.json cannot be read"):
+        read_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"format": 1')
+    with pytest.raises(ValueError, match="is damaged"):
+        read_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"format": 7}')
+    with pytest.raises(ValueError, match="format that this version does not read"):
+        read_comparison(tmp_path)

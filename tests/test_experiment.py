@@ -1,0 +1,328 @@
+"""A comparison as a user runs it: real trainings in processes of their own, interrupted, failing, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from abr_trainer.experiment import Experiment, complete_flags, given_flags, parse_arm, parse_tuning, share_done
+from abr_trainer.records import read_lines
+from tests.conftest import ROOT
+
+SCRIPT = ROOT / "scripts" / "compare_schedulers.py"
+QUICK = [
+    "--dataset_name",
+    "demo",
+    "--block_size",
+    "64",
+    "--per_device_train_batch_size",
+    "4",
+    "--learning_rate",
+    "2e-3",
+]
+QUICK += ["--max_eval_samples", "8", "--use_cpu", "--max_passes", "12"]
+EXPERIMENT = {"out": Path("out"), "script": Path("run_clm_abr.py"), "seeds": [0, 1], "flags": ["--use_cpu"]}
+
+
+# ---- What is asked for ----
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("baseline", "--repeat_scheduler baseline"),
+        ("fixed:2", '--repeat_scheduler fixed --repeat_scheduler_kwargs {"repeats": 2}'),
+        ("random:3", '--repeat_scheduler random --repeat_scheduler_kwargs {"max_repeats": 3}'),
+        (
+            "abr:2.5,max_repeats=3",
+            '--repeat_scheduler abr --repeat_scheduler_kwargs {"loss_threshold": 2.5, "max_repeats": 3}',
+        ),
+        ("baseline:skip_outliers=none", "--repeat_scheduler baseline --skip_outliers none"),
+        ("tests.conftest:Scripted", "--repeat_scheduler tests.conftest:Scripted"),
+    ],
+)
+def test_an_arm_is_a_rule_with_parameters_and_flags(text, flags):
+    assert " ".join(parse_arm(text).flags) == flags
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("abrr", "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
+        ("baseline:2", "baseline has no parameter that could be 2"),
+        ("fixed:0.5", "`repeats` must be at least 1, got 0.5"),
+        ("nowhere:Rule", "Cannot import repeat scheduler 'nowhere:Rule'"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_refused_in_one_line(text, message):
+    with pytest.raises(ValueError, match=message.replace("?", "\\?")):
+        parse_arm(text)
+
+
+def test_runs_of_a_seed_differ_in_the_scheduler_alone():
+    experiment = Experiment(**EXPERIMENT, arms=[parse_arm("baseline"), parse_arm("abr")])
+    baseline, abr, *others = experiment.final_runs(experiment.arms)
+    assert (baseline.seed, abr.seed, len(others)) == (0, 0, 2)
+    assert [one for one, two in zip(baseline.argv, abr.argv, strict=True) if one != two] == ["baseline"]
+    assert experiment.reference == "baseline"
+
+
+def test_what_a_comparison_decides_is_refused_to_the_runs():
+    for flag in ("--seed", "--output_dir", "--repeat_scheduler", "--push_to_hub"):
+        with pytest.raises(ValueError, match=f"{flag} is not for the runs to decide"):
+            complete_flags([flag, "1", "--max_passes", "9"], "passes", 10)
+    with pytest.raises(ValueError, match="--match passes needs the budget"):
+        complete_flags([], "passes", 10)
+    with pytest.raises(ValueError, match="--match passes leaves no room for --max_steps"):
+        complete_flags(["--max_passes", "9", "--max_steps", "3"], "passes", 10)
+    with pytest.raises(ValueError, match="--match batches leaves no room for --max_passes"):
+        complete_flags(["--max_passes", "9"], "batches", 10)
+
+
+def test_flags_that_are_given_are_left_alone(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("max_passes: 9\neval_strategy: epoch\ntrain_file: a.txt\n")
+    rest = [str(config), "--save_steps", "7", "--report_to", "wandb"]
+    assert given_flags(rest)["--max_passes"] == ["9"]
+    added = complete_flags(rest, "passes", 10)[len(rest) :]
+    assert added == ["--do_train", "--do_eval", "--eval_on_start", "--disable_tqdm", "true"]
+    assert "--do_predict" in complete_flags(["--max_passes", "9", "--test_file", "b.txt"], "passes", 10)
+    assert complete_flags(["--max_steps", "9"], "batches", 4)[5:9] == [
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "0.25",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": [parse_arm("abr"), parse_arm("abr")]}, "--schedulers abr stands there twice"),
+        ({"reference": "fixed:2"}, "--reference fixed:2 is none of --schedulers"),
+        ({"seeds": []}, "--seeds must be"),
+        ({"seeds": [1, 1]}, "--seeds must be"),
+        ({"jobs": 0}, "--jobs must be at least 1"),
+        ({"jobs": 2, "launcher": "torchrun"}, "--jobs does not go with --launcher"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment(**{**EXPERIMENT, "arms": [parse_arm("baseline"), parse_arm("abr")], **options})
+
+
+def test_tuning_tries_every_combination():
+    tune = parse_tuning([["learning_rate", "1e-4", "1e-3"], ["--lora_r", "4", "8", "16"]])
+    experiment = Experiment(**EXPERIMENT, arms=[parse_arm("abr")], tune=tune, tune_seeds=[0])
+    runs = experiment.tuning_runs(experiment.arms)
+    assert len(runs) == 6
+    assert runs[0].argv[-6:] == ("--learning_rate", "1e-4", "--lora_r", "4", "--seed", "0")
+    assert str(runs[0].directory) == "out/runs/abr/learning_rate=1e-4/lora_r=4/seed-0"
+    with pytest.raises(ValueError, match="--tune learning_rate needs values to try"):
+        parse_tuning([["learning_rate"]])
+
+
+def test_the_share_that_is_done_is_read_off_the_trace(tmp_path):
+    trace = tmp_path / "abr_trace.jsonl"
+    facts = {"max_passes": None, "max_steps": -1, "epochs": 2.0}
+    assert share_done(trace, facts) == 0
+    trace.write_text('{"passes": 3.0, "step": 2, "epoch": 0.5}\n')
+    assert share_done(trace, {**facts, "max_passes": 12}) == 0.25
+    assert share_done(trace, {**facts, "max_steps": 4}) == 0.5
+    assert share_done(trace, facts) == 0.25
+
+
+# ---- Real comparisons ----
+
+
+def compare(out, *options, schedulers=("baseline", "abr:loss_threshold=0.8"), rest=QUICK):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    return main(["--schedulers", *schedulers, "--out", str(out), *options, "--", *rest])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A comparison with controls, and what it returned."""
+    out = tmp_path_factory.mktemp("compare") / "cmp"
+    return out, compare(out, "--seeds", "2", "--controls", "--jobs", "2", "--evaluations", "3")
+
+
+@pytest.mark.slow
+def test_runs_are_paired_and_spend_the_same(finished):
+    out, data = finished
+    assert data["warnings"] == data["missing"] == data["failures"] == []
+    by_seed = {seed: {run["first_loss"] for run in data["runs"] if run["seed"] == seed} for seed in (0, 1)}
+    assert all(len(losses) == 1 for losses in by_seed.values()), "the same weights on the same data"
+    assert by_seed[0] != by_seed[1]
+    assert all(11 < run["cost"]["passes"] <= 12 for run in data["runs"])
+    for run in data["runs"]:
+        last = list(read_lines(out / run["directory"] / "abr_trace.jsonl"))[-1]
+        assert last["learning_rate"] <= 2e-3 * 5 / 12, "decayed: the last batch begins within the last passes"
+    arms = {arm["name"]: arm for arm in data["arms"]}
+    assert arms["abr:loss_threshold=0.8"]["cost"]["repeats"] > 1.5 > arms["baseline"]["cost"]["repeats"]
+    assert arms["abr:loss_threshold=0.8"]["cost"]["batches"] < arms["baseline"]["cost"]["batches"]
+
+
+@pytest.mark.slow
+def test_controls_spend_the_mean_repeats_of_the_rule(finished):
+    _, data = finished
+    arms = {arm["name"]: arm for arm in data["arms"]}
+    controls = [arm for arm in data["arms"] if arm["control_of"]]
+    assert [arm["name"].partition(":")[0] for arm in controls] == ["fixed", "random"]
+
+    def mean(arm):
+        return arm["cost"]["updates"] / (arm["cost"]["batches"] - arm["cost"]["skips"])
+
+    assert mean(controls[0]) == pytest.approx(mean(arms["abr:loss_threshold=0.8"]), abs=0.35)  # of 6 batches or so
+
+
+@pytest.mark.slow
+def test_every_run_is_evaluated_at_the_same_compute(finished):
+    _, data = finished
+    for arm in data["arms"]:
+        assert [point["passes"] for point in arm["curve"]] == pytest.approx([0, 4, 8, 12], abs=3)
+        assert arm["curve"][0]["mean"] == data["arms"][0]["curve"][0]["mean"], "an untrained adapter changes nothing"
+
+
+@pytest.mark.slow
+def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, capfd):
+    out, data = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("all_results.json")}
+    again = compare(out, "--seeds", "3", "--evaluations", "3")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(again["runs"]) == 6
+    assert "4 finished runs are kept" in capfd.readouterr().out
+    kept = {(run["arm"], run["seed"]): run["metrics"] for run in data["runs"]}
+    assert all(kept.get((run["arm"], run["seed"]), run["metrics"]) == run["metrics"] for run in again["runs"])
+    assert not list(out.rglob("checkpoint-*")), "they were there to resume by"
+
+
+@pytest.mark.slow
+def test_other_arguments_in_the_same_directory_are_refused(finished):
+    out, _ = finished
+    with pytest.raises(SystemExit, match=r"holds a run with other arguments \(.*2e-3 -> 1e-3"):
+        compare(out, "--seeds", "2", "--evaluations", "3", rest=["1e-3" if flag == "2e-3" else flag for flag in QUICK])
+
+
+@pytest.mark.slow
+def test_the_report_is_remade_from_the_data_alone(finished, tmp_path):
+    out, _ = finished
+    shutil.copy(out / "comparison.json", tmp_path)
+    runpy.run_path(str(ROOT / "scripts" / "report_comparison.py"))["main"]([str(tmp_path)])
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    names = {path.name for path in (out / "plots").iterdir()}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == names
+    assert {"curves.png", "curves.svg", "final.png", "difference.svg", "repeats_over_loss.png"} <= names
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finished):
+    out, data = finished
+    folders = {path.parent for path in (out / "tensorboard").rglob("events*")}
+    assert len(folders) >= 4
+    tags = set()
+    for folder in folders:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        tags.add(tuple(sorted(events.Tags()["scalars"])))
+        assert [event.step for event in events.Scalars("eval/perplexity")][-1] in (11, 12)
+        assert "_hparams_/session_start_info" in events.summary_metadata
+    assert len(tags) == 1
+    assert {"train/loss", "train/repeats", "eval/perplexity", "final/test_perplexity"} <= set(*tags)
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_path):
+    _, data = finished
+    out = tmp_path / "cmp"
+    options = ["--schedulers", "baseline", "abr:loss_threshold=0.8", "--seeds", "1", "--evaluations", "3"]
+    command = [sys.executable, str(SCRIPT), *options, "--out", str(out), "--", *QUICK]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    trace = out / "runs" / "abr-loss_threshold=0.8" / "seed-0" / "abr_trace.jsonl"
+    deadline = time.monotonic() + 200
+    while not (trace.exists() and trace.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted: the same command goes on" in output
+    assert "Traceback" not in output
+    batches = trace.read_text()
+    time.sleep(1)
+    assert trace.read_text() == batches, "no process is left behind"
+
+    resumed = compare(out, "--seeds", "1", "--evaluations", "3")
+    expected = {(run["arm"], run["seed"]): run["metrics"] for run in data["runs"]}
+    assert len(resumed["runs"]) == 2
+    for run in resumed["runs"]:
+        assert run["metrics"] == pytest.approx(expected[run["arm"], run["seed"]], rel=1e-6)
+
+
+FAILING = """
+from abr_trainer import RepeatScheduler
+
+class Failing(RepeatScheduler):
+    def decide(self, observation):
+        raise ValueError("this rule has a bug")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_no_result(tmp_path, monkeypatch, capfd):
+    (tmp_path / "failing_rule.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    schedulers = ["failing_rule:Failing", "baseline"]
+    with pytest.raises(
+        SystemExit, match=r"failing_rule:Failing seed 0 failed with exit status 1: .*this rule has a bug"
+    ) as stopped:
+        compare(tmp_path / "cmp", "--seeds", "1", schedulers=schedulers)
+    log = Path(str(stopped.value).partition("Its log: ")[2].partition(".log")[0] + ".log")
+    assert "this rule has a bug" in log.read_text()
+    assert not (tmp_path / "cmp" / "comparison.json").exists()
+
+    with pytest.raises(SystemExit) as ended:
+        compare(tmp_path / "cmp", "--seeds", "1", "--keep-going", schedulers=schedulers)
+    assert ended.value.code == 1
+    data = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
+    assert [run["arm"] for run in data["runs"]] == ["baseline"]
+    assert data["missing"] == ["failing_rule:Failing seed 0"]
+    assert "this rule has a bug" in (tmp_path / "cmp" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_flags_are_checked_before_anything_is_run(tmp_path):
+    with pytest.raises(SystemExit, match="error: Unknown flag --lerning_rate. Did you mean --learning_rate?"):
+        compare(tmp_path / "cmp", rest=[*QUICK, "--lerning_rate", "1"])
+    assert not (tmp_path / "cmp" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_comparisons_do_not_work_in_one_directory(tmp_path):
+    experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("baseline")])
+    with experiment.locked(), pytest.raises(SystemExit, match="Another comparison is running in"):
+        compare(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_each_run_on_all_ranks_and_tuning_reports_the_best_value(tmp_path):
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    options = ["--seeds", "1", "--launcher", launcher, "--tune", "learning_rate", "1e-9", "2e-3"]
+    rest = [flag for flag in QUICK if flag not in ("--learning_rate", "2e-3")]
+    data = compare(tmp_path / "cmp", *options, "--evaluations", "1", schedulers=["baseline"], rest=rest)
+    (run,) = data["runs"]
+    assert run["machine"]["processes"] == 2
+    assert run["tuned"] == {"learning_rate": "2e-3"}
+    assert data["arms"][0]["tuning"]["at_edge"] == ["learning_rate"]
+    assert "lies at an end of what was tried" in (tmp_path / "cmp" / "report.md").read_text()
