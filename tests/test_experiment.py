@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
 import signal
@@ -228,7 +227,7 @@ def test_the_report_is_remade_from_the_data_alone(finished, tmp_path):
 
 @pytest.mark.slow
 def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finished):
-    out, data = finished
+    out, _ = finished
     folders = {path.parent for path in (out / "tensorboard").rglob("events*")}
     assert len(folders) >= 4
     tags = set()
@@ -239,7 +238,7 @@ def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finish
         assert [event.step for event in events.Scalars("eval/perplexity")][-1] in (11, 12)
         assert "_hparams_/session_start_info" in events.summary_metadata
     assert len(tags) == 1
-    assert {"train/loss", "train/repeats", "eval/perplexity", "final/test_perplexity"} <= set(*tags)
+    assert {"train/loss", "train/repeats", "train/skipped", "eval/perplexity", "final/test_perplexity"} <= set(*tags)
 
 
 @pytest.mark.slow
@@ -315,14 +314,24 @@ def test_two_comparisons_do_not_work_in_one_directory(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_launcher_starts_each_run_on_all_ranks_and_tuning_reports_the_best_value(tmp_path):
-    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    options = ["--seeds", "1", "--launcher", launcher, "--tune", "learning_rate", "1e-9", "2e-3"]
+def test_each_scheduler_is_reported_at_the_value_that_validation_chose(tmp_path):
     rest = [flag for flag in QUICK if flag not in ("--learning_rate", "2e-3")]
-    data = compare(tmp_path / "cmp", *options, "--evaluations", "1", schedulers=["baseline"], rest=rest)
-    (run,) = data["runs"]
-    assert run["machine"]["processes"] == 2
-    assert run["tuned"] == {"learning_rate": "2e-3"}
+    options = ["--seeds", "2", "--evaluations", "1", "--tune", "learning_rate", "1e-9", "2e-3", "--tune_seeds", "1"]
+    data = compare(tmp_path / "cmp", *options, schedulers=["baseline"], rest=rest)
+    assert [(run["seed"], run["tuned"]) for run in data["runs"]] == [
+        (seed, {"learning_rate": "2e-3"}) for seed in (0, 1)
+    ]
+    low, high = data["arms"][0]["tuning"]["tried"]
+    assert low["eval_perplexity"] > high["eval_perplexity"]
     assert data["arms"][0]["tuning"]["at_edge"] == ["learning_rate"]
     assert "lies at an end of what was tried" in (tmp_path / "cmp" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_each_run_on_all_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    options = ["--seeds", "1", "--evaluations", "1", "--launcher", launcher]
+    data = compare(tmp_path / "cmp", *options, schedulers=["baseline"])
+    (run,) = data["runs"]
+    assert run["machine"]["processes"] == 2

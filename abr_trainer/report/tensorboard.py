@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,8 @@ from ..records import TRACE_NAME, TRAINER_STATE, read_lines
 
 FOLDER = "tensorboard"
 
-TAGS = {
-    **{name: f"train/{name}" for name in ("loss", "perplexity", "repeats", "skipped", "learning_rate", "grad_norm")},
-    "eval_perplexity": "eval/perplexity",
-    "eval_loss": "eval/loss",
-}
+OF_BATCHES = ("loss", "repeats", "learning_rate")
+OF_EVALUATIONS = ("loss", "perplexity")
 
 
 def write_events(data: dict[str, Any], out: Path) -> None:
@@ -39,14 +37,14 @@ def write_events(data: dict[str, Any], out: Path) -> None:
             writer.add_hparams({**settings, **run["tuned"]}, {**final, **costs}, run_name=".")
 
 
-def scalars(directory: Path) -> list[tuple[str, float, int]]:
-    """Return `(tag, value, passes)` for everything a run has logged."""
-    spent = {0: 0.0, **{batch["step"]: batch["passes"] for batch in read_lines(directory / TRACE_NAME)}}
+def scalars(directory: Path) -> Iterator[tuple[str, float, int]]:
+    """Yield `(tag, value, passes)` for each batch and each evaluation of a run."""
+    spent = {0: 0}
+    for batch in read_lines(directory / TRACE_NAME):
+        passes = spent[batch["step"]] = round(batch["passes"])
+        values = {name: batch[name] for name in OF_BATCHES} | {"skipped": float(batch["repeats"] == 0)}
+        yield from ((f"train/{name}", value, passes) for name, value in values.items() if value is not None)
     log = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
-    return [
-        (tag, logs[name], round(spent[logs["step"]]))
-        for logs in log
-        if logs["step"] in spent
-        for name, tag in TAGS.items()
-        if name in logs
-    ]
+    for logs in (logs for logs in log if logs["step"] in spent):
+        names = (name for name in OF_EVALUATIONS if f"eval_{name}" in logs)
+        yield from ((f"eval/{name}", logs[f"eval_{name}"], spent[logs["step"]]) for name in names)
