@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from abr_trainer.records import read_lines
 from tests.conftest import run_module
 from tests.jobs import RESUMED, SCENARIOS, numbers_of, train_scenario, whole_weights
 
@@ -130,3 +131,13 @@ def test_a_resumed_run_on_two_ranks_is_bit_identical(request, name):
     (weights, numbers), (expected_weights, expected) = agreed(directory, f"{name}, resumed"), agreed(directory, name)
     assert torch.equal(weights, expected_weights)
     assert numbers == expected
+
+
+def test_a_skipped_batch_is_shown_with_the_rows_of_all_ranks(two_ranks, tmp_path):
+    alone(tmp_path, "one micro-batch", 2)
+    shown, expected = (
+        [(line["step"], line["input_ids"]) for line in read_lines(next(directory.rglob("_skipped_batches.jsonl")))]
+        for directory in (two_ranks / "one micro-batch", tmp_path)
+    )
+    assert shown == expected
+    assert len(shown) >= 2

@@ -461,6 +461,63 @@ def test_the_trace_has_a_line_a_batch(train):
     assert [len(batch["losses"]) for batch in trace] == [2, 1, 1, 1, 1, 1]
     assert [batch["learning_rate"] for batch in trace] == pytest.approx([1e-2 * (6 - i) / 6 for i in range(6)])
     assert all(batch["loss"] == batch["losses"][0] and batch["seconds"] > 0 for batch in trace)
+    assert [batch["passes"] for batch in trace] == [2, 3, 4, 5, 6, 7]
+    assert [batch["progress"] for batch in trace] == pytest.approx([i / 6 for i in range(6)])
+    assert all(batch["memory"] > 2**20 for batch in trace), "bytes"
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_what_a_skipped_batch_was_about_is_kept(train, accumulation):
+    data = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in token_rows(12)]
+    data[5]["attention_mask"][:4] = 0  # padding on the left
+    trainer = train(repeat_scheduler=Scripted(1, 0, 1), data=data, gradient_accumulation_steps=accumulation)
+    (skipped,) = read_lines(Path(trainer.args.output_dir, "_skipped_batches.jsonl"))
+    rows = range(2, 4) if accumulation == 1 else range(6, 12)
+    assert skipped["step"] == 2
+    assert skipped["input_ids"] == [data[row]["input_ids"].tolist() for row in rows]
+    trainer = train(repeat_scheduler=Scripted(1, 1, 0, 1), data=data)
+    (skipped,) = read_lines(Path(trainer.args.output_dir, "_skipped_batches.jsonl"))
+    assert skipped["input_ids"][1] == data[5]["input_ids"][4:].tolist()
+
+
+def test_evaluations_come_at_equal_compute_however_often_batches_repeat(train):
+    def evaluated(scheduler, **options):
+        trainer = train(
+            repeat_scheduler=scheduler, trainer_options={"eval_dataset": token_rows(2)}, max_passes=6, **options
+        )
+        spent = {
+            batch["step"]: batch["passes"] for batch in read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl"))
+        }
+        return [spent[logs["step"]] for logs in trainer.state.log_history if "eval_loss" in logs]
+
+    assert evaluated(ConstantScheduler(), eval_passes=2) == [2, 4, 6]
+    assert evaluated(ConstantScheduler(2), eval_passes=2) == [2, 4, 6]
+    assert evaluated(ConstantScheduler(3), eval_passes=2) == [3, 6], "as soon as a batch has crossed the mark"
+    assert evaluated(ConstantScheduler(), eval_passes=0.5) == [3, 6]
+
+
+def test_a_resumed_run_is_evaluated_where_an_unbroken_one_is(train, tmp_path):
+    options = dict(
+        repeat_scheduler=ConstantScheduler(2),
+        trainer_options={"eval_dataset": token_rows(2)},
+        eval_passes=4,
+        max_passes=12,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    whole = train(**options)
+    expected = [logs["step"] for logs in whole.state.log_history if "eval_loss" in logs]
+    resumed = train(**options, resume_from_checkpoint=str(Path(whole.args.output_dir, "checkpoint-3")))
+    assert [logs["step"] for logs in resumed.state.log_history if "eval_loss" in logs] == expected == [2, 4, 6]
+
+
+def test_evaluations_that_cannot_be_are_refused(build):
+    with pytest.raises(ValueError, match="--eval_passes needs something to evaluate on"):
+        build(eval_passes=2)
+    with pytest.raises(ValueError, match="--eval_passes must be positive, got 0"):
+        build(eval_passes=0)
+    with pytest.raises(ValueError, match=r"--eval_passes 0.1 is a share of --max_passes, which is not given"):
+        build(eval_passes=0.1)
 
 
 def test_training_again_starts_clean(train):

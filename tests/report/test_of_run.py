@@ -1,0 +1,106 @@
+"""The report on one run, and why a batch was repeated or skipped."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+
+import pytest
+
+import run_clm_abr
+from abr_trainer.records import read_lines
+from abr_trainer.replay import explain_batch
+from abr_trainer.report.of_run import report_on_run
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with repeats and skips, and its trace."""
+    directory = tmp_path_factory.mktemp("report") / "run"
+    flags = ["--dataset_name", "demo", "--block_size", "64", "--per_device_train_batch_size", "4", "--use_cpu"]
+    flags += ["--learning_rate", "2e-3", "--max_passes", "60", "--loss_threshold", "0.9", "--max_eval_samples", "8"]
+    flags += ["--do_train", "--do_eval", "--eval_on_start", "--eval_passes", "0.25", "--disable_tqdm", "true"]
+    run_clm_abr.main([*flags, "--output_dir", str(directory)])
+    return directory, list(read_lines(directory / "abr_trace.jsonl"))
+
+
+def texts_of(report):
+    return {block.caption: block for section in report.sections for block in section.blocks if hasattr(block, "rows")}
+
+
+def test_the_page_shows_what_happened(run):
+    directory, trace = run
+    report = report_on_run(directory)
+    figures = {figure.name: figure for figure in report.figures}
+    assert len(figures["perplexity"].series[0].x) == 5  # before, at each quarter
+    points = {series.name: len(series.x) for series in figures["batches"].series}
+    assert points["skipped"] == sum(batch["repeats"] == 0 for batch in trace) > 0
+    assert sum(points.values()) == len(trace)
+    (rate,) = figures["learning_rate"].series
+    assert rate.y == tuple(batch["learning_rate"] for batch in trace)
+    results = json.loads((directory / "all_results.json").read_text())
+    assert ("updates", f"{results['train_updates']:,.1f}") in texts_of(report)["The ledger"].rows
+    assert not [block for block in report.lead if not isinstance(block, str)], "it is finished"
+
+
+def test_skipped_batches_are_shown_with_their_text(run):
+    directory, trace = run
+    rows = texts_of(report_on_run(directory))["Which data were left out"].rows
+    skipped = [batch for batch in trace if batch["repeats"] == 0]
+    assert [row[0] for row in rows] == [str(batch["step"]) for batch in skipped]
+    assert all(row[3] == "outlier" for row in rows)
+    assert any("audit" in row[4] or "statute" in row[4] or "committee" in row[4] for row in rows), "words, not numbers"
+
+
+def test_the_script_writes_the_page_where_no_push_takes_it_along(run):
+    directory, _ = run
+    main = runpy.run_path(str(ROOT / "scripts" / "report_run.py"))["main"]
+    (page,) = main([str(directory)])
+    assert page == str(directory / "_report" / "report.html")
+    assert (directory / "_report" / "plots" / "batches.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="error: .* holds no run: there is no abr_trace.jsonl"):
+        main([str(directory / "_report")])
+
+
+def test_why_a_batch_was_skipped_is_told_by_what_the_rule_saw(run):
+    directory, trace = run
+    skipped = next(batch for batch in trace if batch["repeats"] == 0)
+    text = "\n".join(explain_batch(directory, skipped["step"]))
+    assert f"Batch {skipped['step']} was skipped." in text
+    assert f"{skipped['loss']:.4f} nats" in text
+    before = sorted(batch["loss"] for batch in trace[: skipped["step"] - 1] if batch["repeats"])
+    middle = len(before) // 2
+    median = before[middle] if len(before) % 2 else (before[middle - 1] + before[middle]) / 2
+    assert f"their level            {median:.6g}" in text
+    assert "RobustOutlierSkip(inner=ThresholdScheduler(loss_threshold=0.9" in text
+    assert "text " in text
+
+
+def test_every_decision_of_the_run_is_explained_by_the_replayed_rule(run):
+    directory, trace = run
+    for batch in trace:
+        text = "\n".join(explain_batch(directory, batch["step"]))
+        assert "has changed since" not in text
+        if batch["repeats"] > 1 and batch["reason"] == "threshold":
+            assert f"was trained on {batch['repeats']} times" in text
+            assert f"loss / loss_threshold  {batch['loss'] / 0.9:.6g}" in text
+
+
+def test_a_batch_that_is_not_there_is_told(run):
+    directory, trace = run
+    with pytest.raises(ValueError, match=f"--why 999: .* holds batches 1 to {len(trace)}"):
+        explain_batch(directory, 999)
+
+
+def test_a_run_at_work_is_reported_as_far_as_it_has_come(run, tmp_path):
+    directory, trace = run
+    for name in ("abr_trace.jsonl", "run.json", "_skipped_batches.jsonl"):
+        shutil.copy(directory / name, tmp_path)
+    report = report_on_run(tmp_path)
+    assert any("not finished" in getattr(block, "text", "") for block in report.lead)
+    assert ("batches", f"{len(trace):,.1f}") in texts_of(report)["The ledger"].rows
+    (tmp_path / "run.json").unlink()
+    assert "run.json is missing" in "\n".join(explain_batch(tmp_path, 1))
+    assert any("tokens " in row[4] for row in texts_of(report_on_run(tmp_path))["Which data were left out"].rows)
