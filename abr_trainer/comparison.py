@@ -30,6 +30,9 @@ SAME_LOSS = 1e-3
 
 BINS = 20
 
+Curve = list[list[Any]]
+"""`[passes spent, validation perplexity]` for each evaluation of a run, in order; None for one that is not finite."""
+
 
 # ---- Statistics ----
 
@@ -132,8 +135,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def learning_curve(directory: Path, batches: list[dict[str, Any]], results: dict[str, float]) -> list[list[Any]]:
-    """Return `[passes spent, validation perplexity]` for each evaluation of a run, the last one included."""
+def learning_curve(directory: Path, batches: list[dict[str, Any]], results: dict[str, float]) -> Curve:
+    """Return the evaluations of a run, the last one included."""
     spent = {0: 0.0, **{batch["step"]: batch["passes"] for batch in batches}}
     log = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
     curve = {
@@ -148,7 +151,7 @@ def learning_curve(directory: Path, batches: list[dict[str, Any]], results: dict
 # ---- One arm ----
 
 
-def mean_curve(curves: list[list[list[Any]]]) -> list[dict[str, float]]:
+def mean_curve(curves: list[Curve]) -> list[dict[str, float]]:
     """Average the learning curves of several seeds over passes spent.
 
     Where all have as many evaluations, the i-th of each are taken together. Where they do not, each is interpolated at
@@ -173,7 +176,35 @@ def mean_curve(curves: list[list[list[Any]]]) -> list[dict[str, float]]:
     return points
 
 
-def interpolate(curve: list[list[Any]], grid: list[float]) -> list[list[Any]]:
+def relative_curve(curves: dict[int, Curve], reference: dict[int, Curve]) -> list[dict[str, float | None]]:
+    """Compare the learning curves of an arm with those of the reference, seed by seed, at equal compute.
+
+    Args:
+        curves: By seed.
+        reference: The same, of the reference; interpolated where the arm was evaluated.
+
+    Returns:
+        A list of `passes` and `mean`, in percent of the perplexity of the reference, with the ends `low` and `high` of
+        a 95 % t interval, from two seeds on.
+    """
+    changes = []
+    for seed, curve in curves.items():
+        other = [point for point in reference.get(seed, []) if point[1] is not None]
+        shared = [point for point in curve if point[1] is not None and other and point[0] <= other[-1][0]]
+        before = interpolate(other, [passes for passes, _ in shared]) if shared else []
+        both = zip(shared, before, strict=True)
+        if other:
+            changes.append([[passes, 100 * (value / was - 1)] for (passes, value), (_, was) in both])
+    points: list[dict[str, float | None]] = []
+    for evaluations in zip(*changes, strict=False):
+        values = [change for _, change in evaluations]
+        low, high = mean_interval(values) or (None, None)
+        passes = statistics.fmean(passes for passes, _ in evaluations)
+        points.append({"passes": passes, "mean": statistics.fmean(values), "low": low, "high": high})
+    return points
+
+
+def interpolate(curve: Curve, grid: list[float]) -> Curve:
     """Return the points of a polygon at other abscissas.
 
     >>> interpolate([[0.0, 10.0], [10.0, 5.0]], [0.0, 2.0])
@@ -282,6 +313,7 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
         for name, planned in wanted.items()
     }
     batches = {name: [batch for run in read for batch in run.pop("batches")] for name, read in runs.items()}
+    curves = {name: {run["seed"]: run["curve"] for run in read} for name, read in runs.items()}
     everything = [run for read in runs.values() for run in read]
     metrics = [name for name in METRICS if any(name in run["metrics"] for run in everything)]
     end = max((run["cost"]["passes"] for run in everything), default=1.0)
@@ -294,6 +326,7 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
             "tuning": tuning_of(experiment, arm.name),
             **summarise_arm(runs[arm.name], runs[experiment.reference], metrics),
             "curve": mean_curve([run["curve"] for run in runs[arm.name]]),
+            "relative_curve": relative_curve(curves[arm.name], curves[experiment.reference]),
             "over_time": over_time(batches[arm.name], end),
             "over_loss": over_loss(batches[arm.name], min(losses), max(losses)),
             "over_passes": over_passes(batches[arm.name]),
@@ -310,6 +343,15 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
         "flags": experiment.flags,
         "launcher": experiment.launcher,
         "arms": arms,
+        "against_controls": [
+            {
+                "name": arm.control_of,
+                "control": arm.name,
+                **summarise_arm(runs[arm.control_of], runs[arm.name], metrics),
+            }
+            for arm in experiment.arms
+            if arm.control_of
+        ],
         "runs": everything,
         "missing": [run.title for planned in wanted.values() for run in planned if experiment.results(run) is None],
         "failures": list(experiment.failures.values()),

@@ -365,7 +365,7 @@ class Experiment:
             most = max(5, -int(-mean // 1))
             shared = arm.flags[2 + 2 * ("--repeat_scheduler_kwargs" in arm.flags) :]
             settings = "".join(f",{shared[i][2:]}={shared[i + 1]}" for i in range(0, len(shared), 2))
-            for text in (f"fixed:{mean}", f"random:mean_repeats={mean}" + f",max_repeats={most}" * (most > 5)):
+            for text in (f"fixed:{mean:g}", f"random:mean_repeats={mean:g}" + f",max_repeats={most}" * (most > 5)):
                 controls.setdefault(text + settings, parse_arm(text + settings, control_of=arm.name))
         existing = {arm.name for arm in self.arms}
         return [arm for name, arm in controls.items() if name not in existing]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from .config import ABRConfig
@@ -134,7 +136,12 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
             "argv": list(argv),
             "versions": {"python": platform.python_version(), **versions},
             "git": _git_commit(),
-            "machine": {"platform": platform.platform(), "device": str(config.device), "processes": config.world_size},
+            "machine": {
+                "system": f"{platform.system()} {platform.machine()}",
+                "cores": os.cpu_count(),
+                "device": _device_name(config),
+                "processes": config.world_size,
+            },
             "arguments": arguments,
         }
     write_whole(path, json.dumps(provenance, indent=2, default=str) + "\n")
@@ -154,6 +161,10 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         pass
     return None
+
+
+def _device_name(config: ABRConfig) -> str:
+    return torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else config.device.type
 
 
 def _is_installed(package: str) -> bool:

@@ -15,6 +15,7 @@ from abr_trainer.comparison import (
     over_time,
     paired,
     read_comparison,
+    relative_curve,
     summarise_arm,
     verdict,
 )
@@ -91,6 +92,16 @@ def test_curves_of_different_lengths_are_compared_at_equal_compute():
     points = mean_curve(curves)
     assert [(point["passes"], point["mean"]) for point in points] == [(0, 10), (20, 5)]
     assert mean_curve([[[0, None]]]) == []
+
+
+def test_an_arm_is_compared_with_the_reference_at_equal_compute():
+    reference = {0: [[0, 10.0], [20, 6.0]], 1: [[0, 10.0], [20, 8.0]], 2: [[0, 1.0]]}
+    arm = {0: [[0, 10.0], [10, 10.0], [40, 3.0]], 1: [[0, 10.0], [10, 10.8]], 3: [[0, 99.0]]}
+    first, second = relative_curve(arm, reference)  # at 10 passes the reference has 8 and 9, at 40 nothing
+    assert (first["passes"], first["mean"]) == (0, 0)
+    assert (second["passes"], second["mean"]) == (10, pytest.approx((25 + 20) / 2))
+    assert second["low"] < 20 < 25 < second["high"]
+    assert relative_curve({5: [[0, 1.0]]}, reference) == []
 
 
 def batch(passes, loss, losses, repeats):

@@ -31,7 +31,7 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
     warnings = [Notice("warning", text) for text in shortcomings(data)]
     sections = [
         Section("What was reached", reached(data, arms)),
-        Section("On the way", (curves(arms),)),
+        Section("On the way", (curves(arms), relative_curves(arms, data["reference"]))),
         Section("What the schedulers did", behaviour(arms)),
         Section("What it cost", (cost_table(arms),)),
         *([Section("What was tuned", tuned(arms))] if any(arm["tuning"] for arm in arms) else []),
@@ -71,10 +71,15 @@ def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
         for arm in arms
         if arm["name"] != data["reference"] and metric in arm
     ]
+    found += [
+        Notice("neutral", f"Beside its control: {verdict_sentence(arm, arm['control'], metric)}")
+        for arm in data["against_controls"]
+        if metric in arm
+    ]
     if len(found) > 1:
         text = (
-            f"{len(found)} schedulers are compared with {data['reference']}, each with an interval of its own: that "
-            f"one of {len(found)} looks different by chance alone is likelier than one in twenty."
+            f"These are {len(found)} comparisons, each with an interval of its own: that one of {len(found)} looks "
+            "different by chance alone is likelier than one in twenty."
         )
         found.append(Notice("neutral", text))
     return found
@@ -89,7 +94,8 @@ def verdict_sentence(arm: dict[str, Any], reference: str, metric: str) -> str:
         return f"{name}: {entry['not_finite']} of {len(entry['values'])} runs ended without a finite perplexity."
     if not found["seeds"]:
         return f"{name}: no run of it has a partner under {reference}."
-    change = f"{METRIC_NAMES[metric]} {signed(found['mean'])} ({percent(found['mean'], found)}) against {reference}"
+    size = f"{signed(found['mean'])} ({percent(found['mean'], found)})"
+    change = f"{METRIC_NAMES[metric].capitalize()} {size} against {reference}"
     if found["seeds"] == 1:
         return f"{name}: {change}. One seed shows nothing: no verdict."
     pairs = f"lower in {found['wins']} of {found['seeds']} seeds"
@@ -155,21 +161,21 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
         found = entry.get("difference", {"seeds": 0})
         cells = [arm["name"], *(mean_and_deviation(arm[name]) if name in arm else "-" for name in metrics)]
         if arm["name"] == reference or found["seeds"] == 0:
-            cells += ["-"] * 5 + ["reference" if arm["name"] == reference else "-"]
+            cells += ["-", "reference" if arm["name"] == reference else "-", *["-"] * 4]
         else:
             cells += [
                 f"{signed(found['mean'])} ({percent(found['mean'], found)})",
+                entry["verdict"],
                 *(interval(found, kind) for kind in ("t", "bootstrap")),
                 f"{found['wins']} of {found['seeds']}",
                 number(found.get("detectable"), 2),
-                entry["verdict"],
             ]
         rows.append((*cells, number(arm["cost"]["repeats"], 3), f"{arm['cost']['flops']:.3g}"))
     return Table(
         f"Perplexity, mean ± standard deviation over seeds; difference in {METRIC_NAMES[metric]} to {reference}",
         (
-            *("scheduler", *(METRIC_NAMES[name] for name in metrics), "difference", "95 % interval (t)"),
-            *("95 % interval (bootstrap)", "wins", "detectable", "verdict", "repeats", "FLOPs"),
+            *("scheduler", *(METRIC_NAMES[name] for name in metrics), "difference", "verdict"),
+            *("95 % interval (t)", "95 % interval (bootstrap)", "wins", "detectable", "repeats", "FLOPs"),
         ),
         tuple(rows),
         (
@@ -288,17 +294,30 @@ def curves(arms: list[dict[str, Any]]) -> Figure:
     )
 
 
+def relative_curves(arms: list[dict[str, Any]], reference: str) -> Figure:
+    return Figure(
+        "relative_curves",
+        f"Validation perplexity relative to {reference}, at equal compute",
+        f"Mean over paired seeds with its 95 % t interval. Below 0 is better than {reference} at that compute.",
+        "lines",
+        "passes spent",
+        f"% above {reference}",
+        lines([arm for arm in arms if arm["name"] != reference], "relative_curve", "passes", "mean", band=True),
+        reference=0.0,
+        range_label="95 % t interval",
+    )
+
+
 def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     figures: list[Any] = [
         Figure(
             "repeats_over_loss",
             "Repeats against first-pass loss",
-            "Mean updates on batches of about this loss, between the fewest and the most. A skip counts as 0.",
+            "Mean updates on batches of about this loss. A skip counts as 0.",
             "lines",
             "first-pass loss, nats per token",
             "updates on a batch",
-            lines(arms, "over_loss", "loss", "mean", band=True),
-            range_label="fewest to most",
+            lines(arms, "over_loss", "loss", "mean"),
         ),
         Figure(
             "repeats_over_time",
@@ -309,16 +328,11 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
             "updates on a batch",
             lines(arms, "over_time", "passes", "repeats"),
         ),
-        Figure(
-            "skips_over_time",
-            "Skips in the course of training",
-            "Share of the batches that were skipped, by the passes spent until then.",
-            "lines",
-            "passes spent",
-            "share of batches skipped",
-            lines(arms, "over_time", "passes", "skipped"),
-        ),
     ]
+    if any(point["skipped"] for arm in arms for point in arm["over_time"]):
+        figures.append(skips_over_time(arms))
+    else:
+        figures.append("No batch was skipped.")
     repeating = lines(arms, "over_passes", "pass", "mean", band=True)
     if not repeating:
         return (*figures, "No batch was repeated.")
@@ -337,6 +351,18 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         )
     )
     return tuple(figures)
+
+
+def skips_over_time(arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "skips_over_time",
+        "Skips in the course of training",
+        "Share of the batches that were skipped, by the passes spent until then.",
+        "lines",
+        "passes spent",
+        "share of batches skipped",
+        lines(arms, "over_time", "passes", "skipped"),
+    )
 
 
 # ---- Costs, tuning, method ----
