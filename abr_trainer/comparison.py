@@ -74,6 +74,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % t interval of a mean, or None for less than two values."""
     if len(values) < 2:
         return None
+    if min(values) == max(values):
+        return values[0], values[0]
     interval = stats.t.interval(CONFIDENCE, len(values) - 1, statistics.fmean(values), stats.sem(values))
     return float(interval[0]), float(interval[1])
 

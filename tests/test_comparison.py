@@ -59,6 +59,7 @@ def test_one_seed_gives_no_verdict_and_equal_runs_no_difference():
     assert verdict(paired([-5.0])) == "one seed: no verdict"
     assert "t_low" not in paired([-5.0])
     assert verdict(paired([0.0, 0.0, 0.0])) == "no difference"
+    assert (paired([0.0, 0.0])["t_low"], paired([0.0, 0.0])["bootstrap_high"]) == (0, 0)
     assert verdict(paired([])) == "no pair of runs"
     assert verdict(paired([1.0, 1.2, 0.9])) == "worse"
     assert verdict(paired([1.0, -1.2, 0.9])) == "no evidence"
