@@ -37,8 +37,10 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
         *([Section("What was tuned", tuned(arms))] if any(arm["tuning"] for arm in arms) else []),
         Section("How it was done", method(data, arms)),
     ]
+    others = [name for name in names if name != data["reference"]]
+    who = ", ".join(others) if len(others) < 4 else f"{len(others)} schedulers"
     return Report(
-        f"Does it pay? {', '.join(name for name in names if name != data['reference'])} against {data['reference']}",
+        f"Does it pay? {who} against {data['reference']}",
         (describe_protocol(data), *warnings, *verdicts(data, arms)),
         tuple(sections),
         names,
