@@ -54,6 +54,7 @@ class Forked:
 def _run_script(script: str, argv: list[str], log: str) -> None:
     """Be the script: called in a forked process."""
     os.setsid()  # an interrupt from the keyboard is for the comparison, which ends its runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves nothing behind in the system
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
