@@ -477,9 +477,7 @@ class Experiment:
             return Forked(self._stack, self.script, run.arguments(), run.log)
         environment = dict(os.environ)
         if self.jobs > 1 and self._facts["devices"] > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self._facts["devices"]))))
-            devices = visible.split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = device_of(slot, self._facts["devices"])
         launcher = shlex.split(self.launcher) or [sys.executable]
         return Launched([*launcher, str(self.script), *run.arguments()], environment, run.log)
 
@@ -500,6 +498,16 @@ def _parse_all(arguments: list[list[str]]) -> dict[str, Any]:
         "max_steps": first.most_batches,
         "epochs": first.num_train_epochs,
     }
+
+
+def device_of(slot: int, devices: int) -> str:
+    """Return which of the visible GPUs the runs of a slot use.
+
+    >>> [device_of(slot, devices=2) for slot in range(3)]
+    ['0', '1', '0']
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+    return visible[slot % len(visible)]
 
 
 def _visible_gpus() -> int:
