@@ -257,6 +257,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_pat
     assert process.returncode == 1
     assert "interrupted: the same command goes on" in output
     assert "Traceback" not in output
+    assert "Warning" not in output
     batches = trace.read_text()
     time.sleep(1)
     assert trace.read_text() == batches, "no process is left behind"
@@ -311,6 +312,19 @@ def test_two_comparisons_do_not_work_in_one_directory(tmp_path):
     experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("baseline")])
     with experiment.locked(), pytest.raises(SystemExit, match="Another comparison is running in"):
         compare(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hides(tmp_path):
+    rest = [*QUICK[:-2], "--max_steps", "4", "--logging_steps", "1"]
+    options = ["--match", "batches", "--seeds", "1", "--evaluations", "2"]
+    data = compare(tmp_path / "cmp", *options, schedulers=["baseline", "fixed:2"], rest=rest)
+    once, twice = (arm["cost"] for arm in data["arms"])
+    assert (once["batches"], once["updates"], twice["batches"], twice["updates"]) == (4, 4, 4, 8)
+    assert [point["passes"] for point in data["arms"][1]["curve"]] == [0, 4, 8]
+    report = (tmp_path / "cmp" / "report.md").read_text()
+    assert "It cannot show that repeating pays" in report
+    assert "One seed shows nothing: no verdict" in report
 
 
 @pytest.mark.slow
