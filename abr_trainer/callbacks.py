@@ -82,7 +82,7 @@ class ABRCallback(TrainerCallback):
 
 class TraceCallback(ABRCallback):
     """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial, and what a
-    skipped batch was about to `_skipped_batches.jsonl`.
+    skipped batch was about to `_skipped_batches.jsonl`; not in that of a trial, from where it could be pushed.
 
     Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
     trace has neither gaps nor doubles. A loss that is not finite is written as null.
@@ -96,8 +96,10 @@ class TraceCallback(ABRCallback):
         if not state.is_world_process_zero:
             return
         self._close()
-        paths = [(self.directory or Path(args.output_dir)) / name for name in (TRACE_NAME, SKIPPED_NAME)]
-        kept, _ = [cut_lines(path, state.global_step) for path in paths]
+        directory = self.directory or Path(args.output_dir)
+        names = [TRACE_NAME, SKIPPED_NAME] if directory == Path(args.output_dir) else [TRACE_NAME]
+        paths = [directory / name for name in names]
+        kept, *_ = [cut_lines(path, state.global_step) for path in paths]
         if kept < state.global_step:
             logger.warning(f"{paths[0]} holds {kept} of the {state.global_step} batches before this checkpoint.")
         self._files = [path.open("a", encoding="utf-8") for path in paths]
@@ -117,7 +119,7 @@ class TraceCallback(ABRCallback):
     ) -> None:
         if not self._files:
             return
-        trace, skipped = self._files
+        trace, *skipped = self._files
         losses = [loss if math.isfinite(loss) else None for loss in outcome.losses]
         line = {
             "step": state.global_step,
@@ -133,8 +135,8 @@ class TraceCallback(ABRCallback):
             "memory": memory,
         }
         _append(trace, line)
-        if outcome.skipped:
-            _append(skipped, {"step": state.global_step, "input_ids": excerpts})
+        if outcome.skipped and skipped:
+            _append(skipped[0], {"step": state.global_step, "input_ids": excerpts})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
+from .arms import Arm
 from .experiment import Experiment, Run
-from .records import PROVENANCE, TRACE_NAME, TRAINER_STATE, read_lines, write_whole
+from .records import PROVENANCE, TRACE_NAME, TRAINER_STATE, read_json, read_lines, write_whole
 
 COMPARISON = "comparison.json"
 
@@ -28,6 +29,9 @@ RESAMPLES = 9999
 SAME_LOSS = 1e-3
 """Relative difference up to which the first loss of two runs is that of the same weights on the same data."""
 
+SAME_COST = 0.02
+"""Relative difference up to which passes cost the same: the last batch of an epoch may be smaller."""
+
 BINS = 20
 
 Curve = list[list[Any]]
@@ -41,7 +45,7 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
     """Return what paired differences over seeds show.
 
     The t interval is the one to decide by. The percentile bootstrap of few seeds is too narrow: of five normal
-    differences it covers the mean in about 83 % of the cases, not in 95 %.
+    differences it covers the mean in 84 % of the cases, not in 95 %.
 
     Returns:
         `seeds`, `mean`, `deviation`, `wins` (how many are below 0); from two seeds on, `t_low` and `t_high`,
@@ -95,16 +99,21 @@ def detectable_in_errors(count: int) -> float:
     return float(optimize.brentq(missing, 0.0, 2 * limit))
 
 
-def verdict(found: dict[str, Any]) -> str:
+def verdict(found: dict[str, Any], planned: int) -> str:
     """Say in words what `paired` has found of a metric that is better when lower.
 
-    >>> [verdict(paired(differences)) for differences in ([-1.0, -1.1], [1.0, 1.1, 0.9], [1.0, -1.0], [-5.0])]
-    ['better', 'worse', 'no evidence', 'one seed: no verdict']
+    Args:
+        planned: How many pairs there should be. Without those that have diverged or failed, the others say nothing.
+
+    >>> [verdict(paired(differences), 2) for differences in ([-1.0, -1.1], [1.0, 1.1], [1.0, -1.0], [-5.0])]
+    ['better', 'worse', 'no evidence', 'no verdict: 1 of 2 pairs']
     """
+    if found["seeds"] < planned:
+        return f"no verdict: {found['seeds']} of {planned} pairs"
     if found["seeds"] < 2:
-        return "one seed: no verdict" if found["seeds"] else "no pair of runs"
-    if found["mean"] == found["deviation"] == 0:
-        return "no difference"
+        return "no verdict: one seed"
+    if found["deviation"] == 0:
+        return "no verdict: the seeds do not differ" if found["mean"] else "no difference"
     if found["t_high"] < 0:
         return "better"
     return "worse" if found["t_low"] > 0 else "no evidence"
@@ -138,15 +147,16 @@ def _finite(value: float) -> float | None:
 
 
 def learning_curve(directory: Path, batches: list[dict[str, Any]], results: dict[str, float]) -> Curve:
-    """Return the evaluations of a run, the last one included."""
+    """Return the evaluations of a run: those in the state of its trainer, and what it has reached in the end."""
     spent = {0: 0.0, **{batch["step"]: batch["passes"] for batch in batches}}
-    log = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+    log = (read_json(directory / TRAINER_STATE) or {"log_history": []})["log_history"]
     curve = {
         spent[logs["step"]]: _finite(logs["eval_perplexity"])
         for logs in log
         if "eval_perplexity" in logs and logs["step"] in spent
     }
-    curve[results["train_passes"]] = _finite(results["eval_perplexity"])
+    if "eval_perplexity" in results and "train_passes" in results:
+        curve[results["train_passes"]] = _finite(results["eval_perplexity"])
     return [[passes, perplexity] for passes, perplexity in sorted(curve.items())]
 
 
@@ -157,21 +167,21 @@ def mean_curve(curves: list[Curve]) -> list[dict[str, float]]:
     """Average the learning curves of several seeds over passes spent.
 
     Where all have as many evaluations, the i-th of each are taken together. Where they do not, each is interpolated at
-    the evaluations of the shortest one.
+    the evaluations of the shortest one. Where one is not finite there is no mean.
 
     Returns:
         A list of `passes`, `mean`, `low` and `high`: one standard deviation around the mean.
     """
-    finite = [[point for point in curve if point[1] is not None] for curve in curves]
-    finite = [curve for curve in finite if curve]
-    if not finite:
+    if not curves or not all(curves):
         return []
-    if len({len(curve) for curve in finite}) > 1:
-        grid = [passes for passes, _ in min(finite, key=lambda curve: (curve[-1][0], len(curve)))]
-        finite = [interpolate(curve, grid) for curve in finite]
+    if len({len(curve) for curve in curves}) > 1:
+        grid = [passes for passes, _ in min(curves, key=lambda curve: (curve[-1][0], len(curve)))]
+        curves = [interpolate(curve, grid) for curve in curves]
     points = []
-    for evaluations in zip(*finite, strict=True):
+    for evaluations in zip(*curves, strict=True):
         values = [perplexity for _, perplexity in evaluations]
+        if None in values:
+            continue
         mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         passes = statistics.fmean(passes for passes, _ in evaluations)
         points.append({"passes": passes, "mean": mean, "low": mean - deviation, "high": mean + deviation})
@@ -183,23 +193,28 @@ def relative_curve(curves: dict[int, Curve], reference: dict[int, Curve]) -> lis
 
     Args:
         curves: By seed.
-        reference: The same, of the reference; interpolated where the arm was evaluated.
+        reference: The same, of the reference; interpolated where the arm was evaluated. A run that ended less than a
+            pass earlier counts as having spent the same.
 
     Returns:
         A list of `passes` and `mean`, in percent of the perplexity of the reference, with the ends `low` and `high` of
-        a 95 % t interval, from two seeds on.
+        a 95 % t interval, from two seeds on. Where one of the curves is not finite there is no point.
     """
     changes = []
-    for seed, curve in curves.items():
-        other = [point for point in reference.get(seed, []) if point[1] is not None]
-        shared = [point for point in curve if point[1] is not None and other and point[0] <= other[-1][0]]
-        before = interpolate(other, [passes for passes, _ in shared]) if shared else []
-        both = zip(shared, before, strict=True)
-        if other:
-            changes.append([[passes, 100 * (value / was - 1)] for (passes, value), (_, was) in both])
+    for seed in [seed for seed in curves if reference.get(seed)]:
+        shared = [point for point in curves[seed] if point[0] < reference[seed][-1][0] + 1]
+        before = interpolate(reference[seed], [passes for passes, _ in shared])
+        changes.append(
+            [
+                (passes, None if value is None or was is None else 100 * (value / was - 1))
+                for (passes, value), (_, was) in zip(shared, before, strict=True)
+            ]
+        )
     points: list[dict[str, float | None]] = []
     for evaluations in zip(*changes, strict=False):
-        values = [change for _, change in evaluations]
+        values = [change for _, change in evaluations if change is not None]
+        if len(values) < len(evaluations):
+            continue
         low, high = mean_interval(values) or (None, None)
         passes = statistics.fmean(passes for passes, _ in evaluations)
         points.append({"passes": passes, "mean": statistics.fmean(values), "low": low, "high": high})
@@ -207,13 +222,14 @@ def relative_curve(curves: dict[int, Curve], reference: dict[int, Curve]) -> lis
 
 
 def interpolate(curve: Curve, grid: list[float]) -> Curve:
-    """Return the points of a polygon at other abscissas.
+    """Return a learning curve at other numbers of passes, linear in the logarithm of the perplexity: in nats.
 
-    >>> interpolate([[0.0, 10.0], [10.0, 5.0]], [0.0, 2.0])
-    [[0.0, 10.0], [2.0, 9.0]]
+    >>> [(passes, round(perplexity, 3)) for passes, perplexity in interpolate([[0, 16.0], [10, 4.0]], [0, 5, 10])]
+    [(0, 16.0), (5, 8.0), (10, 4.0)]
     """
     passes, perplexities = zip(*curve, strict=True)
-    return [[at, value] for at, value in zip(grid, np.interp(grid, passes, perplexities).tolist(), strict=True)]
+    nats = np.log([math.nan if perplexity is None else perplexity for perplexity in perplexities])
+    return [[at, _finite(math.exp(value))] for at, value in zip(grid, np.interp(grid, passes, nats), strict=True)]
 
 
 def over_time(batches: list[dict[str, Any]], end: float) -> list[dict[str, float]]:
@@ -271,8 +287,14 @@ def over_passes(batches: list[dict[str, Any]]) -> list[dict[str, float]]:
     return points
 
 
-def summarise_arm(runs: list[dict[str, Any]], reference: list[dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
-    """Return mean and deviation of each metric over seeds, its paired difference to the reference, and mean costs."""
+def summarise_arm(
+    runs: list[dict[str, Any]], reference: list[dict[str, Any]], metrics: list[str], planned: int
+) -> dict[str, Any]:
+    """Return mean and deviation of each metric over seeds, its paired difference to the reference, and mean costs.
+
+    Args:
+        planned: How many seeds were asked for.
+    """
     summary: dict[str, Any] = {"seeds": [run["seed"] for run in runs]}
     before = {run["seed"]: run["metrics"] for run in reference}
     for metric in metrics:
@@ -293,7 +315,7 @@ def summarise_arm(runs: list[dict[str, Any]], reference: list[dict[str, Any]], m
             "deviation": statistics.stdev(finite) if len(finite) > 1 else None,
             "interval": mean_interval(finite),
             "difference": found,
-            "verdict": verdict(found),
+            "verdict": verdict(found, planned),
         }
     if runs:
         summary["cost"] = {name: statistics.fmean(run["cost"][name] for run in runs) for name in COSTS}
@@ -323,10 +345,9 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
     arms = [
         {
             "name": arm.name,
-            "flags": list(arm.flags),
-            "control_of": arm.control_of,
-            "tuning": tuning_of(experiment, arm.name),
-            **summarise_arm(runs[arm.name], runs[experiment.reference], metrics),
+            "flags": list(arm.arguments),
+            "tuning": tuning_of(experiment, arm),
+            **summarise_arm(runs[arm.name], runs[experiment.reference], metrics, len(experiment.seeds)),
             "curve": mean_curve([run["curve"] for run in runs[arm.name]]),
             "relative_curve": relative_curve(curves[arm.name], curves[experiment.reference]),
             "over_time": over_time(batches[arm.name], end),
@@ -344,15 +365,15 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
         "seeds": experiment.seeds,
         "flags": experiment.flags,
         "launcher": experiment.launcher,
+        "jobs": experiment.jobs,
         "arms": arms,
         "against_controls": [
             {
-                "name": arm.control_of,
-                "control": arm.name,
-                **summarise_arm(runs[arm.control_of], runs[arm.name], metrics),
+                "name": name,
+                "control": control,
+                **summarise_arm(runs[name], runs[control], metrics, len(experiment.seeds)),
             }
-            for arm in experiment.arms
-            if arm.control_of
+            for name, control in experiment.controlled
         ],
         "runs": everything,
         "missing": [run.title for planned in wanted.values() for run in planned if experiment.results(run) is None],
@@ -361,26 +382,19 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def tuning_of(experiment: Experiment, arm: str) -> dict[str, Any] | None:
+def tuning_of(experiment: Experiment, arm: Arm) -> dict[str, Any] | None:
     """Return the candidates of an arm with their mean validation perplexity, which was chosen, and which of the chosen
     values lie at an end of what was tried. None where nothing was tuned.
     """
     if not experiment.tune:
         return None
-    (which,) = (each for each in experiment.arms if each.name == arm)
-    chosen = dict(experiment.chosen(which))
-    tried = []
-    for candidate in experiment.candidates:
-        runs = [experiment.run_of(which, seed, candidate) for seed in experiment.tune_seeds]
-        reached = [results["eval_perplexity"] for run in runs if (results := experiment.results(run))]
-        finite = [value for value in reached if math.isfinite(value)]
-        mean = statistics.fmean(finite) if finite and len(finite) == len(runs) else None
-        tried.append({"values": dict(candidate), "eval_perplexity": mean})
+    chosen = dict(experiment.chosen(arm))
     at_edge = []
     for name, values in experiment.tune.items():
         ordered = sorted(values, key=_as_number)
         if len(ordered) > 1 and chosen[name] in (ordered[0], ordered[-1]):
             at_edge.append(name)
+    tried = [{"values": dict(each), "eval_perplexity": _finite(mean)} for each, mean in experiment.tried(arm).items()]
     return {"chosen": chosen, "tried": tried, "at_edge": at_edge}
 
 
@@ -401,6 +415,13 @@ def find_mismatches(runs: list[dict[str, Any]], match: str) -> list[str]:
                 f"Seed {seed} is not paired: the loss of the first batch, before any update, lies between "
                 f"{min(first):.4f} and {max(first):.4f}."
             )
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        reached = [(run["first_loss"], *run["metrics"].values()) for run in runs if run["arm"] == arm]
+        if len(set(reached)) < len(reached):
+            warnings.append(
+                f"Seeds of {arm} gave the same run: neither the order of the data nor the weights depend on the seed. "
+                "What scatters over seeds says nothing here."
+            )
     kinds = {"commits of the code": "git", "package versions": "versions", "machines": "machine"}
     for what, key in kinds.items():
         if len({json.dumps(run[key], sort_keys=True) for run in runs}) > 1:
@@ -410,6 +431,12 @@ def find_mismatches(runs: list[dict[str, Any]], match: str) -> list[str]:
         warnings.append(
             f"The runs did not spend the same: {min(passes):g} to {max(passes):g} passes. The data ended before the "
             "budget, or a cap on batches did it."
+        )
+    costs = [run["cost"]["flops"] / run["cost"]["passes"] for run in runs]
+    if costs and max(costs) > min(costs) * (1 + SAME_COST):
+        warnings.append(
+            f"A pass did not cost all runs the same: {min(costs):.3g} to {max(costs):.3g} FLOPs. Equal passes are not "
+            "equal compute here."
         )
     return warnings
 

@@ -103,6 +103,13 @@ class ABRConfig(TrainingArguments):
             "budget are then evaluated at equal compute, however often they repeat."
         },
     )
+    save_passes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Save a checkpoint whenever so many more passes are spent, beside what --save_strategy says; "
+            "below 1, a share of --max_passes."
+        },
+    )
     primer_batches: int = field(
         default=0,
         metadata={"help": "Train on this many batches at the start once each, neither repeating nor skipping them."},
@@ -151,10 +158,12 @@ class ABRConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
-        if self.eval_passes is not None and not self.eval_passes > 0:
-            raise ValueError(f"--eval_passes must be positive, got {self.eval_passes}.")
-        if self.eval_passes is not None and self.eval_passes < 1 and self.max_passes is None:
-            raise ValueError(f"--eval_passes {self.eval_passes} is a share of --max_passes, which is not given.")
+        for name in ("eval_passes", "save_passes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} must be positive, got {value}.")
+            if value is not None and value < 1 and self.max_passes is None:
+                raise ValueError(f"--{name} {value} is a share of --max_passes, which is not given.")
         self.build_repeat_scheduler()
         self.most_batches = self.max_steps
         if self.max_passes is not None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,12 +72,16 @@ def _end_with(sentinel: int) -> None:
 
 
 class Launched:
-    """A run started as a command, with all processes that it starts itself."""
+    """A run started as a command, with all processes that it starts itself.
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+    Args:
+        held: File descriptors that stay open for as long as the command runs: a lock on its directory.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path, held: tuple[int, ...] = ()) -> None:
         with open(log, "w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True, pass_fds=held
             )
 
     def poll(self) -> int | None:
@@ -97,13 +101,17 @@ class Launched:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does: what runs is ended with it."""
+    """Let SIGTERM, and a terminal that is closed, end this process as Ctrl-C does: what runs is ended with it."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -17,7 +17,7 @@ TRACE_NAME = "abr_trace.jsonl"
 
 SKIPPED_NAME = "_skipped_batches.jsonl"
 REPORT_FOLDER = "_report"
-"""These hold text of the training set: `Trainer` pushes nothing whose name begins with an underscore."""
+"""These hold text of the training set: `Trainer` pushes nothing from the output directory that begins with `_`."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -25,6 +25,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
     replacement = path.with_name(f"{path.name}.tmp")
     replacement.write_bytes(content.encode() if isinstance(content, str) else content)
     replacement.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds, or None if it is missing or was not written to its end."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -58,7 +66,4 @@ def step_of(checkpoint: Path) -> int:
 
 def is_complete(checkpoint: Path) -> bool:
     """Tell whether a checkpoint has been written to its end, which is the state of the trainer."""
-    try:
-        return "global_step" in json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+    return "global_step" in (read_json(checkpoint / TRAINER_STATE) or {})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from .records import PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_complete_checkpoint, read_lines
+from .records import PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_complete_checkpoint, read_json, read_lines
 from .schedulers import Observation, Outcome, RepeatScheduler
 
 OF_THE_RULE = (
@@ -30,13 +29,16 @@ def read_trace(directory: Path) -> list[dict[str, Any]]:
     path = directory / TRACE_NAME
     if not path.is_file():
         raise ValueError(f"{directory} holds no run: there is no {TRACE_NAME} in it.")
-    return list(read_lines(path))
+    trace = list(read_lines(path))
+    if trace and "passes" not in trace[0]:
+        raise ValueError(f"{path} was written by an earlier version, which did not say what a batch had cost.")
+    return trace
 
 
 def read_provenance(directory: Path) -> dict[str, Any] | None:
     """Return what `run.json` says of a run; None where a trainer was used without the script."""
-    path = directory / PROVENANCE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    provenance: dict[str, Any] | None = read_json(directory / PROVENANCE)
+    return provenance
 
 
 def explain_batch(directory: Path, step: int) -> list[str]:

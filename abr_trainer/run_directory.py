@@ -39,7 +39,7 @@ RUN_FILES = (
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
 
-PREVIOUS = "previous-run"
+PREVIOUS = "_previous-run"
 
 MAY_DIFFER = (
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_", "logging_", "log_", "save_", "eval_"),
@@ -81,7 +81,7 @@ def check_output_dir(config: ABRConfig, model_path: str) -> None:
 def replacing_previous_run(config: ABRConfig) -> Iterator[None]:
     """With `overwrite_output_dir`, move the run in the directory aside, and delete it when this one has been trained.
 
-    Where training fails, the previous run stays in `previous-run/`. Files that no run makes are not touched.
+    Where training fails, the previous run stays in `_previous-run/`. Files that no run makes are not touched.
     """
     path = Path(str(config.output_dir))
     starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
@@ -139,6 +139,7 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
                 "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
                 "device": _device_name(config),
                 "processes": config.world_size,
             },

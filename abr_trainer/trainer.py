@@ -89,6 +89,7 @@ class _Batch:
         self.update_withheld = False
         self.excerpts: list[list[int]] = []
         self.evaluation_is_due = False
+        self.checkpoint_is_due = False
 
 
 class ABRMixin(ResumeMixin, PerplexityMixin):
@@ -392,7 +393,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             batch.excerpts = self._excerpts()
         batch.outcome = Outcome(decision.observation, repeats, tuple(losses), reason)
         batch.learning_rate = decision.learning_rate
-        batch.evaluation_is_due = self._evaluations_until(self.ledger.passes) > self._evaluations_until(spent_before)
+        batch.evaluation_is_due = self._crosses_mark("eval_passes", spent_before)
+        batch.checkpoint_is_due = self._crosses_mark("save_passes", spent_before)
         if self._is_spent():
             self.state.max_steps = self.state.global_step + 1  # Trainer stops, evaluates and saves by its own rules.
 
@@ -473,6 +475,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         batch, self._batch = self._batch, _Batch()
         seconds = time.perf_counter() - batch.started
         self.control.should_evaluate = self.control.should_evaluate or batch.evaluation_is_due
+        self.control.should_save = self.control.should_save or batch.checkpoint_is_due
         self.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the whole process
         self._batches_in_epoch += 1
         self.ledger.close_batch(outcome.repeats, seconds)
@@ -584,12 +587,13 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         tokens = sum(inputs[main_input].numel() for inputs, _, _ in self._batch.calls if main_input in inputs)
         return tokens, tokens * self._forward_flops_per_token
 
-    def _evaluations_until(self, passes: Fraction) -> int:
-        """Return how many evaluations `eval_passes` asks for within so many passes."""
-        if self._setting("eval_passes") is None:
-            return 0
-        every = Fraction(str(self._setting("eval_passes")))  # 0.1 is a tenth
-        return math.floor(passes / (every if every >= 1 or self._budget is None else every * self._budget))
+    def _crosses_mark(self, setting: str, spent_before: Fraction) -> bool:
+        """Tell whether this batch crosses one of the marks that `eval_passes` or `save_passes` sets on the ledger."""
+        if self._setting(setting) is None:
+            return False
+        every = Fraction(str(self._setting(setting)))  # 0.1 is a tenth
+        distance = every if every >= 1 or self._budget is None else every * self._budget
+        return self.ledger.passes // distance > spent_before // distance
 
     def _is_spent(self) -> bool:
         """Tell whether no whole pass fits into the budget any more."""

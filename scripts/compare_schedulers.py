@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
+from abr_trainer.arms import parse_arm
 from abr_trainer.comparison import collect, write_comparison
 from abr_trainer.errors import one_line_errors
-from abr_trainer.experiment import (
-    Experiment,
-    RunFailed,
-    asks_to_save,
-    complete_flags,
-    parse_arm,
-    parse_tuning,
-)
+from abr_trainer.experiment import Experiment, RunFailed
+from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, parse_tuning
 from abr_trainer.processes import interruptible
 from abr_trainer.report.files import write_report
 from abr_trainer.report.of_comparison import report_on_comparison, summary_lines
@@ -73,10 +69,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
 
+def write_up(experiment: Experiment, argv: list[str]) -> dict[str, Any]:
+    """Write everything that is made of the runs that are finished, if there are any."""
+    data = collect(experiment, ["scripts/compare_schedulers.py", *argv])
+    if data["runs"]:
+        write_comparison(data, experiment.out)
+        write_report(report_on_comparison(data), experiment.out)
+        write_events(data, experiment.out)
+    return data
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     given = sys.argv[1:] if argv is None else argv
     args, rest = parse(given)
-    with one_line_errors(ValueError, RunFailed, when_interrupted="the same command goes on"):
+    kinds = (ValueError, OSError, BrokenExecutor, RunFailed)
+    with one_line_errors(*kinds, when_interrupted="the same command goes on"):
+        rest = expand_flags_file(rest)
         seeds = list(range(args.seeds[0])) if len(args.seeds) == 1 else args.seeds
         experiment = Experiment(
             out=args.out,
@@ -94,14 +102,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             keeps_checkpoints=asks_to_save(rest),
         )
         with experiment.locked(), interruptible():
+            experiment.prepare()
             try:
-                experiment.carry_out_all(args.controls)
-            finally:
-                data = collect(experiment, ["scripts/compare_schedulers.py", *given])
-                if data["runs"]:
-                    write_comparison(data, experiment.out)
-                    write_report(report_on_comparison(data), experiment.out)
-                    write_events(data, experiment.out)
+                experiment.carry_out(args.controls)
+            except (RunFailed, KeyboardInterrupt):
+                write_up(experiment, given)
+                raise
+            data = write_up(experiment, given)
     print(*summary_lines(data, args.out), sep="\n")
     if experiment.failures:
         raise SystemExit(1)

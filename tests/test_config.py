@@ -190,7 +190,7 @@ def test_a_directory_in_use_is_left_alone_unless_told_otherwise(used):
 
 def test_a_run_that_is_overwritten_goes_when_the_new_one_is_trained(used):
     with replacing_previous_run(in_directory(used, "--do_train", "--overwrite_output_dir")):
-        assert names(used) == ["notes.txt", "previous-run"]
+        assert names(used) == ["_previous-run", "notes.txt"]
         (used / "model.safetensors").touch()
     assert names(used) == ["model.safetensors", "notes.txt"]
 
@@ -206,7 +206,7 @@ def test_a_run_is_not_lost_to_one_that_fails(used):
     for _ in range(2):  # however often it fails
         with pytest.raises(RuntimeError):
             fail_in_the_place_of_a_run(overwriting)
-        assert (used / "previous-run" / "run.json").read_text() == "run.json"
+        assert (used / "_previous-run" / "run.json").read_text() == "run.json"
     check_output_dir(overwriting, "model")
     with replacing_previous_run(overwriting):
         pass

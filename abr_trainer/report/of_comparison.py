@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
+from .text import DASH, number
 
 METRIC_NAMES = {"eval_perplexity": "validation perplexity", "test_perplexity": "test perplexity"}
 
@@ -33,9 +34,9 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
         Section("What was reached", reached(data, arms)),
         Section("On the way", (curves(arms), relative_curves(arms, data["reference"]))),
         Section("What the schedulers did", behaviour(arms)),
-        Section("What it cost", (cost_table(arms),)),
+        Section("What it cost", (cost_table(arms, data["jobs"]),)),
         *([Section("What was tuned", tuned(arms))] if any(arm["tuning"] for arm in arms) else []),
-        Section("How it was done", method(data, arms)),
+        Section("How it was done", method(data)),
     ]
     others = [name for name in names if name != data["reference"]]
     who = ", ".join(others) if len(others) < 4 else f"{len(others)} schedulers"
@@ -69,7 +70,7 @@ def shortcomings(data: dict[str, Any]) -> list[str]:
 def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
     metric = data["metric"]
     found = [
-        Notice(KINDS.get(arm[metric]["verdict"], "neutral"), verdict_sentence(arm, data["reference"], metric))
+        Notice(kind_of(arm[metric]["verdict"]), verdict_sentence(arm, data["reference"], metric))
         for arm in arms
         if arm["name"] != data["reference"] and metric in arm
     ]
@@ -87,27 +88,31 @@ def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
     return found
 
 
+def kind_of(verdict: str) -> Any:
+    return "warning" if verdict.endswith(("pairs", "differ")) else KINDS.get(verdict, "neutral")
+
+
 def verdict_sentence(arm: dict[str, Any], reference: str, metric: str) -> str:
     """Say what the difference of an arm to the reference is, and how sure that is."""
     entry = arm[metric]
     found = entry["difference"]
     name, words = arm["name"], entry["verdict"]
-    if entry["not_finite"]:
-        return f"{name}: {entry['not_finite']} of {len(entry['values'])} runs ended without a finite perplexity."
-    if not found["seeds"]:
-        return f"{name}: no run of it has a partner under {reference}."
-    size = f"{signed(found['mean'])} ({percent(found['mean'], found)})"
-    change = f"{METRIC_NAMES[metric].capitalize()} {size} against {reference}"
-    if found["seeds"] == 1:
-        return f"{name}: {change}. One seed shows nothing: no verdict."
-    pairs = f"lower in {found['wins']} of {found['seeds']} seeds"
     if words == "no difference":
         return f"{name}: every run equals that of {reference}."
+    sentence = f"{name}: {words}."
+    if words.endswith("pairs"):
+        sentence += f" The other runs of it or of {reference} diverged, failed or are not finished."
+    if not found["seeds"]:
+        return sentence
+    size = f"{signed(found['mean'])} ({percent(found['mean'], found)})"
+    sentence += f" {METRIC_NAMES[metric].capitalize()} {size} against {reference}"
+    if "t_low" not in found:
+        return f"{sentence}."
     interval = f"95 % interval {signed(found['t_low'])} to {signed(found['t_high'])}"
-    sentence = f"{name}: {words}. {change}, {interval}, {pairs}."
+    sentence += f", {interval}, lower in {found['wins']} of {found['seeds']} seeds."
     if words == "no evidence":
         sentence += (
-            f" So many seeds could have shown a difference of {number(found['detectable'])} "
+            f" So many seeds could have shown a difference of {number(found['detectable'], 3)} "
             f"({percent(found['detectable'], found).lstrip('+')}) or more."
         )
     return sentence
@@ -127,12 +132,8 @@ def summary_lines(data: dict[str, Any], out: Path) -> list[str]:
 # ---- Numbers ----
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
-
-
 def signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3g}"
+    return DASH if value is None else f"{value:+.3g}"
 
 
 def percent(value: float, found: dict[str, Any]) -> str:
@@ -161,9 +162,9 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
     for arm in arms:
         entry = arm.get(metric, {})
         found = entry.get("difference", {"seeds": 0})
-        cells = [arm["name"], *(mean_and_deviation(arm[name]) if name in arm else "-" for name in metrics)]
+        cells = [arm["name"], *(mean_and_deviation(arm[name]) if name in arm else DASH for name in metrics)]
         if arm["name"] == reference or found["seeds"] == 0:
-            cells += ["-", "reference" if arm["name"] == reference else "-", *["-"] * 4]
+            cells += [DASH, "reference" if arm["name"] == reference else entry.get("verdict", DASH), *[DASH] * 4]
         else:
             cells += [
                 f"{signed(found['mean'])} ({percent(found['mean'], found)})",
@@ -190,7 +191,7 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
 
 
 def interval(found: dict[str, Any], kind: str) -> str:
-    return f"{signed(found[f'{kind}_low'])} to {signed(found[f'{kind}_high'])}" if f"{kind}_low" in found else "-"
+    return f"{signed(found[f'{kind}_low'])} to {signed(found[f'{kind}_high'])}" if f"{kind}_low" in found else DASH
 
 
 def final_figure(arms: list[dict[str, Any]], metric: str) -> Figure:
@@ -300,7 +301,8 @@ def relative_curves(arms: list[dict[str, Any]], reference: str) -> Figure:
     return Figure(
         "relative_curves",
         f"Validation perplexity relative to {reference}, at equal compute",
-        f"Mean over paired seeds with its 95 % t interval. Below 0 is better than {reference} at that compute.",
+        f"Mean over paired seeds with its 95 % t interval. Below 0 is better than {reference} at that compute. "
+        f"Between two evaluations of {reference} its negative log-likelihood is interpolated.",
         "lines",
         "passes spent",
         f"% above {reference}",
@@ -343,7 +345,7 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
             "loss_over_passes",
             "Loss after each pass of repeated batches",
             "Change of the loss of a batch from its first pass to each further one: mean and quartiles, over the "
-            "batches that were passed over so often. It tells what was learnt of this batch, not of others.",
+            "batches that had so many passes. It tells what was learnt of this batch, not of others.",
             "lines",
             "pass over the batch",
             "loss minus first-pass loss, nats",
@@ -381,7 +383,8 @@ COST_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def cost_table(arms: list[dict[str, Any]]) -> Table:
+def cost_table(arms: list[dict[str, Any]], jobs: int) -> Table:
+    shared = f"; with --jobs {jobs}, up to {jobs} runs share that machine" if jobs > 1 else ""
     return Table(
         "Mean over seeds of what a run has spent",
         ("scheduler", *(heading for heading, _ in COST_COLUMNS.values())),
@@ -389,7 +392,7 @@ def cost_table(arms: list[dict[str, Any]]) -> Table:
         (
             "A pass is a forward-backward over a batch; a skip costs its forward. Tokens are those of all forwards. "
             "Seconds are those of batches alone, without evaluation, logging and checkpoints, on the machine named "
-            "below.",
+            f"below{shared}.",
         ),
     )
 
@@ -444,12 +447,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
-    controls = [f"{arm['name']} spends the mean repeats of {arm['control_of']}" for arm in arms if arm["control_of"]]
+def method(data: dict[str, Any]) -> tuple[Any, ...]:
+    controls = [f"{pair['control']} spends the mean repeats of {pair['name']}" for pair in data["against_controls"]]
+    launcher = shlex.split(data["launcher"]) or ["python"]
     return (
         *([f"Controls, which look at nothing: {'; '.join(controls)}."] if controls else []),
         Commands("The comparison", (shlex.join(["python", *data["argv"]]),)),
-        Commands("Each run", tuple(shlex.join(["python", *run["argv"]]) for run in data["runs"])),
+        Commands("Each run", tuple(shlex.join([*launcher, *run["argv"]]) for run in data["runs"])),
         run_table(data),
         machine_table(data),
     )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from ..comparison import learning_curve, over_loss, over_passes, over_time
-from ..records import RESULTS, TRAINER_STATE, last_complete_checkpoint
+from ..records import RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json
 from ..replay import describe_repeats, read_provenance, read_skipped, read_trace
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
-from .of_comparison import COST_COLUMNS, number
+from .of_comparison import COST_COLUMNS
+from .text import DASH, number
 
 MOST_POINTS = 1500
 """Points of a figure: a browser has to hold them."""
@@ -31,7 +31,7 @@ def report_on_run(directory: Path) -> Report:
     trace = read_trace(directory)
     if not trace:
         raise ValueError(f"{directory} holds no batch yet: there is nothing to report.")
-    results = _read_json(directory / RESULTS)
+    results = read_json(directory / RESULTS) or {}
     curve = evaluations(directory, trace, results)
     skipped = [batch for batch in trace if batch["repeats"] == 0]
     lead: list[str | Notice] = [summary(trace, curve, results)]
@@ -46,10 +46,6 @@ def report_on_run(directory: Path) -> Report:
         Section("How it was made", how(directory)),
     ]
     return Report(f"Run {directory.resolve().name}", tuple(lead), tuple(sections))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def evaluations(directory: Path, trace: list[dict[str, Any]], results: dict[str, Any]) -> list[list[Any]]:
@@ -187,10 +183,10 @@ def skips(directory: Path, skipped: list[dict[str, Any]]) -> tuple[Any, ...]:
     rows = [
         (
             str(batch["step"]),
-            f"{batch['epoch']:.3f}" if batch["epoch"] is not None else "-",
+            f"{batch['epoch']:.3f}" if batch["epoch"] is not None else DASH,
             number(batch["loss"]) if batch["loss"] is not None else "not finite",
             batch["reason"],
-            " ⏎ ".join(text[:160] for text in texts.get(batch["step"], [])) or "-",
+            " ⏎ ".join(text[:160] for text in texts.get(batch["step"], [])) or DASH,
         )
         for batch in skipped[:MOST_SKIPPED]
     ]

@@ -19,7 +19,7 @@ OF_EVALUATIONS = ("loss", "perplexity")
 def write_events(data: dict[str, Any], out: Path) -> None:
     """Write the logs of all runs in `data` to `tensorboard/` in `out`, a folder each; what was there is replaced.
 
-    The step of an event is the number of whole passes spent until then.
+    The step of an event is the number of passes spent until then, rounded.
     """
     from torch.utils.tensorboard import SummaryWriter
 

@@ -13,8 +13,8 @@ DASH = "—"
 LIKE_A_NUMBER = re.compile(r"[^\w\s]?\s*[\d.][\d.,]*\s*(%|e[+-]?\d+)?(\s+(to|of|±|\()\s*.*)?")
 
 
-def number(value: Number) -> str:
-    """Write a number with four significant digits; whole ones, and the whole part of long ones, to the last digit.
+def number(value: Number, digits: int = 4) -> str:
+    """Write a number with so many significant digits; whole ones, and the whole part of long ones, to the last digit.
 
     >>> [number(value) for value in (12.34567, 5.0, 123456.7, 0.00001234, 2.5e15, -0.5, None)]
     ['12.35', '5', '123,457', '1.234e-5', '2.5e15', '-0.5', '—']
@@ -25,11 +25,11 @@ def number(value: Number) -> str:
     if value == 0:
         return "0"
     if size >= 1e9 or size < 1e-3:
-        digits, exponent = f"{value:.3e}".split("e")
-        return f"{float(digits):g}e{int(exponent)}"
+        factor, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{float(factor):g}e{int(exponent)}"
     if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
 
 
 def spans(text: str) -> list[tuple[bool, str]]:

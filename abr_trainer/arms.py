@@ -1,0 +1,91 @@
+"""The alternatives of a comparison: a rule, its parameters, and flags of the script."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the alternatives that are compared.
+
+    Attributes:
+        name: As typed; stands in tables and pictures.
+        rule: What `--repeat_scheduler` gets.
+        parameters: Of the rule, as JSON; empty for none.
+        flags: What else it adds to the command line.
+    """
+
+    name: str
+    rule: str
+    parameters: str = ""
+    flags: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        parameters = ["--repeat_scheduler_kwargs", self.parameters] if self.parameters else []
+        return ["--repeat_scheduler", self.rule, *parameters, *self.flags]
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.=-]+", "-", self.name).strip("-")
+
+    @property
+    def decides(self) -> bool:
+        """Whether the rule looks at a batch before it says how often to train on it."""
+        return self.rule not in ("baseline", "fixed", "random")
+
+    def controls(self, mean: float) -> list[Arm]:
+        """Return two arms with this mean of repeats and the same flags: one spreads it evenly, one at random."""
+        settings = "".join(
+            f",{flag[2:]}={value}" for flag, value in zip(self.flags[::2], self.flags[1::2], strict=True)
+        )
+        most = -int(-mean // 1)
+        at_random = f"random:mean_repeats={mean:g}" + f",max_repeats={most}" * (most > 5)
+        return [parse_arm(f"fixed:{mean:g}{settings}"), parse_arm(at_random + settings)]
+
+
+def parse_arm(text: str) -> Arm:
+    """Parse `name`, `name:value`, `name:parameter=value,...` or `module:Class:parameter=value,...`.
+
+    A bare value goes to the first parameter of the rule. A parameter that the rule does not have is a flag of the
+    script, without its dashes.
+
+    Raises:
+        ValueError: There is no such rule, or it does not take the value.
+
+    >>> parse_arm("abr:loss_threshold=2.0,skip_outliers=none").arguments[2:]
+    ['--repeat_scheduler_kwargs', '{"loss_threshold": 2.0}', '--skip_outliers', 'none']
+    """
+    pieces = text.split(":")
+    is_own = len(pieces) > 1 and pieces[0] not in SCHEDULERS
+    rule, settings = ":".join(pieces[: 1 + is_own]), ":".join(pieces[1 + is_own :])
+    takes = [] if rule == "baseline" else list(inspect.signature(find_repeat_scheduler(rule)).parameters)
+    parameters: dict[str, Any] = {}
+    flags: list[str] = []
+    for setting in filter(None, settings.split(",")):
+        key, has_key, value = setting.partition("=")
+        if not has_key:
+            if not takes:
+                raise ValueError(f"--schedulers {text}: {rule} has no parameter that could be {setting}.")
+            key, value = takes[0], setting
+        if key in takes:
+            parameters[key] = _as_json(value)
+        else:
+            flags += [f"--{key}", value]
+    if parameters:
+        get_repeat_scheduler(rule, **parameters)
+    return Arm(text, rule, json.dumps(parameters) if parameters else "", tuple(flags))
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

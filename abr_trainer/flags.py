@@ -1,0 +1,188 @@
+"""Command lines of `run_clm_abr.py`, read and completed without running it; no torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from .errors import one_line
+
+OF_THE_COMPARISON = {
+    "--repeat_scheduler": "--schedulers",
+    "--repeat_scheduler_kwargs": "--schedulers name:parameter=value",
+    "--seed": "--seeds",
+    "--output_dir": "--out",
+    "--resume_from_checkpoint": "the same command once more, which resumes by itself",
+    "--overwrite_output_dir": "another --out",
+    "--push_to_hub": "a run of its own: every run of a comparison would push",
+}
+
+SHARED = (
+    *("--max_passes", "--max_steps", "--num_train_epochs", "--do_train", "--do_eval", "--do_predict"),
+    *("--validation_file", "--test_file", "--max_eval_samples", "--block_size"),
+)
+"""How long a run is and what it is judged by: the same for all runs of a comparison."""
+
+SAVING = ("--save_strategy", "--save_steps", "--save_passes", "--save_total_limit")
+EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
+
+
+def is_flags_file(argument: str) -> bool:
+    return Path(argument).suffix in (".yaml", ".yml", ".json")
+
+
+def read_flags_file(path: Path) -> list[str]:
+    """Return what a file of flags says, as a command line would.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no flags.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of flags to values.")
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flags += [f"--{name}", json.dumps(value)]
+        elif value is not None:
+            flags += [f"--{name}", *(_as_argument(item) for item in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def _as_argument(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "no"  # YAML reads `save_strategy: no` as false
+    return str(value)
+
+
+def expand_flags_file(argv: Sequence[str]) -> list[str]:
+    """Put the flags in the place of a file of flags at the beginning of a command line.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no flags.
+    """
+    if argv and is_flags_file(argv[0]):
+        return [*read_flags_file(Path(argv[0])), *argv[1:]]
+    return list(argv)
+
+
+def given_flags(argv: Iterable[str]) -> dict[str, list[str]]:
+    """Return the flags of a command line with their values, by the names that have underscores.
+
+    >>> given_flags(["--max-passes", "9", "--bf16", "--lora_r=8"])
+    {'--max_passes': ['9'], '--bf16': [], '--lora_r': ['8']}
+    """
+    flags: dict[str, list[str]] = {}
+    values: list[str] = []
+    for argument in argv:
+        if argument.startswith("--"):
+            name, has_value, value = argument.partition("=")
+            values = flags[f"--{name[2:].replace('-', '_')}"] = [value] if has_value else []
+        else:
+            values.append(argument)
+    return flags
+
+
+def is_on(flag: str, flags: dict[str, list[str]]) -> bool:
+    """Tell whether a flag that is true or false is given and true."""
+    return flag in flags and [value.lower() for value in flags[flag]] not in (["false"], ["no"], ["0"], ["f"], ["n"])
+
+
+def asks_to_save(rest: Sequence[str]) -> bool:
+    """Tell whether these arguments say when to save: then the checkpoints are wanted for themselves."""
+    return not given_flags(rest).keys().isdisjoint(SAVING)
+
+
+def refuse(flags: Iterable[str], where: str, shared: Sequence[str] = SHARED) -> None:
+    """Refuse flags that the comparison sets itself, or that make runs incomparable.
+
+    Args:
+        where: What the flags come from, for the message.
+        shared: Flags that must not stand there.
+
+    Raises:
+        ValueError: One of them is there.
+    """
+    for flag in given_flags(flags):
+        if instead := OF_THE_COMPARISON.get(flag):
+            raise ValueError(f"{where}{flag} is not for the runs to decide. Use {instead}.")
+        if flag in shared:
+            raise ValueError(f"{where}{flag} must be the same for all runs, or they cannot be compared.")
+
+
+def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[str]:
+    """Return the flags that all runs share: those given, and what a comparison needs where nothing else is said.
+
+    Args:
+        rest: Arguments of `run_clm_abr.py`, a file of flags expanded.
+        match: "passes" or "batches": what is to be equal between runs.
+        evaluations: How often to evaluate in the course of a run, at equal distances on that clock.
+
+    Raises:
+        ValueError: An argument is not for one run to decide, or what is to be equal is not given.
+    """
+    given = given_flags(rest)
+    if evaluations < 1:
+        raise ValueError(f"--evaluations must be at least 1, got {evaluations}.")
+    if match == "passes" and "--max_passes" not in given:
+        raise ValueError("--match passes needs the budget of each run: give --max_passes N after the --.")
+    other_clock = "--max_steps" if match == "passes" else "--max_passes"
+    if other_clock in given:
+        raise ValueError(f"--match {match} leaves no room for {other_clock}: runs would end before what is matched.")
+    refuse(rest, "", shared=())
+    for flag in ("--do_train", "--do_eval"):
+        if flag in given and not is_on(flag, given):
+            raise ValueError(f"{flag} {' '.join(given[flag])}: a comparison trains and evaluates every run.")
+    added = [flag for flag in ("--do_train", "--do_eval") if flag not in given]
+    has_test = "--test_file" in given or not {"--train_file", "--validation_file"} & given.keys()
+    if "--do_predict" not in given and has_test and given.get("--dataset_name") != ["c4"]:
+        added.append("--do_predict")
+    share = str(round(1 / evaluations, 4))
+    keeps_best = is_on("--load_best_model_at_end", given)  # which Trainer does where it saves and evaluates at once
+    says_when = not given.keys().isdisjoint(EVALUATING)
+    if not says_when and match == "passes" and not keeps_best:
+        added += ["--eval_passes", share]
+    elif not says_when:
+        added += ["--eval_strategy", "steps", "--eval_steps", share]
+    added += [] if "--eval_on_start" in given else ["--eval_on_start"]
+    if not asks_to_save(rest):
+        if keeps_best and says_when:
+            raise ValueError("--load_best_model_at_end with evaluations of your own needs --save_strategy as well.")
+        if match == "passes" and not keeps_best:
+            added += ["--save_strategy", "no", "--save_passes", "0.1", "--save_total_limit", "1"]
+        else:
+            added += ["--save_strategy", "steps", "--save_steps", share if keeps_best else "0.1"]
+            added += ["--save_total_limit", "1"]
+    added += [] if "--report_to" in given else ["--report_to", "none"]
+    added += [] if "--disable_tqdm" in given else ["--disable_tqdm", "true"]
+    return [*rest, *added]
+
+
+def parse_tuning(settings: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Parse what `--tune FLAG VALUE ...` was given, each time.
+
+    Raises:
+        ValueError: There is nothing to try, or something is tried twice.
+
+    >>> parse_tuning([["learning_rate", "1e-4", "1e-3"]])
+    {'learning_rate': ['1e-4', '1e-3']}
+    """
+    tune: dict[str, list[str]] = {}
+    for given, *values in settings:
+        name = given.removeprefix("--").replace("-", "_")
+        if not values:
+            raise ValueError(f"--tune {name} needs values to try, e.g. --tune {name} 1e-4 1e-3.")
+        if name in tune:
+            raise ValueError(f"--tune {name} stands there twice: give all of its values to one of them.")
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise ValueError(f"--tune {name}: {twice} stands there twice.")
+        tune[name] = values
+    return tune
