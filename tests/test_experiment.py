@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from abr_trainer.experiment import Experiment, complete_flags, given_flags, parse_arm, parse_tuning, share_done
-from abr_trainer.records import read_lines
+from abr_trainer.arms import parse_arm
+from abr_trainer.experiment import Experiment
+from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, parse_tuning
+from abr_trainer.progress import share_done
+from abr_trainer.records import last_complete_checkpoint, read_lines
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "compare_schedulers.py"
@@ -51,7 +54,7 @@ EXPERIMENT = {"out": Path("out"), "script": Path("run_clm_abr.py"), "seeds": [0,
     ],
 )
 def test_an_arm_is_a_rule_with_parameters_and_flags(text, flags):
-    assert " ".join(parse_arm(text).flags) == flags
+    assert " ".join(parse_arm(text).arguments) == flags
 
 
 @pytest.mark.parametrize(
@@ -85,14 +88,17 @@ def test_what_a_comparison_decides_is_refused_to_the_runs():
     with pytest.raises(ValueError, match="--match passes leaves no room for --max_steps"):
         complete_flags(["--max_passes", "9", "--max_steps", "3"], "passes", 10)
     with pytest.raises(ValueError, match="--match batches leaves no room for --max_passes"):
-        complete_flags(["--max_passes", "9"], "batches", 10)
+        complete_flags(["--max-passes", "9"], "batches", 10)
+    with pytest.raises(ValueError, match="--do_eval False: a comparison trains and evaluates every run"):
+        complete_flags(["--max_passes", "9", "--do_eval", "False"], "passes", 10)
 
 
 def test_flags_that_are_given_are_left_alone(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("max_passes: 9\neval_strategy: epoch\ntrain_file: a.txt\n")
-    rest = [str(config), "--save_steps", "7", "--report_to", "wandb"]
-    assert given_flags(rest)["--max_passes"] == ["9"]
+    rest = expand_flags_file([str(config), "--save_steps", "7", "--report-to", "wandb"])
+    assert rest[:2] == ["--max_passes", "9"], "in the records of a run: the file may change"
+    assert asks_to_save(rest)
     added = complete_flags(rest, "passes", 10)[len(rest) :]
     assert added == ["--do_train", "--do_eval", "--eval_on_start", "--disable_tqdm", "true"]
     assert "--do_predict" in complete_flags(["--max_passes", "9", "--test_file", "b.txt"], "passes", 10)
@@ -109,6 +115,9 @@ def test_flags_that_are_given_are_left_alone(tmp_path):
     [
         ({"arms": [parse_arm("abr"), parse_arm("abr")]}, "--schedulers abr stands there twice"),
         ({"reference": "fixed:2"}, "--reference fixed:2 is none of --schedulers"),
+        ({"arms": [parse_arm("baseline:max_passes=9")]}, "--schedulers baseline:max_passes=9: --max_passes must be"),
+        ({"arms": [parse_arm("abr:output_dir=x")]}, "--schedulers abr:output_dir=x: --output_dir is not for the runs"),
+        ({"tune": {"seed": ["1", "2"]}, "tune_seeds": [0]}, "--tune: --seed is not for the runs to decide"),
         ({"seeds": []}, "--seeds must be"),
         ({"seeds": [1, 1]}, "--seeds must be"),
         ({"jobs": 0}, "--jobs must be at least 1"),
@@ -127,8 +136,96 @@ def test_tuning_tries_every_combination():
     assert len(runs) == 6
     assert runs[0].argv[-6:] == ("--learning_rate", "1e-4", "--lora_r", "4", "--seed", "0")
     assert str(runs[0].directory) == "out/runs/abr/learning_rate=1e-4/lora_r=4/seed-0"
-    with pytest.raises(ValueError, match="--tune learning_rate needs values to try"):
-        parse_tuning([["learning_rate"]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([["learning_rate"]], "--tune learning_rate needs values to try"),
+        ([["learning_rate", "1", "1"]], "--tune learning_rate: 1 stands there twice"),
+        ([["learning_rate", "1"], ["--learning-rate", "2"]], "--tune learning_rate stands there twice"),
+    ],
+)
+def test_tuning_that_cannot_be_is_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse_tuning(settings)
+
+
+def leave_run(run, **results):
+    """Leave in the directory of a run what a finished one leaves."""
+    run.directory.mkdir(parents=True)
+    (run.directory / "run.json").write_text(json.dumps({"argv": ["run_clm_abr.py", *run.argv]}))
+    (run.directory / "all_results.json").write_text(json.dumps({"train_passes": 9, "eval_perplexity": 5.0, **results}))
+    (run.directory / "trainer_state.json").write_text("{}")
+
+
+def test_a_candidate_that_diverged_or_lacks_a_run_is_not_chosen(tmp_path):
+    tune = {"learning_rate": ["1", "2", "3"]}
+    experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("abr")], tune=tune, tune_seeds=[0, 1])
+    (arm,) = experiment.arms
+    for value, perplexities in {"1": (5.0, 7.0), "2": (1.0, float("nan")), "3": (1.0,)}.items():
+        for seed, perplexity in enumerate(perplexities):
+            leave_run(experiment.run_of(arm, seed, (("learning_rate", value),)), eval_perplexity=perplexity)
+    assert experiment.chosen(arm) == (("learning_rate", "1"),)
+
+
+def test_controls_stay_the_same_when_seeds_are_added_and_serve_every_rule_of_that_mean(tmp_path):
+    texts = ["baseline", "fixed:2", "abr", "abr:loss_threshold=2.0", "abr:skip_outliers=none"]
+
+    def experiment(seeds):
+        return Experiment(**{**EXPERIMENT, "out": tmp_path, "seeds": seeds}, arms=[parse_arm(text) for text in texts])
+
+    first = experiment([0])
+    for run in first.final_runs(first.arms):
+        leave_run(run, train_batches=11, train_skips=1, train_updates=20)
+    added = [arm.name for arm in first.add_controls()]
+    assert added == [
+        "random:mean_repeats=2",  # fixed:2 is there already
+        "fixed:2,skip_outliers=none",
+        "random:mean_repeats=2,skip_outliers=none",
+    ]
+    assert first.controlled == [
+        ("abr", "fixed:2"),
+        ("abr", "random:mean_repeats=2"),
+        ("abr:loss_threshold=2.0", "fixed:2"),
+        ("abr:loss_threshold=2.0", "random:mean_repeats=2"),
+        ("abr:skip_outliers=none", "fixed:2,skip_outliers=none"),
+        ("abr:skip_outliers=none", "random:mean_repeats=2,skip_outliers=none"),
+    ]
+    more = experiment([0, 1])
+    for run in more.final_runs(more.arms):
+        if run.seed == 1:
+            leave_run(run, train_batches=10, train_skips=0, train_updates=50)
+    assert [arm.name for arm in more.add_controls()] == added
+
+
+def test_one_gpu_of_several_is_given_to_a_run_and_all_of_them_to_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))")
+    for launcher, seen in {"": "0", sys.executable: "None"}.items():
+        options = {**EXPERIMENT, "out": tmp_path / seen, "script": script, "launcher": launcher}
+        experiment = Experiment(**options, arms=[parse_arm("abr")])
+        experiment._facts = {"device": "cuda", "devices": 2}
+        (run, *_) = experiment.final_runs(experiment.arms)
+        with experiment.locked():
+            experiment._start(run, slot=0).wait()
+        assert run.log.read_text() == f"{seen}\n"
+
+
+def test_a_directory_stays_locked_while_a_launched_run_outlives_its_comparison(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import time; time.sleep(60)")
+    options = {**EXPERIMENT, "out": tmp_path / "out", "script": script, "launcher": sys.executable}
+    experiment = Experiment(**options, arms=[parse_arm("abr")])
+    with experiment.locked():
+        process = experiment._start(experiment.final_runs(experiment.arms)[0], slot=0)
+    with pytest.raises(ValueError, match="Another comparison is running in"), experiment.locked():
+        pass
+    process.terminate()
+    process.wait()
+    with experiment.locked():
+        pass
 
 
 def test_the_share_that_is_done_is_read_off_the_trace(tmp_path):
@@ -176,8 +273,9 @@ def test_runs_are_paired_and_spend_the_same(finished):
 def test_controls_spend_the_mean_repeats_of_the_rule(finished):
     _, data = finished
     arms = {arm["name"]: arm for arm in data["arms"]}
-    controls = [arm for arm in data["arms"] if arm["control_of"]]
-    assert [arm["name"].partition(":")[0] for arm in controls] == ["fixed", "random"]
+    pairs = [(pair["name"], pair["control"].partition(":")[0]) for pair in data["against_controls"]]
+    assert pairs == [("abr:loss_threshold=0.8", "fixed"), ("abr:loss_threshold=0.8", "random")]
+    controls = [arms[pair["control"]] for pair in data["against_controls"]]
 
     def mean(arm):
         return arm["cost"]["updates"] / (arm["cost"]["batches"] - arm["cost"]["skips"])
@@ -189,7 +287,7 @@ def test_controls_spend_the_mean_repeats_of_the_rule(finished):
 def test_every_run_is_evaluated_at_the_same_compute(finished):
     _, data = finished
     for arm in data["arms"]:
-        assert [point["passes"] for point in arm["curve"]] == pytest.approx([0, 4, 8, 12], abs=3)
+        assert [point["passes"] for point in arm["curve"]] == pytest.approx([0, 4, 8, 12], abs=1.5)
         assert arm["curve"][0]["mean"] == data["arms"][0]["curve"][0]["mean"], "an untrained adapter changes nothing"
 
 
@@ -211,6 +309,13 @@ def test_other_arguments_in_the_same_directory_are_refused(finished):
     out, _ = finished
     with pytest.raises(SystemExit, match=r"holds a run with other arguments \(.*2e-3 -> 1e-3"):
         compare(out, "--seeds", "2", "--evaluations", "3", rest=["1e-3" if flag == "2e-3" else flag for flag in QUICK])
+
+
+@pytest.mark.slow
+def test_another_launcher_in_the_same_directory_is_refused(finished):
+    out, _ = finished
+    with pytest.raises(SystemExit, match=r"--launcher torchrun: the runs in .* were started with none"):
+        compare(out, "--seeds", "2", "--evaluations", "3", "--launcher", "torchrun")
 
 
 @pytest.mark.slow
@@ -248,9 +353,10 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_pat
     options = ["--schedulers", "baseline", "abr:loss_threshold=0.8", "--seeds", "1", "--evaluations", "3"]
     command = [sys.executable, str(SCRIPT), *options, "--out", str(out), "--", *QUICK]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    trace = out / "runs" / "abr-loss_threshold=0.8" / "seed-0" / "abr_trace.jsonl"
+    directory = out / "runs" / "abr-loss_threshold=0.8" / "seed-0"
+    trace = directory / "abr_trace.jsonl"
     deadline = time.monotonic() + 200
-    while not (trace.exists() and trace.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+    while not last_complete_checkpoint(directory) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
@@ -264,7 +370,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_pat
 
     resumed = compare(out, "--seeds", "1", "--evaluations", "3")
     expected = {(run["arm"], run["seed"]): run["metrics"] for run in data["runs"]}
-    assert len(resumed["runs"]) == 2
+    assert [run["resumed"] for run in resumed["runs"]] == [0, 1]
     for run in resumed["runs"]:
         assert run["metrics"] == pytest.approx(expected[run["arm"], run["seed"]], rel=1e-6)
 
@@ -324,7 +430,7 @@ def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hi
     assert [point["passes"] for point in data["arms"][1]["curve"]] == [0, 4, 8]
     report = (tmp_path / "cmp" / "report.md").read_text()
     assert "It cannot show that repeating pays" in report
-    assert "One seed shows nothing: no verdict" in report
+    assert "fixed:2: no verdict: one seed." in report
 
 
 @pytest.mark.slow

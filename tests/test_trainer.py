@@ -511,11 +511,22 @@ def test_a_resumed_run_is_evaluated_where_an_unbroken_one_is(train, tmp_path):
     assert [logs["step"] for logs in resumed.state.log_history if "eval_loss" in logs] == expected == [2, 4, 6]
 
 
+def test_checkpoints_come_at_equal_compute_however_often_batches_repeat(train):
+    def saved(scheduler):
+        trainer = train(repeat_scheduler=scheduler, max_passes=6, save_strategy="no", save_passes=0.5)
+        return sorted(path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+    assert saved(ConstantScheduler()) == ["checkpoint-3", "checkpoint-6"]
+    assert saved(ConstantScheduler(3)) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_evaluations_that_cannot_be_are_refused(build):
     with pytest.raises(ValueError, match="--eval_passes needs something to evaluate on"):
         build(eval_passes=2)
     with pytest.raises(ValueError, match="--eval_passes must be positive, got 0"):
         build(eval_passes=0)
+    with pytest.raises(ValueError, match="--save_passes must be positive, got -1"):
+        build(save_passes=-1)
     with pytest.raises(ValueError, match=r"--eval_passes 0.1 is a share of --max_passes, which is not given"):
         build(eval_passes=0.1)
 

@@ -104,3 +104,31 @@ def test_a_run_at_work_is_reported_as_far_as_it_has_come(run, tmp_path):
     (tmp_path / "run.json").unlink()
     assert "run.json is missing" in "\n".join(explain_batch(tmp_path, 1))
     assert any("tokens " in row[4] for row in texts_of(report_on_run(tmp_path))["Which data were left out"].rows)
+
+
+def test_of_a_run_at_work_the_evaluations_before_its_last_checkpoint_are_shown(run, tmp_path):
+    directory, _ = run
+    shutil.copy(directory / "abr_trace.jsonl", tmp_path)
+    (checkpoint,) = directory.glob("checkpoint-*")
+    (tmp_path / checkpoint.name).mkdir()
+    shutil.copy(checkpoint / "trainer_state.json", tmp_path / checkpoint.name)
+    figures = {figure.name: figure for figure in report_on_run(tmp_path).figures}
+    assert len(figures["perplexity"].series[0].x) == 5
+
+
+def test_a_run_that_was_never_evaluated_is_reported(run, tmp_path):
+    directory, _ = run
+    shutil.copy(directory / "abr_trace.jsonl", tmp_path)
+    results = json.loads((directory / "all_results.json").read_text())
+    left = {name: value for name, value in results.items() if not name.startswith("eval")}
+    (tmp_path / "all_results.json").write_text(json.dumps(left))
+    (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
+    assert "Nothing was evaluated" in str(report_on_run(tmp_path).sections[0].blocks[0])
+
+
+def test_a_trace_of_an_earlier_version_is_told(run, tmp_path):
+    directory, trace = run
+    earlier = [{name: value for name, value in batch.items() if name != "passes"} for batch in trace]
+    (tmp_path / "abr_trace.jsonl").write_text("".join(json.dumps(batch) + "\n" for batch in earlier))
+    with pytest.raises(ValueError, match="was written by an earlier version"):
+        report_on_run(tmp_path)
