@@ -244,6 +244,9 @@ def test_a_hyperparameter_search_starts_each_trial_clean(tmp_path):
         assert sum(batch["repeats"] for batch in trace) == passes
         assert [batch["step"] for batch in trace] == list(range(1, len(trace) + 1))
     assert not Path(tmp_path, "abr_trace.jsonl").exists()
+    assert not list(tmp_path.rglob("_skipped_batches.jsonl")), (
+        "from a folder in the output directory it would be pushed"
+    )
 
 
 def test_an_impossible_value_of_a_trial_is_told_by_its_flag(tmp_path):

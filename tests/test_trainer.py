@@ -511,10 +511,11 @@ def test_a_resumed_run_is_evaluated_where_an_unbroken_one_is(train, tmp_path):
     assert [logs["step"] for logs in resumed.state.log_history if "eval_loss" in logs] == expected == [2, 4, 6]
 
 
-def test_checkpoints_come_at_equal_compute_however_often_batches_repeat(train):
+def test_checkpoints_come_at_equal_compute_however_often_batches_repeat(train, tmp_path):
     def saved(scheduler):
-        trainer = train(repeat_scheduler=scheduler, max_passes=6, save_strategy="no", save_passes=0.5)
-        return sorted(path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*"))
+        directory = tmp_path / repr(scheduler)
+        train(repeat_scheduler=scheduler, max_passes=6, save_strategy="no", save_passes=0.5, output_dir=str(directory))
+        return sorted(path.name for path in directory.glob("checkpoint-*"))
 
     assert saved(ConstantScheduler()) == ["checkpoint-3", "checkpoint-6"]
     assert saved(ConstantScheduler(3)) == ["checkpoint-1", "checkpoint-2"]
