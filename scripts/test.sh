@@ -7,4 +7,5 @@ install_deepspeed
 export HF_HUB_OFFLINE=1
 echo "ruff" && ruff format --check . && ruff check .
 echo "mypy" && mypy
-echo "pytest" && python -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # several processes share the cores
+echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"

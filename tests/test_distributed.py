@@ -28,7 +28,7 @@ ONE_PROCESS_CAN = [
 def launch(directory: Path, ranks: int, names: list[str]) -> Path:
     """Run scenarios in `ranks` processes over gloo."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    run_module(*launcher, "-m", "tests.jobs", "engines", str(directory), *names, timeout=280)
+    run_module(*launcher, "-m", "tests.jobs", "engines", str(directory), *names, timeout=560)
     return directory
 
 

@@ -53,7 +53,7 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(tmp_path):
         launcher = ["accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"]
         launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "script"]
         output = tmp_path / name
-        run_module(*launcher, *flags, *more, "--output_dir", str(output), timeout=200)
+        run_module(*launcher, *flags, *more, "--output_dir", str(output), timeout=400)
         results[name] = json.loads((output / "all_results.json").read_text())
     for name, result in results.items():
         expected = results["ddp_4_bit" if "qlora" in name else "ddp"]
@@ -84,7 +84,7 @@ def test_a_slurm_job_is_one_run_over_its_nodes(tmp_path):
         cwd=ROOT,
         env=environment,
         capture_output=True,
-        timeout=200,
+        timeout=400,
         check=True,
     )
     results = json.loads((tmp_path / "a run" / "all_results.json").read_text())

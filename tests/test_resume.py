@@ -37,7 +37,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
     whole = resumable(str(tmp_path / "whole"))
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "tests.jobs", "resumable", str(killed), "22"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=480, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert [batch["step"] for batch in trace_of(killed)] == list(range(1, 23)), "each batch is on disk before the next"
     # What a kill in the middle of saving leaves behind: a newer checkpoint without its end.

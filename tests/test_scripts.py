@@ -164,7 +164,7 @@ def test_the_command_line_itself():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 1
