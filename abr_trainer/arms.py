@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from .flags import given_flags
 from .schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler
+
+OF_RULES = ("loss_threshold", "max_repeats")
+"""Flags of the script that are parameters of rules, and nothing to those that do not have them."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,26 @@ class Arm:
         """Whether the rule looks at a batch before it says how often to train on it."""
         return self.rule not in ("baseline", "fixed", "random")
 
-    def controls(self, mean: float) -> list[Arm]:
-        """Return two arms with this mean of repeats and the same flags: one spreads it evenly, one at random."""
-        settings = "".join(
-            f",{flag[2:]}={value}" for flag, value in zip(self.flags[::2], self.flags[1::2], strict=True)
-        )
-        most = -int(-mean // 1)
-        at_random = f"random:mean_repeats={mean:g}" + f",max_repeats={most}" * (most > 5)
+    def leaves_open(self, flag: str) -> bool:
+        """Tell whether a flag of the script, given without dashes, changes anything about this arm."""
+        own = json.loads(self.parameters or "{}")
+        if flag in own or f"--{flag}" in given_flags(self.flags):
+            return False
+        if flag not in OF_RULES or self.rule == "baseline":
+            return flag not in OF_RULES
+        reads = inspect.signature(find_repeat_scheduler(self.rule)).parameters
+        return flag in reads or (self.rule == "fixed" and flag == "max_repeats" and "repeats" not in own)
+
+    def controls(self, mean: float, states_most: bool) -> list[Arm]:
+        """Return two arms with this mean of repeats and the same flags: one spreads it evenly, one at random.
+
+        Args:
+            states_most: Do not leave `max_repeats` to its default.
+        """
+        pairs = zip(self.flags[::2], self.flags[1::2], strict=True)
+        settings = "".join(f",{flag[2:]}={value}" for flag, value in pairs)
+        most = max(5, math.ceil(mean))
+        at_random = f"random:mean_repeats={mean:g}" + f",max_repeats={most}" * (states_most or most > 5)
         return [parse_arm(f"fixed:{mean:g}{settings}"), parse_arm(at_random + settings)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -31,6 +32,8 @@ SAME_LOSS = 1e-3
 
 SAME_COST = 0.02
 """Relative difference up to which passes cost the same: the last batch of an epoch may be smaller."""
+
+TOO_LARGE = 1e100
 
 BINS = 20
 
@@ -143,7 +146,8 @@ def read_run(run: Run, results: dict[str, float], root: Path) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    """Return None for a perplexity that is not finite, or so large that its square is not."""
+    return value if math.isfinite(value) and abs(value) < TOO_LARGE else None
 
 
 def learning_curve(directory: Path, batches: list[dict[str, Any]], results: dict[str, float]) -> Curve:
@@ -166,19 +170,14 @@ def learning_curve(directory: Path, batches: list[dict[str, Any]], results: dict
 def mean_curve(curves: list[Curve]) -> list[dict[str, float]]:
     """Average the learning curves of several seeds over passes spent.
 
-    Where all have as many evaluations, the i-th of each are taken together. Where they do not, each is interpolated at
-    the evaluations of the shortest one. Where one is not finite there is no mean.
+    Where all have as many evaluations, the i-th of each are taken together; else see `aligned`. Where one is not
+    finite there is no mean.
 
     Returns:
         A list of `passes`, `mean`, `low` and `high`: one standard deviation around the mean.
     """
-    if not curves or not all(curves):
-        return []
-    if len({len(curve) for curve in curves}) > 1:
-        grid = [passes for passes, _ in min(curves, key=lambda curve: (curve[-1][0], len(curve)))]
-        curves = [interpolate(curve, grid) for curve in curves]
     points = []
-    for evaluations in zip(*curves, strict=True):
+    for evaluations in zip(*aligned(curves), strict=True):
         values = [perplexity for _, perplexity in evaluations]
         if None in values:
             continue
@@ -186,6 +185,16 @@ def mean_curve(curves: list[Curve]) -> list[dict[str, float]]:
         passes = statistics.fmean(passes for passes, _ in evaluations)
         points.append({"passes": passes, "mean": mean, "low": mean - deviation, "high": mean + deviation})
     return points
+
+
+def aligned(curves: list[Curve]) -> list[Curve]:
+    """Return curves of equally many points: those given, or interpolated at the evaluations of the shortest run."""
+    if not curves or not all(curves):
+        return []
+    if len({len(curve) for curve in curves}) == 1:
+        return curves
+    grid = [passes for passes, _ in min(curves, key=lambda curve: (curve[-1][0], len(curve)))]
+    return [interpolate(curve, grid) for curve in curves]
 
 
 def relative_curve(curves: dict[int, Curve], reference: dict[int, Curve]) -> list[dict[str, float | None]]:
@@ -201,8 +210,9 @@ def relative_curve(curves: dict[int, Curve], reference: dict[int, Curve]) -> lis
         a 95 % t interval, from two seeds on. Where one of the curves is not finite there is no point.
     """
     changes = []
-    for seed in [seed for seed in curves if reference.get(seed)]:
-        shared = [point for point in curves[seed] if point[0] < reference[seed][-1][0] + 1]
+    seeds = [seed for seed in curves if reference.get(seed)]
+    for seed, curve in zip(seeds, aligned([curves[seed] for seed in seeds]), strict=False):
+        shared = [point for point in curve if point[0] < reference[seed][-1][0] + 1]
         before = interpolate(reference[seed], [passes for passes, _ in shared])
         changes.append(
             [
@@ -288,12 +298,17 @@ def over_passes(batches: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def summarise_arm(
-    runs: list[dict[str, Any]], reference: list[dict[str, Any]], metrics: list[str], planned: int
+    runs: list[dict[str, Any]],
+    reference: list[dict[str, Any]],
+    metrics: list[str],
+    planned: int,
+    is_tuned: bool = True,
 ) -> dict[str, Any]:
     """Return mean and deviation of each metric over seeds, its paired difference to the reference, and mean costs.
 
     Args:
         planned: How many seeds were asked for.
+        is_tuned: Whether the values to compare at are chosen. Else there is no verdict.
     """
     summary: dict[str, Any] = {"seeds": [run["seed"] for run in runs]}
     before = {run["seed"]: run["metrics"] for run in reference}
@@ -315,7 +330,7 @@ def summarise_arm(
             "deviation": statistics.stdev(finite) if len(finite) > 1 else None,
             "interval": mean_interval(finite),
             "difference": found,
-            "verdict": verdict(found, planned),
+            "verdict": verdict(found, planned) if is_tuned else "no verdict: tuning is not finished",
         }
     if runs:
         summary["cost"] = {name: statistics.fmean(run["cost"][name] for run in runs) for name in COSTS}
@@ -339,6 +354,11 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
     batches = {name: [batch for run in read for batch in run.pop("batches")] for name, read in runs.items()}
     curves = {name: {run["seed"]: run["curve"] for run in read} for name, read in runs.items()}
     everything = [run for read in runs.values() for run in read]
+    untuned = {arm.name for arm in experiment.arms if not is_tuned(experiment, arm)}
+
+    def against(name: str, other: str) -> dict[str, Any]:
+        return summarise_arm(runs[name], runs[other], metrics, len(experiment.seeds), not {name, other} & untuned)
+
     metrics = [name for name in METRICS if any(name in run["metrics"] for run in everything)]
     end = max((run["cost"]["passes"] for run in everything), default=1.0)
     losses = [batch["loss"] for some in batches.values() for batch in some if batch["loss"] is not None] or [0.0]
@@ -347,7 +367,7 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
             "name": arm.name,
             "flags": list(arm.arguments),
             "tuning": tuning_of(experiment, arm),
-            **summarise_arm(runs[arm.name], runs[experiment.reference], metrics, len(experiment.seeds)),
+            **against(arm.name, experiment.reference),
             "curve": mean_curve([run["curve"] for run in runs[arm.name]]),
             "relative_curve": relative_curve(curves[arm.name], curves[experiment.reference]),
             "over_time": over_time(batches[arm.name], end),
@@ -368,15 +388,15 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
         "jobs": experiment.jobs,
         "arms": arms,
         "against_controls": [
-            {
-                "name": name,
-                "control": control,
-                **summarise_arm(runs[name], runs[control], metrics, len(experiment.seeds)),
-            }
-            for name, control in experiment.controlled
+            {"name": name, "control": control, **against(name, control)} for name, control in experiment.controlled
         ],
         "runs": everything,
-        "missing": [run.title for planned in wanted.values() for run in planned if experiment.results(run) is None],
+        "missing": [
+            run.title
+            for arm in experiment.arms
+            for run in dict.fromkeys([*experiment.tuning_runs([arm]), *wanted[arm.name]])
+            if experiment.results(run) is None
+        ],
         "failures": list(experiment.failures.values()),
         "warnings": find_mismatches(everything, experiment.match),
     }
@@ -386,23 +406,23 @@ def tuning_of(experiment: Experiment, arm: Arm) -> dict[str, Any] | None:
     """Return the candidates of an arm with their mean validation perplexity, which was chosen, and which of the chosen
     values lie at an end of what was tried. None where nothing was tuned.
     """
-    if not experiment.tune:
-        return None
     chosen = dict(experiment.chosen(arm))
+    if not chosen:
+        return None
     at_edge = []
-    for name, values in experiment.tune.items():
-        ordered = sorted(values, key=_as_number)
-        if len(ordered) > 1 and chosen[name] in (ordered[0], ordered[-1]):
-            at_edge.append(name)
+    for name, value in chosen.items():
+        with contextlib.suppress(ValueError):  # what is no number has no ends
+            numbers = [float(each) for each in experiment.tune[name]]
+            if len(numbers) > 1 and float(value) in (min(numbers), max(numbers)):
+                at_edge.append(name)
     tried = [{"values": dict(each), "eval_perplexity": _finite(mean)} for each, mean in experiment.tried(arm).items()]
     return {"chosen": chosen, "tried": tried, "at_edge": at_edge}
 
 
-def _as_number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
+def is_tuned(experiment: Experiment, arm: Arm) -> bool:
+    """Tell whether all values have been tried, and one was good enough to choose."""
+    is_over = all(run in experiment.failures or run.results() for run in experiment.tuning_runs([arm]))
+    return is_over and (len(experiment.candidates(arm)) == 1 or min(experiment.tried(arm).values()) < math.inf)
 
 
 def find_mismatches(runs: list[dict[str, Any]], match: str) -> list[str]:

@@ -186,8 +186,9 @@ def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, Ro
         source["train"], source["validation"] = _split_rows(source["train"], arguments.validation_split_percentage)
     for split in splits:
         if split not in source:
+            otherwise = ", or --do_predict false" if split == "test" else ""
             where = f"--dataset_name {arguments.dataset_name} has" if arguments.dataset_name else "There is"
-            raise ValueError(f"{where} no {split} split. Give --{split}_file.")
+            raise ValueError(f"{where} no {split} split. Give --{split}_file{otherwise}.")
     return {split: source[split] for split in splits}
 
 

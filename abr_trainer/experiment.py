@@ -163,10 +163,10 @@ class Experiment:
 
     # ---- What is to run, and what it has shown ----
 
-    @property
-    def candidates(self) -> list[Values]:
-        """All combinations of the values to tune; one empty combination where nothing is tuned."""
-        return [tuple(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
+    def candidates(self, arm: Arm) -> list[Values]:
+        """Return all combinations of the values to tune that an arm leaves open; one empty combination for none."""
+        tune = {name: values for name, values in self.tune.items() if arm.leaves_open(name)}
+        return [tuple(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
 
     def run_of(self, arm: Arm, seed: int, tuned: Values = ()) -> Run:
         folder = [f"{name}={value}" for name, value in tuned]
@@ -185,12 +185,13 @@ class Experiment:
 
     def tuning_runs(self, arms: Iterable[Arm]) -> list[Run]:
         """Return what has to run before the values of these arms can be chosen."""
-        return [self.run_of(arm, seed, tuned) for seed in self.tune_seeds for tuned in self.candidates for arm in arms]
+        tried = [(arm, tuned) for arm in arms for tuned in self.candidates(arm) if tuned]
+        return [self.run_of(arm, seed, tuned) for seed in self.tune_seeds for arm, tuned in tried]
 
     def tried(self, arm: Arm) -> dict[Values, float]:
         """Return the mean validation perplexity of each candidate: infinite if a run of it is missing or diverged."""
         means = {}
-        for tuned in self.candidates:
+        for tuned in self.candidates(arm):
             reached = [self.results(self.run_of(arm, seed, tuned)) for seed in self.tune_seeds]
             values = [math.inf if results is None else results["eval_perplexity"] for results in reached]
             means[tuned] = statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
@@ -198,8 +199,9 @@ class Experiment:
 
     def chosen(self, arm: Arm) -> Values:
         """Return the candidate of the lowest mean validation perplexity."""
-        if not self.tune:
-            return ()
+        first, *others = self.candidates(arm)
+        if not others:
+            return first
         tried = self.tried(arm)
         return min(tried, key=tried.__getitem__)
 
@@ -215,14 +217,15 @@ class Experiment:
         once: seeds that are added later get the same controls.
         """
         means: dict[str, float] = self._recorded().get("mean_repeats", {})
+        states_most = "max_repeats" in self.tune or "--max_repeats" in given_flags(self.flags)
         added = []
         for arm in [arm for arm in self.arms if arm.decides]:
-            key = " ".join([arm.name, *(f"{name}={value}" for name, value in self.chosen(arm))])
+            key = shlex.join(self.run_of(arm, 0, self.chosen(arm)).argv[:-2])  # without the seed
             mean = means.get(key) or self._mean_repeats(arm)
             if mean is None or mean <= 1:
                 continue
             means[key] = mean
-            for control in arm.controls(mean):
+            for control in arm.controls(mean, states_most):
                 self.controlled.append((arm.name, control.name))
                 if control.name not in [each.name for each in self.arms]:
                     self.arms.append(control)
@@ -249,7 +252,9 @@ class Experiment:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"Another comparison is running in {self.out}.") from None
+                raise ValueError(
+                    f"Another comparison, or a run that one has started, is at work in {self.out}."
+                ) from None
             before = self._recorded().get("launcher", self.launcher)
             if before != self.launcher:
                 raise ValueError(
@@ -278,7 +283,7 @@ class Experiment:
         self._stack = multiprocessing.get_context("forkserver")
         self._stack.set_forkserver_preload(STACK)
         arguments = [
-            list(self.run_of(arm, self.seeds[0], tuned).argv) for arm in self.arms for tuned in self.candidates
+            list(self.run_of(arm, self.seeds[0], tuned).argv) for arm in self.arms for tuned in self.candidates(arm)
         ]
         with ProcessPoolExecutor(1, mp_context=self._stack) as pool:
             self._facts: dict[str, Any] = pool.submit(_parse_all, arguments).result()
@@ -297,8 +302,7 @@ class Experiment:
                 self._stage(self.add_controls(), progress)
 
     def _stage(self, arms: list[Arm], progress: Progress) -> None:
-        if self.tune:
-            self._run_all(self.tuning_runs(arms), progress)
+        self._run_all(self.tuning_runs(arms), progress)
         self._run_all(self.final_runs(arms), progress)
 
     def _run_all(self, runs: list[Run], progress: Progress) -> None:
@@ -350,7 +354,7 @@ class Experiment:
         """
         results = run.results() if status == 0 else None
         if results is None:
-            reason = f"{run.title} failed with exit status {status}: {_last_line(run.log)} Its log: {run.log}"
+            reason = f"{run.title} failed with exit status {status}: {last_words(run.log)} Its log: {run.log}"
             if not self.keep_going:
                 raise RunFailed(f"{reason}. The same command goes on; --keep-going leaves such runs out.")
             self.failures[run] = reason
@@ -363,7 +367,7 @@ class Experiment:
     def _tidy(self, run: Run) -> None:
         """Remove the checkpoints of a finished run, if they were there to resume by."""
         if not self.keeps_checkpoints:
-            for checkpoint in run.directory.glob("checkpoint-*"):
+            for checkpoint in [*run.directory.glob("checkpoint-*"), *run.directory.glob("abandoned-checkpoint-*")]:
                 shutil.rmtree(checkpoint)
 
 
@@ -405,6 +409,9 @@ def _visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it said nothing."
+def last_words(log: Path) -> str:
+    """Return the line of a log that says best why a run has failed: launchers write much after it."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    errors = [line for line in lines if line.startswith("error: ")]
+    words = [line.strip() for line in lines if any(map(str.isalpha, line))]
+    return next(reversed(errors or words), "it said nothing.")

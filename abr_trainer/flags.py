@@ -30,6 +30,9 @@ SAVING = ("--save_strategy", "--save_steps", "--save_passes", "--save_total_limi
 EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 
 
+WITHOUT_TEST_SPLIT = (["c4"], ["allenai/c4"])
+
+
 def is_flags_file(argument: str) -> bool:
     return Path(argument).suffix in (".yaml", ".yml", ".json")
 
@@ -143,27 +146,38 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
             raise ValueError(f"{flag} {' '.join(given[flag])}: a comparison trains and evaluates every run.")
     added = [flag for flag in ("--do_train", "--do_eval") if flag not in given]
     has_test = "--test_file" in given or not {"--train_file", "--validation_file"} & given.keys()
-    if "--do_predict" not in given and has_test and given.get("--dataset_name") != ["c4"]:
+    if "--do_predict" not in given and has_test and given.get("--dataset_name") not in WITHOUT_TEST_SPLIT:
         added.append("--do_predict")
-    share = str(round(1 / evaluations, 4))
-    keeps_best = is_on("--load_best_model_at_end", given)  # which Trainer does where it saves and evaluates at once
-    says_when = not given.keys().isdisjoint(EVALUATING)
-    if not says_when and match == "passes" and not keeps_best:
-        added += ["--eval_passes", share]
-    elif not says_when:
-        added += ["--eval_strategy", "steps", "--eval_steps", share]
+    added += _evaluating_and_saving(given, match, evaluations)
     added += [] if "--eval_on_start" in given else ["--eval_on_start"]
-    if not asks_to_save(rest):
-        if keeps_best and says_when:
-            raise ValueError("--load_best_model_at_end with evaluations of your own needs --save_strategy as well.")
-        if match == "passes" and not keeps_best:
-            added += ["--save_strategy", "no", "--save_passes", "0.1", "--save_total_limit", "1"]
-        else:
-            added += ["--save_strategy", "steps", "--save_steps", share if keeps_best else "0.1"]
-            added += ["--save_total_limit", "1"]
     added += [] if "--report_to" in given else ["--report_to", "none"]
     added += [] if "--disable_tqdm" in given else ["--disable_tqdm", "true"]
     return [*rest, *added]
+
+
+def _evaluating_and_saving(given: dict[str, list[str]], match: str, evaluations: int) -> list[str]:
+    """Return the flags that say when to evaluate and save, where nothing is said of it."""
+    share, part = str(round(1 / evaluations, 4)), "0.1"
+    by_passes = match == "passes"
+    evaluates, saves = not given.keys().isdisjoint(EVALUATING), not given.keys().isdisjoint(SAVING)
+    if is_on("--load_best_model_at_end", given) and not (evaluates and saves):
+        if evaluates or saves or evaluations == 1:
+            raise ValueError(
+                "--load_best_model_at_end needs both --eval_strategy and --save_strategy, or neither of them and "
+                "--evaluations of 2 or more."
+            )
+        by_passes, part = False, share  # Trainer wants both at the same batches
+    added = []
+    if not evaluates and evaluations == 1:
+        added += ["--eval_strategy", "no"]  # what is reached in the end is evaluated in any case
+    elif not evaluates:
+        added += ["--eval_passes", share] if by_passes else ["--eval_strategy", "steps", "--eval_steps", share]
+    if not saves:
+        when = (
+            ["--save_strategy", "no", "--save_passes"] if by_passes else ["--save_strategy", "steps", "--save_steps"]
+        )
+        added += [*when, part, "--save_total_limit", "1"]
+    return added
 
 
 def parse_tuning(settings: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -177,7 +191,7 @@ def parse_tuning(settings: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     """
     tune: dict[str, list[str]] = {}
     for given, *values in settings:
-        name = given.removeprefix("--").replace("-", "_")
+        name = given.replace("-", "_")
         if not values:
             raise ValueError(f"--tune {name} needs values to try, e.g. --tune {name} 1e-4 1e-3.")
         if name in tune:

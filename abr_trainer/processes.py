@@ -1,4 +1,4 @@
-"""Scripts at work, each in a process of its own that ends with this one."""
+"""Scripts at work, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Process(Protocol):
 
 
 class Forked:
-    """A run forked from a process that has imported everything.
+    """A run forked from a process that has imported everything. It ends with the process that wanted it.
 
     Args:
         context: Of the start method "forkserver".
@@ -72,7 +72,7 @@ def _end_with(sentinel: int) -> None:
 
 
 class Launched:
-    """A run started as a command, with all processes that it starts itself.
+    """A run started as a command, with all processes that it starts itself. If this one is killed, it goes on.
 
     Args:
         held: File descriptors that stay open for as long as the command runs: a lock on its directory.

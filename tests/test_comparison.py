@@ -9,6 +9,7 @@ import pytest
 
 from abr_trainer.comparison import (
     find_mismatches,
+    learning_curve,
     mean_curve,
     over_loss,
     over_passes,
@@ -120,6 +121,19 @@ def test_an_arm_is_compared_with_the_reference_at_equal_compute():
     assert (second["passes"], second["mean"]) == (10, pytest.approx((25 + 20) / 2))
     assert second["low"] < 20 < 25 < second["high"]
     assert relative_curve({5: [[0, 1.0]]}, reference) == []
+
+
+def test_seeds_that_were_evaluated_at_other_times_are_compared_at_equal_compute():
+    arm = {0: [[0, 16.0], [10, 8.0], [20, 4.0], [30, 2.0]], 1: [[0, 16.0], [20, 4.0], [30, 2.0]]}
+    reference = dict.fromkeys((0, 1), [[0, 16.0], [30, 16.0]])
+    points = [(point["passes"], round(point["mean"], 6)) for point in relative_curve(arm, reference)]
+    assert points == [(0, 0), (20, -75), (30, -87.5)]
+
+
+def test_a_perplexity_beyond_all_bounds_is_that_of_a_run_that_diverged(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
+    results = {"eval_perplexity": 1e200, "train_passes": 9.0}
+    assert learning_curve(tmp_path, [], results) == [[9.0, None]]
 
 
 def test_runs_that_end_within_a_pass_of_each_other_have_spent_the_same():

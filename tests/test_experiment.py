@@ -15,10 +15,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from abr_trainer.arms import parse_arm
-from abr_trainer.experiment import Experiment
-from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, parse_tuning
+from abr_trainer.comparison import COSTS, collect
+from abr_trainer.experiment import Experiment, last_words
+from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.progress import share_done
 from abr_trainer.records import last_complete_checkpoint, read_lines
+from abr_trainer.report.of_comparison import shortcomings
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "compare_schedulers.py"
@@ -102,6 +104,13 @@ def test_flags_that_are_given_are_left_alone(tmp_path):
     added = complete_flags(rest, "passes", 10)[len(rest) :]
     assert added == ["--do_train", "--do_eval", "--eval_on_start", "--disable_tqdm", "true"]
     assert "--do_predict" in complete_flags(["--max_passes", "9", "--test_file", "b.txt"], "passes", 10)
+    with pytest.raises(ValueError, match="--load_best_model_at_end needs both"):
+        complete_flags(["--max_passes", "9", "--load_best_model_at_end", "--save_steps", "3"], "passes", 10)
+    best = given_flags(complete_flags(["--max_passes", "9", "--load_best_model_at_end"], "passes", 4))
+    assert (best["--eval_steps"], best["--save_steps"], best["--save_strategy"]) == (["0.25"], ["0.25"], ["steps"])
+    once = given_flags(complete_flags(["--max_passes", "9"], "passes", 1))
+    assert once["--eval_strategy"] == ["no"]
+    assert "--eval_passes" not in once, "1.0 would be every pass"
     assert complete_flags(["--max_steps", "9"], "batches", 4)[5:9] == [
         "--eval_strategy",
         "steps",
@@ -130,7 +139,7 @@ def test_a_comparison_that_cannot_be_is_refused_in_one_line(options, message):
 
 
 def test_tuning_tries_every_combination():
-    tune = parse_tuning([["learning_rate", "1e-4", "1e-3"], ["--lora_r", "4", "8", "16"]])
+    tune = parse_tuning([["learning_rate", "1e-4", "1e-3"], ["lora_r", "4", "8", "16"]])
     experiment = Experiment(**EXPERIMENT, arms=[parse_arm("abr")], tune=tune, tune_seeds=[0])
     runs = experiment.tuning_runs(experiment.arms)
     assert len(runs) == 6
@@ -143,7 +152,7 @@ def test_tuning_tries_every_combination():
     [
         ([["learning_rate"]], "--tune learning_rate needs values to try"),
         ([["learning_rate", "1", "1"]], "--tune learning_rate: 1 stands there twice"),
-        ([["learning_rate", "1"], ["--learning-rate", "2"]], "--tune learning_rate stands there twice"),
+        ([["learning_rate", "1"], ["learning-rate", "2"]], "--tune learning_rate stands there twice"),
     ],
 )
 def test_tuning_that_cannot_be_is_refused_in_one_line(settings, message):
@@ -154,9 +163,12 @@ def test_tuning_that_cannot_be_is_refused_in_one_line(settings, message):
 def leave_run(run, **results):
     """Leave in the directory of a run what a finished one leaves."""
     run.directory.mkdir(parents=True)
-    (run.directory / "run.json").write_text(json.dumps({"argv": ["run_clm_abr.py", *run.argv]}))
-    (run.directory / "all_results.json").write_text(json.dumps({"train_passes": 9, "eval_perplexity": 5.0, **results}))
-    (run.directory / "trainer_state.json").write_text("{}")
+    provenance = {"argv": ["run_clm_abr.py", *run.argv], "versions": {}, "git": None, "machine": {}}
+    costs = dict.fromkeys((f"train_{name}" for name in COSTS), 9)
+    (run.directory / "run.json").write_text(json.dumps(provenance))
+    (run.directory / "all_results.json").write_text(json.dumps({"eval_perplexity": 5.0, **costs, **results}))
+    (run.directory / "trainer_state.json").write_text('{"log_history": []}')
+    (run.directory / "abr_trace.jsonl").touch()
 
 
 def test_a_candidate_that_diverged_or_lacks_a_run_is_not_chosen(tmp_path):
@@ -167,6 +179,57 @@ def test_a_candidate_that_diverged_or_lacks_a_run_is_not_chosen(tmp_path):
         for seed, perplexity in enumerate(perplexities):
             leave_run(experiment.run_of(arm, seed, (("learning_rate", value),)), eval_perplexity=perplexity)
     assert experiment.chosen(arm) == (("learning_rate", "1"),)
+
+
+@pytest.mark.parametrize(
+    ("arm", "flag", "is_tuned"),
+    [
+        ("abr", "learning_rate", True),
+        ("abr:learning_rate=1e-3", "learning_rate", False),
+        ("abr", "loss_threshold", True),
+        ("abr:loss_threshold=2.0", "loss_threshold", False),
+        ("baseline", "max_repeats", False),
+        ("fixed", "max_repeats", True),
+        ("fixed:2", "max_repeats", False),
+        ("random:mean_repeats=2.5", "max_repeats", True),
+    ],
+)
+def test_an_arm_keeps_what_it_sets_itself_and_is_not_tuned_in_what_is_nothing_to_it(arm, flag, is_tuned):
+    experiment = Experiment(**EXPERIMENT, arms=[parse_arm(arm)], tune={flag: ["1", "2"]}, tune_seeds=[0])
+    assert len(experiment.candidates(experiment.arms[0])) == 1 + is_tuned
+    assert len(experiment.tuning_runs(experiment.arms)) == 2 * is_tuned
+
+
+def test_a_control_says_its_most_repeats_where_they_are_tuned_or_given():
+    plain, stated = (parse_arm("abr").controls(2.5, states_most)[1] for states_most in (False, True))
+    assert (plain.name, stated.name) == ("random:mean_repeats=2.5", "random:mean_repeats=2.5,max_repeats=5")
+    assert not stated.leaves_open("max_repeats")
+    assert parse_arm("abr").controls(6.5, False)[1].name == "random:mean_repeats=6.5,max_repeats=7"
+
+
+def test_there_is_no_verdict_while_tuning_is_not_finished(tmp_path):
+    tune = {"learning_rate": ["1", "2"]}
+    options = {**EXPERIMENT, "out": tmp_path, "tune": tune, "tune_seeds": [0, 1]}
+    experiment = Experiment(**options, arms=[parse_arm("baseline"), parse_arm("abr")])
+    *first, last = experiment.tuning_runs(experiment.arms)
+    for run in first:
+        leave_run(run)
+    data = collect(experiment, [])
+    assert data["missing"] == [last.title]
+    assert [arm["eval_perplexity"]["verdict"] for arm in data["arms"]] == [
+        "no difference",
+        "no verdict: tuning is not finished",
+    ]
+    assert "Not finished and left out: abr learning_rate 2 seed 1." in shortcomings(data)
+
+
+def test_the_line_that_says_most_is_shown_of_a_run_that_failed(tmp_path):
+    log = tmp_path / "run.log"
+    assert last_words(log) == "it said nothing."
+    log.write_text("error: no such file\n[rank1] ends\n=======\n")
+    assert last_words(log) == "error: no such file"
+    log.write_text("ValueError: a bug\n=======\n")
+    assert last_words(log) == "ValueError: a bug"
 
 
 def test_controls_stay_the_same_when_seeds_are_added_and_serve_every_rule_of_that_mean(tmp_path):
@@ -220,7 +283,7 @@ def test_a_directory_stays_locked_while_a_launched_run_outlives_its_comparison(t
     experiment = Experiment(**options, arms=[parse_arm("abr")])
     with experiment.locked():
         process = experiment._start(experiment.final_runs(experiment.arms)[0], slot=0)
-    with pytest.raises(ValueError, match="Another comparison is running in"), experiment.locked():
+    with pytest.raises(ValueError, match="a run that one has started, is at work in"), experiment.locked():
         pass
     process.terminate()
     process.wait()
@@ -416,7 +479,7 @@ def test_flags_are_checked_before_anything_is_run(tmp_path):
 @pytest.mark.slow
 def test_two_comparisons_do_not_work_in_one_directory(tmp_path):
     experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("baseline")])
-    with experiment.locked(), pytest.raises(SystemExit, match="Another comparison is running in"):
+    with experiment.locked(), pytest.raises(SystemExit, match="Another comparison, or a run that one has started"):
         compare(tmp_path)
 
 

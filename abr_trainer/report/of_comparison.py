@@ -63,7 +63,12 @@ def describe_protocol(data: dict[str, Any]) -> str:
 
 def shortcomings(data: dict[str, Any]) -> list[str]:
     missing = data["missing"]
-    texts = [f"{len(missing)} runs are not finished and left out: {', '.join(missing)}."] if missing else []
+    texts = [f"Not finished and left out: {', '.join(missing)}."] if missing else []
+    if data["metric"] != "test_perplexity" and any(arm["tuning"] for arm in data["arms"]):
+        texts.append(
+            "There is no test split: what is reported is the validation perplexity that values were chosen by. It "
+            "flatters, and the scheduler with the most values to choose from the most."
+        )
     return [*texts, *data["failures"], *data["warnings"]]
 
 
@@ -89,7 +94,9 @@ def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
 
 
 def kind_of(verdict: str) -> Any:
-    return "warning" if verdict.endswith(("pairs", "differ")) else KINDS.get(verdict, "neutral")
+    if verdict.startswith("no verdict") and not verdict.endswith("one seed"):
+        return "warning"
+    return KINDS.get(verdict, "neutral")
 
 
 def verdict_sentence(arm: dict[str, Any], reference: str, metric: str) -> str:
@@ -403,7 +410,7 @@ def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     for arm in (arm for arm in arms if arm["tuning"]):
         for candidate in arm["tuning"]["tried"]:
             is_chosen = candidate["values"] == arm["tuning"]["chosen"]
-            values = [candidate["values"][name] for name in names]
+            values = [candidate["values"].get(name, DASH) for name in names]
             rows.append((arm["name"], *values, number(candidate["eval_perplexity"]), "chosen" if is_chosen else ""))
         notices += [
             Notice(
@@ -422,7 +429,7 @@ def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         "Validation perplexity of each value, mean over the seeds it was chosen by",
         ("scheduler", *names, METRIC_NAMES["eval_perplexity"], "choice"),
         tuple(rows),
-        ("What is reported is the run with the value chosen on the validation split; the test split had no say.",),
+        ("What is reported are runs with the values chosen on the validation split. A test split has no say.",),
     )
     if not series:
         return (*notices, table)
