@@ -125,7 +125,7 @@ def test_an_arm_is_compared_with_the_reference_at_equal_compute():
 
 def test_seeds_that_were_evaluated_at_other_times_are_compared_at_equal_compute():
     arm = {0: [[0, 16.0], [10, 8.0], [20, 4.0], [30, 2.0]], 1: [[0, 16.0], [20, 4.0], [30, 2.0]]}
-    reference = dict.fromkeys((0, 1), [[0, 16.0], [30, 16.0]])
+    reference = {seed: [[0, 16.0], [30, 16.0]] for seed in (0, 1)}
     points = [(point["passes"], round(point["mean"], 6)) for point in relative_curve(arm, reference)]
     assert points == [(0, 0), (20, -75), (30, -87.5)]
 

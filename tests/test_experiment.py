@@ -15,7 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from abr_trainer.arms import parse_arm
-from abr_trainer.comparison import COSTS, collect
+from abr_trainer.comparison import COSTS, collect, tuning_of
 from abr_trainer.experiment import Experiment, last_words
 from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.progress import share_done
@@ -216,11 +216,23 @@ def test_there_is_no_verdict_while_tuning_is_not_finished(tmp_path):
         leave_run(run)
     data = collect(experiment, [])
     assert data["missing"] == [last.title]
-    assert [arm["eval_perplexity"]["verdict"] for arm in data["arms"]] == [
-        "no difference",
-        "no verdict: tuning is not finished",
-    ]
-    assert "Not finished and left out: abr learning_rate 2 seed 1." in shortcomings(data)
+    verdicts = [arm["eval_perplexity"]["verdict"] for arm in data["arms"]]
+    assert verdicts == ["no difference", "no verdict: tuning is not finished"]
+    unfinished, flattering = shortcomings(data)
+    assert unfinished == "Not finished and left out: abr learning_rate 2 seed 1."
+    assert "There is no test split" in flattering
+
+
+@pytest.mark.parametrize(
+    ("flag", "values", "at_edge"),
+    [("learning_rate", ["1", "2"], ["learning_rate"]), ("lr_scheduler_type", ["linear", "cosine"], [])],
+)
+def test_only_numbers_have_ends_beyond_which_to_try(tmp_path, flag, values, at_edge):
+    options = {**EXPERIMENT, "out": tmp_path, "tune": {flag: values}, "tune_seeds": [0]}
+    experiment = Experiment(**options, arms=[parse_arm("abr")])
+    for run in experiment.tuning_runs(experiment.arms):
+        leave_run(run)
+    assert tuning_of(experiment, experiment.arms[0])["at_edge"] == at_edge
 
 
 def test_the_line_that_says_most_is_shown_of_a_run_that_failed(tmp_path):
