@@ -197,9 +197,8 @@ def test_a_corpus_is_known_by_its_path_too():
 def test_a_missing_split_is_told(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("The owl.\n" * 100)
-    with pytest.raises(
-        ValueError, match=re.escape("There is no test split. Give --test_file, or --do_predict false.")
-    ):
+    message = "There is no test split. Give --test_file, or --do_predict false."
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_blocks(DataArguments(train_file=str(path)), tokenizer, 8, ["test"])
 
 

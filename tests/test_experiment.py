@@ -213,7 +213,7 @@ def test_there_is_no_verdict_while_tuning_is_not_finished(tmp_path):
     experiment = Experiment(**options, arms=[parse_arm("baseline"), parse_arm("abr")])
     *first, last = experiment.tuning_runs(experiment.arms)
     for run in first:
-        leave_run(run)
+        leave_run(run, eval_perplexity=5.0 + run.seed)
     data = collect(experiment, [])
     assert data["missing"] == [last.title]
     verdicts = [arm["eval_perplexity"]["verdict"] for arm in data["arms"]]

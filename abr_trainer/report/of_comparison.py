@@ -80,7 +80,7 @@ def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
         if arm["name"] != data["reference"] and metric in arm
     ]
     found += [
-        Notice("neutral", f"Beside its control: {verdict_sentence(arm, arm['control'], metric)}")
+        Notice("neutral", verdict_sentence(arm, arm["control"], metric, "beside its control"))
         for arm in data["against_controls"]
         if metric in arm
     ]
@@ -99,11 +99,11 @@ def kind_of(verdict: str) -> Any:
     return KINDS.get(verdict, "neutral")
 
 
-def verdict_sentence(arm: dict[str, Any], reference: str, metric: str) -> str:
+def verdict_sentence(arm: dict[str, Any], reference: str, metric: str, remark: str = "") -> str:
     """Say what the difference of an arm to the reference is, and how sure that is."""
     entry = arm[metric]
     found = entry["difference"]
-    name, words = arm["name"], entry["verdict"]
+    name, words = f"{arm['name']} {remark}".strip(), entry["verdict"]
     if words == "no difference":
         return f"{name}: every run equals that of {reference}."
     sentence = f"{name}: {words}."
