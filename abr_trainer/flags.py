@@ -148,15 +148,19 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
     has_test = "--test_file" in given or not {"--train_file", "--validation_file"} & given.keys()
     if "--do_predict" not in given and has_test and given.get("--dataset_name") not in WITHOUT_TEST_SPLIT:
         added.append("--do_predict")
-    added += _evaluating_and_saving(given, match, evaluations)
+    evaluating, saving = _when_to_evaluate_and_save(given, match, evaluations)
+    added += evaluating
     added += [] if "--eval_on_start" in given else ["--eval_on_start"]
+    added += saving
     added += [] if "--report_to" in given else ["--report_to", "none"]
     added += [] if "--disable_tqdm" in given else ["--disable_tqdm", "true"]
     return [*rest, *added]
 
 
-def _evaluating_and_saving(given: dict[str, list[str]], match: str, evaluations: int) -> list[str]:
-    """Return the flags that say when to evaluate and save, where nothing is said of it."""
+def _when_to_evaluate_and_save(
+    given: dict[str, list[str]], match: str, evaluations: int
+) -> tuple[list[str], list[str]]:
+    """Return the flags that say when to evaluate, and when to save, where nothing is said of it."""
     share, part = str(round(1 / evaluations, 4)), "0.1"
     by_passes = match == "passes"
     evaluates, saves = not given.keys().isdisjoint(EVALUATING), not given.keys().isdisjoint(SAVING)
@@ -167,17 +171,11 @@ def _evaluating_and_saving(given: dict[str, list[str]], match: str, evaluations:
                 "--evaluations of 2 or more."
             )
         by_passes, part = False, share  # Trainer wants both at the same batches
-    added = []
-    if not evaluates and evaluations == 1:
-        added += ["--eval_strategy", "no"]  # what is reached in the end is evaluated in any case
-    elif not evaluates:
-        added += ["--eval_passes", share] if by_passes else ["--eval_strategy", "steps", "--eval_steps", share]
-    if not saves:
-        when = (
-            ["--save_strategy", "no", "--save_passes"] if by_passes else ["--save_strategy", "steps", "--save_steps"]
-        )
-        added += [*when, part, "--save_total_limit", "1"]
-    return added
+    evaluating = ["--eval_passes", share] if by_passes else ["--eval_strategy", "steps", "--eval_steps", share]
+    if evaluations == 1:
+        evaluating = ["--eval_strategy", "no"]  # what is reached in the end is evaluated in any case
+    saving = ["--save_strategy", "no", "--save_passes"] if by_passes else ["--save_strategy", "steps", "--save_steps"]
+    return [] if evaluates else evaluating, [] if saves else [*saving, part, "--save_total_limit", "1"]
 
 
 def parse_tuning(settings: Sequence[Sequence[str]]) -> dict[str, list[str]]:
