@@ -12,7 +12,7 @@ from abr_trainer.report.of_comparison import report_on_comparison
 from abr_trainer.report.page import render_page
 from tests.conftest import ROOT
 
-EXAMPLES = sorted((ROOT / "docs" / "compare").iterdir())
+EXAMPLES = sorted(path.parent for path in (ROOT / "docs" / "compare").glob("*/comparison.json"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
