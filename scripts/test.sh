@@ -8,4 +8,4 @@ export HF_HUB_OFFLINE=1
 echo "ruff" && ruff format --check . && ruff check .
 echo "mypy" && mypy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # several processes share the cores
-echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
+echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -17,6 +17,7 @@ install_project() {
     local stamp="$venv/.installed$1"
     if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
         echo "Installing abr_trainer$1 into $venv"
+        export PIP_NO_COMPILE=1  # the first import compiles what is imported, which is little of it
         # torch first: its pinned version, before another package asks for any.
         python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)" ||
             fail "torch could not be installed; see above."
