@@ -2,6 +2,7 @@
 # ABR_VENV chooses the environment (default: .venv in the repository), PYTHON the interpreter that makes it.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+install_packages() { python -m pip install --quiet --disable-pip-version-check --no-compile "$@"; }
 fail() { echo "error: $*" >&2; exit 1; }
 
 # install_project EXTRAS: install the repository in place, e.g. `install_project "[test]"`, at the tested versions.
@@ -17,11 +18,10 @@ install_project() {
     local stamp="$venv/.installed$1"
     if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
         echo "Installing abr_trainer$1 into $venv"
-        export PIP_NO_COMPILE=1  # the first import compiles what is imported, which is little of it
-        # torch first: its pinned version, before another package asks for any.
-        python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)" ||
+        # torch first: its pinned version, before another package asks for any. What is imported is compiled then.
+        install_packages "$(grep '^torch==' constraints.txt)" ||
             fail "torch could not be installed; see above."
-        python -m pip install --quiet --disable-pip-version-check --editable ".$1" --constraint constraints.txt ||
+        install_packages --editable ".$1" --constraint constraints.txt ||
             fail "the project could not be installed; see above."
         touch "$stamp"
     fi
@@ -31,8 +31,7 @@ install_project() {
 install_deepspeed() {
     python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('deepspeed') is None)" && return
     echo "Installing DeepSpeed"
-    python -m pip install --quiet --disable-pip-version-check --upgrade setuptools wheel --constraint constraints.txt &&
-        DS_BUILD_OPS=0 python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-            --editable ".[deepspeed]" --constraint constraints.txt ||
+    install_packages --upgrade setuptools wheel --constraint constraints.txt &&
+        DS_BUILD_OPS=0 install_packages --no-build-isolation --editable ".[deepspeed]" --constraint constraints.txt ||
         echo "DeepSpeed does not install here: its tests will be skipped."
 }
