@@ -2,6 +2,7 @@
 # ABR_VENV chooses the environment (default: .venv in the repository), PYTHON the interpreter that makes it.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# Without bytecode: most of what these packages hold is never imported, and what is gets compiled then.
 install_packages() { python -m pip install --quiet --disable-pip-version-check --no-compile "$@"; }
 fail() { echo "error: $*" >&2; exit 1; }
 
@@ -18,7 +19,7 @@ install_project() {
     local stamp="$venv/.installed$1"
     if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
         echo "Installing abr_trainer$1 into $venv"
-        # torch first: its pinned version, before another package asks for any. What is imported is compiled then.
+        # torch first: its pinned version, before another package asks for any.
         install_packages "$(grep '^torch==' constraints.txt)" ||
             fail "torch could not be installed; see above."
         install_packages --editable ".$1" --constraint constraints.txt ||
