@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import inspect
 import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .flags import given_flags
@@ -40,6 +43,14 @@ class Arm:
     @property
     def folder(self) -> str:
         return re.sub(r"[^\w.=-]+", "-", self.name).strip("-")
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the file that holds a rule of one's own; empty for the rules of this package."""
+        if self.rule in SCHEDULERS:
+            return ""
+        file = inspect.getsourcefile(find_repeat_scheduler(self.rule))
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
     @property
     def decides(self) -> bool:
@@ -95,6 +106,8 @@ def parse_arm(text: str) -> Arm:
             key, value = takes[0], setting
         if key in takes:
             parameters[key] = _as_json(value)
+        elif close := difflib.get_close_matches(key, takes, n=1, cutoff=0.8):
+            raise ValueError(f"--schedulers {text}: {rule} has no parameter {key}. Did you mean {close[0]}?")
         else:
             flags += [f"--{key}", value]
     if parameters:

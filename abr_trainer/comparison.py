@@ -395,7 +395,7 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
             run.title
             for arm in experiment.arms
             for run in dict.fromkeys([*experiment.tuning_runs([arm]), *wanted[arm.name]])
-            if experiment.results(run) is None
+            if experiment.results(run) is None and run not in experiment.failures
         ],
         "failures": list(experiment.failures.values()),
         "warnings": find_mismatches(everything, experiment.match),

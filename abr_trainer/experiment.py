@@ -23,7 +23,7 @@ from typing import Any
 
 from .arms import Arm
 from .flags import given_flags, is_on, refuse
-from .processes import Forked, Launched, Process
+from .processes import Forked, Launched, Process, start_quietly
 from .progress import Progress
 from .records import PROVENANCE, RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, write_whole
 
@@ -76,10 +76,11 @@ class Run:
         provenance = read_json(self.directory / PROVENANCE)
         if provenance is None:
             return None
-        if (before := _own_arguments(provenance["argv"][1:])) != (now := list(self.argv)):
-            changed = [f"{old} -> {new}" for old, new in itertools.zip_longest(before, now) if old != new]
+        before, now = given_flags(_own_arguments(provenance["argv"][1:])), given_flags(self.argv)
+        if changed := [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]:
+            each = [f"{flag}: {_values(before.get(flag))} -> {_values(now.get(flag))}" for flag in changed[:3]]
             raise ValueError(
-                f"{self.directory} holds a run with other arguments ({', '.join(changed[:3])}). "
+                f"{self.directory} holds a run with other arguments ({', '.join(each)}). "
                 "Give another --out, or remove that directory."
             )
         results: dict[str, float] = read_json(self.directory / RESULTS) or {}
@@ -101,6 +102,10 @@ class Run:
 def _own_arguments(argv: list[str]) -> list[str]:
     """Leave out of a command line what `Run.arguments` adds."""
     return argv[: argv.index("--output_dir")] if "--output_dir" in argv else argv
+
+
+def _values(values: list[str] | None) -> str:
+    return "not given" if values is None else " ".join(values) or "given"
 
 
 @dataclass
@@ -285,9 +290,25 @@ class Experiment:
         arguments = [
             list(self.run_of(arm, self.seeds[0], tuned).argv) for arm in self.arms for tuned in self.candidates(arm)
         ]
+        start_quietly()
         with ProcessPoolExecutor(1, mp_context=self._stack) as pool:
             self._facts: dict[str, Any] = pool.submit(_parse_all, arguments).result()
+        self._check_rules()
         self._record({"launcher": self.launcher})
+
+    def _check_rules(self) -> None:
+        """Refuse to go on with runs of a rule of one's own that has changed: they would be made by two rules.
+
+        Raises:
+            ValueError: The file of a rule has changed since its runs were begun.
+        """
+        before: dict[str, str] = self._recorded().get("rules", {})
+        now = {arm.rule: fingerprint for arm in self.arms if (fingerprint := arm.fingerprint)}
+        for arm in self.arms:
+            folder = self.out / "runs" / arm.folder
+            if folder.exists() and before.get(arm.rule, now.get(arm.rule)) != now.get(arm.rule):
+                raise ValueError(f"The code of {arm.rule} has changed. Give another --out, or remove {folder}.")
+        self._record({"rules": before | now})
 
     def carry_out(self, with_controls: bool) -> None:
         """Run everything: what values are chosen by, the arms with the chosen ones, and the controls of these arms.
@@ -354,13 +375,15 @@ class Experiment:
         """
         results = run.results() if status == 0 else None
         if results is None:
-            reason = f"{run.title} failed with exit status {status}: {last_words(run.log)} Its log: {run.log}"
+            words = last_words(run.log).rstrip(".")
+            reason = f"{run.title} failed with exit status {status}: {words}. Its log: {run.log}"
             if not self.keep_going:
                 raise RunFailed(f"{reason}. The same command goes on; --keep-going leaves such runs out.")
             self.failures[run] = reason
             return reason
         self._tidy(run)
-        metrics = [f"{name.partition('_')[0]} {results[name]:.3f}" for name in run.wanted_metrics[1:]]
+        names = {"eval_perplexity": "validation", "test_perplexity": "test"}
+        metrics = [f"{names[name]} {results[name]:.3f}" for name in run.wanted_metrics[1:]]
         spent = f"{results['train_passes']:g} passes, {results['train_updates']:g} updates, {seconds:.0f} s"
         return f"{run.title}: perplexity {', '.join(metrics)}; {spent}"
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +49,16 @@ class Forked:
         self._process.join(10)
         self._process.kill()
         self._process.join()
+
+
+def start_quietly() -> None:
+    """Start the process that others are forked from such that an interrupt from the keyboard does not reach it."""
+    held_back = {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_script(script: str, argv: list[str], log: str) -> None:

@@ -33,7 +33,7 @@ class Progress:
         self._bar.total = self._total
         self._bar.refresh()
         if kept:
-            tqdm.write(f"{kept} finished runs are kept")
+            tqdm.write(f"{kept} finished run{'s are' if kept > 1 else ' is'} kept")
 
     def is_at(self, directory: Path) -> None:
         """Look up how far the run in this directory has come, at most once a second."""

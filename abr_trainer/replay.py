@@ -28,7 +28,8 @@ def read_trace(directory: Path) -> list[dict[str, Any]]:
     """
     path = directory / TRACE_NAME
     if not path.is_file():
-        raise ValueError(f"{directory} holds no run: there is no {TRACE_NAME} in it.")
+        hint = " It holds a comparison: report_comparison.py." if (directory / "comparison.json").exists() else ""
+        raise ValueError(f"{directory} holds no run: there is no {TRACE_NAME} in it.{hint}")
     trace = list(read_lines(path))
     if trace and "passes" not in trace[0]:
         raise ValueError(f"{path} was written by an earlier version, which did not say what a batch had cost.")

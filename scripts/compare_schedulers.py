@@ -66,7 +66,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("launcher", default="")
     parser.add_argument("--keep-going", action="store_true", help=HELP["keep_going"])
     cut = argv.index("--") if "--" in argv else len(argv)
-    return parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    args, unknown = parser.parse_known_args(argv[:cut])
+    if unknown:
+        parser.error(f"{unknown[0]} is no argument of this script. Those of run_clm_abr.py stand behind --.")
+    return args, argv[cut + 1 :]
 
 
 def write_up(experiment: Experiment, argv: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from abr_trainer.experiment import Experiment, last_words
 from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.progress import share_done
 from abr_trainer.records import last_complete_checkpoint, read_lines
-from abr_trainer.report.of_comparison import shortcomings
+from abr_trainer.report.of_comparison import circumstances, shortcomings
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "compare_schedulers.py"
@@ -66,6 +66,8 @@ def test_an_arm_is_a_rule_with_parameters_and_flags(text, flags):
         ("baseline:2", "baseline has no parameter that could be 2"),
         ("fixed:0.5", "`repeats` must be at least 1, got 0.5"),
         ("nowhere:Rule", "Cannot import repeat scheduler 'nowhere:Rule'"),
+        ("abr:loss_treshold=2", "abr has no parameter loss_treshold. Did you mean loss_threshold?"),
+        ("fixed:two", "Repeat scheduler 'fixed' cannot be built from"),
     ],
 )
 def test_an_arm_that_cannot_be_is_refused_in_one_line(text, message):
@@ -164,7 +166,7 @@ def leave_run(run, **results):
     """Leave in the directory of a run what a finished one leaves."""
     run.directory.mkdir(parents=True)
     provenance = {"argv": ["run_clm_abr.py", *run.argv], "versions": {}, "git": None, "machine": {}}
-    costs = dict.fromkeys((f"train_{name}" for name in COSTS), 9)
+    costs = dict.fromkeys((f"train_{name}" for name in COSTS), 9) | {"train_skips": 0}
     (run.directory / "run.json").write_text(json.dumps(provenance))
     (run.directory / "all_results.json").write_text(json.dumps({"eval_perplexity": 5.0, **costs, **results}))
     (run.directory / "trainer_state.json").write_text('{"log_history": []}')
@@ -218,7 +220,11 @@ def test_there_is_no_verdict_while_tuning_is_not_finished(tmp_path):
     assert data["missing"] == [last.title]
     verdicts = [arm["eval_perplexity"]["verdict"] for arm in data["arms"]]
     assert verdicts == ["no difference", "no verdict: tuning is not finished"]
-    unfinished, flattering = shortcomings(data)
+    unfinished, flattering, *at_edge = shortcomings(data)
+    assert at_edge[1] == "abr: the best learning_rate, 1, lies at an end of what was tried. Try further values."
+    assert circumstances(data, data["arms"]) == [
+        "Chosen by validation perplexity: baseline learning_rate 1; abr learning_rate 1."
+    ]
     assert unfinished == "Not finished and left out: abr learning_rate 2 seed 1."
     assert "There is no test split" in flattering
 
@@ -303,6 +309,26 @@ def test_a_directory_stays_locked_while_a_launched_run_outlives_its_comparison(t
         pass
 
 
+def test_the_same_flags_in_another_order_are_the_same_run(tmp_path):
+    arms = [parse_arm("abr")]
+    first = Experiment(**{**EXPERIMENT, "out": tmp_path, "flags": ["--use_cpu", "--lora_r", "4"]}, arms=arms)
+    leave_run(first.final_runs(arms)[0])
+    again = Experiment(**{**EXPERIMENT, "out": tmp_path, "flags": ["--lora_r=4", "--use-cpu"]}, arms=arms)
+    assert again.final_runs(arms)[0].results()
+    other = Experiment(**{**EXPERIMENT, "out": tmp_path, "flags": ["--use_cpu"]}, arms=arms)
+    with pytest.raises(ValueError, match=r"other arguments \(--lora_r: 4 -> not given\)"):
+        other.final_runs(arms)[0].results()
+
+
+def test_flags_of_the_runs_without_dashes_before_them_are_told_apart(capsys):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT))["main"](["--out", "x", "--max_passes", "9"])
+    assert (
+        "--max_passes is no argument of this script. Those of run_clm_abr.py stand behind --."
+        in capsys.readouterr().err
+    )
+
+
 def test_the_share_that_is_done_is_read_off_the_trace(tmp_path):
     trace = tmp_path / "abr_trace.jsonl"
     facts = {"max_passes": None, "max_steps": -1, "epochs": 2.0}
@@ -382,7 +408,7 @@ def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, capfd)
 @pytest.mark.slow
 def test_other_arguments_in_the_same_directory_are_refused(finished):
     out, _ = finished
-    with pytest.raises(SystemExit, match=r"holds a run with other arguments \(.*2e-3 -> 1e-3"):
+    with pytest.raises(SystemExit, match=r"other arguments \(--learning_rate: 2e-3 -> 1e-3\)"):
         compare(out, "--seeds", "2", "--evaluations", "3", rest=["1e-3" if flag == "2e-3" else flag for flag in QUICK])
 
 
@@ -477,8 +503,16 @@ def test_a_run_that_fails_is_no_result(tmp_path, monkeypatch, capfd):
     assert ended.value.code == 1
     data = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
     assert [run["arm"] for run in data["runs"]] == ["baseline"]
-    assert data["missing"] == ["failing_rule:Failing seed 0"]
+    (reason,) = data["failures"]
+    assert "failing_rule:Failing seed 0 failed with exit status 1" in reason
+    assert data["missing"] == []
     assert "this rule has a bug" in (tmp_path / "cmp" / "report.md").read_text()
+
+    (tmp_path / "failing_rule.py").write_text(FAILING.replace("raise ValueError", "return 1 #"))
+    with pytest.raises(
+        SystemExit, match=r"The code of failing_rule:Failing has changed\. Give another --out, or remove"
+    ):
+        compare(tmp_path / "cmp", "--seeds", "1", schedulers=schedulers)
 
 
 @pytest.mark.slow
@@ -505,6 +539,7 @@ def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hi
     assert [point["passes"] for point in data["arms"][1]["curve"]] == [0, 4, 8]
     report = (tmp_path / "cmp" / "report.md").read_text()
     assert "It cannot show that repeating pays" in report
+    assert "It spent 2.0 times the passes." in report
     assert "fixed:2: no verdict: one seed." in report
 
 

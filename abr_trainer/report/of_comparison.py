@@ -36,13 +36,13 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
         Section("What the schedulers did", behaviour(arms)),
         Section("What it cost", (cost_table(arms, data["jobs"]),)),
         *([Section("What was tuned", tuned(arms))] if any(arm["tuning"] for arm in arms) else []),
-        Section("How it was done", method(data)),
+        Section("How it was done", method(data, arms)),
     ]
     others = [name for name in names if name != data["reference"]]
     who = ", ".join(others) if len(others) < 4 else f"{len(others)} schedulers"
     return Report(
         f"Does it pay? {who} against {data['reference']}",
-        (describe_protocol(data), *warnings, *verdicts(data, arms)),
+        (describe_protocol(data), *circumstances(data, arms), *warnings, *verdicts(data, arms)),
         tuple(sections),
         names,
     )
@@ -61,6 +61,22 @@ def describe_protocol(data: dict[str, Any]) -> str:
     )
 
 
+def circumstances(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
+    """Return what to know beside the verdicts: what was skipped, and what was chosen."""
+    texts = []
+    if any(arm["cost"]["skips"] for arm in arms):
+        shares = [f"{arm['name']} {arm['cost']['skips'] / arm['cost']['batches']:.1%}" for arm in arms]
+        texts.append(
+            f"Skipped as outliers, which `--skip_outliers none` turns off: {', '.join(shares)} of the batches."
+        )
+    chosen = [
+        f"{arm['name']} {', '.join(f'{name} {value}' for name, value in arm['tuning']['chosen'].items())}"
+        for arm in arms
+        if arm["tuning"]
+    ]
+    return [*texts, f"Chosen by validation perplexity: {'; '.join(chosen)}."] if chosen else texts
+
+
 def shortcomings(data: dict[str, Any]) -> list[str]:
     missing = data["missing"]
     texts = [f"Not finished and left out: {', '.join(missing)}."] if missing else []
@@ -69,16 +85,30 @@ def shortcomings(data: dict[str, Any]) -> list[str]:
             "There is no test split: what is reported is the validation perplexity that values were chosen by. It "
             "flatters, and the scheduler with the most values to choose from the most."
         )
+    texts += [
+        f"{arm['name']}: the best {name}, {arm['tuning']['chosen'][name]}, lies at an end of what was tried. Try "
+        "further values."
+        for arm in data["arms"]
+        if arm["tuning"]
+        for name in arm["tuning"]["at_edge"]
+    ]
     return [*texts, *data["failures"], *data["warnings"]]
 
 
 def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
     metric = data["metric"]
-    found = [
-        Notice(kind_of(arm[metric]["verdict"]), verdict_sentence(arm, data["reference"], metric))
-        for arm in arms
-        if arm["name"] != data["reference"] and metric in arm
-    ]
+    passes = {arm["name"]: arm["cost"]["passes"] for arm in arms}
+    found = []
+    for arm in arms:
+        if arm["name"] != data["reference"] and metric in arm:
+            kind = kind_of(arm[metric]["verdict"])
+            if data["match"] == "batches" and kind != "warning":
+                kind = "neutral"  # what took more compute has won nothing by being better
+            sentence = verdict_sentence(arm, data["reference"], metric)
+            ratio = passes[arm["name"]] / passes.get(data["reference"], passes[arm["name"]])
+            if not 0.95 < ratio < 1.05:
+                sentence += f" It spent {ratio:.1f} times the passes."
+            found.append(Notice(kind, sentence))
     found += [
         Notice("neutral", verdict_sentence(arm, arm["control"], metric, "beside its control"))
         for arm in data["against_controls"]
@@ -119,8 +149,8 @@ def verdict_sentence(arm: dict[str, Any], reference: str, metric: str, remark: s
     sentence += f", {interval}, lower in {found['wins']} of {found['seeds']} seeds."
     if words == "no evidence":
         sentence += (
-            f" So many seeds could have shown a difference of {number(found['detectable'], 3)} "
-            f"({percent(found['detectable'], found).lstrip('+')}) or more."
+            f" With {found['seeds']} seeds that scatter like these, a difference of {number(found['detectable'], 3)} "
+            f"({percent(found['detectable'], found).lstrip('+')}) would have been found four times in five."
         )
     return sentence
 
@@ -130,6 +160,8 @@ def summary_lines(data: dict[str, Any], out: Path) -> list[str]:
     arms = [arm for arm in data["arms"] if arm["seeds"]]
     return [
         "",
+        *([describe_protocol(data)] if data["match"] == "batches" else []),
+        *circumstances(data, arms),
         *(f"warning: {text}" for text in shortcomings(data)),
         *(notice.text for notice in verdicts(data, arms)),
         *(f"{what:<11} {out / name}" for what, name in FILES.items() if (out / name).exists()),
@@ -406,20 +438,12 @@ def cost_table(arms: list[dict[str, Any]], jobs: int) -> Table:
 
 def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     names = sorted({name for arm in arms if arm["tuning"] for name in arm["tuning"]["chosen"]})
-    rows, series, notices = [], [], []
+    rows, series = [], []
     for arm in (arm for arm in arms if arm["tuning"]):
         for candidate in arm["tuning"]["tried"]:
             is_chosen = candidate["values"] == arm["tuning"]["chosen"]
             values = [candidate["values"].get(name, DASH) for name in names]
             rows.append((arm["name"], *values, number(candidate["eval_perplexity"]), "chosen" if is_chosen else ""))
-        notices += [
-            Notice(
-                "warning",
-                f"{arm['name']}: the best {name}, {arm['tuning']['chosen'][name]}, lies at an end of what "
-                "was tried. Try further values.",
-            )
-            for name in arm["tuning"]["at_edge"]
-        ]
         if len(names) == 1 and all(_is_number(each["values"][names[0]]) for each in arm["tuning"]["tried"]):
             tried = sorted(
                 (float(each["values"][names[0]]), each["eval_perplexity"]) for each in arm["tuning"]["tried"]
@@ -432,7 +456,7 @@ def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         ("What is reported are runs with the values chosen on the validation split. A test split has no say.",),
     )
     if not series:
-        return (*notices, table)
+        return (table,)
     figure = Figure(
         "tuning",
         f"Validation perplexity against {names[0]}",
@@ -443,7 +467,7 @@ def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         tuple(series),
         x_log=all(x > 0 for each in series for x in each.x),
     )
-    return (*notices, table, figure)
+    return table, figure
 
 
 def _is_number(text: str) -> bool:
@@ -454,8 +478,18 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def method(data: dict[str, Any]) -> tuple[Any, ...]:
-    controls = [f"{pair['control']} spends the mean repeats of {pair['name']}" for pair in data["against_controls"]]
+def updates_a_batch(cost: dict[str, float]) -> float:
+    return cost["updates"] / max(1, cost["batches"] - cost["skips"])
+
+
+def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    updates = {arm["name"]: updates_a_batch(arm["cost"]) for arm in arms}
+    controls = [
+        f"{pair['control']}, which made {updates[pair['control']]:.2f} updates on a batch that was not skipped, for "
+        f"{pair['name']}, which made {updates[pair['name']]:.2f}"
+        for pair in data["against_controls"]
+        if {pair["name"], pair["control"]} <= updates.keys()
+    ]
     launcher = shlex.split(data["launcher"]) or ["python"]
     return (
         *([f"Controls, which look at nothing: {'; '.join(controls)}."] if controls else []),
