@@ -2,8 +2,11 @@
 # ABR_VENV chooses the environment (default: .venv in the repository), PYTHON the interpreter that makes it.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-# Without bytecode: most of what these packages hold is never imported, and what is gets compiled then.
-install_packages() { python -m pip install --quiet --disable-pip-version-check --no-compile "$@"; }
+install_packages() {
+    # Most of what these packages hold is never imported; what is gets compiled then, if Python may keep the bytecode.
+    [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || set -- --no-compile "$@"
+    python -m pip install --quiet --disable-pip-version-check "$@"
+}
 fail() { echo "error: $*" >&2; exit 1; }
 
 # install_project EXTRAS: install the repository in place, e.g. `install_project "[test]"`, at the tested versions.
