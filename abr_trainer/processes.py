@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,8 +53,8 @@ class Forked:
 
 def start_quietly() -> None:
     """Start the process that others are forked from such that an interrupt from the keyboard does not reach it."""
-    held_back = {signal.SIGINT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+    resource_tracker.ensure_running()  # first: it would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
     finally:
