@@ -16,7 +16,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -291,8 +290,19 @@ class Experiment:
             list(self.run_of(arm, self.seeds[0], tuned).argv) for arm in self.arms for tuned in self.candidates(arm)
         ]
         start_quietly()
-        with ProcessPoolExecutor(1, mp_context=self._stack) as pool:
-            self._facts: dict[str, Any] = pool.submit(_parse_all, arguments).result()
+        receiver, sender = self._stack.Pipe(duplex=False)
+        process = self._stack.Process(target=_parse_all, args=(arguments, sender), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            found = receiver.recv()
+        except EOFError:
+            raise RunFailed("The arguments could not be checked; see above.") from None
+        finally:
+            process.kill()
+        if isinstance(found, ValueError):
+            raise found
+        self._facts: dict[str, Any] = found
         self._check_rules()
         self._record({"launcher": self.launcher})
 
@@ -394,26 +404,31 @@ class Experiment:
                 shutil.rmtree(checkpoint)
 
 
-def _parse_all(arguments: list[list[str]]) -> dict[str, Any]:
-    """Parse these command lines as the script does.
+def _parse_all(arguments: list[list[str]], sender: Any) -> None:
+    """Parse these command lines as the script does, and send what the first of them asks for, or what is wrong.
 
-    Returns:
-        What the first of them asks for: `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`.
+    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`.
     """
     from .command_line import parse_arguments
     from .config import ABRConfig
     from .data import DataArguments
     from .modeling import ModelArguments
 
-    parsed = [parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)[-1] for argv in arguments]
-    first: ABRConfig = parsed[0]
-    return {
-        "device": first.device.type,
-        "devices": _visible_gpus(),
-        "max_passes": first.max_passes,
-        "max_steps": first.most_batches,
-        "epochs": first.num_train_epochs,
-    }
+    found: dict[str, Any] | ValueError
+    try:
+        parsed = [parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)[-1] for argv in arguments]
+        first: ABRConfig = parsed[0]
+        found = {
+            "device": first.device.type,
+            "devices": _visible_gpus(),
+            "max_passes": first.max_passes,
+            "max_steps": first.most_batches,
+            "epochs": first.num_train_epochs,
+        }
+    except ValueError as error:
+        found = ValueError(str(error))
+    with contextlib.suppress(OSError):  # the comparison was interrupted
+        sender.send(found)
 
 
 def device_of(slot: int, devices: int) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,7 @@ def write_up(experiment: Experiment, argv: list[str]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     given = sys.argv[1:] if argv is None else argv
     args, rest = parse(given)
-    kinds = (ValueError, OSError, BrokenExecutor, RunFailed)
-    with one_line_errors(*kinds, when_interrupted="the same command goes on"):
+    with one_line_errors(ValueError, OSError, RunFailed, when_interrupted="the same command goes on"):
         rest = expand_flags_file(rest)
         seeds = list(range(args.seeds[0])) if len(args.seeds) == 1 else args.seeds
         experiment = Experiment(
