@@ -451,10 +451,10 @@ def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finish
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_path):
     _, data = finished
     out = tmp_path / "cmp"
-    options = ["--schedulers", "abr:loss_threshold=0.8", "baseline", "--seeds", "1", "--evaluations", "3"]
+    options = ["--schedulers", "baseline", "abr:loss_threshold=0.8", "--seeds", "1", "--evaluations", "3"]
     command = [sys.executable, str(SCRIPT), *options, "--out", str(out), "--", *QUICK]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    directory = out / "runs" / "abr-loss_threshold=0.8" / "seed-0"
+    directory = out / "runs" / "baseline" / "seed-0"  # ten batches, evaluations and checkpoints are still to come then
     trace = directory / "abr_trace.jsonl"
     deadline = time.monotonic() + 300
     while not last_complete_checkpoint(directory) and time.monotonic() < deadline:
@@ -471,7 +471,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_pat
 
     resumed = compare(out, "--seeds", "1", "--evaluations", "3")
     expected = {(run["arm"], run["seed"]): run["metrics"] for run in data["runs"]}
-    assert {run["arm"]: run["resumed"] for run in resumed["runs"]} == {"baseline": 0, "abr:loss_threshold=0.8": 1}
+    assert {run["arm"]: run["resumed"] for run in resumed["runs"]} == {"baseline": 1, "abr:loss_threshold=0.8": 0}
     for run in resumed["runs"]:
         assert run["metrics"] == pytest.approx(expected[run["arm"], run["seed"]], rel=1e-6)
 
