@@ -15,9 +15,7 @@ from scipy import optimize, stats
 
 from .arms import Arm
 from .experiment import Experiment, Run
-from .records import PROVENANCE, TRACE_NAME, TRAINER_STATE, read_json, read_lines, write_whole
-
-COMPARISON = "comparison.json"
+from .records import COMPARISON, PROVENANCE, TRACE_NAME, TRAINER_STATE, read_json, read_lines, write_whole
 
 METRICS = ("eval_perplexity", "test_perplexity")
 

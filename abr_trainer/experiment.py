@@ -26,7 +26,9 @@ from .processes import Forked, Launched, Process, start_quietly
 from .progress import Progress
 from .records import PROVENANCE, RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, write_whole
 
-STACK = [f"abr_trainer.{name}" for name in ("command_line", "config", "data", "modeling", "trainer", "report.files")]
+OF_A_RUN = ("command_line", "config", "data", "modeling", "trainer")
+OF_THE_SCRIPT = ("comparison", "report.files", "report.of_comparison")  # a fork imports the main module anew
+STACK = [f"abr_trainer.{name}" for name in (*OF_A_RUN, *OF_THE_SCRIPT)]
 """What a process is to have imported before runs are forked from it: all that takes long."""
 
 EXPERIMENT = "experiment.json"
@@ -340,11 +342,11 @@ class Experiment:
         """Run what is not finished. On an error or an interrupt, end what is running: it can be resumed."""
         new = [run for run in runs if run.directory not in self._seen]
         self._seen.update(run.directory for run in new)
-        pending = deque(run for run in new if self.results(run) is None)
-        progress.expect(len(new) - len(pending), len(pending))
-        for run in new:
-            if run not in pending:
-                self._tidy(run)
+        kept = [run for run in new if self.results(run)]
+        pending = deque(run for run in new if run not in kept)
+        progress.expect(len(kept), len(pending))
+        for run in kept:
+            self._tidy(run)
         active: dict[int, tuple[Run, Process, float]] = {}
         try:
             while pending or active:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, by name; readable without torch and transformers."""
+"""What runs and comparisons leave on disk, by name; readable without torch and transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 PROVENANCE = "run.json"
 RESULTS = "all_results.json"
 TRAINER_STATE = "trainer_state.json"
+COMPARISON = "comparison.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 TRACE_NAME = "abr_trace.jsonl"

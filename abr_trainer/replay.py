@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .records import PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_complete_checkpoint, read_json, read_lines
+from .records import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_complete_checkpoint, read_json, read_lines
 from .schedulers import Observation, Outcome, RepeatScheduler
 
 OF_THE_RULE = (
@@ -28,7 +28,7 @@ def read_trace(directory: Path) -> list[dict[str, Any]]:
     """
     path = directory / TRACE_NAME
     if not path.is_file():
-        hint = " It holds a comparison: report_comparison.py." if (directory / "comparison.json").exists() else ""
+        hint = " It holds a comparison: report_comparison.py." if (directory / COMPARISON).exists() else ""
         raise ValueError(f"{directory} holds no run: there is no {TRACE_NAME} in it.{hint}")
     trace = list(read_lines(path))
     if trace and "passes" not in trace[0]:

@@ -496,7 +496,7 @@ def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         Commands("The comparison", (shlex.join(["python", *data["argv"]]),)),
         Commands("Each run", tuple(shlex.join([*launcher, *run["argv"]]) for run in data["runs"])),
         run_table(data),
-        machine_table(data),
+        machine_table(data["runs"]),
     )
 
 
@@ -517,9 +517,10 @@ def run_table(data: dict[str, Any]) -> Table:
     return Table("Every run", columns, tuple(rows))
 
 
-def machine_table(data: dict[str, Any]) -> Table:
+def machine_table(runs: list[dict[str, Any]]) -> Table:
+    """Tabulate what made these runs, by their `machine`, `versions` and `git`; a value a row where they differ."""
     rows: dict[tuple[str, str], None] = {}
-    for run in data["runs"]:
+    for run in runs:
         rows.update(dict.fromkeys((name, str(value)) for name, value in {**run["machine"], **run["versions"]}.items()))
         rows[("commit", str(run["git"]))] = None
     return Table("Machine, versions and commit", ("what", "value"), tuple(rows))

@@ -10,7 +10,7 @@ from ..comparison import learning_curve, over_loss, over_passes, over_time
 from ..records import RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json
 from ..replay import describe_repeats, read_provenance, read_skipped, read_trace
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
-from .of_comparison import COST_COLUMNS
+from .of_comparison import COST_COLUMNS, machine_table
 from .text import DASH, number
 
 MOST_POINTS = 1500
@@ -246,12 +246,7 @@ def how(directory: Path) -> tuple[Any, ...]:
     if provenance is None:
         return ("The trainer was used without the script: the directory does not tell how.",)
     commands = [provenance["argv"], *provenance.get("resumed", [])]
-    facts = {**provenance["machine"], **provenance["versions"], "commit": provenance["git"]}
     return (
         Commands("The command", tuple(shlex.join(["python", *argv]) for argv in commands)),
-        Table(
-            "Machine, versions and commit",
-            ("what", "value"),
-            tuple((name, str(value)) for name, value in facts.items()),
-        ),
+        machine_table([provenance]),
     )
