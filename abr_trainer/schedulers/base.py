@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +17,17 @@ class Observation:
         batch: Index of the batch since training began, from 0.
         loss: Mean loss per target token of the first pass, in nats, averaged over ranks.
         progress: Share of the training run already spent, in [0, 1).
+        accuracy: Share of the target tokens that the first pass predicted right, over all ranks; None unless the rule
+            `wants` it.
+        grad_norm: Norm of the gradient of the first pass, before clipping; None unless the rule `wants` it, and before
+            the backward.
     """
 
     batch: int
     loss: float
     progress: float
+    accuracy: float | None = None
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +40,15 @@ class Outcome:
         losses: `losses[i]` is the loss of pass i+1, in nats per target token, averaged over ranks. A skipped batch has
             one.
         reason: Why the batch got these repeats, in one word, for the trace.
+        replayed: Earlier batches that were trained on once more after this one, by index, each with the loss of that
+            pass.
     """
 
     observation: Observation
     repeats: int
     losses: tuple[float, ...]
     reason: str = ""
+    replayed: tuple[tuple[int, float], ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -48,15 +58,24 @@ class Outcome:
 class RepeatScheduler(ABC):
     """Decide how many updates each batch gets.
 
-    `decide`, `explain` and `evidence` only read, `observe` is the only method that writes. What a scheduler remembers
-    goes through `state_dict`, as JSON, and is written into every checkpoint. A rule that needs a coin derives it from
-    `(seed, observation.batch)`, so that all ranks and a resumed run toss the same one.
+    `observe` is the only method that writes, all others only read. What a scheduler remembers goes through
+    `state_dict`, as JSON, and is written into every checkpoint. A rule that needs a coin derives it from `(seed,
+    observation.batch)`, so that all ranks and a resumed run toss the same one.
 
     The trainer never asks about a batch whose first-pass loss is not finite: it skips it, and reports the outcome.
     `observe` must leave such a loss out of everything it remembers.
+
+    `decide` and `observe` are enough for most rules. `goes_on` ends the repeats of a batch early, by what they have
+    shown; `replay` and `held` train on earlier batches again; `wants` asks for more to look at than the loss.
     """
 
     reason: ClassVar[str] = "scheduler"
+    wants: frozenset[str] = frozenset()
+    """What `observation` shall hold beside the loss: "accuracy", "grad_norm".
+
+    With "grad_norm", `decide` is asked twice: before the backward, without it, and after, with it. A skip after the
+    backward costs the whole pass.
+    """
 
     def __repr__(self) -> str:
         """Name the rule: a checkpoint tells by it whether its state fits. A dataclass adds its parameters."""
@@ -65,6 +84,27 @@ class RepeatScheduler(ABC):
     @abstractmethod
     def decide(self, observation: Observation) -> int:
         """Return the repeats of this batch: 0 to skip it, 1 to train on it once, n for n updates."""
+
+    def goes_on(self, observation: Observation, losses: Sequence[float], accuracy: float | None) -> bool:
+        """Tell whether to pass over the batch again, now that the last of `losses` is known.
+
+        Asked from the second pass on, as long as `decide` allows another one.
+
+        Args:
+            losses: Of the passes so far, as in `Outcome`.
+            accuracy: Of the last of them, as in `Observation`.
+        """
+        return True
+
+    def replay(self, observation: Observation) -> Sequence[int]:
+        """Return the indices of held batches to train on once more, after this one. Not asked after a skip."""
+        return ()
+
+    def held(self) -> Sequence[int]:
+        """Return the indices of the batches whose inputs the trainer shall keep, for `replay`. Asked after `observe`;
+        a batch that it leaves out is gone.
+        """
+        return ()
 
     def explain(self, observation: Observation) -> str:
         """Name the rule that `decide` would follow, in one word."""
@@ -85,6 +125,47 @@ class RepeatScheduler(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         return
+
+
+@dataclass
+class WrappedScheduler(RepeatScheduler):
+    """Leave everything to `inner`: a base for rules that change some of its decisions.
+
+    Attributes:
+        inner: The scheduler that decides where this one does not.
+    """
+
+    inner: RepeatScheduler
+
+    def __post_init__(self) -> None:
+        self.wants = self.wants | self.inner.wants
+
+    def decide(self, observation: Observation) -> int:
+        return self.inner.decide(observation)
+
+    def goes_on(self, observation: Observation, losses: Sequence[float], accuracy: float | None) -> bool:
+        return self.inner.goes_on(observation, losses, accuracy)
+
+    def replay(self, observation: Observation) -> Sequence[int]:
+        return self.inner.replay(observation)
+
+    def held(self) -> Sequence[int]:
+        return self.inner.held()
+
+    def explain(self, observation: Observation) -> str:
+        return self.inner.explain(observation)
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        return self.inner.evidence(observation)
+
+    def observe(self, outcome: Outcome) -> None:
+        self.inner.observe(outcome)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
 
 
 def is_finite(outcome: Outcome) -> bool:

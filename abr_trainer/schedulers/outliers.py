@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import Observation, Outcome, RepeatScheduler, is_finite
+from .base import Observation, Outcome, WrappedScheduler, is_finite
 
 MIN_HISTORY = 10
 """Losses to have seen before a batch may be called an outlier."""
@@ -21,7 +21,7 @@ MIN_SPREAD = 0.01
 
 
 @dataclass
-class OutlierSkip(RepeatScheduler):
+class OutlierSkip(WrappedScheduler):
     """Skip a batch whose first-pass loss exceeds `level + sigmas * spread` of the recent losses; otherwise ask
     `inner`.
 
@@ -38,7 +38,6 @@ class OutlierSkip(RepeatScheduler):
     reason: ClassVar[str] = "outlier"
     keeps_outliers: ClassVar[bool]
 
-    inner: RepeatScheduler
     sigmas: float = 4.0
     window: int = 100
     patience: int = 10
@@ -46,6 +45,7 @@ class OutlierSkip(RepeatScheduler):
     consecutive: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sigmas > 0:
             raise ValueError(f"`outlier_sigmas` must be positive, got {self.sigmas}.")
         if self.window < MIN_HISTORY:
@@ -64,10 +64,10 @@ class OutlierSkip(RepeatScheduler):
         return loss > level + self.sigmas * spread
 
     def decide(self, observation: Observation) -> int:
-        return 0 if self.is_outlier(observation.loss) else self.inner.decide(observation)
+        return 0 if self.is_outlier(observation.loss) else super().decide(observation)
 
     def explain(self, observation: Observation) -> str:
-        return self.reason if self.is_outlier(observation.loss) else self.inner.explain(observation)
+        return self.reason if self.is_outlier(observation.loss) else super().explain(observation)
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"losses remembered": len(self.history)}
@@ -79,7 +79,7 @@ class OutlierSkip(RepeatScheduler):
                 "outlier_sigmas": self.sigmas,
                 "outlier above": level + self.sigmas * spread,
             }
-        return numbers | self.inner.evidence(observation)
+        return numbers | super().evidence(observation)
 
     def observe(self, outcome: Outcome) -> None:
         if is_finite(outcome):
@@ -91,15 +91,15 @@ class OutlierSkip(RepeatScheduler):
             if self.consecutive >= self.patience:
                 self.history.clear()
                 self.consecutive = 0
-        self.inner.observe(outcome)
+        super().observe(outcome)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": list(self.history), "consecutive": self.consecutive, "inner": self.inner.state_dict()}
+        return {"history": list(self.history), "consecutive": self.consecutive, **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = deque(state["history"], maxlen=self.window)
         self.consecutive = state["consecutive"]
-        self.inner.load_state_dict(state["inner"])
+        super().load_state_dict(state)
 
 
 @dataclass
