@@ -30,7 +30,7 @@ class LogWindow:
 
     def observe(self, outcome: Outcome) -> None:
         self.batches += 1
-        self.updates += outcome.repeats
+        self.updates += outcome.updates
         self.skipped += outcome.skipped
         self.non_finite += not math.isfinite(outcome.observation.loss)
 
@@ -133,6 +133,7 @@ class TraceCallback(ABRCallback):
             "learning_rate": learning_rate,
             "seconds": seconds,
             "memory": memory,
+            **_seldom(outcome),
         }
         _append(trace, line)
         if outcome.skipped and skipped:
@@ -145,6 +146,17 @@ class TraceCallback(ABRCallback):
         for file in self._files:
             file.close()
         self._files = []
+
+
+def _seldom(outcome: Outcome) -> dict[str, Any]:
+    """Return what the trace tells of a batch under rules that ask for it, or replay."""
+    seen = outcome.observation
+    told: dict[str, Any] = {"accuracy": seen.accuracy, "grad_norm": seen.grad_norm}
+    if outcome.replayed:
+        told["replayed"] = [
+            {"step": batch + 1, "loss": loss if math.isfinite(loss) else None} for batch, loss in outcome.replayed
+        ]
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _append(file: IO[str], line: dict[str, Any]) -> None:

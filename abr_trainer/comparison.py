@@ -248,7 +248,7 @@ def over_time(batches: list[dict[str, Any]], end: float) -> list[dict[str, float
     return [
         {
             "passes": (i + 0.5) * end / BINS,
-            "repeats": statistics.fmean(batch["repeats"] for batch in part),
+            "repeats": statistics.fmean(batch["repeats"] + len(batch.get("replayed", ())) for batch in part),
             "skipped": statistics.fmean(batch["repeats"] == 0 for batch in part),
             "batches": len(part),
         }

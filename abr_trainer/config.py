@@ -9,17 +9,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from .ledger import forward_share
 from .schedulers import (
     OUTLIER_RULES,
     SCHEDULERS,
     RepeatScheduler,
+    RepeatUntil,
     find_repeat_scheduler,
     get_outlier_rule,
     get_repeat_scheduler,
 )
+from .schedulers.threshold import parse_threshold
 from .support import refuse_single_process_launch
+
+logger = logging.get_logger(__name__)
 
 LEAST_VALUES = {
     "max_repeats": 1,
@@ -31,6 +36,9 @@ LEAST_VALUES = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
 }
+
+FIXED_REPEATS = 2
+"""What 'fixed' makes of a batch where nothing else is said."""
 
 CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 """The least a batch can cost, in passes."""
@@ -48,11 +56,13 @@ class ABRConfig(TrainingArguments):
     """
 
     repeat_scheduler: str = field(
-        default="abr",
+        default="baseline",
         metadata={
-            "help": "How often to train on each batch: 'baseline' (once), 'fixed' (--max_repeats times), 'random' (1 "
-            "to --max_repeats times), 'abr' (once for every whole --loss_threshold in its first-pass loss, at most "
-            "--max_repeats times), or your own rule as package.module:ClassName."
+            "help": "How often to train on each batch: 'baseline' (once), 'fixed' (--max_repeats times, by default "
+            "twice), 'random' (1 to --max_repeats times), 'abr' (the more often the higher its first-pass loss, by "
+            "--loss_threshold), 'window' (by the trend of the last losses), 'gain' (as long as another pass gains "
+            "more than a fresh batch would), 'replay' (hard batches once more, some batches later), 'learnable' (a "
+            "network learns from what follows), 'easy' (skips easy ones), or your own as package.module:ClassName."
         },
     )
     repeat_scheduler_kwargs: dict[str, Any] | str | None = field(
@@ -61,13 +71,25 @@ class ABRConfig(TrainingArguments):
             "help": "Parameters of the repeat scheduler as JSON, e.g. '{\"max_repeats\": 3}'. They win over flags."
         },
     )
-    loss_threshold: float = field(
-        default=1.0,
-        metadata={"help": "First-pass loss, in nats per target token, that buys one update under 'abr'."},
+    loss_threshold: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "What 'abr' takes for a high first-pass loss. A number: so many nats per target token buy an "
+            "update. q0.8: the highest 20 % of the recent losses are repeated, of these the highest 20 % once more, "
+            "and so on. s1.5: once more for each 1.5 robust standard deviations above their median. Default: 1.0."
+        },
     )
-    max_repeats: int = field(
-        default=5,
-        metadata={"help": "Most updates that 'abr' and 'random' make on one batch, and how many 'fixed' makes."},
+    max_repeats: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most updates that a rule makes on one batch, and how many 'fixed' makes. Default: the rule's own."
+        },
+    )
+    repeat_until: float | None = field(
+        default=None,
+        metadata={
+            "help": "Repeat until this share of the run is spent, e.g. 0.85, and train on each batch once after that."
+        },
     )
     skip_outliers: str = field(
         default="robust",
@@ -164,7 +186,10 @@ class ABRConfig(TrainingArguments):
                 raise ValueError(f"--{name} must be positive, got {value}.")
             if value is not None and value < 1 and self.max_passes is None:
                 raise ValueError(f"--{name} {value} is a share of --max_passes, which is not given.")
+        if self.loss_threshold is not None:
+            parse_threshold(self.loss_threshold)
         self.build_repeat_scheduler()
+        self._warn_of_unread_flags()
         self.most_batches = self.max_steps
         if self.max_passes is not None:
             affordable = math.ceil(self.max_passes / CHEAPEST_BATCH)
@@ -177,25 +202,34 @@ class ABRConfig(TrainingArguments):
             ValueError: A name is unknown, or a parameter out of range.
         """
         scheduler = get_repeat_scheduler(self.repeat_scheduler, **self._scheduler_parameters())
+        if self.repeat_until is not None:
+            scheduler = RepeatUntil(scheduler, until=self.repeat_until)
         if self.skip_outliers == "none":
             return scheduler
         sigmas = {} if self.outlier_sigmas is None else {"sigmas": self.outlier_sigmas}
         return get_outlier_rule(self.skip_outliers, scheduler, window=self.outlier_window, **sigmas)
 
+    def _warn_of_unread_flags(self) -> None:
+        reads = set(inspect.signature(find_repeat_scheduler(self.repeat_scheduler)).parameters)
+        if self.repeat_scheduler in ("baseline", "fixed"):
+            reads = {"max_repeats"} if self.repeat_scheduler == "fixed" else set()
+        for flag in ("loss_threshold", "max_repeats"):
+            if getattr(self, flag) is not None and flag not in reads:
+                logger.warning(f"--{flag} means nothing to --repeat_scheduler {self.repeat_scheduler}.")
+
     def _scheduler_parameters(self) -> dict[str, Any]:
         """Return the flags that the named scheduler takes, under the explicit `repeat_scheduler_kwargs`."""
-        flags = {"loss_threshold": self.loss_threshold, "max_repeats": self.max_repeats, "seed": self.seed}
+        flags: dict[str, Any] = {"loss_threshold": self.loss_threshold, "max_repeats": self.max_repeats}
         if self.repeat_scheduler == "fixed":
-            flags["repeats"] = self.max_repeats
+            flags["repeats"] = self.max_repeats or FIXED_REPEATS
         scheduler_class = find_repeat_scheduler(self.repeat_scheduler)
-        if scheduler_class not in SCHEDULERS.values():
-            # A rule of one's own keeps its own defaults: only flags that were set reach it.
-            flags = {name: value for name, value in flags.items() if value != getattr(type(self), name)}
+        if scheduler_class in SCHEDULERS.values() or self.seed != type(self).seed:
+            flags["seed"] = self.seed  # a rule of one's own keeps its own default
         takes = inspect.signature(scheduler_class).parameters
         explicit = self.repeat_scheduler_kwargs or {}
         if isinstance(explicit, str):
             explicit = _parse_json_object("--repeat_scheduler_kwargs", explicit)
-        return {name: value for name, value in flags.items() if name in takes} | explicit
+        return {name: value for name, value in flags.items() if name in takes and value is not None} | explicit
 
 
 def _parse_json_object(flag: str, text: str) -> dict[str, Any]:

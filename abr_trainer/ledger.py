@@ -70,11 +70,11 @@ class ComputeLedger:
         self.tokens += tokens
         self.flops += forward_flops * float(cost / self.share)
 
-    def close_batch(self, repeats: int, seconds: float) -> None:
-        """Note that a batch is finished, after `repeats` updates."""
+    def close_batch(self, updates: int, seconds: float) -> None:
+        """Note that a batch is finished, after so many updates: none is a skip."""
         self.batches += 1
-        self.skips += repeats == 0
-        self.updates += repeats
+        self.skips += updates == 0
+        self.updates += updates
         self.seconds += seconds
 
     def summary(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from .schedulers import Observation, Outcome, RepeatScheduler
 
 OF_THE_RULE = (
     *("repeat_scheduler", "repeat_scheduler_kwargs", "loss_threshold", "max_repeats", "seed"),
-    *("skip_outliers", "outlier_sigmas", "outlier_window"),
+    *("repeat_until", "skip_outliers", "outlier_sigmas", "outlier_window", "skip_grad_norm"),
 )
 
 WITHOUT_THE_RULE = {
@@ -112,8 +112,14 @@ def rule_of(arguments: dict[str, Any]) -> RepeatScheduler:
 def outcome_of(batch: dict[str, Any]) -> Outcome:
     """Return what the scheduler was told of this batch of a trace."""
     losses = tuple(math.nan if loss is None else loss for loss in batch["losses"])
-    observation = Observation(batch["step"] - 1, losses[0], batch["progress"])
-    return Outcome(observation, batch["repeats"], losses, batch["reason"])
+    observation = Observation(
+        batch["step"] - 1, losses[0], batch["progress"], batch.get("accuracy"), batch.get("grad_norm")
+    )
+    replayed = tuple(
+        (earlier["step"] - 1, math.nan if earlier["loss"] is None else earlier["loss"])
+        for earlier in batch.get("replayed", ())
+    )
+    return Outcome(observation, batch["repeats"], losses, batch["reason"], replayed)
 
 
 def read_skipped(directory: Path) -> dict[int, list[str]]:

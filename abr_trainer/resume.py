@@ -11,6 +11,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .callbacks import LogWindow
+from .held import load_held, save_held
 from .records import last_complete_checkpoint, write_whole
 
 logger = logging.get_logger(__name__)
@@ -43,6 +44,7 @@ class ResumeMixin(_AnyTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._is_active:
+            save_held(Path(output_dir), self.args.process_index, self._held)
             state = self._repetition_state()  # on every rank: an error must not leave the others waiting
             if self.args.should_save:
                 write_whole(Path(output_dir, ABR_STATE_NAME), state)
@@ -100,6 +102,13 @@ class ResumeMixin(_AnyTrainer):
         else:
             logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
         log = state["log"]
+        if self.repeat_scheduler.held():
+            if len(log["tr_loss"]) != self.args.world_size:
+                raise ValueError(
+                    f"{checkpoint} holds batches to train on again, of {len(log['tr_loss'])} processes: resume with "
+                    f"as many. There are {self.args.world_size}."
+                )
+            self._held = load_held(Path(checkpoint), self.args.process_index, self.args.device)
         if len(log["tr_loss"]) == self.args.world_size:
             self._window = LogWindow(**log["window"])
             self._restored_log = log["tr_loss"], log["last_logged"]

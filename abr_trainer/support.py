@@ -57,10 +57,22 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
             raise ValueError(
                 f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
             )
+    if "grad_norm" in trainer.repeat_scheduler.wants:
+        refuse_gradient_norm(trainer, engine)
     if budget is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         refuse_schedule(args.lr_scheduler_type.value)
     if budget is not None and trainer.lr_scheduler is not None:
         check_schedule(trainer.lr_scheduler)
+
+
+def refuse_gradient_norm(trainer: Any, engine: DistributedType) -> None:
+    """Refuse to decide after the backward where that is too late, or where the gradient cannot be seen."""
+    reasons = {
+        DistributedType.DEEPSPEED: "DeepSpeed updates the weights inside the backward",
+        DistributedType.FSDP: "FSDP1 shows each rank its own part of the gradient only: use FSDP2",
+    }
+    if engine in reasons and not getattr(trainer.accelerator, "is_fsdp2", False):
+        raise ValueError(f"--skip_grad_norm does not work here: {reasons[engine]}.")
 
 
 def check_schedule(scheduler: Any) -> None:

@@ -7,6 +7,8 @@ One batch, start to end:
                    Observation --> repeat_scheduler.decide --> repeats, clamped to what is left of the budget
                          |
           0: the batch never happened    1: nothing to do    n: (n-1) x [clip, optimizer.step, zero_grad, pass again]
+                         |                                      as long as the scheduler says `goes_on`;
+                         |                                      then the same for earlier batches that it `replay`s
                          |
      stock Trainer resumes: clip, optimizer.step, lr_scheduler.step, global_step += 1
                          |
@@ -15,7 +17,8 @@ One batch, start to end:
                          |
      stock Trainer resumes: log / evaluate / save
 
-The decision falls between forward and backward of the micro-batch that completes the batch.
+The decision falls between forward and backward of the micro-batch that completes the batch. A rule that wants the norm
+of the gradient is asked once more, after that backward.
 """
 
 from __future__ import annotations
@@ -44,12 +47,15 @@ from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
 from .config import ABRConfig, checkpoints_activations
 from .engines import forget_batch_of_deepspeed
 from .evaluation import PerplexityMixin
+from .gradient_norm import gradient_norm
+from .held import Call, HeldBatch, check_holdable
 from .ledger import ComputeLedger, forward_share
 from .loss_scale import LossScale, find_loss_scale, has_own_loss, weighted_loss
 from .perplexity import perplexity_of
 from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .support import check_schedule, refuse_unsupported
+from .token_accuracy import Hits, accuracy_of, counting_hits, summed
 
 logger = logging.get_logger(__name__)
 
@@ -81,8 +87,10 @@ class _Batch:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Call] = []
         self.losses: list[Tensor] = []
+        self.hits: list[Hits] = []
+        self.decision: _Decision | None = None
         self.tr_loss_before: Tensor | None = None
         self.outcome: Outcome | None = None
         self.learning_rate = 0.0
@@ -166,6 +174,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             self.ledger.share = self._forward_share()
             self._forward_flops_per_token = self._forward_flops()
         self._batch = _Batch()
+        self._held: dict[int, HeldBatch] = {}
         self._window = LogWindow()
         self._skips_in_a_row: list[tuple[int, str]] = []
         self._loss_scale: LossScale | None = None
@@ -282,10 +291,15 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         return batch_samples, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        one_pass = functools.partial(super().training_step, model)
+        plain_pass = functools.partial(super().training_step, model)
         if not self._is_active:
-            return one_pass(inputs, *args, **kwargs)
+            return plain_pass(inputs, *args, **kwargs)
         batch = self._batch
+
+        def one_pass(inputs: Any, *args: Any, hits: list[Hits] | None = None, **kwargs: Any) -> Tensor:
+            with self._counting_hits(model, inputs, batch.hits if hits is None else hits):
+                return plain_pass(inputs, *args, **kwargs)
+
         if not batch.calls:
             self._continue_log()
             self._find_loss_scale(model, inputs, *args, **kwargs)
@@ -295,20 +309,18 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             batch.losses.append(one_pass(inputs, *args, **kwargs))
             return batch.losses[-1]
 
-        decision: _Decision | None = None
-
         def decide(loss: Tensor) -> bool:
-            nonlocal decision
-            decision = decision or self._decide([*batch.losses, loss.detach()])
-            return decision.repeats > 0
+            batch.decision = batch.decision or self._decide([*batch.losses, loss.detach()])
+            return batch.decision.repeats > 0
 
         # Before its last backward, FSDP keeps the gradients of a batch where `zero_grad` does not reach them.
         must_finish = self.is_fsdp_enabled and len(batch.calls) > 1
         with contextlib.nullcontext() if must_finish else self._before_backward(decide):
             loss = one_pass(inputs, *args, **kwargs)
-        backwards = len(batch.calls) - (decision is not None and decision.repeats == 0)
+        backwards = len(batch.calls) - (batch.decision is not None and batch.decision.repeats == 0)
         decide(loss)
-        assert decision is not None
+        assert batch.decision is not None
+        batch.decision = decision = self._look_at_gradient(batch.decision, model)
         batch.losses.append(loss)
         self._carry_out(decision, model, one_pass, backwards)
         if not math.isfinite(decision.observation.loss):
@@ -341,14 +353,27 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             else:
                 self.accelerator.backward = shadowed
 
+    @contextlib.contextmanager
+    def _counting_hits(self, model: nn.Module, inputs: Any, hits: list[Hits]) -> Iterator[None]:
+        """Count the tokens that the forward in this context predicts right, if the rule wants to know."""
+        if "accuracy" not in self.repeat_scheduler.wants:
+            yield
+            return
+        with counting_hits(model, inputs, self._loss_shifts_labels, hits):
+            yield
+
     def _decide(self, losses: list[Tensor]) -> _Decision:
         """Average the first-pass loss over ranks, and decide. The same on every rank, because what it looks at is."""
-        loss, tokens, forward_flops = self._begin_mean(losses, *self._tokens_and_forward_flops())()
-        observation = Observation(batch=self.ledger.batches, loss=loss, progress=self._progress())
+        batch = self._batch
+        numbers = self._begin_mean(batch.calls, losses, *self._tokens_and_forward_flops(), *summed(batch.hits))()
+        loss, tokens, forward_flops, *hits = numbers
+        observation = Observation(
+            batch=self.ledger.batches,
+            loss=loss,
+            progress=self._progress(),
+            accuracy=accuracy_of(*hits) if hits else None,
+        )
         repeats, reason = self._choose(observation)
-        left = None if self._budget is None else math.floor(self._budget - self.ledger.passes)
-        if left is not None and repeats > left:
-            repeats, reason = left, "budget"
         return _Decision(
             observation=observation,
             repeats=repeats,
@@ -358,8 +383,34 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             learning_rate=self._get_learning_rate(),
         )
 
+    def _look_at_gradient(self, decision: _Decision, model: nn.Module) -> _Decision:
+        """Decide anew after the backward, if the rule wants the norm of the gradient and has not skipped the batch."""
+        is_open = decision.repeats > 0 and decision.reason != "primer"
+        if not is_open or "grad_norm" not in self.repeat_scheduler.wants:
+            return decision
+        scaler = self.accelerator.scaler
+        norm = gradient_norm(model) / (1.0 if scaler is None else scaler.get_scale())
+        mean = self._begin_sum(norm)()[0] / self.args.world_size  # the same on all ranks, to the last bit
+        observation = dataclasses.replace(decision.observation, grad_norm=mean)
+        if math.isfinite(mean):
+            repeats, reason = self._choose(observation)
+        elif scaler is None:
+            repeats, reason = 0, "non-finite"
+        else:
+            return decision  # the scaler withholds this update, and lowers its scale
+        return dataclasses.replace(decision, observation=observation, repeats=repeats, reason=reason)
+
     def _choose(self, observation: Observation) -> tuple[int, str]:
-        """Return repeats and reason, before the budget has its say."""
+        """Return the repeats that the budget has room for, and the reason."""
+        repeats, reason = self._ask_scheduler(observation)
+        left = self._passes_left()
+        return (int(left), "budget") if repeats > left else (repeats, reason)
+
+    def _passes_left(self) -> float:
+        """Return the whole passes that are left of the budget: all there are without one."""
+        return math.inf if self._budget is None else math.floor(self._budget - self.ledger.passes)
+
+    def _ask_scheduler(self, observation: Observation) -> tuple[int, str]:
         if not math.isfinite(observation.loss):
             return 0, "non-finite"
         if observation.batch < self._setting("primer_batches"):
@@ -381,22 +432,56 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         spent_before = self.ledger.passes
         self.ledger.charge_pass(micro_batches, backwards, decision.tokens, decision.forward_flops)
         losses, repeats, reason = [decision.observation.loss], decision.repeats, decision.reason
+        accuracy: float | None = None
+        this = HeldBatch(batch.calls, decision.tokens, decision.forward_flops)
         while len(losses) < repeats:
+            if len(losses) > 1 and not self.repeat_scheduler.goes_on(decision.observation, losses, accuracy):
+                repeats = len(losses)
+                break
             self._update(model)
-            losses.append(self._pass_again(model, one_pass))
-            self.ledger.charge_pass(micro_batches, micro_batches, decision.tokens, decision.forward_flops)
-            if not math.isfinite(losses[-1]):
+            loss, accuracy = self._pass_again(this, model, one_pass)
+            losses.append(loss)
+            if not math.isfinite(loss):
                 repeats, reason = len(losses) - 1, "non-finite"
-        if repeats < len(losses):
+        replayed = self._replay(decision, model, one_pass) if 0 < repeats == len(losses) else ()
+        if repeats < len(losses) or not all(math.isfinite(loss) for _, loss in replayed):
             self._withhold_update(model)
         if repeats == 0:
             batch.excerpts = self._excerpts()
-        batch.outcome = Outcome(decision.observation, repeats, tuple(losses), reason)
+        batch.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed)
         batch.learning_rate = decision.learning_rate
         batch.evaluation_is_due = self._crosses_mark("eval_passes", spent_before)
         batch.checkpoint_is_due = self._crosses_mark("save_passes", spent_before)
         if self._is_spent():
             self.state.max_steps = self.state.global_step + 1  # Trainer stops, evaluates and saves by its own rules.
+
+    def _replay(
+        self, decision: _Decision, model: nn.Module, one_pass: Callable[..., Tensor]
+    ) -> tuple[tuple[int, float], ...]:
+        """Pass over the earlier batches that the scheduler names, up to the first whose loss is not finite."""
+        if decision.reason == "primer":
+            return ()
+        replayed: list[tuple[int, float]] = []
+        for index in self.repeat_scheduler.replay(decision.observation):
+            if index not in self._held:
+                raise ValueError(f"replay of {self.repeat_scheduler} must return batches that it held, got {index!r}.")
+            if self._passes_left() < 1:
+                break
+            self._update(model)
+            loss, _ = self._pass_again(self._held[index], model, one_pass)
+            replayed.append((index, loss))
+            if not math.isfinite(loss):
+                break
+        return tuple(replayed)
+
+    def _hold(self, batch: _Batch, outcome: Outcome) -> None:
+        """Keep the inputs of the batches that the scheduler wants to come back to, and no others."""
+        wanted = set(self.repeat_scheduler.held())
+        index = outcome.observation.batch
+        if index in wanted and batch.decision is not None:
+            check_holdable(batch.calls)
+            self._held[index] = HeldBatch(batch.calls, batch.decision.tokens, batch.decision.forward_flops)
+        self._held = {index: held for index, held in self._held.items() if index in wanted}
 
     def _update(self, model: nn.Module) -> None:
         """Do what Trainer does between the last backward of a batch and the next forward."""
@@ -416,29 +501,34 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         yield
         self.__dict__.update(counters)
 
-    def _pass_again(self, model: nn.Module, one_pass: Callable[..., Tensor]) -> float:
-        """Run one more pass over the whole batch, and return its loss averaged over ranks."""
+    def _pass_again(
+        self, held: HeldBatch, model: nn.Module, one_pass: Callable[..., Tensor]
+    ) -> tuple[float, float | None]:
+        """Run one more pass over a whole batch, and return its loss and accuracy over all ranks."""
         losses: list[Tensor] = []
+        hits: list[Hits] = []
         mean: Callable[[], list[float]] | None = None
 
         def begin_mean(loss: Tensor) -> bool:
             nonlocal mean
-            mean = mean or self._begin_mean([*losses, loss.detach()])
+            mean = mean or self._begin_mean(held.calls, [*losses, loss.detach()], *summed(hits))
             # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
             return not self.is_deepspeed_enabled or math.isfinite(mean()[0])
 
         each_syncs = self.is_deepspeed_enabled or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         with self._counted_once():
-            for i, (inputs, args, kwargs) in enumerate(self._batch.calls, start=1):
-                is_last = i == len(self._batch.calls)
+            for i, (inputs, args, kwargs) in enumerate(held.calls, start=1):
+                is_last = i == len(held.calls)
                 self.accelerator.gradient_state._set_sync_gradients(is_last)
                 with contextlib.ExitStack() as context:
                     if is_last:
                         context.enter_context(self._before_backward(begin_mean))
                     elif not each_syncs:
                         context.enter_context(self.accelerator.no_sync(model))
-                    losses.append(one_pass(copy.copy(inputs), *args, **kwargs))
-        return (mean or self._begin_mean(losses))()[0]
+                    losses.append(one_pass(copy.copy(inputs), *args, hits=hits, **kwargs))
+        loss, *counts = (mean or self._begin_mean(held.calls, losses, *summed(hits)))()
+        self.ledger.charge_pass(len(held.calls), len(held.calls), held.tokens, held.forward_flops)
+        return loss, accuracy_of(*counts) if counts else None
 
     def _withhold_update(self, model: nn.Module) -> None:
         """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
@@ -478,8 +568,9 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         self.control.should_save = self.control.should_save or batch.checkpoint_is_due
         self.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the whole process
         self._batches_in_epoch += 1
-        self.ledger.close_batch(outcome.repeats, seconds)
+        self.ledger.close_batch(outcome.updates, seconds)
         self.repeat_scheduler.observe(outcome)
+        self._hold(batch, outcome)
         self._window.observe(outcome)
         if outcome.skipped:
             self._skips_in_a_row.append((outcome.observation.batch, f"{outcome.observation.loss:.4g}"))
@@ -537,17 +628,19 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             with self._counted_once():
                 self._loss_scale = find_loss_scale(self, model, inputs, num_items_in_batch, begin_sum)
 
-    def _begin_mean(self, losses: list[Tensor], *others: float) -> Callable[[], list[float]]:
+    def _begin_mean(
+        self, calls: list[Call], losses: list[Tensor], *others: Tensor | float
+    ) -> Callable[[], list[float]]:
         """Start to average over ranks, and return what waits for the result.
 
         Args:
-            losses: What `training_step` returned for each micro-batch of this rank.
+            calls: The micro-batches of this rank.
+            losses: What `training_step` returned for each of them.
             others: Numbers of this rank.
 
         Returns:
             A function that returns the mean loss per target of the pass, and the sum over ranks of each other number.
         """
-        calls = self._batch.calls
         items = calls[0][1][0] if calls[0][1] else calls[0][2].get("num_items_in_batch")
         loss, weight = weighted_loss(self, self._loss_scale, losses, [inputs for inputs, _, _ in calls], items)
         read = self._begin_sum(loss, weight, *others)

@@ -130,6 +130,37 @@ def run_module(*arguments: str, timeout: float) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
 
 
+def trained_by_hand(plan: list[list[int]], accumulation: int, rows: Any, max_grad_norm: float = 1.0) -> Any:
+    """Train as Trainer would: a loop of forward, backward, clip and step, at its linear rates, without weight decay.
+
+    Args:
+        plan: For each batch, which batches to pass over, in order, with an update after each.
+
+    Returns:
+        The model, and the losses of all passes, a list a batch.
+    """
+    model = tiny_llama().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    micro_batches = [torch.stack([row["input_ids"] for row in rows[i : i + 2]]) for i in range(0, len(rows), 2)]
+    batches = [micro_batches[i : i + accumulation] for i in range(0, len(micro_batches), accumulation)]
+    losses: list[list[float]] = []
+    for index, passes in enumerate(plan):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (len(batches) - index) / len(batches)  # linear, ticking once a batch
+        losses.append([])
+        for batch in passes:
+            targets = sum(ids[:, 1:].numel() for ids in batches[batch])
+            losses[-1].append(0.0)
+            for ids in batches[batch]:
+                loss = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(targets)).loss
+                loss.backward()
+                losses[-1][-1] += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, losses
+
+
 def weights(model: torch.nn.Module) -> torch.Tensor:
     """All weights, as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

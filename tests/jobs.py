@@ -51,6 +51,7 @@ def resumable(output_dir: str, kill_after: str = "0", resume: bool = False) -> A
             per_device_train_batch_size=1,
             gradient_accumulation_steps=2,
             max_passes=150,
+            repeat_scheduler="abr",
             loss_threshold=3.0,
             outlier_sigmas=1.0,
             learning_rate=3e-3,

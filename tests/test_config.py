@@ -17,12 +17,17 @@ from abr_trainer.run_directory import check_output_dir, replacing_previous_run, 
 from abr_trainer.schedulers import (
     ClassicOutlierSkip,
     ConstantScheduler,
+    RepeatUntil,
     RobustOutlierSkip,
     ThresholdScheduler,
     UniformScheduler,
+    WindowScheduler,
 )
 
 CLASSES = (ModelArguments, DataArguments, ABRConfig)
+
+
+ABR = ("--repeat_scheduler", "abr")
 
 
 def config(*flags: str) -> ABRConfig:
@@ -33,7 +38,17 @@ def config(*flags: str) -> ABRConfig:
 @pytest.mark.parametrize(
     ("flags", "scheduler"),
     [
-        ([], RobustOutlierSkip(ThresholdScheduler())),
+        ([], RobustOutlierSkip(ConstantScheduler(repeats=1))),
+        (["--repeat_scheduler", "abr", "--skip_outliers", "none"], ThresholdScheduler()),
+        (
+            ["--repeat_scheduler", "abr", "--loss_threshold", "q0.8", "--max_repeats", "2", "--skip_outliers", "none"],
+            ThresholdScheduler(loss_threshold="q0.8", max_repeats=2),
+        ),
+        (["--repeat_scheduler", "fixed", "--skip_outliers", "none"], ConstantScheduler(repeats=2)),
+        (
+            ["--repeat_scheduler", "window", "--repeat_until", "0.85", "--skip_outliers", "none"],
+            RepeatUntil(WindowScheduler(), until=0.85),
+        ),
         (["--repeat_scheduler", "baseline", "--skip_outliers", "none"], ConstantScheduler(repeats=1)),
         (
             ["--repeat_scheduler", "fixed", "--max_repeats", "3", "--skip_outliers", "none"],
@@ -44,12 +59,12 @@ def config(*flags: str) -> ABRConfig:
             UniformScheduler(max_repeats=2, seed=7),
         ),
         (
-            ["--loss_threshold", "0.5", "--skip_outliers", "classic", "--outlier_window", "50"],
+            [*ABR, "--loss_threshold", "0.5", "--skip_outliers", "classic", "--outlier_window", "50"],
             ClassicOutlierSkip(ThresholdScheduler(loss_threshold=0.5), window=50),
         ),
-        (["--outlier_sigmas", "6"], RobustOutlierSkip(ThresholdScheduler(), sigmas=6.0)),
+        ([*ABR, "--outlier_sigmas", "6"], RobustOutlierSkip(ThresholdScheduler(), sigmas=6.0)),
         (
-            ["--repeat_scheduler_kwargs", '{"max_repeats": 2}', "--max_repeats", "4", "--skip_outliers", "none"],
+            [*ABR, "--repeat_scheduler_kwargs", '{"max_repeats": 2}', "--max_repeats", "4", "--skip_outliers", "none"],
             ThresholdScheduler(max_repeats=2),
         ),
         (
@@ -70,6 +85,13 @@ def test_flags_that_are_set_reach_a_rule_of_ones_own():
     assert config(*mine, "--max_repeats", "3").build_repeat_scheduler().max_repeats == 3
 
 
+def test_a_flag_that_the_rule_does_not_read_is_said(caplog):
+    config("--loss_threshold", "2.0")
+    config(*ABR, "--loss_threshold", "2.0", "--max_repeats", "3")
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["--loss_threshold means nothing to --repeat_scheduler baseline."]
+
+
 def test_the_best_model_is_evaluated_whenever_it_is_saved():
     args = config("--do_eval", "--load_best_model_at_end", "--save_steps", "20")
     assert args.eval_strategy == args.save_strategy == "steps"
@@ -84,7 +106,7 @@ def test_published_and_robust_rules_have_their_own_sigmas():
     ("flags", "message"),
     [
         (["--repeat_scheduler", "abrr"], "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
-        (["--loss_threshold", "0"], "`loss_threshold` must be positive, got 0.0."),
+        (["--loss_threshold", "0"], "`loss_threshold` must be positive, got 0."),
         (["--max_repeats", "0"], "--max_repeats must be at least 1, got 0."),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0."),
         (["--learning_rate", "-1"], "--learning_rate must be at least 0, got -1.0."),
@@ -94,7 +116,13 @@ def test_published_and_robust_rules_have_their_own_sigmas():
         (["--outlier_sigmas", "-1"], "`outlier_sigmas` must be positive, got -1.0."),
         (["--repeat_scheduler_kwargs", "{max: 2}"], "--repeat_scheduler_kwargs is not valid JSON"),
         (["--repeat_scheduler_kwargs", "[2]"], "--repeat_scheduler_kwargs must be a JSON object"),
-        (["--repeat_scheduler_kwargs", '{"speed": 2}'], "'speed'. It takes: loss_threshold, max_repeats."),
+        (
+            [*ABR, "--repeat_scheduler_kwargs", '{"speed": 2}'],
+            "'speed'. It takes: loss_threshold, max_repeats, window.",
+        ),
+        (["--loss_threshold", "hard"], "`loss_threshold` must be nats such as 1.0, a quantile such as q0.8 or robust"),
+        ([*ABR, "--loss_threshold", "q1.5"], "`loss_threshold` must be a quantile below 1, got q1.5."),
+        (["--repeat_until", "1.5"], "`repeat_until` must lie between 0 and 1, got 1.5."),
         (["--los_threshold", "1"], "Unknown flag --los_threshold. Did you mean --loss_threshold?"),
         (["--hub_token", "hf_secret"], "--hub_token would be written to training_args.bin"),
     ],
@@ -113,6 +141,7 @@ def test_a_file_holds_flags_and_the_command_line_wins(tmp_path, suffix):
         json.dumps(
             {
                 "learning_rate": 1e-3,
+                "repeat_scheduler": "abr",
                 "repeat_scheduler_kwargs": {"max_repeats": 2},
                 "lora_target_modules": ["q_proj", "v_proj"],
                 "do_train": True,

@@ -215,6 +215,7 @@ def test_a_hyperparameter_search_starts_each_trial_clean(tmp_path):
             output_dir=str(tmp_path),
             per_device_train_batch_size=2,
             max_passes=6,
+            repeat_scheduler="abr",
             loss_threshold=2.0,
             skip_outliers="none",
             eval_strategy="epoch",

@@ -22,6 +22,7 @@ from tests.conftest import (
     log_without_times,
     tiny_llama,
     token_rows,
+    trained_by_hand,
     weights,
 )
 
@@ -67,31 +68,6 @@ def test_plain_arguments_add_nothing(build):
 # ---- Repeats ----
 
 
-def written_by_hand(repeats, accumulation, rows, max_grad_norm=1.0):
-    """`repeats[i]` updates on batch i: a loop of forward, backward, clip and step, at the rates of Trainer."""
-    model = tiny_llama().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    micro_batches = [torch.stack([row["input_ids"] for row in rows[i : i + 2]]) for i in range(0, len(rows), 2)]
-    batches = [micro_batches[i : i + accumulation] for i in range(0, len(micro_batches), accumulation)]
-    losses = []
-    for index, (batch, count) in enumerate(zip(batches, repeats, strict=True)):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (len(batches) - index) / len(batches)  # linear, ticking once a batch
-        targets = sum(ids[:, 1:].numel() for ids in batch)
-        passes = []
-        for _ in range(count):
-            passes.append(0.0)
-            for ids in batch:
-                loss = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(targets)).loss
-                loss.backward()
-                passes[-1] += loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(passes)
-    return model, losses
-
-
 @pytest.mark.parametrize(
     ("accumulation", "repeats"), [(1, [3, 1, 2, 1, 4, 2]), (4, [3, 2]), (2, [1, 5, 2]), (5, [2, 3])]
 )
@@ -100,7 +76,8 @@ def test_n_repeats_are_n_updates_on_the_whole_batch(train, accumulation, repeats
     ours = train(
         repeat_scheduler=scheduler, gradient_accumulation_steps=accumulation, weight_decay=0.0, optim="adamw_torch"
     )
-    expected, losses = written_by_hand(repeats, accumulation, token_rows(12))
+    plan = [[index] * count for index, count in enumerate(repeats)]
+    expected, losses = trained_by_hand(plan, accumulation, token_rows(12))
     assert torch.equal(weights(ours.model), weights(expected))
     for outcome, passes in zip(scheduler.outcomes, losses, strict=True):
         assert outcome.losses == pytest.approx(passes, rel=1e-6)
@@ -109,7 +86,7 @@ def test_n_repeats_are_n_updates_on_the_whole_batch(train, accumulation, repeats
 
 def test_without_clipping_the_gradients_are_left_alone(train):
     ours = train(repeat_scheduler=Scripted(2), max_grad_norm=0.0, weight_decay=0.0, optim="adamw_torch")
-    expected, _ = written_by_hand([2] * 6, 1, token_rows(12), max_grad_norm=math.inf)
+    expected, _ = trained_by_hand([[index] * 2 for index in range(6)], 1, token_rows(12), max_grad_norm=math.inf)
     assert torch.equal(weights(ours.model), weights(expected))
 
 

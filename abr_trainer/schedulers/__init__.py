@@ -9,24 +9,35 @@ import os
 import sys
 from typing import Any
 
-from .base import Observation, Outcome, RepeatScheduler
+from .base import Observation, Outcome, RepeatScheduler, WrappedScheduler
 from .constant import ConstantScheduler
+from .deferred import ReplayScheduler
+from .easy import EasySkip
+from .gain import GainScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
+from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
 from .uniform import UniformScheduler
+from .window import WindowScheduler
 
 __all__ = [
     "OUTLIER_RULES",
     "SCHEDULERS",
     "ClassicOutlierSkip",
     "ConstantScheduler",
+    "EasySkip",
+    "GainScheduler",
     "Observation",
     "Outcome",
     "OutlierSkip",
     "RepeatScheduler",
+    "RepeatUntil",
+    "ReplayScheduler",
     "RobustOutlierSkip",
     "ThresholdScheduler",
     "UniformScheduler",
+    "WindowScheduler",
+    "WrappedScheduler",
     "find_repeat_scheduler",
     "get_outlier_rule",
     "get_repeat_scheduler",
@@ -35,8 +46,12 @@ __all__ = [
 SCHEDULERS: dict[str, type[RepeatScheduler]] = {
     "abr": ThresholdScheduler,
     "baseline": ConstantScheduler,
+    "easy": EasySkip,
     "fixed": ConstantScheduler,
+    "gain": GainScheduler,
     "random": UniformScheduler,
+    "replay": ReplayScheduler,
+    "window": WindowScheduler,
 }
 
 OUTLIER_RULES: dict[str, type[OutlierSkip]] = {"classic": ClassicOutlierSkip, "robust": RobustOutlierSkip}

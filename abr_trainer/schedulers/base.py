@@ -54,6 +54,11 @@ class Outcome:
     def skipped(self) -> bool:
         return self.repeats == 0
 
+    @property
+    def updates(self) -> int:
+        """Updates made: on the batch, and on those replayed after it."""
+        return self.repeats + sum(math.isfinite(loss) for _, loss in self.replayed)
+
 
 class RepeatScheduler(ABC):
     """Decide how many updates each batch gets.

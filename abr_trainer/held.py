@@ -1,0 +1,109 @@
+"""Batches that a rule wants to train on again later: their inputs, in memory and in checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""Inputs, and the other arguments of one call of `training_step`."""
+
+HELD_NAME = "_abr_held_{rank}.safetensors"
+
+
+@dataclass(frozen=True)
+class HeldBatch:
+    """A batch as it arrived.
+
+    Attributes:
+        calls: Its micro-batches, on this rank.
+        tokens: In the batch, over all ranks.
+        forward_flops: Of one forward over it, over all ranks.
+    """
+
+    calls: list[Call]
+    tokens: int
+    forward_flops: float
+
+
+def check_holdable(calls: list[Call]) -> None:
+    """Refuse to hold what could not be written into a checkpoint.
+
+    Raises:
+        ValueError: A micro-batch is no mapping of names to tensors.
+    """
+    for inputs, _, _ in calls:
+        wrong = (
+            [name for name, value in inputs.items() if not isinstance(value, Tensor)] if _is_mapping(inputs) else [""]
+        )
+        if wrong:
+            raise ValueError(
+                f"To train on a batch again later, its inputs must be tensors by name; {wrong[0] or 'they'} is "
+                "something else. Use another --repeat_scheduler."
+            )
+
+
+def _is_mapping(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping)
+
+
+def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:
+    """Write the batches that this rank holds into a checkpoint; no file where there are none."""
+    if not held:
+        return
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for index, batch in held.items():
+        counts = []
+        for i, (inputs, args, kwargs) in enumerate(batch.calls):
+            for name, value in inputs.items():
+                tensors[f"{index}.{i}.{name}"] = value.detach().cpu().contiguous().clone()
+            counts.append({"args": [_as_number(value) for value in args], "kwargs": _as_numbers(kwargs)})
+        described.append(
+            {"batch": index, "calls": counts, "tokens": batch.tokens, "forward_flops": batch.forward_flops}
+        )
+    save_file(tensors, directory / HELD_NAME.format(rank=rank), metadata={"held": json.dumps(described)})
+
+
+def load_held(directory: Path, rank: int, device: torch.device) -> dict[int, HeldBatch]:
+    """Read what `save_held` wrote; nothing if there is no such file."""
+    path = directory / HELD_NAME.format(rank=rank)
+    if not path.exists():
+        return {}
+    held = {}
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        for described in json.loads(file.metadata()["held"]):
+            calls: list[Call] = []
+            for i, count in enumerate(described["calls"]):
+                prefix = f"{described['batch']}.{i}."
+                inputs = {
+                    name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)
+                }
+                args = tuple(_as_argument(value, device) for value in count["args"])
+                calls.append(
+                    (inputs, args, {name: _as_argument(each, device) for name, each in count["kwargs"].items()})
+                )
+            held[described["batch"]] = HeldBatch(calls, described["tokens"], described["forward_flops"])
+    return held
+
+
+def _as_number(value: Any) -> Any:
+    """Return what `training_step` is given beside the inputs, the number of targets, as JSON."""
+    return {"tensor": value.tolist()} if isinstance(value, Tensor) else value
+
+
+def _as_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _as_number(value) for name, value in values.items()}
+
+
+def _as_argument(value: Any, device: torch.device) -> Any:
+    return torch.tensor(value["tensor"], device=device) if isinstance(value, dict) else value

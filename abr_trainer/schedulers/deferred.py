@@ -1,0 +1,89 @@
+"""Coming back to hard batches later, between fresh ones, instead of repeating them on the spot."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .base import Observation, Outcome, RepeatScheduler, is_finite
+from .recent import share_below
+
+
+@dataclass
+class ReplayScheduler(RepeatScheduler):
+    """Train on every batch once, and on hard ones once more, `spacing` batches later.
+
+    A batch is hard if its first-pass loss lies above `quantile` of the recent ones. At most one earlier batch is
+    trained on after each new one: of those that are due, the one with the highest loss. Of more than `buffer_size`
+    hard batches that wait, the easiest is let go.
+
+    Costs a pass for each replay, and the inputs of `buffer_size` batches: in memory, and in each checkpoint. A resumed
+    run needs as many processes as before. Measured: see "Which rule for which situation" in the README.
+
+    Attributes:
+        quantile: Share of the recent losses above which a batch is hard, from 0 (all are) to below 1.
+        spacing: Batches between the two passes over a hard batch.
+        buffer_size: Batches that may wait.
+        window: Number of recent losses; nothing is hard before there are ten.
+    """
+
+    reason: ClassVar[str] = "once"
+
+    quantile: float = 0.75
+    spacing: int = 5
+    buffer_size: int = 16
+    window: int = 50
+    history: deque[float] = field(init=False, repr=False)
+    waiting: list[tuple[int, float]] = field(init=False, repr=False, default_factory=list)
+
+    MIN_HISTORY: ClassVar[int] = 10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quantile < 1:
+            raise ValueError(f"`quantile` must be at least 0 and below 1, got {self.quantile}.")
+        for name, least in (("spacing", 1), ("buffer_size", 1), ("window", self.MIN_HISTORY)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        self.history = deque(maxlen=self.window)
+
+    def decide(self, observation: Observation) -> int:
+        return 1
+
+    def replay(self, observation: Observation) -> Sequence[int]:
+        due = [(loss, batch) for batch, loss in self.waiting if batch + self.spacing <= observation.batch]
+        return [max(due)[1]] if due else []
+
+    def held(self) -> Sequence[int]:
+        return [batch for batch, _ in self.waiting]
+
+    def is_hard(self, loss: float) -> bool:
+        if self.quantile == 0:
+            return True
+        return len(self.history) >= self.MIN_HISTORY and share_below(loss, self.history) >= self.quantile
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        numbers: dict[str, float] = {"losses remembered": len(self.history), "batches waiting": len(self.waiting)}
+        if self.history:
+            numbers["share of them below"] = share_below(observation.loss, self.history)
+        return numbers | {"quantile": self.quantile}
+
+    def observe(self, outcome: Outcome) -> None:
+        replayed = {batch for batch, _ in outcome.replayed}
+        self.waiting = [entry for entry in self.waiting if entry[0] not in replayed]
+        if not is_finite(outcome) or outcome.skipped:
+            return
+        loss = outcome.observation.loss
+        if self.is_hard(loss):
+            self.waiting.append((outcome.observation.batch, loss))
+            if len(self.waiting) > self.buffer_size:
+                self.waiting.remove(min(self.waiting, key=lambda entry: entry[1]))
+        self.history.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self.history), "waiting": self.waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = deque(state["history"], maxlen=self.window)
+        self.waiting = [(batch, loss) for batch, loss in state["waiting"]]

@@ -1,0 +1,66 @@
+"""Skipping what the model knows already: selective backprop, with a batch as the unit."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .base import Observation, Outcome, RepeatScheduler, is_finite
+from .recent import share_below
+
+
+@dataclass
+class EasySkip(RepeatScheduler):
+    """Skip a batch whose first-pass loss lies in the lowest `quantile` of the recent ones; train on the others once.
+
+    The claim to be tested is that batches with a low loss teach nothing (selective backprop, arXiv 1910.00762). A skip
+    is decided before the backward and costs the forward: 1/3 of a pass, 1/2 with a frozen base. Where losses fall
+    quickly nearly all are lower than the recent ones: no more than `patience` batches are skipped in a row. Measured:
+    see "Which rule for which situation" in the README.
+
+    Attributes:
+        quantile: Share of the recent losses below which a batch is easy, between 0 and 1.
+        window: Number of recent losses, skipped batches among them; nothing is skipped before there are so many.
+        patience: Batches in a row that may be skipped.
+    """
+
+    reason: ClassVar[str] = "easy"
+
+    quantile: float = 0.2
+    window: int = 30
+    patience: int = 2
+    history: deque[float] = field(init=False, repr=False)
+    consecutive: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"`quantile` must lie between 0 and 1, got {self.quantile}.")
+        if self.window < 2:
+            raise ValueError(f"`window` must be at least 2, got {self.window}.")
+        if self.patience < 1:
+            raise ValueError(f"`patience` must be at least 1, got {self.patience}.")
+        self.history = deque(maxlen=self.window)
+
+    def decide(self, observation: Observation) -> int:
+        if len(self.history) < self.window or self.consecutive >= self.patience:
+            return 1
+        return 0 if share_below(observation.loss, self.history) < self.quantile else 1
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        numbers: dict[str, float] = {"losses remembered": len(self.history), "skipped in a row": self.consecutive}
+        if self.history:
+            numbers["share of them below"] = share_below(observation.loss, self.history)
+        return numbers | {"quantile": self.quantile}
+
+    def observe(self, outcome: Outcome) -> None:
+        if is_finite(outcome):
+            self.history.append(outcome.observation.loss)
+            self.consecutive = self.consecutive + 1 if outcome.skipped else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self.history), "consecutive": self.consecutive}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = deque(state["history"], maxlen=self.window)
+        self.consecutive = state["consecutive"]

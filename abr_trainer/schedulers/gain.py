@@ -1,0 +1,125 @@
+"""The marginal-value rule: stay on a batch while another pass over it gains more than a pass over a fresh one."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .base import Observation, Outcome, RepeatScheduler, is_finite
+
+MIN_HISTORY = 10
+"""Batches to have seen before their improvement is known."""
+
+
+@dataclass
+class GainScheduler(RepeatScheduler):
+    """Repeat while the last pass over the batch has improved its loss by more than a fresh batch improves the level.
+
+    What a fresh batch improves is the slope of the last `window` first-pass losses over the passes spent on them. What
+    a pass over the same batch improves is seen in its losses; before the second pass it is what the last second passes
+    have improved on average, kept up to date by trying one on every `probe_every`-th batch. Most of what a batch gains
+    on itself is memorised: `transfer` is the share of it that counts.
+
+    A batch of which the model predicts `saturation` of the tokens right is not repeated any more.
+
+    Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy: the model must return
+    logits. Measured: see "Which rule for which situation" in the README.
+
+    Attributes:
+        max_repeats: Most updates on a batch.
+        transfer: Share of the improvement on the batch itself, in nats, that is worth as much as an improvement of
+            other batches.
+        saturation: Share of target tokens, predicted right, from which a batch has nothing left to teach.
+        window: Batches over which the improvement by fresh ones is measured.
+        probe_every: A second pass is tried on one of so many batches, chosen at random; the improvement that second
+            passes bring is averaged over about ten of them.
+        seed: Of that choice.
+    """
+
+    reason: ClassVar[str] = "gain"
+    wants = frozenset({"accuracy"})
+
+    max_repeats: int = 5
+    transfer: float = 0.1
+    saturation: float = 0.9
+    window: int = 30
+    probe_every: int = 10
+    seed: int = 0
+    history: deque[tuple[float, int]] = field(init=False, repr=False)
+    second: float | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_repeats", 1), ("window", MIN_HISTORY), ("probe_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        for name in ("transfer", "saturation"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        self.history = deque(maxlen=self.window)
+
+    def fresh_gain(self) -> float | None:
+        """Return by how much a pass over a fresh batch lowers the first-pass loss, in nats; None while unknown."""
+        if len(self.history) < MIN_HISTORY:
+            return None
+        spent, losses, passes = [], [], 0
+        for loss, updates in self.history:
+            spent.append(passes)
+            losses.append(loss)
+            passes += updates
+        return -statistics.linear_regression(spent, losses).slope
+
+    def probes(self, observation: Observation) -> bool:
+        return random.Random(f"{self.seed}-{observation.batch}").random() * self.probe_every < 1
+
+    def pays(self, improvement: float) -> bool:
+        fresh = self.fresh_gain()
+        return fresh is not None and self.transfer * improvement > max(fresh, 0.0)
+
+    def is_saturated(self, accuracy: float | None) -> bool:
+        return accuracy is not None and accuracy >= self.saturation
+
+    def decide(self, observation: Observation) -> int:
+        if len(self.history) < MIN_HISTORY or self.is_saturated(observation.accuracy):
+            return 1
+        if self.second is not None and self.pays(self.second):
+            return self.max_repeats
+        return min(2, self.max_repeats) if self.probes(observation) else 1
+
+    def goes_on(self, observation: Observation, losses: Sequence[float], accuracy: float | None) -> bool:
+        return self.pays(losses[-2] - losses[-1]) and not self.is_saturated(accuracy)
+
+    def explain(self, observation: Observation) -> str:
+        if self.is_saturated(observation.accuracy):
+            return "saturated"
+        is_known = self.second is not None and self.pays(self.second)
+        return "probe" if self.decide(observation) > 1 and not is_known else self.reason
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        numbers: dict[str, float] = {"losses remembered": len(self.history)}
+        if (fresh := self.fresh_gain()) is not None:
+            numbers["a fresh pass gains"] = fresh
+        if self.second is not None:
+            numbers["a second pass gains"] = self.second
+            numbers["of that counts"] = self.transfer * self.second
+        if observation.accuracy is not None:
+            numbers |= {"accuracy": observation.accuracy, "saturation": self.saturation}
+        return numbers
+
+    def observe(self, outcome: Outcome) -> None:
+        if not is_finite(outcome) or outcome.skipped:
+            return
+        self.history.append((outcome.observation.loss, outcome.repeats))
+        if outcome.repeats > 1:
+            gained = outcome.losses[0] - outcome.losses[1]
+            self.second = gained if self.second is None else 0.9 * self.second + 0.1 * gained
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self.history), "second": self.second}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = deque(((loss, repeats) for loss, repeats in state["history"]), maxlen=self.window)
+        self.second = state["second"]

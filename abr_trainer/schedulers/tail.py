@@ -1,0 +1,49 @@
+"""No repeats at the end of a run: what the last updates see should be fresh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Observation, WrappedScheduler
+
+
+@dataclass
+class RepeatUntil(WrappedScheduler):
+    """Repeat as `inner` says until a share of the run is spent, and train on every batch once from then on.
+
+    What `inner` skips stays skipped. Costs less than `inner` alone. Measured: see "Which rule for which situation" in
+    the README.
+
+    Attributes:
+        until: Share of the run, from 0 to 1.
+
+    >>> from abr_trainer.schedulers import ConstantScheduler
+    >>> scheduler = RepeatUntil(ConstantScheduler(repeats=3), until=0.85)
+    >>> [scheduler.decide(Observation(batch=0, loss=2.0, progress=progress)) for progress in (0.84, 0.85)]
+    [3, 1]
+    """
+
+    reason: ClassVar[str] = "tail"
+
+    until: float = 0.85
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.until <= 1:
+            raise ValueError(f"`repeat_until` must lie between 0 and 1, got {self.until}.")
+
+    def decide(self, observation: Observation) -> int:
+        decided = super().decide(observation)
+        return min(decided, 1) if observation.progress >= self.until else decided
+
+    def replay(self, observation: Observation) -> Sequence[int]:
+        return () if observation.progress >= self.until else super().replay(observation)
+
+    def explain(self, observation: Observation) -> str:
+        cuts = observation.progress >= self.until and super().decide(observation) > 1
+        return self.reason if cuts else super().explain(observation)
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        return {"repeat_until": self.until, "progress": observation.progress, **super().evidence(observation)}

@@ -1,0 +1,117 @@
+"""The sliding-window rule: which way the last losses go, how they scatter, and where this one lies among them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .base import Observation, Outcome, RepeatScheduler, is_finite
+
+
+@dataclass
+class WindowScheduler(RepeatScheduler):
+    """Repeat a batch by the trend and the scatter of the last `window_size` first-pass losses, and by its own loss.
+
+    | the losses | this one is high | it is not |
+    |---|---|---|
+    | rise | `max_repeats` - 1 | 2 |
+    | fall | 2 | 1 |
+    | do neither, and scatter | `max_repeats` | 2 |
+    | do neither | `max_repeats` - 1 | 1 |
+
+    They rise or fall if the slope of a regression line exceeds `trend` of their mean, a batch; they scatter if their
+    standard deviation exceeds `volatility` of it; a loss is high if it exceeds the mean. Until the window is full
+    every batch is trained on once, and no batch more than `max_repeats` times.
+
+    Costs nothing but the passes it asks for, which are many: first-pass losses scatter far more from batch to batch
+    than they fall, so that the trend of a few is mostly chance. Measured: see "Which rule for which situation" in the
+    README.
+
+    Attributes:
+        window_size: Losses that are looked at.
+        max_repeats: Most updates on a batch.
+        trend: Slope from which losses rise or fall, a batch, as a share of their mean.
+        volatility: Standard deviation from which they scatter, as a share of their mean.
+        published: Use the constants of the published rule instead, in nats whatever the level: 0.01 a batch, 0.1, and
+            a loss is high above 2.0. Its "extra repeats" are `max_repeats` - 2, by default one.
+
+    >>> scheduler = WindowScheduler(window_size=2)
+    >>> for batch, loss in enumerate([3.0, 3.2]):
+    ...     scheduler.observe(Outcome(Observation(batch=batch, loss=loss, progress=0.0), 1, (loss,)))
+    >>> [scheduler.decide(Observation(batch=2, loss=loss, progress=0.0)) for loss in (3.0, 3.3)]
+    [2, 2]
+    """
+
+    reason: ClassVar[str] = "window"
+
+    window_size: int = 5
+    max_repeats: int = 3
+    trend: float = 0.005
+    volatility: float = 0.05
+    published: bool = False
+    history: deque[float] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.window_size < 2:
+            raise ValueError(f"`window_size` must be at least 2, got {self.window_size}.")
+        if self.max_repeats < 1:
+            raise ValueError(f"`max_repeats` must be at least 1, got {self.max_repeats}.")
+        for name in ("trend", "volatility"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        self.history = deque(maxlen=self.window_size)
+
+    def limits(self) -> tuple[float, float, float]:
+        """Return the slope, the deviation and the loss above which losses rise, scatter, and one of them is high."""
+        if self.published:
+            return 0.01, 0.1, 2.0
+        level = statistics.fmean(self.history)
+        return self.trend * abs(level), self.volatility * abs(level), level
+
+    def decide(self, observation: Observation) -> int:
+        if len(self.history) < self.window_size:
+            return 1
+        steep, wide, high = self.limits()
+        slope, is_high = slope_of(self.history), observation.loss > high
+        if slope > steep:
+            wanted = self.max_repeats - 1 if is_high else 2
+        elif slope < -steep:
+            wanted = 2 if is_high else 1
+        elif statistics.pstdev(self.history) > wide:
+            wanted = self.max_repeats if is_high else 2
+        else:
+            wanted = self.max_repeats - 1 if is_high else 1
+        return max(1, min(wanted, self.max_repeats))
+
+    def evidence(self, observation: Observation) -> dict[str, float]:
+        if len(self.history) < self.window_size:
+            return {"losses remembered": len(self.history), "window_size": self.window_size}
+        steep, wide, high = self.limits()
+        return {
+            "slope of the last": slope_of(self.history),
+            "rising above": steep,
+            "their deviation": statistics.pstdev(self.history),
+            "scattered above": wide,
+            "high above": high,
+        }
+
+    def observe(self, outcome: Outcome) -> None:
+        if is_finite(outcome) and not outcome.skipped:
+            self.history.append(outcome.observation.loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = deque(state["history"], maxlen=self.window_size)
+
+
+def slope_of(values: deque[float]) -> float:
+    """Return the slope of the regression line through equally spaced values, per step.
+
+    >>> slope_of(deque([1.0, 3.0, 2.0]))
+    0.5
+    """
+    return statistics.linear_regression(range(len(values)), values).slope
