@@ -15,6 +15,7 @@ from scipy import optimize, stats
 
 from .arms import Arm
 from .experiment import Experiment, Run
+from .flags import BUDGET, given_flags
 from .records import COMPARISON, PROVENANCE, TRACE_NAME, TRAINER_STATE, read_json, read_lines, write_whole
 
 METRICS = ("eval_perplexity", "test_perplexity")
@@ -444,17 +445,31 @@ def find_mismatches(runs: list[dict[str, Any]], match: str) -> list[str]:
     for what, key in kinds.items():
         if len({json.dumps(run[key], sort_keys=True) for run in runs}) > 1:
             warnings.append(f"The runs come from different {what}; see `{key}` in {COMPARISON}.")
-    passes = [run["cost"]["passes"] for run in runs]
-    if match == "passes" and passes and max(passes) - min(passes) >= 1:
-        warnings.append(
-            f"The runs did not spend the same: {min(passes):g} to {max(passes):g} passes. The data ended before the "
-            "budget, or a cap on batches did it."
-        )
+    if match == "passes":
+        warnings += find_uneven_budgets(runs)
     costs = [run["cost"]["flops"] / run["cost"]["passes"] for run in runs]
     if costs and max(costs) > min(costs) * (1 + SAME_COST):
         warnings.append(
             f"A pass did not cost all runs the same: {min(costs):.3g} to {max(costs):.3g} FLOPs. Equal passes are not "
             "equal compute here."
+        )
+    return warnings
+
+
+def find_uneven_budgets(runs: list[dict[str, Any]]) -> list[str]:
+    """Return which arms stop early by a budget of their own, and whether others have ended before theirs."""
+    budgets = {run["arm"]: int(given_flags(run["argv"]).get(BUDGET, ["0"])[-1]) for run in runs}
+    most = max(budgets.values(), default=0)
+    warnings = [
+        f"{arm} stops after {budget} of {most} passes, by a flag of its own."
+        for arm, budget in budgets.items()
+        if budget < most
+    ]
+    passes = [run["cost"]["passes"] for run in runs if budgets[run["arm"]] == most]
+    if passes and max(passes) - min(passes) >= 1:
+        warnings.append(
+            f"The runs did not spend the same: {min(passes):g} to {max(passes):g} passes. The data ended before the "
+            "budget, or a cap on batches did it."
         )
     return warnings
 

@@ -15,6 +15,7 @@ from .ledger import forward_share
 from .schedulers import (
     OUTLIER_RULES,
     SCHEDULERS,
+    GradNormSkip,
     RepeatScheduler,
     RepeatUntil,
     find_repeat_scheduler,
@@ -106,6 +107,13 @@ class ABRConfig(TrainingArguments):
         },
     )
     outlier_window: int = field(default=100, metadata={"help": "Number of recent losses that outliers are judged by."})
+    skip_grad_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Skip batches whose gradient norm lies so many robust standard deviations (of its logarithm) above "
+            "the recent ones, e.g. 6. Decided after the backward: a skip costs a whole pass. Default: do not look."
+        },
+    )
     max_consecutive_skips: int = field(
         default=20,
         metadata={"help": "Save a checkpoint and stop with an error after this many skipped batches in a row."},
@@ -204,6 +212,8 @@ class ABRConfig(TrainingArguments):
         scheduler = get_repeat_scheduler(self.repeat_scheduler, **self._scheduler_parameters())
         if self.repeat_until is not None:
             scheduler = RepeatUntil(scheduler, until=self.repeat_until)
+        if self.skip_grad_norm is not None:
+            scheduler = GradNormSkip(scheduler, sigmas=self.skip_grad_norm)
         if self.skip_outliers == "none":
             return scheduler
         sigmas = {} if self.outlier_sigmas is None else {"sigmas": self.outlier_sigmas}

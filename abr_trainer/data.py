@@ -44,7 +44,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Training text: .json, .jsonl, .csv or .parquet with a document or a dialogue in each row; any "
-            "other suffix is read as one plain text."
+            "other suffix is read as one plain text. A column input_ids is taken for tokens, as they are."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, in the same formats."})
@@ -272,11 +272,13 @@ def _split_rows(rows: Rows, percentage: float) -> tuple[Rows, Rows]:
 
 
 def tokenize(rows: Rows, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
-    """Turn rows into rows of token ids, `input_ids`."""
+    """Turn rows into rows of token ids, `input_ids`: as they are where a column of that name holds them."""
     data = rows.rows
     example = _first(data, rows.origin)
     if example is None:
         raise ValueError(f"{rows.origin} is empty.")
+    if arguments.text_column in (None, "input_ids") and _is_tokenized(example.get("input_ids")):
+        return data.select_columns(["input_ids"])
     column = choose_text_column(example, arguments.text_column, rows.origin)
     end = [] if rows.rows_are_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -311,6 +313,10 @@ def choose_text_column(example: dict[str, Any], wanted: str | None, origin: str)
     if not candidates:
         raise ValueError(f"{origin} has no column of text: its columns are {', '.join(example)}.")
     raise ValueError(f"Which column of {origin} is the text? Choose with --text_column from {', '.join(candidates)}.")
+
+
+def _is_tokenized(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(token, int) for token in value)
 
 
 def _is_text(value: Any) -> bool:

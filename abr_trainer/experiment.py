@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .arms import Arm
-from .flags import given_flags, is_on, refuse
+from .flags import BUDGET, given_flags, is_on, refuse
 from .processes import Forked, Launched, Process, start_quietly
 from .progress import Progress
 from .records import PROVENANCE, RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, write_whole
@@ -151,8 +151,10 @@ class Experiment:
         if twice := next((arm.name for arm in self.arms if names.count(arm.folder) > 1), None):
             raise ValueError(f"--schedulers {twice} stands there twice, or goes by the same directory as another one.")
         for arm in self.arms:
-            refuse(arm.flags, f"--schedulers {arm.name}: ")
-        refuse((f"--{name}" for name in self.tune), "--tune: ")
+            self._refuse(arm.flags, f"--schedulers {arm.name}: ")
+        for name, values in self.tune.items():
+            for value in values:
+                self._refuse([f"--{name}", value], "--tune: ")
         if self.reference and self.reference not in [arm.name for arm in self.arms]:
             raise ValueError(f"--reference {self.reference} is none of --schedulers.")
         if not self.reference:
@@ -167,6 +169,10 @@ class Experiment:
             raise ValueError("--tune_seeds must be at least 1.")
         self._seen: set[Path] = set()
 
+    def _refuse(self, flags: Iterable[str], where: str) -> None:
+        """Refuse flags that are not for an arm to set; a budget of its own may be lower than that of the others."""
+        refuse(flags, where, budget=given_flags(self.flags).get(BUDGET) if self.match == "passes" else None)
+
     # ---- What is to run, and what it has shown ----
 
     def candidates(self, arm: Arm) -> list[Values]:
@@ -177,11 +183,12 @@ class Experiment:
     def run_of(self, arm: Arm, seed: int, tuned: Values = ()) -> Run:
         folder = [f"{name}={value}" for name, value in tuned]
         flags = [part for name, value in tuned for part in (f"--{name}", value)]
+        argv = (part.replace("{seed}", str(seed)) for part in (*self.flags, *arm.arguments, *flags))
         return Run(
             arm,
             seed,
             self.out.joinpath("runs", arm.folder, *folder, f"seed-{seed}"),
-            (*self.flags, *arm.arguments, *flags, "--seed", str(seed)),
+            (*argv, "--seed", str(seed)),
             tuned,
         )
 

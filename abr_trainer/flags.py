@@ -20,8 +20,10 @@ OF_THE_COMPARISON = {
     "--push_to_hub": "a run of its own: every run of a comparison would push",
 }
 
+BUDGET = "--max_passes"
+
 SHARED = (
-    *("--max_passes", "--max_steps", "--num_train_epochs", "--do_train", "--do_eval", "--do_predict"),
+    *(BUDGET, "--max_steps", "--num_train_epochs", "--do_train", "--do_eval", "--do_predict"),
     *("--validation_file", "--test_file", "--max_eval_samples", "--block_size"),
 )
 """How long a run is and what it is judged by: the same for all runs of a comparison."""
@@ -104,19 +106,26 @@ def asks_to_save(rest: Sequence[str]) -> bool:
     return not given_flags(rest).keys().isdisjoint(SAVING)
 
 
-def refuse(flags: Iterable[str], where: str, shared: Sequence[str] = SHARED) -> None:
+def refuse(
+    flags: Iterable[str], where: str, shared: Sequence[str] = SHARED, budget: Sequence[str] | None = None
+) -> None:
     """Refuse flags that the comparison sets itself, or that make runs incomparable.
 
     Args:
         where: What the flags come from, for the message.
         shared: Flags that must not stand there.
+        budget: The passes that each run may spend: one that stops earlier may say so.
 
     Raises:
         ValueError: One of them is there.
     """
-    for flag in given_flags(flags):
+    for flag, values in given_flags(flags).items():
         if instead := OF_THE_COMPARISON.get(flag):
             raise ValueError(f"{where}{flag} is not for the runs to decide. Use {instead}.")
+        if flag == BUDGET and budget:
+            if not all(value.isdigit() and int(value) <= int(budget[-1]) for value in values):
+                raise ValueError(f"{where}{flag} {' '.join(values)} is not within the {budget[-1]} of all runs.")
+            continue
         if flag in shared:
             raise ValueError(f"{where}{flag} must be the same for all runs, or they cannot be compared.")
 

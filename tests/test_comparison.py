@@ -73,6 +73,7 @@ def run(seed, perplexity, **others):
     return {
         "arm": "abr",
         "seed": seed,
+        "argv": ["--max_passes", "9"],
         "metrics": {"test_perplexity": perplexity},
         "cost": cost,
         "first_loss": 3.0,
@@ -181,6 +182,15 @@ def test_what_speaks_against_a_comparison_is_said():
     assert "Seeds of abr gave the same run" in " ".join(find_mismatches([*runs, run(2, 1.1, **same)], "passes"))
     assert "Seed 1" not in text
     assert "did not spend" not in " ".join(find_mismatches(runs, "batches"))
+
+
+def test_an_arm_that_stops_early_by_itself_is_said_and_no_mismatch():
+    same = {"git": "a", "versions": {}, "machine": {}}
+    whole, early = run(0, 1.0, **same), run(0, 1.1, **same)
+    early |= {"arm": "fixed:2,max_passes=5", "argv": [*early["argv"], "--max_passes", "5"]}
+    early["cost"] = {**early["cost"], "passes": 0.5, "flops": 0.5}
+    (told,) = find_mismatches([whole, early], "passes")
+    assert told == "fixed:2,max_passes=5 stops after 5 of 9 passes, by a flag of its own."
 
 
 def test_a_directory_without_a_comparison_is_told_apart_from_a_damaged_one(tmp_path):

@@ -17,6 +17,7 @@ from abr_trainer.run_directory import check_output_dir, replacing_previous_run, 
 from abr_trainer.schedulers import (
     ClassicOutlierSkip,
     ConstantScheduler,
+    GradNormSkip,
     RepeatUntil,
     RobustOutlierSkip,
     ThresholdScheduler,
@@ -50,6 +51,7 @@ def config(*flags: str) -> ABRConfig:
             RepeatUntil(WindowScheduler(), until=0.85),
         ),
         (["--repeat_scheduler", "baseline", "--skip_outliers", "none"], ConstantScheduler(repeats=1)),
+        (["--skip_grad_norm", "6"], RobustOutlierSkip(GradNormSkip(ConstantScheduler(), sigmas=6.0))),
         (
             ["--repeat_scheduler", "fixed", "--max_repeats", "3", "--skip_outliers", "none"],
             ConstantScheduler(repeats=3),
@@ -122,6 +124,7 @@ def test_published_and_robust_rules_have_their_own_sigmas():
         ),
         (["--loss_threshold", "hard"], "`loss_threshold` must be nats such as 1.0, a quantile such as q0.8 or robust"),
         ([*ABR, "--loss_threshold", "q1.5"], "`loss_threshold` must be a quantile below 1, got q1.5."),
+        (["--skip_grad_norm", "0"], "`skip_grad_norm` must be positive, got 0.0."),
         (["--repeat_until", "1.5"], "`repeat_until` must lie between 0 and 1, got 1.5."),
         (["--los_threshold", "1"], "Unknown flag --los_threshold. Did you mean --loss_threshold?"),
         (["--hub_token", "hf_secret"], "--hub_token would be written to training_args.bin"),

@@ -60,6 +60,15 @@ def test_a_row_is_a_document_and_ends_with_the_end_of_text(tmp_path, tokenizer, 
     assert tokens_of(blocks) == expected[: len(expected) // 8 * 8]
 
 
+def test_tokens_are_taken_as_they_are(tmp_path, tokenizer):
+    rows = [{"input_ids": [7 * i % 50 for i in range(start, start + 8)], "text": "not this"} for start in range(5)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    blocks = load_blocks(DataArguments(train_file=path), tokenizer, 8, ["train"])["train"]
+    assert [row["input_ids"] for row in blocks] == [row["input_ids"] for row in rows], "no end of text between them"
+    as_text = load_blocks(DataArguments(train_file=path, text_column="text"), tokenizer, 4, ["train"])["train"]
+    assert tokens_of(as_text)[:2] == ids(tokenizer, "not this")[:2]
+
+
 def test_turns_of_a_dialogue_are_joined_by_newlines(tmp_path, tokenizer):
     rows = [{"dialog": ["Where is my lamp ? ", "By the river ."], "act": [2, 1]} for _ in range(20)]
     arguments = DataArguments(train_file=write_rows(tmp_path / "talk.jsonl", rows))

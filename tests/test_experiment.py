@@ -35,7 +35,7 @@ QUICK = [
     "2e-3",
 ]
 QUICK += ["--max_eval_samples", "8", "--use_cpu", "--max_passes", "12"]
-EXPERIMENT = {"out": Path("out"), "script": Path("run_clm_abr.py"), "seeds": [0, 1], "flags": ["--use_cpu"]}
+EXPERIMENT = {"out": Path("out"), "script": Path("run_clm_abr.py"), "seeds": [0, 1], "flags": ["--max_passes", "12"]}
 
 
 # ---- What is asked for ----
@@ -121,12 +121,28 @@ def test_flags_that_are_given_are_left_alone(tmp_path):
     ]
 
 
+def test_an_arm_may_stop_early_and_a_seed_may_have_data_of_its_own():
+    texts = ["baseline:max_passes=9", "abr:train_file=part-{seed}.jsonl"]
+    experiment = Experiment(**EXPERIMENT, arms=[parse_arm(text) for text in texts])
+    first, second = (experiment.run_of(arm, 3).argv for arm in experiment.arms)
+    assert given_flags(first)["--max_passes"] == ["9"]
+    assert given_flags(second)["--train_file"] == ["part-3.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"arms": [parse_arm("abr"), parse_arm("abr")]}, "--schedulers abr stands there twice"),
         ({"reference": "fixed:2"}, "--reference fixed:2 is none of --schedulers"),
-        ({"arms": [parse_arm("baseline:max_passes=9")]}, "--schedulers baseline:max_passes=9: --max_passes must be"),
+        (
+            {"arms": [parse_arm("baseline:max_passes=19")]},
+            "--schedulers baseline:max_passes=19: --max_passes 19 is not",
+        ),
+        (
+            {"arms": [parse_arm("baseline:max_passes=9")], "match": "batches", "flags": ["--max_steps", "9"]},
+            "--schedulers baseline:max_passes=9: --max_passes must be",
+        ),
+        ({"tune": {"max_passes": ["8", "20"]}, "tune_seeds": [0]}, "--tune: --max_passes 20 is not within the 12 of"),
         ({"arms": [parse_arm("abr:output_dir=x")]}, "--schedulers abr:output_dir=x: --output_dir is not for the runs"),
         ({"tune": {"seed": ["1", "2"]}, "tune_seeds": [0]}, "--tune: --seed is not for the runs to decide"),
         ({"seeds": []}, "--seeds must be"),

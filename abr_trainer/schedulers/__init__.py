@@ -14,6 +14,8 @@ from .constant import ConstantScheduler
 from .deferred import ReplayScheduler
 from .easy import EasySkip
 from .gain import GainScheduler
+from .gradients import GradNormSkip
+from .learnable import LearnableScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
 from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
@@ -27,6 +29,8 @@ __all__ = [
     "ConstantScheduler",
     "EasySkip",
     "GainScheduler",
+    "GradNormSkip",
+    "LearnableScheduler",
     "Observation",
     "Outcome",
     "OutlierSkip",
@@ -49,6 +53,7 @@ SCHEDULERS: dict[str, type[RepeatScheduler]] = {
     "easy": EasySkip,
     "fixed": ConstantScheduler,
     "gain": GainScheduler,
+    "learnable": LearnableScheduler,
     "random": UniformScheduler,
     "replay": ReplayScheduler,
     "window": WindowScheduler,

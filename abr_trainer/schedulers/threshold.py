@@ -42,7 +42,7 @@ class ThresholdScheduler(RepeatScheduler):
 
     loss_threshold: float | str = 1.0
     max_repeats: int = 5
-    window: int = 100
+    window: int = 25
     history: deque[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from abr_trainer.schedulers import ConstantScheduler, Observation, ThresholdScheduler, UniformScheduler
+from tests.schedulers.streams import feed
 
 
 def decide(scheduler, loss, batch=0):
@@ -56,3 +57,31 @@ def test_uniform_tosses_the_same_coin_for_a_batch_whatever_was_asked_before():
         decide(other, 3.0, batch)
     assert [decide(one, 3.0, batch) for batch in range(20)] == [decide(other, 1.0, batch) for batch in range(20)]
     assert [decide(one, 3.0, b) for b in range(20)] != [decide(UniformScheduler(seed=8), 3.0, b) for b in range(20)]
+
+
+def test_a_quantile_repeats_the_highest_losses_the_highest_of_them_more_often():
+    # Twenty losses, 3.00 to 3.19. Above q 0.8 lie 20 %: twice. Above 0.8 + 0.8 * 0.2 = 0.96: three times.
+    rule = ThresholdScheduler("q0.8")
+    feed(rule, [3.0 + 0.01 * i for i in range(20)])
+    assert [decide(rule, loss) for loss in (3.0, 3.145, 3.155, 3.185, 3.195)] == [1, 1, 2, 2, 5]
+    assert decide(rule, 99.0) == 5
+
+
+def test_a_quantile_spends_the_same_at_any_level_of_the_losses():
+    for level in (0.5, 3.0, 9.0):
+        losses = [level + 0.001 * ((7919 * i) % 1009) for i in range(1000)]
+        assert sum(feed(ThresholdScheduler("q0.8", window=100), losses)) / 1000 == pytest.approx(1.25, abs=0.05)
+
+
+def test_sigmas_repeat_once_more_for_each_so_many_deviations():
+    # Eleven losses: median 3, deviations 0, 0.1 (ten times): spread 0.14826. With s1: 3.15 is 1.01 of them above.
+    rule = ThresholdScheduler("s1")
+    feed(rule, [3.0, *([2.9, 3.1] * 5)])
+    assert [decide(rule, loss) for loss in (2.0, 3.1, 3.15, 3.31)] == [1, 1, 2, 3]
+    assert decide(ThresholdScheduler("s1"), 9.0) == 1, "nothing is high before ten losses"
+
+
+@pytest.mark.parametrize("threshold", ["q0", "q1", "s0", "x1", "q", "sigma"])
+def test_a_threshold_that_is_none_is_told(threshold):
+    with pytest.raises(ValueError, match="`loss_threshold` must be"):
+        ThresholdScheduler(threshold)

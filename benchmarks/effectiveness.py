@@ -1,0 +1,462 @@
+"""Which rule pays where: every regime as a comparison of compare_schedulers.py, and one table of all of them.
+
+    python benchmarks/effectiveness.py --data DIR --models DIR --out runs/effectiveness            # hours
+    python benchmarks/effectiveness.py --data DIR --models DIR --out runs/quick --quick            # under ten minutes
+    python benchmarks/effectiveness.py --table                       # the tables, of benchmarks/results alone
+
+DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens`, `dailydialog/{train,validation,test}.jsonl` and
+`tinystories/valid_sample.txt`; DIR of the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on
+where it was stopped; `--only scarce` runs one regime. Numbers go to benchmarks/results/effectiveness.json, tables to
+docs/effectiveness.md.
+
+Fresh: more data than budget. Scarce: few batches, many epochs; every arm may stop early. Same batches: the published
+protocol, 50 batches once, whatever that costs. Dirty: a share of the batches is broken. All runs of a study have the
+same model, adapter, data and order of data for a seed; the learning rate decays to zero over what a run spends, and is
+tuned for each arm on the validation split where `--tune` stands. What is compared is nll on the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from abr_trainer.comparison import paired, read_comparison, verdict
+from abr_trainer.flags import given_flags
+from abr_trainer.records import TRACE_NAME, read_lines, write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "effectiveness.json"
+TABLES = ROOT / "docs" / "effectiveness.md"
+
+BLOCK, ROWS = 128, 4
+"""Tokens in a block, blocks in a batch."""
+
+HELD_OUT = {"validation": 64, "test": 160}
+"""Blocks of the splits that choose, and that judge."""
+
+KINDS = ("random", "shuffled", "bytes", "cipher", "repeated")
+SHARES = (5, 10, 25)
+
+FLAGS = [
+    *("--block_size", str(BLOCK), "--per_device_train_batch_size", str(ROWS), "--per_device_eval_batch_size", "16"),
+    *("--torch_dtype", "float32", "--lora_r", "8", "--eval_on_start", "false", "--logging_steps", "50"),
+    *("--use_cpu", "--save_strategy", "no"),
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and what it is fine-tuned on."""
+
+    model: str
+    corpus: str
+    rates: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.split('-hf')[0]} on {self.corpus}"
+
+
+STORIES = Setting("stories260k-hf", "wikitext2", ("1e-3", "2e-3", "4e-3"))
+TALK = Setting("stories260k-hf", "dailydialog", ("1e-3", "2e-3", "4e-3"))
+WIKI = Setting("wiki-llama-2.6m", "dailydialog", ("5e-4", "1e-3", "2e-3"))
+WIKI_TALES = Setting("wiki-llama-2.6m", "tinystories", ("5e-4", "1e-3", "2e-3"))
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison.
+
+    Attributes:
+        regime: Heads its table.
+        title: What is special about it, beside the setting.
+        arms: By their names in the table; what compare_schedulers.py takes for each.
+        data: Names of the files that it trains on, see `write_data`.
+        options: Of compare_schedulers.py.
+        flags: Of run_clm_abr.py.
+    """
+
+    regime: str
+    setting: Setting
+    title: str
+    arms: dict[str, str]
+    data: str
+    flags: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    seeds: int = 5
+    dirty: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.regime}-{self.setting.model.split('-')[0]}-{self.setting.corpus}-{self.title}".replace(" ", "_")
+
+
+# ---- The regimes ----
+
+RULES = {
+    "baseline": "baseline",
+    "fixed 2": "fixed:2",
+    "abr 1.0": "abr:1.0",
+    "abr q0.8": "abr:q0.8",
+    "abr s1.5": "abr:s1.5",
+    "abr q0.8 until 0.85": "abr:q0.8,repeat_until=0.85",
+    "window": "window",
+    "window, published": "window:published=true",
+    "learnable": "learnable",
+    "gain": "gain",
+    "replay": "replay",
+    "easy": "easy",
+}
+
+
+def studies() -> Iterator[Study]:
+    """Yield every comparison, those that matter most first."""
+    once = ("--skip_outliers", "none")
+    for setting in (STORIES, WIKI):
+        tune = ("--tune", "learning_rate", *setting.rates, "--tune_seeds", "2")
+        yield Study("fresh", setting, "160 passes", RULES, "fresh", (*once, "--max_passes", "160"), tune)
+        stop = (*tune, "--tune", "max_passes", "80", "120", "160")
+        yield Study(
+            "scarce", setting, "40 batches, 160 passes", RULES, "scarce-40", (*once, "--max_passes", "160"), stop
+        )
+        same = ("--match", "batches", *tune)
+        arms = {name: RULES[name] for name in ("baseline", "abr 1.0", "fixed 2")}
+        yield Study("same batches", setting, "50 batches", arms, "fresh", (*once, "--max_steps", "50"), same)
+        yield dirty_study(setting)
+
+
+def dirty_study(setting: Setting, kinds: tuple[str, ...] = KINDS, shares: tuple[int, ...] = SHARES) -> Study:
+    """Return the comparison of what skips broken batches, with everything that is broken, against clean data."""
+    rules = {
+        "no skipping": "baseline:skip_outliers=none",
+        "robust": "baseline:skip_outliers=robust",
+        "classic": "baseline:skip_outliers=classic",
+    }
+    arms = {f"{name}, clean": rule for name, rule in rules.items()}
+    dirty = {}
+    for kind in kinds:
+        for share in shares:
+            oracle = f"benchmarks.oracle:Oracle:file={{data}}/dirty-{kind}-{share}-{{seed}}.json,skip_outliers=none"
+            for name, rule in {**rules, "oracle": oracle}.items():
+                arm = f"{name}, {share} % {kind}"
+                arms[arm] = f"{rule},train_file={{data}}/dirty-{kind}-{share}-{{seed}}.jsonl"
+                dirty[arm] = (kind, share)
+    flags = ("--max_passes", "160", "--learning_rate", setting.rates[1], "--train_sampling_strategy", "sequential")
+    reference = ("--reference", rules["no skipping"])
+    return Study("dirty", setting, "160 passes", arms, "fresh", flags, reference, dirty=dirty)
+
+
+def quick(study: Study) -> Study:
+    """Return the same study, small enough to see that everything works."""
+    if study.regime == "dirty":
+        small = dirty_study(study.setting, kinds=("random",), shares=(10,))
+        return replace(small, flags=("--max_passes", "40", *small.flags[2:]), seeds=2)
+    arms = {name: arm for name, arm in study.arms.items() if name in ("baseline", "abr q0.8", "abr 1.0", "fixed 2")}
+    flags = tuple({"160": "40", "50": "15"}.get(flag, flag) for flag in study.flags)
+    options = ("--match", "batches") if "batches" in study.options else ()
+    return replace(
+        study, arms=arms, flags=(*flags, "--learning_rate", study.setting.rates[1]), options=options, seeds=2
+    )
+
+
+# ---- Data ----
+
+
+def texts_of(corpus: str, split: str, data: Path) -> list[str]:
+    """Return the documents of a split: lines of WikiText, dialogues, halves of a file of stories."""
+    if corpus == "wikitext2":
+        name = {"validation": "valid"}.get(split, split)
+        return [line + "\n" for line in (data / corpus / f"wiki.{name}.tokens").read_text("utf-8").splitlines()]
+    if corpus == "dailydialog":
+        rows = (data / corpus / f"{split}.jsonl").read_text("utf-8").splitlines()
+        return ["\n".join(turn.strip() for turn in json.loads(row)["dialog"]) + "\n\n" for row in rows]
+    stories = (data / corpus / "valid_sample.txt").read_text("utf-8").split("\n\n")
+    part = {"train": slice(0, -200), "validation": slice(-200, -100), "test": slice(-100, None)}[split]
+    return [story + "\n\n" for story in stories[part]]
+
+
+def blocks_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Return all whole blocks of these texts."""
+    ids = [token for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in row]
+    return [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK + 1, BLOCK)]
+
+
+def spoil(kind: str, blocks: list[list[int]], tokenizer: Any, draw: random.Random) -> list[list[int]]:
+    """Return a broken batch in the place of a good one."""
+    if kind == "random":
+        return [[draw.randrange(3, len(tokenizer)) for _ in block] for block in blocks]
+    if kind == "shuffled":
+        return [draw.sample(block, len(block)) for block in blocks]
+    if kind == "cipher":  # stands for another language: the words and their spaces, in other letters
+        return [_encoded(_rotated(tokenizer.decode(block)), tokenizer) for block in blocks]
+    if kind == "bytes":
+        return [_encoded("".join(chr(draw.randrange(33, 0x17F)) for _ in range(2 * BLOCK)), tokenizer) for _ in blocks]
+    junk = "".join(chr(each) for each in random.Random(7).choices(range(33, 127), k=40))  # the same in all batches
+    return [_encoded(junk * BLOCK, tokenizer) for _ in blocks]
+
+
+def _rotated(text: str) -> str:
+    return "".join(
+        chr((ord(letter) - start + 13) % 26 + start)
+        if letter.isascii() and letter.isalpha() and (start := ord("A" if letter.isupper() else "a"))
+        else letter
+        for letter in text
+    )
+
+
+def _encoded(text: str, tokenizer: Any) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return (ids * (1 + BLOCK // len(ids)))[:BLOCK]
+
+
+def write_data(setting: Setting, studies: list[Study], args: argparse.Namespace) -> Path:
+    """Write the blocks that the studies of a setting train on and are judged by, a file a seed, and return where."""
+    folder = args.out / "data" / f"{setting.model}-{setting.corpus}"
+    if (folder / "complete").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.models / setting.model)
+    for split, count in HELD_OUT.items():
+        blocks = blocks_of(texts_of(setting.corpus, split, args.data), tokenizer)
+        _write(folder / f"{split}.jsonl", random.Random(0).sample(blocks, count))
+    train = blocks_of(texts_of(setting.corpus, "train", args.data), tokenizer)
+    for seed in range(max(study.seeds for study in studies)):
+        drawn = random.Random(seed).sample(train, min(len(train), 250 * ROWS))
+        _write(folder / f"fresh-{seed}.jsonl", drawn)
+        for batches in (40, 70, 100):
+            _write(folder / f"scarce-{batches}-{seed}.jsonl", drawn[: batches * ROWS])
+        for kind, share in {pair for study in studies for pair in study.dirty.values()}:
+            _write_dirty(folder, kind, share, seed, drawn, tokenizer)
+    write_whole(folder / "complete", "")
+    return folder
+
+
+def _write_dirty(folder: Path, kind: str, share: int, seed: int, drawn: list[list[int]], tokenizer: Any) -> None:
+    draw = random.Random(f"{kind}-{share}-{seed}")
+    batches = [drawn[start : start + ROWS] for start in range(0, len(drawn), ROWS)]
+    broken = sorted(draw.sample(range(len(batches)), round(len(batches) * share / 100)))
+    for index in broken:
+        batches[index] = spoil(kind, batches[index], tokenizer, draw)
+    _write(folder / f"dirty-{kind}-{share}-{seed}.jsonl", [block for batch in batches for block in batch])
+    write_whole(folder / f"dirty-{kind}-{share}-{seed}.json", json.dumps(broken))
+
+
+def _write(path: Path, blocks: list[list[int]]) -> None:
+    write_whole(path, "".join(json.dumps({"input_ids": block}) + "\n" for block in blocks))
+
+
+# ---- Running, and reading what has come of it ----
+
+
+def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Run a study, or go on with it, and return what it has shown: a row an arm, and how it was made."""
+    out = args.out / study.folder
+    files = {"train": f"{study.data}-{{seed}}.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
+    flags = [part for split, name in files.items() for part in (f"--{split}_file", str(data / name))]
+    arms = {name: arm.replace("{data}", str(data)) for name, arm in study.arms.items()}
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "compare_schedulers.py"), "--schedulers", *arms.values()),
+        *("--seeds", str(study.seeds), "--jobs", str(args.jobs), "--out", str(out), "--evaluations", "1"),
+        *(*study.options, "--", "--model_name_or_path", str(args.models / study.setting.model)),
+        *(*FLAGS, *flags, *study.flags),
+    ]
+    print(f"\n{study.folder}\n{shlex.join(command)}", flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+    found = read_comparison(out)
+    return {
+        "name": study.folder,
+        "regime": study.regime,
+        "setting": study.setting.name,
+        "title": study.title,
+        "schedulers": study.arms,
+        "options": list(study.options),
+        "flags": [*FLAGS, *study.flags],
+        "git": found["runs"][0]["git"],
+        "versions": found["runs"][0]["versions"],
+        "machine": found["runs"][0]["machine"],
+        "warnings": found["warnings"],
+        "rows": list(rows_of(study, arms, found, out)),
+    }
+
+
+def rows_of(study: Study, arms: dict[str, str], data: dict[str, Any], out: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row an arm: the nll that it has reached for each seed, what it spent, and what it skipped."""
+    names = {arm: name for name, arm in arms.items()}
+    for entry in data["arms"]:
+        arm = entry["name"]
+        name = names.get(arm, arm)
+        perplexities = entry["test_perplexity"]["values"]
+        row = {
+            "arm": name,
+            "nll": {seed: None if value is None else math.log(value) for seed, value in perplexities.items()},
+            "cost": entry["cost"],
+            "chosen": (entry["tuning"] or {}).get("chosen", {}),
+        }
+        if name in study.dirty:
+            row |= skipped(arm, study.dirty[name], data["runs"], out)
+        yield row
+
+
+def skipped(arm: str, dirt: tuple[str, int], runs: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Return how many batches that an arm saw were broken, how many of these it skipped, and how many of the others."""
+    counts = {"broken": 0, "broken_skipped": 0, "good": 0, "good_skipped": 0}
+    for each in (each for each in runs if each["arm"] == arm):
+        train_file = Path(given_flags(each["argv"])["--train_file"][-1])
+        broken = set(json.loads((ROOT / train_file).with_suffix(".json").read_text(encoding="utf-8")))
+        for batch in read_lines(out / each["directory"] / TRACE_NAME):
+            kind = "broken" if batch["step"] - 1 in broken else "good"
+            counts[kind] += 1
+            counts[f"{kind}_skipped"] += batch["repeats"] == 0
+    return {"kind": dirt[0], "share": dirt[1], **counts}
+
+
+# ---- Tables ----
+
+
+def compared(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Return what the paired differences in nll between two rows show, and the verdict."""
+    pairs = [(value, reference["nll"].get(seed)) for seed, value in row["nll"].items()]
+    found = paired([value - other for value, other in pairs if value is not None and other is not None])
+    return found | {"verdict": verdict(found, len(pairs))}
+
+
+def difference(found: dict[str, Any]) -> str:
+    """Return a paired difference in nats with its interval, and in percent of the perplexity.
+
+    >>> difference(paired([-0.02, -0.03]))
+    '-0.0250 (-0.0885 to +0.0385), -2.5 %'
+    """
+    if "t_low" not in found:
+        return "n/a"
+    percent = 100 * math.expm1(found["mean"])
+    return f"{found['mean']:+.4f} ({found['t_low']:+.4f} to {found['t_high']:+.4f}), {percent:+.1f} %"
+
+
+def tables(studies: list[dict[str, Any]]) -> list[str]:
+    """Return the tables of all studies as lines of Markdown."""
+    lines = []
+    for study in studies:
+        lines += ["", f"## {study['regime'].capitalize()}: {study['setting']}, {study['title']}", ""]
+        lines += dirty_table(study["rows"]) if study["regime"] == "dirty" else table(study["rows"])
+        lines += ["", f"{len(study['rows'][0]['nll'])} seeds, commit {study['git'][:7]}."]
+    return lines
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    heads = ["arm", "chosen", "repeats", "skips", "nll", "difference to the first (95 %), perplexity", "lower in"]
+    lines = _header([*heads, "verdict", "passes", "FLOPs", "seconds"])
+    for row in rows:
+        found, cost = compared(row, rows[0]), row["cost"]
+        finite = [value for value in row["nll"].values() if value is not None]
+        lines.append(
+            _line(
+                [
+                    row["arm"],
+                    ", ".join(f"{value}" for value in row["chosen"].values()),
+                    f"{cost['repeats']:.2f}",
+                    f"{cost['skips']:.1f}",
+                    f"{statistics.fmean(finite):.4f}" if finite else "n/a",
+                    *(["", "", ""] if row is rows[0] else [difference(found), f"{found['wins']}", found["verdict"]]),
+                    f"{cost['passes']:g}",
+                    f"{cost['flops']:.3g}",
+                    f"{cost['seconds']:.1f}",
+                ]
+            )
+        )
+    return lines
+
+
+def dirty_table(rows: list[dict[str, Any]]) -> list[str]:
+    by_arm = {row["arm"]: row for row in rows}
+    clean = by_arm["no skipping, clean"]
+    heads = ["broken", "rule", "recall", "false skips", "to clean data without skipping", "to the oracle"]
+    lines = _header([*heads, "verdict beside the oracle"])
+    for row in rows:
+        rule, data = row["arm"].split(", ", 1)
+        oracle = by_arm.get(f"oracle, {data}")
+        recall = f"{row['broken_skipped'] / row['broken']:.3f}" if row.get("broken") else ""
+        wrong = row["good_skipped"] / row["good"] if "good" in row else row["cost"]["skips"] / row["cost"]["batches"]
+        beside = compared(row, oracle) if oracle and oracle is not row else None
+        lines.append(
+            _line(
+                [
+                    data,
+                    rule,
+                    recall,
+                    f"{wrong:.2%}",
+                    "" if row is clean else difference(compared(row, clean)),
+                    difference(beside) if beside else "",
+                    beside["verdict"] if beside else "",
+                ]
+            )
+        )
+    return lines
+
+
+def _header(heads: list[str]) -> list[str]:
+    return [_line(heads), _line(["---"] * len(heads))]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write_tables(studies: list[dict[str, Any]]) -> None:
+    """Write all tables, made of the results alone."""
+    command = "python benchmarks/effectiveness.py --data DIR --models DIR --out runs/effectiveness"
+    write_whole(
+        TABLES, "\n".join(["# Which rule pays where", "", INTRODUCTION, "", f"    {command}", *tables(studies), ""])
+    )
+
+
+INTRODUCTION = """Test nll in nats per token, paired by seed with the first line of each table; a 95 % t interval over
+seeds; the perplexity in percent. Made by the command below, of `benchmarks/results/effectiveness.json`."""
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="directory of the corpora")
+    parser.add_argument("--models", type=Path, help="directory of the models")
+    parser.add_argument("--out", type=Path, default=Path("runs/effectiveness"))
+    parser.add_argument("--only", nargs="+", default=[], help="parts of the names of studies, e.g. scarce-stories260k")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--quick", action="store_true", help="small studies, into --out instead of the results")
+    parser.add_argument("--table", action="store_true", help="write the tables of the results anew, and run nothing")
+    args = parser.parse_args(argv)
+    if args.table:
+        done: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))
+        write_tables(done)
+        return done
+    if args.data is None or args.models is None:
+        parser.error("--data and --models say where corpora and models are")
+    args.out, args.data, args.models = args.out.resolve(), args.data.resolve(), args.models.resolve()
+    chosen = [quick(study) for study in studies() if study.setting == STORIES] if args.quick else list(studies())
+    chosen = [study for study in chosen if not args.only or any(part in study.folder for part in args.only)]
+    results = args.out / "effectiveness.json" if args.quick else RESULTS
+    for study in chosen:
+        done = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+        found = run(study, write_data(study.setting, chosen, args), args)
+        done = [other for other in done if other["name"] != study.folder]
+        order = [each.folder for each in studies()]
+        done = sorted([*done, found], key=lambda each: order.index(each["name"]) if each["name"] in order else 99)
+        write_whole(results, json.dumps(done, indent=1) + "\n")
+        print(*tables([found]), sep="\n", flush=True)
+    if not args.quick:
+        write_tables(json.loads(results.read_text(encoding="utf-8")))
+    return done
+
+
+if __name__ == "__main__":
+    main()
