@@ -4,8 +4,8 @@
     python benchmarks/effectiveness.py --data DIR --models DIR --out runs/quick --quick            # under ten minutes
     python benchmarks/effectiveness.py --table                       # the tables, of benchmarks/results alone
 
-DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens`, `dailydialog/{train,validation,test}.jsonl` and
-`tinystories/valid_sample.txt`; DIR of the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on
+DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens`, `dailydialog/{train,validation,test}.jsonl`;
+DIR of the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on
 where it was stopped; `--only scarce` runs one regime. Numbers go to benchmarks/results/effectiveness.json, tables to
 docs/effectiveness.md.
 
@@ -18,6 +18,7 @@ tuned for each arm on the validation split where `--tune` stands. What is compar
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -33,6 +34,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from abr_trainer.comparison import paired, read_comparison, verdict
+from abr_trainer.data import as_text
 from abr_trainer.flags import given_flags
 from abr_trainer.records import TRACE_NAME, read_lines, write_whole
 
@@ -63,6 +65,7 @@ class Setting:
     model: str
     corpus: str
     rates: tuple[str, ...]
+    rates_when_scarce: tuple[str, ...] = ("2.8e-3", "4e-3", "5.6e-3")
 
     @property
     def name(self) -> str:
@@ -70,9 +73,8 @@ class Setting:
 
 
 STORIES = Setting("stories260k-hf", "wikitext2", ("1e-3", "2e-3", "4e-3"))
-TALK = Setting("stories260k-hf", "dailydialog", ("1e-3", "2e-3", "4e-3"))
+TALK = Setting("stories260k-hf", "dailydialog", ("1e-3", "2e-3", "4e-3"), ("1.4e-3", "2e-3", "2.8e-3"))
 WIKI = Setting("wiki-llama-2.6m", "dailydialog", ("5e-4", "1e-3", "2e-3"))
-WIKI_TALES = Setting("wiki-llama-2.6m", "tinystories", ("5e-4", "1e-3", "2e-3"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Study:
     data: str
     flags: tuple[str, ...]
     options: tuple[str, ...] = ()
-    seeds: int = 5
+    seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     dirty: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     @property
@@ -104,6 +106,8 @@ class Study:
 
 
 # ---- The regimes ----
+
+NO_SKIPPING = ("--skip_outliers", "none")
 
 RULES = {
     "baseline": "baseline",
@@ -121,20 +125,38 @@ RULES = {
 }
 
 
+SOME_RULES = ("baseline", "fixed 2", "abr 1.0", "abr q0.8", "window", "learnable", "gain", "replay")
+
+MOMENTUM = {
+    "baseline, beta1 0.7": "baseline:adam_beta1=0.7",
+    "baseline, beta1 0.4": "baseline:adam_beta1=0.4",
+    "fixed 2, beta1 0.7": "fixed:2,adam_beta1=0.7",
+}
+
+
 def studies() -> Iterator[Study]:
-    """Yield every comparison, those that matter most first."""
-    once = ("--skip_outliers", "none")
+    """Yield every comparison, those of the smaller model first."""
     for setting in (STORIES, WIKI):
         tune = ("--tune", "learning_rate", *setting.rates, "--tune_seeds", "2")
-        yield Study("fresh", setting, "160 passes", RULES, "fresh", (*once, "--max_passes", "160"), tune)
-        stop = (*tune, "--tune", "max_passes", "80", "120", "160")
-        yield Study(
-            "scarce", setting, "40 batches, 160 passes", RULES, "scarce-40", (*once, "--max_passes", "160"), stop
-        )
-        same = ("--match", "batches", *tune)
+        yield Study("fresh", setting, "160 passes", RULES, "fresh", (*NO_SKIPPING, "--max_passes", "160"), tune)
         arms = {name: RULES[name] for name in ("baseline", "abr 1.0", "fixed 2")}
-        yield Study("same batches", setting, "50 batches", arms, "fresh", (*once, "--max_steps", "50"), same)
+        flags = (*NO_SKIPPING, "--max_steps", "50")
+        yield Study("same batches", setting, "50 batches", arms, "fresh", flags, ("--match", "batches", *tune))
         yield dirty_study(setting)
+    few = {name: RULES[name] for name in SOME_RULES} | {"fixed 3": "fixed:3"} | MOMENTUM
+    yield scarce_study(STORIES, 20, few, ("60", "80", "120"))
+    some = {name: few[name] for name in ("baseline", "fixed 2", "abr q0.8", "window", *MOMENTUM)}
+    yield scarce_study(STORIES, 40, some, ("80", "120", "160"))
+    some = {name: few[name] for name in ("baseline", "fixed 2", "fixed 3", *MOMENTUM)}
+    yield scarce_study(TALK, 20, some, ("60", "80", "120"))
+
+
+def scarce_study(setting: Setting, batches: int, arms: dict[str, str], stops: tuple[str, ...]) -> Study:
+    """Return a comparison over few batches: each arm at its best rate, and at its best share of the budget."""
+    tune = ("--tune", "learning_rate", *setting.rates_when_scarce, "--tune", "max_passes", *stops, "--tune_seeds", "2")
+    flags = (*NO_SKIPPING, "--max_passes", stops[-1], "--lora_alpha", "16", "--lora_dropout", "0")
+    title = f"{batches} batches, up to {stops[-1]} passes"
+    return Study("scarce", setting, title, arms, f"scarce-{batches}", flags, tune)
 
 
 def dirty_study(setting: Setting, kinds: tuple[str, ...] = KINDS, shares: tuple[int, ...] = SHARES) -> Study:
@@ -146,23 +168,24 @@ def dirty_study(setting: Setting, kinds: tuple[str, ...] = KINDS, shares: tuple[
     }
     arms = {f"{name}, clean": rule for name, rule in rules.items()}
     dirty = {}
-    for kind in kinds:
-        for share in shares:
-            oracle = f"benchmarks.oracle:Oracle:file={{data}}/dirty-{kind}-{share}-{{seed}}.json,skip_outliers=none"
-            for name, rule in {**rules, "oracle": oracle}.items():
-                arm = f"{name}, {share} % {kind}"
-                arms[arm] = f"{rule},train_file={{data}}/dirty-{kind}-{share}-{{seed}}.jsonl"
-                dirty[arm] = (kind, share)
-    flags = ("--max_passes", "160", "--learning_rate", setting.rates[1], "--train_sampling_strategy", "sequential")
+    for kind, share in itertools.product(kinds, shares):
+        oracle = f"benchmarks.oracle:Oracle:file={{data}}/dirty-{kind}-{share}-{{seed}}.json,skip_outliers=none"
+        for name, rule in {**rules, "oracle": oracle}.items():
+            if name == "classic" and share != 10:
+                continue
+            arm = f"{name}, {share} % {kind}"
+            arms[arm] = f"{rule},train_file={{data}}/dirty-{kind}-{share}-{{seed}}.jsonl"
+            dirty[arm] = (kind, share)
+    flags = ("--max_passes", "100", "--learning_rate", setting.rates[1], "--train_sampling_strategy", "sequential")
     reference = ("--reference", rules["no skipping"])
-    return Study("dirty", setting, "160 passes", arms, "fresh", flags, reference, dirty=dirty)
+    return Study("dirty", setting, "100 passes", arms, "fresh", flags, reference, dirty=dirty)
 
 
 def quick(study: Study) -> Study:
     """Return the same study, small enough to see that everything works."""
     if study.regime == "dirty":
         small = dirty_study(study.setting, kinds=("random",), shares=(10,))
-        return replace(small, flags=("--max_passes", "40", *small.flags[2:]), seeds=2)
+        return replace(small, flags=("--max_passes", "40", *small.flags[2:]), seeds=(0, 1))
     arms = {name: arm for name, arm in study.arms.items() if name in ("baseline", "abr q0.8", "abr 1.0", "fixed 2")}
     flags = tuple({"160": "40", "50": "15"}.get(flag, flag) for flag in study.flags)
     options = ("--match", "batches") if "batches" in study.options else ()
@@ -175,16 +198,12 @@ def quick(study: Study) -> Study:
 
 
 def texts_of(corpus: str, split: str, data: Path) -> list[str]:
-    """Return the documents of a split: lines of WikiText, dialogues, halves of a file of stories."""
+    """Return the documents of a split: lines of WikiText, or dialogues."""
     if corpus == "wikitext2":
         name = {"validation": "valid"}.get(split, split)
         return [line + "\n" for line in (data / corpus / f"wiki.{name}.tokens").read_text("utf-8").splitlines()]
-    if corpus == "dailydialog":
-        rows = (data / corpus / f"{split}.jsonl").read_text("utf-8").splitlines()
-        return ["\n".join(turn.strip() for turn in json.loads(row)["dialog"]) + "\n\n" for row in rows]
-    stories = (data / corpus / "valid_sample.txt").read_text("utf-8").split("\n\n")
-    part = {"train": slice(0, -200), "validation": slice(-200, -100), "test": slice(-100, None)}[split]
-    return [story + "\n\n" for story in stories[part]]
+    rows = (data / corpus / f"{split}.jsonl").read_text("utf-8").splitlines()
+    return [as_text(json.loads(row)["dialog"]) + "\n\n" for row in rows]
 
 
 def blocks_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -232,10 +251,10 @@ def write_data(setting: Setting, studies: list[Study], args: argparse.Namespace)
         blocks = blocks_of(texts_of(setting.corpus, split, args.data), tokenizer)
         _write(folder / f"{split}.jsonl", random.Random(0).sample(blocks, count))
     train = blocks_of(texts_of(setting.corpus, "train", args.data), tokenizer)
-    for seed in range(max(study.seeds for study in studies)):
+    for seed in sorted({seed for study in studies for seed in study.seeds}):
         drawn = random.Random(seed).sample(train, min(len(train), 250 * ROWS))
         _write(folder / f"fresh-{seed}.jsonl", drawn)
-        for batches in (40, 70, 100):
+        for batches in (20, 40):
             _write(folder / f"scarce-{batches}-{seed}.jsonl", drawn[: batches * ROWS])
         for kind, share in {pair for study in studies for pair in study.dirty.values()}:
             _write_dirty(folder, kind, share, seed, drawn, tokenizer)
@@ -268,7 +287,7 @@ def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     arms = {name: arm.replace("{data}", str(data)) for name, arm in study.arms.items()}
     command = [
         *(sys.executable, str(ROOT / "scripts" / "compare_schedulers.py"), "--schedulers", *arms.values()),
-        *("--seeds", str(study.seeds), "--jobs", str(args.jobs), "--out", str(out), "--evaluations", "1"),
+        *("--seeds", *map(str, study.seeds), "--jobs", str(args.jobs), "--out", str(out), "--evaluations", "1"),
         *(*study.options, "--", "--model_name_or_path", str(args.models / study.setting.model)),
         *(*FLAGS, *flags, *study.flags),
     ]
@@ -310,7 +329,7 @@ def rows_of(study: Study, arms: dict[str, str], data: dict[str, Any], out: Path)
 
 
 def skipped(arm: str, dirt: tuple[str, int], runs: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """Return how many batches that an arm saw were broken, how many of these it skipped, and how many of the others."""
+    """Return how many broken and good batches an arm saw, and how many of each it skipped."""
     counts = {"broken": 0, "broken_skipped": 0, "good": 0, "good_skipped": 0}
     for each in (each for each in runs if each["arm"] == arm):
         train_file = Path(given_flags(each["argv"])["--train_file"][-1])
