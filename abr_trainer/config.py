@@ -110,8 +110,8 @@ class ABRConfig(TrainingArguments):
     skip_grad_norm: float | None = field(
         default=None,
         metadata={
-            "help": "Skip batches whose gradient norm lies so many robust standard deviations (of its logarithm) above "
-            "the recent ones, e.g. 6. Decided after the backward: a skip costs a whole pass. Default: do not look."
+            "help": "Skip batches whose gradient norm lies so many robust standard deviations (of its logarithm) "
+            "above the recent ones, e.g. 6. Decided after the backward: a skip costs a whole pass. Default: off."
         },
     )
     max_consecutive_skips: int = field(

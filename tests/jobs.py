@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
-from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
+from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler
 from tests.conftest import QUIET, VOCABULARY, tiny_llama, token_rows, weights
 
 
@@ -105,7 +105,13 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
-RESUMED = ("two micro-batches", "FSDP2, two micro-batches", "ZeRO-2, two micro-batches", "ZeRO-3, two micro-batches")
+RESUMED = (
+    "two micro-batches",
+    "asking",
+    "FSDP2, two micro-batches",
+    "ZeRO-2, two micro-batches",
+    "ZeRO-3, two micro-batches",
+)
 SCENARIOS: dict[str, dict[str, Any]] = {
     "one micro-batch": {},
     "four micro-batches": {"gradient_accumulation_steps": 4, "rows": 64},
@@ -118,16 +124,20 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "two micro-batches": {"gradient_accumulation_steps": 2},
     "stock": {"gradient_accumulation_steps": 2, "trainer": "stock"},
     "baseline": {"gradient_accumulation_steps": 2, "trainer": "baseline"},
+    "asking": {"gradient_accumulation_steps": 2, "trainer": "asking"},
+    "asking but for the gradient": {"gradient_accumulation_steps": 2, "trainer": "asking but for the gradient"},
     "LoRA": {"gradient_accumulation_steps": 2, "model": "lora"},
     "LoRA, checkpointed": {"gradient_accumulation_steps": 2, "model": "lora", "gradient_checkpointing": True},
     "FSDP2": fsdp(2),
     "FSDP2, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(2)},
+    "FSDP2, asking": {"gradient_accumulation_steps": 2, "trainer": "asking", **fsdp(2)},
     "FSDP2, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **fsdp(2)},
     "FSDP2, classification": {"gradient_accumulation_steps": 2, "model": "classifier", "broken": 2, **fsdp(2)},
     "FSDP1": fsdp(1),
     "FSDP1, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(1)},
     **{f"ZeRO-{stage}": zero(stage) for stage in (1, 2, 3)},
     **{f"ZeRO-{stage}, two micro-batches": {"gradient_accumulation_steps": 2, **zero(stage)} for stage in (1, 2, 3)},
+    "ZeRO-2, asking": {"gradient_accumulation_steps": 2, "trainer": "asking but for the gradient", **zero(2)},
     **{f"ZeRO-{stage}, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **zero(stage)} for stage in (2, 3)},
 }
 
@@ -177,6 +187,26 @@ class SkipEveryFifth(RepeatScheduler):
         self.inner.load_state_dict(state)
 
 
+class AsksForAll(ReplayScheduler):
+    """Look at accuracy and gradient, end repeats early, and train on every batch again two batches later.
+
+    Every fifth batch is skipped: after its backward, where the gradient is seen.
+    """
+
+    def __init__(self, sees_gradient: bool) -> None:
+        super().__init__(quantile=0.0, spacing=2, buffer_size=3)
+        self.wants = frozenset({"accuracy", "grad_norm"} if sees_gradient else {"accuracy"})
+
+    def decide(self, observation):
+        may_skip = observation.grad_norm is not None or "grad_norm" not in self.wants
+        if may_skip and observation.batch % 5 == 3:
+            return 0
+        return 3 if observation.accuracy < 0.5 else 1
+
+    def goes_on(self, observation, losses, accuracy):
+        return losses[-2] - losses[-1] > 0.02 and accuracy < 0.5
+
+
 def train_scenario(output_dir: str, name: str, **changes: Any) -> Any:
     """Train on micro-batches of which one is broken, with repeats and skips that depend on losses alone."""
     options = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, **SCENARIOS[name], **changes}
@@ -210,10 +240,12 @@ def build_scenario(
     rule = ThresholdScheduler(loss_threshold=0.4 if model == "classifier" else 1.3, max_repeats=3)
     trainer_cls, config_cls, scheduler = {
         "repeats": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(RobustOutlierSkip(rule, sigmas=2.0))}),
+        "asking": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=True)}),
+        "asking but for the gradient": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=False)}),
         "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
         "stock": (Trainer, TrainingArguments, {}),
     }[trainer]
-    if trainer == "repeats":
+    if trainer not in ("baseline", "stock"):
         network.get_input_embeddings().register_forward_hook(poison)
     return trainer_cls(
         model=network,
