@@ -89,9 +89,7 @@ def test_a_quantised_model_trains_its_adapter_and_says_what_is_quantised(build, 
 
 @pytest.mark.parametrize("flag", ["load_in_8bit", "load_in_4bit"])
 def test_a_quantised_model_comes_back_with_the_same_logits(build, tmp_path, flag):
-    trainer = build(
-        model=load(**{flag: True}), data=token_rows(4), max_passes=4, repeat_scheduler=None, loss_threshold=2.0
-    )
+    trainer = build(model=load(**{flag: True}), data=token_rows(4), max_passes=4, repeat_scheduler=Scripted(2))
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     tokens = token_rows(1)[0]["input_ids"][None]

@@ -23,6 +23,7 @@ from abr_trainer.records import read_lines
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]
 QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "20"]
+ABR = ["--repeat_scheduler", "abr", "--loss_threshold", "0.9"]
 
 
 def run(output, *flags):
@@ -34,7 +35,7 @@ def finished(tmp_path_factory):
     """A run with everything switched on, and what it returned."""
     output = tmp_path_factory.mktemp("main") / "run"
     flags = ["--do_train", "--do_eval", "--do_predict", "--eval_on_start", "--max_passes", "60", "--save_steps", "20"]
-    return output, run(output, *flags, "--loss_threshold", "0.9")
+    return output, run(output, *flags, *ABR)
 
 
 def test_perplexity_falls_and_is_written_down(finished):
@@ -97,7 +98,7 @@ def test_it_resumes_itself(finished, tmp_path):
     output, results = finished
     with pytest.raises(SystemExit, match="is not empty"):
         run(output, "--do_train")
-    flags = ["--do_train", "--do_eval", "--max_passes", "60", "--loss_threshold", "0.9", "--save_steps", "20"]
+    flags = ["--do_train", "--do_eval", "--max_passes", "60", *ABR, "--save_steps", "20"]
     again = run(output, *flags, "--resume_from_checkpoint", str(output / "checkpoint-20"))
     assert again["eval_perplexity"] == results["eval_perplexity"]
 

@@ -21,7 +21,17 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("report") / "run"
     flags = ["--dataset_name", "demo", "--block_size", "64", "--per_device_train_batch_size", "4", "--use_cpu"]
     flags += ["--learning_rate", "2e-3", "--max_passes", "60", "--loss_threshold", "0.9", "--max_eval_samples", "8"]
-    flags += ["--do_train", "--do_eval", "--eval_on_start", "--eval_passes", "0.25", "--disable_tqdm", "true"]
+    flags += [
+        "--repeat_scheduler",
+        "abr",
+        "--do_train",
+        "--do_eval",
+        "--eval_on_start",
+        "--eval_passes",
+        "0.25",
+        "--disable_tqdm",
+        "true",
+    ]
     run_clm_abr.main([*flags, "--output_dir", str(directory)])
     return directory, list(read_lines(directory / "abr_trace.jsonl"))
 
