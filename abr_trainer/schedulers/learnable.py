@@ -68,7 +68,7 @@ class LearnableScheduler(RepeatScheduler):
     hundred batches, and to be left with 1, noise apart, where it does so by a hundredth of that. Measured: see README.
 
     Attributes:
-        loss_threshold: Nats per target token for one repeat, during the warm-up.
+        loss_threshold: Of `abr`, during the warm-up.
         max_repeats: The most updates on a batch.
         warmup: Batches before it decides by what it has learned.
         exploration: Share of the batches whose repeats are drawn from 1 to `max_repeats`, in the warm-up; after it the
@@ -82,7 +82,7 @@ class LearnableScheduler(RepeatScheduler):
 
     reason: ClassVar[str] = "learned"
 
-    loss_threshold: float = 1.0
+    loss_threshold: float | str = 1.0
     max_repeats: int = 5
     warmup: int = 100
     exploration: float = 0.25
@@ -154,6 +154,7 @@ class LearnableScheduler(RepeatScheduler):
     def observe(self, outcome: Outcome) -> None:
         if outcome.skipped or not is_finite(outcome):
             return  # it never happened
+        self.first_rule.observe(outcome)
         self.history.append((self._tamed(outcome.observation.loss), outcome.repeats))
         self.observed += 1
         if self.observed % ROUND == 0 and len(self.history) >= MIN_MEMORY:
@@ -174,12 +175,14 @@ class LearnableScheduler(RepeatScheduler):
         return {
             "history": [list(record) for record in self.history],
             "observed": self.observed,
+            "first_rule": self.first_rule.state_dict(),
             "learner": None if self.learner is None else self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = deque(((loss, repeats) for loss, repeats in state["history"]), maxlen=self.memory)
         self.observed = state["observed"]
+        self.first_rule.load_state_dict(state["first_rule"])
         self.learner = None
         if state["learner"] is not None:
             self.learner = self._new_learner()
