@@ -71,7 +71,8 @@ def refuse_gradient_norm(trainer: Any, engine: DistributedType) -> None:
         DistributedType.DEEPSPEED: "DeepSpeed updates the weights inside the backward",
         DistributedType.FSDP: "FSDP1 shows each rank its own part of the gradient only: use FSDP2",
     }
-    if engine in reasons and not getattr(trainer.accelerator, "is_fsdp2", False):
+    sees_it = engine == DistributedType.FSDP and trainer.accelerator.is_fsdp2
+    if engine in reasons and not sees_it:
         raise ValueError(f"--skip_grad_norm does not work here: {reasons[engine]}.")
 
 

@@ -15,7 +15,14 @@ import torch
 from abr_trainer import ABRConfig
 from abr_trainer.records import last_complete_checkpoint, read_lines
 from abr_trainer.run_directory import find_checkpoint, set_aside_later_checkpoints
-from abr_trainer.schedulers import ConstantScheduler, ThresholdScheduler
+from abr_trainer.schedulers import (
+    SCHEDULERS,
+    ConstantScheduler,
+    GradNormSkip,
+    RobustOutlierSkip,
+    ThresholdScheduler,
+    get_repeat_scheduler,
+)
 from tests.conftest import Scripted, Stream, log_without_times, token_rows, weights
 from tests.jobs import resumable
 
@@ -109,6 +116,23 @@ def test_a_primer_goes_on_where_it_stopped(train, tmp_path, save_steps, has_leng
     resumed = train(output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint, **options)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_every_rule_goes_on_as_if_nothing_had_happened(train, tmp_path, name):
+    options = {"data": token_rows(80), "save_strategy": "steps", "save_steps": 25, "num_train_epochs": 3}
+
+    def rule():
+        return RobustOutlierSkip(GradNormSkip(get_repeat_scheduler(name), sigmas=2.0), sigmas=2.0)
+
+    whole = train(repeat_scheduler=rule(), output_dir=str(tmp_path / "whole"), **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-75")
+    resumed = train(
+        repeat_scheduler=rule(), output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint, **options
+    )
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.repeat_scheduler.state_dict() == whole.repeat_scheduler.state_dict()
+    assert resumed.ledger.state_dict() | {"seconds": 0} == whole.ledger.state_dict() | {"seconds": 0}
 
 
 def test_another_scheduler_starts_with_an_empty_history(train, tmp_path, caplog):

@@ -8,6 +8,7 @@ import pytest
 from accelerate.utils import DistributedType
 
 from abr_trainer import ABRConfig
+from abr_trainer.schedulers import GradNormSkip
 from abr_trainer.support import refuse_unsupported
 from tests.conftest import Scripted, token_rows
 
@@ -27,6 +28,26 @@ def test_an_engine_that_cannot_be_right_is_refused(build, monkeypatch, engine, r
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(distributed_type=engine, state=state))
     with pytest.raises(ValueError, match=f"Batch repetition does not work here: {reason}"):
         refuse_unsupported(trainer, budget=None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (DistributedType.DEEPSPEED, "DeepSpeed updates the weights inside the backward"),
+        (DistributedType.FSDP, "FSDP1 shows each rank its own part of the gradient only: use FSDP2"),
+    ],
+)
+def test_an_engine_that_hides_the_gradient_is_refused(build, monkeypatch, engine, reason):
+    trainer = build(repeat_scheduler=GradNormSkip(Scripted(1)))
+    state = SimpleNamespace(distributed_type=engine, deepspeed_plugin=SimpleNamespace(deepspeed_config={}))
+    for sees_it in (True, False):
+        accelerator = SimpleNamespace(distributed_type=engine, state=state, is_fsdp2=sees_it)
+        monkeypatch.setattr(trainer, "accelerator", accelerator)
+        if sees_it and engine == DistributedType.FSDP:
+            refuse_unsupported(trainer, budget=None)
+        else:
+            with pytest.raises(ValueError, match=f"--skip_grad_norm does not work here: {reason}"):
+                refuse_unsupported(trainer, budget=None)
 
 
 @pytest.mark.parametrize(
