@@ -16,7 +16,7 @@ from scipy import optimize, stats
 from .arms import Arm
 from .experiment import Experiment, Run
 from .flags import BUDGET, given_flags
-from .records import COMPARISON, PROVENANCE, TRACE_NAME, TRAINER_STATE, read_json, read_lines, write_whole
+from .records import COMPARISON, PROVENANCE, TRACE_NAME, TRAINER_STATE, read_json, read_lines, updates_of, write_whole
 
 METRICS = ("eval_perplexity", "test_perplexity")
 
@@ -249,7 +249,7 @@ def over_time(batches: list[dict[str, Any]], end: float) -> list[dict[str, float
     return [
         {
             "passes": (i + 0.5) * end / BINS,
-            "repeats": statistics.fmean(batch["repeats"] + len(batch.get("replayed", ())) for batch in part),
+            "repeats": statistics.fmean(updates_of(batch) for batch in part),
             "skipped": statistics.fmean(batch["repeats"] == 0 for batch in part),
             "batches": len(part),
         }

@@ -45,6 +45,11 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def updates_of(batch: dict[str, Any]) -> int:
+    """Return the updates that a line of a trace tells of: on the batch, and on earlier ones after it."""
+    return int(batch["repeats"]) + sum(earlier["loss"] is not None for earlier in batch.get("replayed", ()))
+
+
 def cut_lines(path: Path, step: int) -> int:
     """Drop the batches after `step` from a trace, all or nothing, and return how many are left."""
     kept = [batch for batch in read_lines(path) if batch["step"] <= step] if step and path.exists() else []

@@ -66,6 +66,9 @@ def explain_batch(directory: Path, step: int) -> list[str]:
         lines.append(f"{'':<24} {PROVENANCE} is missing: the parameters of the rule are unknown")
     else:
         lines += explain_rule(rule_of(provenance["arguments"]), trace, batch)
+    if again := batch.get("replayed"):
+        named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
+        lines.append(f"{'trained on after it':<24} batch {named}, once more")
     texts = read_skipped(directory).get(step, [])
     return [*lines, *(f"{'text' if i == 0 else '':<24} {text}" for i, text in enumerate(texts))]
 
@@ -97,6 +100,8 @@ def explain_rule(rule: RepeatScheduler, trace: list[dict[str, Any]], batch: dict
     decided = rule.decide(observation)
     if decided != batch["repeats"]:
         why = "the budget left no more" if batch["reason"] == "budget" else "the code of the rule has changed since"
+        if 2 <= batch["repeats"] < decided and batch["reason"] == rule.explain(observation):
+            why = "it was not to go on after the last pass, or its code has changed since"
         lines.append(f"{'it asks for':<24} {decided}, and {batch['repeats']} were made: {why}")
     return lines
 

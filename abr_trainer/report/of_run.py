@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import learning_curve, over_loss, over_passes, over_time
-from ..records import RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json
+from ..records import RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, updates_of
 from ..replay import describe_repeats, read_provenance, read_skipped, read_trace
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
@@ -55,7 +55,7 @@ def evaluations(directory: Path, trace: list[dict[str, Any]], results: dict[str,
 
 
 def summary(trace: list[dict[str, Any]], curve: list[list[Any]], results: dict[str, Any]) -> str:
-    repeats = sum(batch["repeats"] for batch in trace)
+    repeats = sum(map(updates_of, trace))
     skipped = sum(batch["repeats"] == 0 for batch in trace)
     parts = [
         f"{len(trace):,} batches for {trace[-1]['passes']:g} passes: {repeats:,} updates, {repeats / len(trace):.2f} "
@@ -232,7 +232,7 @@ def ledger(trace: list[dict[str, Any]], results: dict[str, Any]) -> Table:
     else:
         so_far = {
             "passes": trace[-1]["passes"],
-            "updates": sum(batch["repeats"] for batch in trace),
+            "updates": sum(map(updates_of, trace)),
             "batches": len(trace),
             "skips": sum(batch["repeats"] == 0 for batch in trace),
             "seconds": sum(batch["seconds"] for batch in trace),

@@ -6,13 +6,15 @@ import json
 import re
 import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 
 import run_clm_abr
-from abr_trainer.records import read_lines
-from abr_trainer.replay import explain_batch
+from abr_trainer.records import read_lines, updates_of
+from abr_trainer.replay import explain_batch, explain_rule
 from abr_trainer.report.of_run import report_on_run
+from abr_trainer.schedulers import ReplayScheduler
 from tests.conftest import ROOT
 
 
@@ -143,3 +145,25 @@ def test_a_trace_of_an_earlier_version_is_told(run, tmp_path):
     (tmp_path / "abr_trace.jsonl").write_text("".join(json.dumps(batch) + "\n" for batch in earlier))
     with pytest.raises(ValueError, match="was written by an earlier version"):
         report_on_run(tmp_path)
+
+
+class StopsAfterTwo(ReplayScheduler):
+    """Ask for five passes, and end after two."""
+
+    def decide(self, observation):
+        return 5
+
+    def goes_on(self, observation, losses, accuracy):
+        return len(losses) < 2
+
+
+def test_repeats_that_were_ended_early_and_replays_are_explained(train):
+    trainer = train(repeat_scheduler=StopsAfterTwo(quantile=0.0, spacing=2))
+    trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    text = "\n".join(explain_rule(StopsAfterTwo(quantile=0.0, spacing=2), trace, trace[3]))
+    assert "5, and 2 were made: it was not to go on after the last pass" in text
+    assert "batches waiting        2" in text
+    whole = "\n".join(explain_batch(Path(trainer.args.output_dir), 4))
+    (earlier,) = trace[3]["replayed"]
+    assert f"trained on after it      batch 2 (loss {earlier['loss']:.4f}), once more" in whole
+    assert sum(map(updates_of, trace)) == trainer.ledger.updates > sum(batch["repeats"] for batch in trace)
