@@ -18,6 +18,7 @@ tuned for each arm on the validation split where `--tune` stands. What is compar
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -44,6 +45,9 @@ TABLES = ROOT / "docs" / "effectiveness.md"
 
 BLOCK, ROWS = 128, 4
 """Tokens in a block, blocks in a batch."""
+
+MOST_BATCHES = 250
+"""More than any run sees in one epoch."""
 
 HELD_OUT = {"validation": 64, "test": 160}
 """Blocks of the splits that choose, and that judge."""
@@ -240,25 +244,22 @@ def _encoded(text: str, tokenizer: Any) -> list[int]:
     return (ids * (1 + BLOCK // len(ids)))[:BLOCK]
 
 
-def write_data(setting: Setting, studies: list[Study], args: argparse.Namespace) -> Path:
-    """Write the blocks that the studies of a setting train on and are judged by, a file a seed, and return where."""
-    folder = args.out / "data" / f"{setting.model}-{setting.corpus}"
-    if (folder / "complete").exists():
-        return folder
+def write_data(study: Study, args: argparse.Namespace) -> Path:
+    """Write the blocks that a study trains on and is judged by, a file a seed, and return where."""
+    folder: Path = args.out / "data" / f"{study.setting.model}-{study.setting.corpus}"
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(args.models / setting.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.models / study.setting.model)
+    corpus = functools.partial(texts_of, study.setting.corpus, data=args.data)
     for split, count in HELD_OUT.items():
-        blocks = blocks_of(texts_of(setting.corpus, split, args.data), tokenizer)
-        _write(folder / f"{split}.jsonl", random.Random(0).sample(blocks, count))
-    train = blocks_of(texts_of(setting.corpus, "train", args.data), tokenizer)
-    for seed in sorted({seed for study in studies for seed in study.seeds}):
-        drawn = random.Random(seed).sample(train, min(len(train), 250 * ROWS))
+        _write(folder / f"{split}.jsonl", random.Random(0).sample(blocks_of(corpus(split), tokenizer), count))
+    train = blocks_of(corpus("train"), tokenizer)
+    for seed in study.seeds:
+        drawn = random.Random(seed).sample(train, min(len(train), MOST_BATCHES * ROWS))
         _write(folder / f"fresh-{seed}.jsonl", drawn)
         for batches in (20, 40):
             _write(folder / f"scarce-{batches}-{seed}.jsonl", drawn[: batches * ROWS])
-        for kind, share in {pair for study in studies for pair in study.dirty.values()}:
+        for kind, share in sorted(set(study.dirty.values())):
             _write_dirty(folder, kind, share, seed, drawn, tokenizer)
-    write_whole(folder / "complete", "")
     return folder
 
 
@@ -466,7 +467,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     results = args.out / "effectiveness.json" if args.quick else RESULTS
     for study in chosen:
         done = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
-        found = run(study, write_data(study.setting, chosen, args), args)
+        found = run(study, write_data(study, args), args)
         done = [other for other in done if other["name"] != study.folder]
         order = [each.folder for each in studies()]
         done = sorted([*done, found], key=lambda each: order.index(each["name"]) if each["name"] in order else 99)
