@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -25,11 +26,11 @@ def test_classic_calls_nothing_an_outlier_before_ten_losses():
 
 
 def test_robust_judges_from_the_second_batch_on():
-    # One loss, 3: the spread is assumed, 4 % of it, times sqrt(1 + 0.5); the line is 3 + 4 * 0.12 * 1.2247 = 3.5879.
+    # One loss, 3: the spread is assumed, 4 % of it, times sqrt(1 + 2); the line is 3 + 4 * 0.12 * 1.7321 = 3.8314.
     scheduler = get_outlier_rule("robust", ConstantScheduler())
     assert feed(scheduler, [3.0]) == [1]
-    assert scheduler.decide(Observation(batch=1, loss=3.58, progress=0.0)) == 1
-    assert scheduler.decide(Observation(batch=1, loss=3.59, progress=0.0)) == 0
+    assert scheduler.decide(Observation(batch=1, loss=3.83, progress=0.0)) == 1
+    assert scheduler.decide(Observation(batch=1, loss=3.84, progress=0.0)) == 0
 
 
 def test_classic_skips_above_mean_and_two_and_a_half_deviations():
@@ -40,21 +41,52 @@ def test_classic_skips_above_mean_and_two_and_a_half_deviations():
     assert scheduler.decide(Observation(batch=10, loss=5.64, progress=0.0)) == 0
 
 
-def test_robust_skips_above_the_median_and_four_spreads_of_the_steps():
-    # Twelve losses, 2 and 4 in turn: median 3; eleven steps of 2 are a spread of 2 * 1.4826 / sqrt(2) = 2.0967; ten
-    # are added at the assumed 4 % of 3: (11 * 2.0967 + 10 * 0.12) / 21 = 1.1554, times sqrt(1 + 0.5 / 12) = 1.1792.
-    # The line is 3 + 4 * 1.1792 = 7.717.
+def limit(losses):
+    """Return the line above which `robust` skips after these losses."""
     scheduler = get_outlier_rule("robust", ConstantScheduler())
-    for loss in [2.0, 4.0] * 6:
+    for loss in losses:
         scheduler.observe(Outcome(Observation(batch=0, loss=loss, progress=0.0), 1, (loss,)))
-    above = scheduler.evidence(Observation(batch=10, loss=3.0, progress=0.0))["outlier above"]
-    assert above == pytest.approx(3 + 4 * 1.1792, abs=1e-3)
-    assert scheduler.decide(Observation(batch=12, loss=7.71, progress=0.0)) == 1
-    assert scheduler.decide(Observation(batch=12, loss=7.72, progress=0.0)) == 0
+    line = scheduler.evidence(Observation(batch=10, loss=3.0, progress=0.0))["outlier above"]
+    assert scheduler.decide(Observation(batch=12, loss=line - 0.01, progress=0.0)) == 1
+    assert scheduler.decide(Observation(batch=12, loss=line + 0.01, progress=0.0)) == 0
+    return line
+
+
+def test_the_spread_is_that_of_the_steps_filled_up_with_an_assumed_one():
+    # Three losses below the median of 3.1, which are too few to go by. Seven steps, of which the middle one is 0.1:
+    # 0.1 * 1.4826 / sqrt(2) = 0.1048. With ten at 4 % of 3.1: (7 * 0.1048 + 10 * 0.124) / 17 = 0.1161, times
+    # sqrt(1 + 2 / 8) = 0.1298.
+    assert limit([3.0, 3.1, 3.2, 3.1, 3.0, 3.1, 3.2, 3.0]) == pytest.approx(3.1 + 4 * 0.1298, abs=1e-3)
+
+
+def test_what_lies_below_the_losses_around_it_tells_how_far_good_ones_stray():
+    # Of twenty losses, four lie 1 below their neighbours, 3: the spread is 1.4826, times sqrt(1 + 2 / 16) = 1.5725,
+    # since level and steps are those of the sixteen others.
+    assert limit([3.0, 3.0, 2.0, 3.0, 3.0] * 4) == pytest.approx(3 + 4 * 1.5725, abs=1e-3)
+
+
+def test_a_low_level_is_not_a_small_spread():
+    # At 0.5 nats the assumed spread is 0.1, not 4 %: the line is 0.5 + 4 * 0.1 * sqrt(3) = 1.1928.
+    assert limit([0.5]) == pytest.approx(1.1928, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_good_batches_are_kept_that_scatter_fall_or_come_back(seed):
+    """Small batches scatter by a fifth, a short text is learnt by heart, the second epoch begins far lower."""
+    draw = random.Random(seed)
+    streams = {
+        "scatter": [3 * (1 + 0.2 * draw.gauss(0, 1)) for _ in range(300)],
+        "fall": [(0.05 + 2.45 * math.exp(-batch / 5)) * (1 + 0.05 * draw.gauss(0, 1)) for batch in range(300)],
+        "epochs": [(1.2, 0.5, 0.2)[batch // 100] * (1 + 0.15 * draw.gauss(0, 1)) for batch in range(300)],
+        "nothing left": [abs(0.05 * draw.gauss(0, 1)) for _ in range(300)],
+    }
+    for name, losses in streams.items():
+        skipped = feed(get_outlier_rule("robust", ConstantScheduler()), losses).count(0)
+        assert skipped <= (9 if name == "scatter" else 2), name
 
 
 def test_losses_that_agree_do_not_make_the_next_one_an_outlier():
-    # A hundred times 3: the spread is taken as 1 % of the level, the line is 3 + 4 * 0.03 * sqrt(1.005) = 3.1203.
+    # A hundred times 3: the spread is taken as 1 % of the level, the line is 3 + 4 * 0.03 * sqrt(1.02) = 3.1212.
     scheduler = get_outlier_rule("robust", ConstantScheduler())
     feed(scheduler, [3.0] * 100)
     assert scheduler.decide(Observation(batch=100, loss=3.12, progress=0.0)) == 1
@@ -70,8 +102,8 @@ def test_dirt_that_was_trained_on_at_the_start_does_not_count_later():
 
 
 def test_shuffled_tokens_do_not_hide_among_the_high_losses_of_the_start():
-    """Good losses fall from 6 to 3.3 in thirty batches, 2 % a batch; every fourth batch is half as much again."""
-    losses = [6 * 0.98**batch * (1.5 if batch % 4 == 3 else 1.0) for batch in range(30)]
+    """Good losses fall from 6 to 3.3 in thirty batches, 2 % a batch; every fourth batch is 1.7 times as high."""
+    losses = [6 * 0.98**batch * (1.7 if batch % 4 == 3 else 1.0) for batch in range(30)]
     assert feed(get_outlier_rule("robust", ConstantScheduler()), losses) == [1, 1, 1, 0] * 7 + [1, 1]
     assert sum(repeats == 0 for repeats in feed(get_outlier_rule("classic", ConstantScheduler()), losses)) == 0
 
@@ -82,19 +114,19 @@ def test_a_fall_of_the_loss_is_not_taken_for_outliers():
 
 
 def test_text_learnt_by_heart_is_skipped_and_merely_easy_text_is_not():
-    # A hundred losses about 3 with a spread of 0.1: too low is below half the level.
-    scheduler = get_outlier_rule("robust", ConstantScheduler())
+    # A hundred losses about 3 with a spread of 0.1: with `low` of 0.5, too low is below half the level.
+    scheduler = get_outlier_rule("robust", ConstantScheduler(), low=0.5)
     feed(scheduler, [2.9, 3.0, 3.1, 3.0] * 25)
     assert scheduler.decide(Observation(batch=100, loss=1.6, progress=0.0)) == 1
     assert scheduler.decide(Observation(batch=100, loss=1.4, progress=0.0)) == 0
-    scheduler = get_outlier_rule("robust", ConstantScheduler(), low=0)
+    scheduler = get_outlier_rule("robust", ConstantScheduler())
     feed(scheduler, [2.9, 3.0, 3.1, 3.0] * 25)
     assert scheduler.decide(Observation(batch=100, loss=0.1, progress=0.0)) == 1
 
 
 def test_low_losses_are_ordinary_where_losses_vary_much():
     # From 0.5 to 4.5 in turn: the steps are 1 to 3, and half the level is within four spreads of it.
-    scheduler = get_outlier_rule("robust", ConstantScheduler())
+    scheduler = get_outlier_rule("robust", ConstantScheduler(), low=0.5)
     losses = [2.5, 4.5, 1.5, 3.5, 0.5] * 10
     for loss in losses:
         scheduler.observe(Outcome(Observation(batch=0, loss=loss, progress=0.0), 1, (loss,)))
