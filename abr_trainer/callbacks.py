@@ -152,11 +152,12 @@ def _seldom(outcome: Outcome) -> dict[str, Any]:
     """Return what the trace tells of a batch under rules that ask for it, or replay."""
     seen = outcome.observation
     told: dict[str, Any] = {"accuracy": seen.accuracy, "grad_norm": seen.grad_norm}
+    told = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
     if outcome.replayed:
         told["replayed"] = [
             {"step": batch + 1, "loss": loss if math.isfinite(loss) else None} for batch, loss in outcome.replayed
         ]
-    return {name: value for name, value in told.items() if value is not None}
+    return told
 
 
 def _append(file: IO[str], line: dict[str, Any]) -> None:

@@ -57,7 +57,9 @@ def _is_mapping(inputs: Any) -> bool:
 
 def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:
     """Write the batches that this rank holds into a checkpoint; no file where there are none."""
+    path = directory / HELD_NAME.format(rank=rank)
     if not held:
+        path.unlink(missing_ok=True)  # of a run that was here before
         return
     tensors: dict[str, Tensor] = {}
     described = []
@@ -70,7 +72,7 @@ def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:
         described.append(
             {"batch": index, "calls": counts, "tokens": batch.tokens, "forward_flops": batch.forward_flops}
         )
-    save_file(tensors, directory / HELD_NAME.format(rank=rank), metadata={"held": json.dumps(described)})
+    save_file(tensors, path, metadata={"held": json.dumps(described)})
 
 
 def load_held(directory: Path, rank: int, device: torch.device) -> dict[int, HeldBatch]:

@@ -57,6 +57,11 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
             raise ValueError(
                 f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
             )
+    if "inputs" in trainer.repeat_scheduler.wants and args.push_to_hub and "checkpoint" in args.hub_strategy.value:
+        raise ValueError(
+            f"--hub_strategy {args.hub_strategy.value} would push training data: the rule keeps batches to train on "
+            "again in each checkpoint. Use --hub_strategy every_save or end."
+        )
     if "grad_norm" in trainer.repeat_scheduler.wants:
         refuse_gradient_norm(trainer, engine)
     if budget is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):

@@ -15,27 +15,25 @@ Hits = tuple[Tensor, Tensor]
 
 
 @contextlib.contextmanager
-def counting_hits(model: nn.Module, inputs: Any, shifted: bool, hits: list[Hits]) -> Iterator[None]:
-    """Add the hits of each forward of `model` in this context to `hits`.
+def counting_hits(model: nn.Module, inputs: Any, shifts_labels: bool, hits: list[Hits]) -> Iterator[None]:
+    """Add the hits of each forward of `model` in this context to `hits`; nothing where they cannot be seen.
+
+    That is where there are no labels, or the model returns no logits for each of them, as with a fused loss.
 
     Args:
-        inputs: The micro-batch, with `labels` of shape (rows, length).
-        shifted: The logits at a position predict the label of the next one.
-
-    Raises:
-        ValueError: There are no labels, or the model returns no logits over tokens.
+        inputs: The micro-batch, with `labels` of shape (rows, length), or with `shift_labels`.
+        shifts_labels: The logits at a position predict the label of the next one.
     """
+    is_mapping = isinstance(inputs, Mapping)
+    shifted = is_mapping and "shift_labels" in inputs
+    labels = inputs.get("shift_labels" if shifted else "labels") if is_mapping else None
 
     def count(_module: Any, _args: Any, output: Any) -> None:
-        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                "The rule needs the accuracy over tokens, for which the batch must hold labels and the model must "
-                "return logits for each of them (a fused loss returns none). Use another --repeat_scheduler."
-            )
+            return
         predicted, targets = logits.detach().argmax(dim=-1), labels.to(logits.device)
-        if shifted:
+        if shifts_labels and not shifted:
             predicted, targets = predicted[..., :-1], targets[..., 1:]
         counted = targets != IGNORE_INDEX
         hits.append((((predicted == targets) & counted).sum(), counted.sum()))

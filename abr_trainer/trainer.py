@@ -50,7 +50,7 @@ from .evaluation import PerplexityMixin
 from .gradient_norm import gradient_norm
 from .held import Call, HeldBatch, check_holdable
 from .ledger import ComputeLedger, forward_share
-from .loss_scale import LossScale, find_loss_scale, has_own_loss, weighted_loss
+from .loss_scale import LossScale, find_loss_scale, has_own_loss, shifts_labels, weighted_loss
 from .perplexity import perplexity_of
 from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
@@ -359,7 +359,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         if "accuracy" not in self.repeat_scheduler.wants:
             yield
             return
-        with counting_hits(model, inputs, self._loss_shifts_labels, hits):
+        with counting_hits(model, inputs, shifts_labels(self), hits):
             yield
 
     def _decide(self, losses: list[Tensor]) -> _Decision:
@@ -476,10 +476,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
 
     def _hold(self, batch: _Batch, outcome: Outcome) -> None:
         """Keep the inputs of the batches that the scheduler wants to come back to, and no others."""
+        if "inputs" not in self.repeat_scheduler.wants:
+            return
+        check_holdable(batch.calls)
         wanted = set(self.repeat_scheduler.held())
         index = outcome.observation.batch
         if index in wanted and batch.decision is not None:
-            check_holdable(batch.calls)
             self._held[index] = HeldBatch(batch.calls, batch.decision.tokens, batch.decision.forward_flops)
         self._held = {index: held for index, held in self._held.items() if index in wanted}
 
@@ -515,6 +517,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
             return not self.is_deepspeed_enabled or math.isfinite(mean()[0])
 
+        # What Trainer divides losses by, where the model does not: the last batch of an epoch may have had fewer.
+        steps_now, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, len(held.calls)
         each_syncs = self.is_deepspeed_enabled or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         with self._counted_once():
             for i, (inputs, args, kwargs) in enumerate(held.calls, start=1):
@@ -526,6 +530,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
                     elif not each_syncs:
                         context.enter_context(self.accelerator.no_sync(model))
                     losses.append(one_pass(copy.copy(inputs), *args, hits=hits, **kwargs))
+        self.current_gradient_accumulation_steps = steps_now
         loss, *counts = (mean or self._begin_mean(held.calls, losses, *summed(hits)))()
         self.ledger.charge_pass(len(held.calls), len(held.calls), held.tokens, held.forward_flops)
         return loss, accuracy_of(*counts) if counts else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from abr_trainer import Observation, RepeatScheduler
@@ -18,10 +19,10 @@ class Oracle(RepeatScheduler):
     """
 
     file: str = ""
-    broken: frozenset[int] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self.broken = frozenset(json.loads(Path(self.file).read_text(encoding="utf-8")))
+    @functools.cached_property
+    def broken(self) -> frozenset[int]:
+        return frozenset(json.loads(Path(self.file).read_text(encoding="utf-8")))
 
     def decide(self, observation: Observation) -> int:
         return 0 if observation.batch in self.broken else 1

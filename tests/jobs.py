@@ -195,7 +195,7 @@ class AsksForAll(ReplayScheduler):
 
     def __init__(self, sees_gradient: bool) -> None:
         super().__init__(quantile=0.0, spacing=2, buffer_size=3)
-        self.wants = frozenset({"accuracy", "grad_norm"} if sees_gradient else {"accuracy"})
+        self.wants = frozenset({"inputs", "accuracy", *(["grad_norm"] if sees_gradient else [])})
 
     def decide(self, observation):
         may_skip = observation.grad_norm is not None or "grad_norm" not in self.wants

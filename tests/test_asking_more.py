@@ -13,6 +13,7 @@ from abr_trainer import ABRTrainer
 from abr_trainer.records import read_lines
 from abr_trainer.schedulers import ConstantScheduler, RepeatScheduler, ReplayScheduler, RobustOutlierSkip
 from tests.conftest import ScaledMixin, Scripted, broken_row, tiny_llama, token_rows, trained_by_hand, weights
+from tests.jobs import build_model
 
 BY_HAND = {"weight_decay": 0.0, "optim": "adamw_torch"}
 
@@ -38,6 +39,8 @@ class UntilItHelpsLess(RepeatScheduler):
 
 class Later(RepeatScheduler):
     """Each batch once, and each once more `spacing` batches later."""
+
+    wants = frozenset({"inputs"})
 
     def __init__(self, spacing):
         self.spacing = spacing
@@ -125,6 +128,26 @@ def test_a_replayed_batch_is_an_update_on_all_of_it(train, accumulation, spacing
     assert [[earlier["step"] - 1 for earlier in batch.get("replayed", [])] for batch in trace] == [
         batches[1:] for batches in plan
     ]
+
+
+@pytest.mark.parametrize("kind", ["own loss", "classifier"])
+def test_a_replayed_batch_counts_as_it_did_where_the_last_batch_of_an_epoch_is_short(train, kind):
+    """18 rows: batches of four, four and one micro-batch. The last replays the first, and is no quarter of it."""
+
+    class OwnLoss(ABRTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return model(**inputs).loss
+
+    rows = token_rows(18)
+    options = {"trainer_cls": OwnLoss}
+    if kind == "classifier":
+        rows = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 3)} for i, row in enumerate(rows)]
+        options = {"model": build_model("classifier")}
+    rule = Later(2)
+    rule.wants = frozenset({"inputs"})
+    train(data=rows, repeat_scheduler=rule, gradient_accumulation_steps=4, learning_rate=0.0, **options)
+    first, *_, last = rule.outcomes
+    assert last.replayed == ((0, pytest.approx(first.losses[0], rel=1e-5)),)
 
 
 def test_only_what_the_rule_wants_back_is_held(train):
@@ -251,15 +274,14 @@ def test_nobody_pays_for_an_accuracy_that_is_not_wanted(train):
     assert "accuracy" not in next(read_lines(Path(ours.args.output_dir, "abr_trace.jsonl")))
 
 
-def test_a_model_without_logits_is_told(build):
-    class Fused(ABRTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            model.register_forward_pre_hook(lambda *_: None)
-            return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "labels"}, *args, **kwargs)
+def test_without_labels_there_is_no_accuracy(train):
+    class OwnLoss(ABRTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return model(input_ids=inputs["input_ids"]).logits.square().mean()
 
-    rows = [{"input_ids": row["input_ids"]} for row in token_rows(4)]
-    with pytest.raises(ValueError, match="needs the accuracy over tokens"):
-        build(data=rows, repeat_scheduler=Looking(1, wants=["accuracy"])).train()
+    rule = Looking(2, wants=["accuracy"])
+    train(trainer_cls=OwnLoss, data=[{"input_ids": row["input_ids"]} for row in token_rows(4)], repeat_scheduler=rule)
+    assert {seen.accuracy for seen in rule.asked} == {None}
 
 
 # ---- Looking at the gradient ----

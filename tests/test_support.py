@@ -8,7 +8,7 @@ import pytest
 from accelerate.utils import DistributedType
 
 from abr_trainer import ABRConfig
-from abr_trainer.schedulers import GradNormSkip
+from abr_trainer.schedulers import GradNormSkip, ReplayScheduler
 from abr_trainer.support import refuse_unsupported
 from tests.conftest import Scripted, token_rows
 
@@ -48,6 +48,13 @@ def test_an_engine_that_hides_the_gradient_is_refused(build, monkeypatch, engine
         else:
             with pytest.raises(ValueError, match=f"--skip_grad_norm does not work here: {reason}"):
                 refuse_unsupported(trainer, budget=None)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_training_data_are_not_pushed_with_checkpoints(build, strategy):
+    options = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "me/mine"}
+    with pytest.raises(ValueError, match=f"--hub_strategy {strategy} would push training data"):
+        build(repeat_scheduler=ReplayScheduler(), **options)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class Observation:
         loss: Mean loss per target token of the first pass, in nats, averaged over ranks.
         progress: Share of the training run already spent, in [0, 1).
         accuracy: Share of the target tokens that the first pass predicted right, over all ranks; None unless the rule
-            `wants` it.
+            `wants` it, and where the model returns no logits.
         grad_norm: Norm of the gradient of the first pass, before clipping; None unless the rule `wants` it, and before
             the backward.
     """
@@ -76,10 +76,10 @@ class RepeatScheduler(ABC):
 
     reason: ClassVar[str] = "scheduler"
     wants: frozenset[str] = frozenset()
-    """What `observation` shall hold beside the loss: "accuracy", "grad_norm".
+    """What the rule needs beside the loss: "accuracy", "grad_norm", "inputs".
 
-    With "grad_norm", `decide` is asked twice: before the backward, without it, and after, with it. A skip after the
-    backward costs the whole pass.
+    The first two stand in `observation`. With "grad_norm", `decide` is asked twice: before the backward, without it,
+    and after, with it; a skip after the backward costs the whole pass. With "inputs" the trainer asks what to hold.
     """
 
     def __repr__(self) -> str:
@@ -106,8 +106,9 @@ class RepeatScheduler(ABC):
         return ()
 
     def held(self) -> Sequence[int]:
-        """Return the indices of the batches whose inputs the trainer shall keep, for `replay`. Asked after `observe`;
-        a batch that it leaves out is gone.
+        """Return the indices of the batches whose inputs the trainer shall keep, for `replay`.
+
+        Asked after `observe`, of a rule that `wants` "inputs". A batch that it leaves out is gone.
         """
         return ()
 

@@ -21,7 +21,8 @@ class EasySkip(RepeatScheduler):
 
     Attributes:
         quantile: Share of the recent losses below which a batch is easy, between 0 and 1.
-        window: Number of recent losses, skipped batches among them; nothing is skipped before there are so many.
+        window: Number of recent losses, those of batches that this rule has skipped among them; nothing is skipped
+            before there are so many.
         patience: Batches in a row that may be skipped.
     """
 
@@ -54,7 +55,7 @@ class EasySkip(RepeatScheduler):
         return numbers | {"quantile": self.quantile}
 
     def observe(self, outcome: Outcome) -> None:
-        if is_finite(outcome):
+        if is_finite(outcome) and (not outcome.skipped or outcome.reason == self.reason):
             self.history.append(outcome.observation.loss)
             self.consecutive = self.consecutive + 1 if outcome.skipped else 0
 

@@ -19,15 +19,15 @@ MIN_HISTORY = 10
 class GainScheduler(RepeatScheduler):
     """Repeat while the last pass over the batch has improved its loss by more than a fresh batch improves the level.
 
-    What a fresh batch improves is the slope of the last `window` first-pass losses over the passes spent on them. What
-    a pass over the same batch improves is seen in its losses; before the second pass it is what the last second passes
+    What a fresh batch improves is the slope of the last `window` first-pass losses, a batch: what its repeats bring to
+    other batches is in it, so that repeating has to be worth more than all of that. What a pass over the same batch improves is seen in its losses; before the second pass it is what the last second passes
     have improved on average, kept up to date by trying one on every `probe_every`-th batch. Most of what a batch gains
     on itself is memorised: `transfer` is the share of it that counts.
 
     A batch of which the model predicts `saturation` of the tokens right is not repeated any more.
 
-    Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy: the model must return
-    logits. Measured: see "Which rule for which situation" in the README.
+    Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy. Where the model returns
+    none, as under TRL's SFTTrainer, no batch is ever saturated. Measured: see "Which rule for which situation" in the README.
 
     Attributes:
         max_repeats: Most updates on a batch.
@@ -49,7 +49,7 @@ class GainScheduler(RepeatScheduler):
     window: int = 30
     probe_every: int = 10
     seed: int = 0
-    history: deque[tuple[float, int]] = field(init=False, repr=False)
+    history: deque[float] = field(init=False, repr=False)
     second: float | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -62,15 +62,10 @@ class GainScheduler(RepeatScheduler):
         self.history = deque(maxlen=self.window)
 
     def fresh_gain(self) -> float | None:
-        """Return by how much a pass over a fresh batch lowers the first-pass loss, in nats; None while unknown."""
+        """Return by how much a fresh batch lowers the first-pass loss of the next one, in nats; None while unknown."""
         if len(self.history) < MIN_HISTORY:
             return None
-        spent, losses, passes = [], [], 0
-        for loss, updates in self.history:
-            spent.append(passes)
-            losses.append(loss)
-            passes += updates
-        return -statistics.linear_regression(spent, losses).slope
+        return -statistics.linear_regression(range(len(self.history)), self.history).slope
 
     def probes(self, observation: Observation) -> bool:
         return random.Random(f"{self.seed}-{observation.batch}").random() * self.probe_every < 1
@@ -101,7 +96,7 @@ class GainScheduler(RepeatScheduler):
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"losses remembered": len(self.history)}
         if (fresh := self.fresh_gain()) is not None:
-            numbers["a fresh pass gains"] = fresh
+            numbers["a fresh batch gains"] = fresh
         if self.second is not None:
             numbers["a second pass gains"] = self.second
             numbers["of that counts"] = self.transfer * self.second
@@ -112,7 +107,7 @@ class GainScheduler(RepeatScheduler):
     def observe(self, outcome: Outcome) -> None:
         if not is_finite(outcome) or outcome.skipped:
             return
-        self.history.append((outcome.observation.loss, outcome.repeats))
+        self.history.append(outcome.observation.loss)
         if outcome.repeats > 1:
             gained = outcome.losses[0] - outcome.losses[1]
             self.second = gained if self.second is None else 0.9 * self.second + 0.1 * gained
@@ -121,5 +116,5 @@ class GainScheduler(RepeatScheduler):
         return {"history": list(self.history), "second": self.second}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = deque(((loss, repeats) for loss, repeats in state["history"]), maxlen=self.window)
+        self.history = deque(state["history"], maxlen=self.window)
         self.second = state["second"]

@@ -98,6 +98,7 @@ class LearnableScheduler(RepeatScheduler):
 
     def __post_init__(self) -> None:
         self.first_rule = ThresholdScheduler(self.loss_threshold, self.max_repeats)
+        self.loss_threshold = self.first_rule.loss_threshold
         for name, least in (("warmup", 0), ("memory", MIN_MEMORY), ("hidden", 1)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")

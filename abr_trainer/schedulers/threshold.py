@@ -23,7 +23,7 @@ class ThresholdScheduler(RepeatScheduler):
     - a number, in nats per target token: once for every whole one that the loss contains. This is the published
       rule. Where all losses lie between 2 and 3, a threshold of 1.0 is two repeats for every batch;
     - `q0.8`, a quantile of the recent losses: the highest 20 % twice, of these the highest 20 % three times, and so
-      on. The mean is 1.25 repeats, at any level of the losses;
+      on. About 1.2 repeats on average, at any level of the losses that do not rise or fall;
     - `s1.5`, robust standard deviations above the median of the recent losses: once more for every 1.5 of them.
 
     Costs nothing but the passes it asks for. Measured: see "Which rule for which situation" in the README.
@@ -65,8 +65,8 @@ class ThresholdScheduler(RepeatScheduler):
         if len(self.history) < MIN_HISTORY:
             return 1.0
         if self._kind == "quantile":
-            above = 1 - share_below(loss, self.history)
-            return 1 + math.log(above) / math.log1p(-self._value) if above > 0 else math.inf
+            above = sum(other >= loss for other in self.history) + 1  # this one is among them
+            return 1 + math.log(above / (len(self.history) + 1)) / math.log1p(-self._value)
         level, spread = median_and_spread(self.history)
         return 1 + (loss - level) / (self._value * spread) if spread > 0 else 1.0
 

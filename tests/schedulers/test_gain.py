@@ -31,13 +31,14 @@ def test_a_batch_ends_where_the_last_pass_gained_too_little():
     assert set(feed(GainScheduler(), stream)[150:]) == {4}
 
 
-def test_the_improvement_by_fresh_batches_is_per_pass():
-    # The same fall of the loss at two passes a batch is half as much a pass: slope -0.02 / 2.
+def test_repeats_do_not_lower_the_bar_for_more_of_them():
+    # Five passes over each batch: the level falls by 0.02 a batch all the same, and that is what a fresh one is worth.
     rule = GainScheduler()
     for batch in range(20):
         loss = 4.0 - 0.02 * batch
-        rule.observe(Outcome(seen(loss, batch), 2, (loss, loss - 0.1)))
-    assert rule.fresh_gain() == pytest.approx(0.01)
+        rule.observe(Outcome(seen(loss, batch), 5, tuple(loss - 0.1 * i for i in range(5))))
+    assert rule.fresh_gain() == pytest.approx(0.02)
+    assert rule.decide(seen(3.6, 20)) == 1 or rule.probes(seen(3.6, 20))
 
 
 def test_what_the_model_predicts_already_is_not_repeated():
