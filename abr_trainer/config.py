@@ -23,7 +23,7 @@ from .schedulers import (
     get_repeat_scheduler,
 )
 from .schedulers.threshold import parse_threshold
-from .support import refuse_single_process_launch
+from .support import refuse_pushing_inputs, refuse_single_process_launch
 
 logger = logging.get_logger(__name__)
 
@@ -196,7 +196,7 @@ class ABRConfig(TrainingArguments):
                 raise ValueError(f"--{name} {value} is a share of --max_passes, which is not given.")
         if self.loss_threshold is not None:
             parse_threshold(self.loss_threshold)
-        self.build_repeat_scheduler()
+        refuse_pushing_inputs(self, self.build_repeat_scheduler())
         self._warn_of_unread_flags()
         self.most_batches = self.max_steps
         if self.max_passes is not None:

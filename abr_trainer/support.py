@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 ENGINES = {
@@ -57,17 +58,23 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
             raise ValueError(
                 f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
             )
-    if "inputs" in trainer.repeat_scheduler.wants and args.push_to_hub and "checkpoint" in args.hub_strategy.value:
-        raise ValueError(
-            f"--hub_strategy {args.hub_strategy.value} would push training data: the rule keeps batches to train on "
-            "again in each checkpoint. Use --hub_strategy every_save or end."
-        )
+    refuse_pushing_inputs(args, trainer.repeat_scheduler)
     if "grad_norm" in trainer.repeat_scheduler.wants:
         refuse_gradient_norm(trainer, engine)
     if budget is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         refuse_schedule(args.lr_scheduler_type.value)
     if budget is not None and trainer.lr_scheduler is not None:
         check_schedule(trainer.lr_scheduler)
+
+
+def refuse_pushing_inputs(args: Any, scheduler: Any) -> None:
+    """Refuse to push checkpoints in which a rule keeps training data."""
+    strategy = HubStrategy(args.hub_strategy).value
+    if "inputs" in scheduler.wants and args.push_to_hub and "checkpoint" in strategy:
+        raise ValueError(
+            f"--hub_strategy {strategy} would push training data: the rule keeps batches to train on again in each "
+            "checkpoint. Use --hub_strategy every_save or end."
+        )
 
 
 def refuse_gradient_norm(trainer: Any, engine: DistributedType) -> None:

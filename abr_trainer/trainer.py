@@ -115,6 +115,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
     """
 
     control: Any
+    current_gradient_accumulation_steps: int
     _total_loss_scalar: float
 
     def __init__(
@@ -518,7 +519,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             return not self.is_deepspeed_enabled or math.isfinite(mean()[0])
 
         # What Trainer divides losses by, where the model does not: the last batch of an epoch may have had fewer.
-        steps_now, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, len(held.calls)
+        steps_now: int = self.current_gradient_accumulation_steps
+        self.current_gradient_accumulation_steps = len(held.calls)
         each_syncs = self.is_deepspeed_enabled or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         with self._counted_once():
             for i, (inputs, args, kwargs) in enumerate(held.calls, start=1):

@@ -8,7 +8,7 @@ import pytest
 from accelerate.utils import DistributedType
 
 from abr_trainer import ABRConfig
-from abr_trainer.schedulers import GradNormSkip, ReplayScheduler
+from abr_trainer.schedulers import GradNormSkip
 from abr_trainer.support import refuse_unsupported
 from tests.conftest import Scripted, token_rows
 
@@ -51,10 +51,12 @@ def test_an_engine_that_hides_the_gradient_is_refused(build, monkeypatch, engine
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_training_data_are_not_pushed_with_checkpoints(build, strategy):
-    options = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "me/mine"}
+def test_training_data_are_not_pushed_with_checkpoints(tmp_path, strategy):
+    options = {"output_dir": str(tmp_path), "push_to_hub": True, "hub_strategy": strategy, "use_cpu": True}
     with pytest.raises(ValueError, match=f"--hub_strategy {strategy} would push training data"):
-        build(repeat_scheduler=ReplayScheduler(), **options)
+        ABRConfig(repeat_scheduler="replay", **options)
+    ABRConfig(repeat_scheduler="gain", **options)
+    ABRConfig(repeat_scheduler="replay", **{**options, "hub_strategy": "every_save"})
 
 
 @pytest.mark.parametrize(

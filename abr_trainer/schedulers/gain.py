@@ -20,14 +20,16 @@ class GainScheduler(RepeatScheduler):
     """Repeat while the last pass over the batch has improved its loss by more than a fresh batch improves the level.
 
     What a fresh batch improves is the slope of the last `window` first-pass losses, a batch: what its repeats bring to
-    other batches is in it, so that repeating has to be worth more than all of that. What a pass over the same batch improves is seen in its losses; before the second pass it is what the last second passes
-    have improved on average, kept up to date by trying one on every `probe_every`-th batch. Most of what a batch gains
-    on itself is memorised: `transfer` is the share of it that counts.
+    other batches is in it, so that repeating has to be worth more than all of that. What a pass over the same batch
+    improves is seen in its losses; before the second pass it is what the last second passes have improved on average,
+    kept up to date by trying one on every `probe_every`-th batch. Most of what a batch gains on itself is memorised:
+    `transfer` is the share of it that counts.
 
     A batch of which the model predicts `saturation` of the tokens right is not repeated any more.
 
     Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy. Where the model returns
-    none, as under TRL's SFTTrainer, no batch is ever saturated. Measured: see "Which rule for which situation" in the README.
+    none, as under TRL's SFTTrainer, no batch is ever saturated. Measured: see "Which rule for which situation" in the
+    README.
 
     Attributes:
         max_repeats: Most updates on a batch.
