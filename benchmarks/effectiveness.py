@@ -46,8 +46,8 @@ TABLES = ROOT / "docs" / "effectiveness.md"
 BLOCK, ROWS = 128, 4
 """Tokens in a block, blocks in a batch."""
 
-MOST_BATCHES = 250
-"""More than any run sees in one epoch."""
+MOST_BATCHES = {"fresh": 250, "long": 600}
+"""More than a run sees."""
 
 HELD_OUT = {"validation": 64, "test": 160}
 """Blocks of the splits that choose, and that judge."""
@@ -118,7 +118,6 @@ RULES = {
     "fixed 2": "fixed:2",
     "abr 1.0": "abr:1.0",
     "abr q0.8": "abr:q0.8",
-    "abr s1.5": "abr:s1.5",
     "abr q0.8 until 0.85": "abr:q0.8,repeat_until=0.85",
     "window": "window",
     "window, published": "window:published=true",
@@ -147,6 +146,9 @@ def studies() -> Iterator[Study]:
         flags = (*NO_SKIPPING, "--max_steps", "50")
         yield Study("same batches", setting, "50 batches", arms, "fresh", flags, ("--match", "batches", *tune))
         yield dirty_study(setting)
+    arms = {name: RULES[name] for name in ("baseline", "learnable", "gain")}
+    flags = (*NO_SKIPPING, "--max_passes", "500", "--learning_rate", "2e-3")
+    yield Study("fresh", STORIES, "500 passes", arms, "long", flags)
     few = {name: RULES[name] for name in SOME_RULES} | {"fixed 3": "fixed:3"} | MOMENTUM
     yield scarce_study(STORIES, 20, few, ("60", "80", "120"))
     some = {name: few[name] for name in ("baseline", "fixed 2", "baseline, beta1 0.4", "fixed 2, beta1 0.7")}
@@ -207,7 +209,9 @@ def texts_of(corpus: str, split: str, data: Path) -> list[str]:
         name = {"validation": "valid"}.get(split, split)
         return [line + "\n" for line in (data / corpus / f"wiki.{name}.tokens").read_text("utf-8").splitlines()]
     rows = (data / corpus / f"{split}.jsonl").read_text("utf-8").splitlines()
-    return [as_text(json.loads(row)["dialog"]) + "\n\n" for row in rows]
+    texts = [as_text(json.loads(row)["dialog"]) + "\n\n" for row in rows]
+    held_out = {text for other in HELD_OUT for text in texts_of(corpus, other, data)} if split == "train" else set()
+    return [text for text in texts if text not in held_out]  # one in fourteen stands in the training split too
 
 
 def blocks_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -254,8 +258,9 @@ def write_data(study: Study, args: argparse.Namespace) -> Path:
         _write(folder / f"{split}.jsonl", random.Random(0).sample(blocks_of(corpus(split), tokenizer), count))
     train = blocks_of(corpus("train"), tokenizer)
     for seed in study.seeds:
-        drawn = random.Random(seed).sample(train, min(len(train), MOST_BATCHES * ROWS))
-        _write(folder / f"fresh-{seed}.jsonl", drawn)
+        for name, batches in MOST_BATCHES.items():
+            _write(folder / f"{name}-{seed}.jsonl", random.Random(seed).sample(train, min(len(train), batches * ROWS)))
+        drawn = random.Random(seed).sample(train, min(len(train), MOST_BATCHES["fresh"] * ROWS))
         for batches in (20, 40):
             _write(folder / f"scarce-{batches}-{seed}.jsonl", drawn[: batches * ROWS])
         for kind, share in sorted(set(study.dirty.values())):
@@ -317,16 +322,22 @@ def rows_of(study: Study, arms: dict[str, str], data: dict[str, Any], out: Path)
     for entry in data["arms"]:
         arm = entry["name"]
         name = names.get(arm, arm)
-        perplexities = entry["test_perplexity"]["values"]
+        tuning = entry["tuning"] or {"chosen": {}, "at_edge": []}
         row = {
             "arm": name,
-            "nll": {seed: None if value is None else math.log(value) for seed, value in perplexities.items()},
+            "nll": in_nats(entry["test_perplexity"]["values"]),
+            "validation": in_nats(entry["eval_perplexity"]["values"]),
             "cost": entry["cost"],
-            "chosen": (entry["tuning"] or {}).get("chosen", {}),
+            "chosen": tuning["chosen"],
+            "at_edge": tuning["at_edge"],
         }
         if name in study.dirty:
             row |= skipped(arm, study.dirty[name], data["runs"], out)
         yield row
+
+
+def in_nats(perplexities: dict[str, float | None]) -> dict[str, float | None]:
+    return {seed: None if value is None else math.log(value) for seed, value in perplexities.items()}
 
 
 def skipped(arm: str, dirt: tuple[str, int], runs: list[dict[str, Any]], out: Path) -> dict[str, Any]:
@@ -364,31 +375,58 @@ def difference(found: dict[str, Any]) -> str:
     return f"{found['mean']:+.4f} ({found['t_low']:+.4f} to {found['t_high']:+.4f}), {percent:+.1f} %"
 
 
+def mean(values: dict[str, float | None]) -> float:
+    """Return the mean over seeds: infinite if one has diverged."""
+    return statistics.fmean(math.inf if value is None else value for value in values.values())
+
+
 def tables(studies: list[dict[str, Any]]) -> list[str]:
     """Return the tables of all studies as lines of Markdown."""
     lines = []
     for study in studies:
         lines += ["", f"## {study['regime'].capitalize()}: {study['setting']}, {study['title']}", ""]
         lines += dirty_table(study["rows"]) if study["regime"] == "dirty" else table(study["rows"])
-        lines += ["", f"{len(study['rows'][0]['nll'])} seeds, commit {study['git'][:7]}."]
+        edges = (
+            " \\* the best of the values tried lies at their end."
+            if any(row["at_edge"] for row in study["rows"])
+            else ""
+        )
+        commit, _, dirty = study["git"].partition("-")
+        lines += ["", f"{len(study['rows'][0]['nll'])} seeds, commit {commit[:7]}{dirty and '-' + dirty}.{edges}"]
     return lines
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    heads = ["arm", "chosen", "repeats", "skips", "nll", "difference to the first (95 %), perplexity", "lower in"]
-    lines = _header([*heads, "verdict", "passes", "FLOPs", "seconds"])
+    """Return a line an arm: beside the first, and beside the best of the baselines on the validation split."""
+    best = min((row for row in rows if row["arm"].startswith("baseline")), key=lambda row: mean(row["validation"]))
+    heads = [
+        "arm",
+        "chosen",
+        "repeats",
+        "skips",
+        "nll",
+        f"beside {rows[0]['arm']} (95 %), perplexity",
+        "lower in",
+        "verdict",
+    ]
+    heads += [] if best is rows[0] else [f"beside {best['arm']} (95 %), perplexity", "verdict"]
+    lines = _header([*heads, "passes", "FLOPs", "seconds"])
     for row in rows:
-        found, cost = compared(row, rows[0]), row["cost"]
-        finite = [value for value in row["nll"].values() if value is not None]
+        cost = row["cost"]
+        beside = []
+        for other in [rows[0]] if best is rows[0] else [rows[0], best]:
+            found = compared(row, other)
+            wins = [str(found["wins"])] if other is rows[0] else []
+            beside += ["", *[""] * len(wins), ""] if row is other else [difference(found), *wins, found["verdict"]]
         lines.append(
             _line(
                 [
                     row["arm"],
-                    ", ".join(f"{value}" for value in row["chosen"].values()),
+                    ", ".join(value + r"\*" * (name in row["at_edge"]) for name, value in row["chosen"].items()),
                     f"{cost['repeats']:.2f}",
                     f"{cost['skips']:.1f}",
-                    f"{statistics.fmean(finite):.4f}" if finite else "n/a",
-                    *(["", "", ""] if row is rows[0] else [difference(found), f"{found['wins']}", found["verdict"]]),
+                    f"{mean(row['nll']):.4f}",
+                    *beside,
                     f"{cost['passes']:g}",
                     f"{cost['flops']:.3g}",
                     f"{cost['seconds']:.1f}",
@@ -406,23 +444,33 @@ def dirty_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         rule, data = row["arm"].split(", ", 1)
         oracle = by_arm.get(f"oracle, {data}")
-        recall = f"{row['broken_skipped'] / row['broken']:.3f}" if row.get("broken") else ""
-        wrong = row["good_skipped"] / row["good"] if "good" in row else row["cost"]["skips"] / row["cost"]["batches"]
         beside = compared(row, oracle) if oracle and oracle is not row else None
         lines.append(
             _line(
                 [
                     data,
                     rule,
-                    recall,
-                    f"{wrong:.2%}",
+                    *counted(row),
                     "" if row is clean else difference(compared(row, clean)),
                     difference(beside) if beside else "",
                     beside["verdict"] if beside else "",
                 ]
             )
         )
+    for rule in ("robust", "classic"):
+        some = [row for row in rows if row["arm"].startswith(f"{rule}, ") and "kind" in row]
+        lines.append(_line(["all of these", rule, *counted(*some), "", "", ""]))
     return lines
+
+
+def counted(*rows: dict[str, Any]) -> tuple[str, str]:
+    """Return recall and false skips over these rows, each with the numbers of batches."""
+    seeds = len(rows[0]["nll"])
+    whole = [{**{name: round(seeds * row["cost"][name]) for name in ("skips", "batches")}, **row} for row in rows]
+    broken, caught = (sum(row.get(name, 0) for row in whole) for name in ("broken", "broken_skipped"))
+    good = sum(row.get("good", row["batches"]) for row in whole)
+    wrong = sum(row.get("good_skipped", row["skips"]) for row in whole)
+    return f"{caught / broken:.3f} ({caught}/{broken})" if broken else "", f"{wrong / good:.2%} ({wrong}/{good})"
 
 
 def _header(heads: list[str]) -> list[str]:
