@@ -15,9 +15,9 @@ from .recent import share_below
 class ReplayScheduler(RepeatScheduler):
     """Train on every batch once, and on hard ones once more, `spacing` batches later.
 
-    A batch is hard if its first-pass loss lies above `quantile` of the recent ones. At most one earlier batch is
-    trained on after each new one: of those that are due, the one with the highest loss. Of more than `buffer_size`
-    hard batches that wait, the easiest is let go.
+    A batch is hard if its first-pass loss lies above `quantile` of the recent ones, their trend taken off. At most one
+    earlier batch is trained on after each new one: of those that are due, the one with the highest loss. Of more than
+    `buffer_size` hard batches that wait, the easiest is let go.
 
     Costs a pass for each replay, and the inputs of `buffer_size` batches: in memory, and in each checkpoint. A resumed
     run needs as many processes as before, and checkpoints may not be pushed: they hold training data. Measured: see

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, is_finite
-from .recent import median_and_spread, share_below
+from .recent import median_and_spread, share_below, without_trend
+
+ROUNDING = 1e-9
+"""Makes whole numbers of quotients that should be."""
 
 MIN_HISTORY = 10
 """Losses to have seen before one can be high among them."""
@@ -23,8 +26,10 @@ class ThresholdScheduler(RepeatScheduler):
     - a number, in nats per target token: once for every whole one that the loss contains. This is the published
       rule. Where all losses lie between 2 and 3, a threshold of 1.0 is two repeats for every batch;
     - `q0.8`, a quantile of the recent losses: the highest 20 % twice, of these the highest 20 % three times, and so
-      on. About 1.2 repeats on average, at any level of the losses that do not rise or fall;
+      on. About 1.2 repeats on average, at any level of the losses;
     - `s1.5`, robust standard deviations above the median of the recent losses: once more for every 1.5 of them.
+
+    Recent losses are compared once their trend is taken off: while losses fall, none would be high.
 
     Costs nothing but the passes it asks for. Measured: see "Which rule for which situation" in the README.
 
@@ -65,10 +70,12 @@ class ThresholdScheduler(RepeatScheduler):
         if len(self.history) < MIN_HISTORY:
             return 1.0
         if self._kind == "quantile":
-            above = sum(other >= loss for other in self.history) + 1  # this one is among them
-            return 1 + math.log(above / (len(self.history) + 1)) / math.log1p(-self._value)
-        level, spread = median_and_spread(self.history)
-        return 1 + (loss - level) / (self._value * spread) if spread > 0 else 1.0
+            below = share_below(loss, self.history) * len(self.history)
+            share_above = 1 - below / (len(self.history) + 1)  # this one among them
+            return 1 + math.log(share_above) / math.log1p(-self._value) + ROUNDING
+        *others, own = without_trend([*self.history, loss])
+        level, spread = median_and_spread(others)
+        return 1 + (own - level) / (self._value * spread) if spread > 0 else 1.0
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"max_repeats": self.max_repeats}
@@ -77,7 +84,9 @@ class ThresholdScheduler(RepeatScheduler):
         numbers["losses remembered"] = len(self.history)
         if self.history:
             numbers["share of them below"] = share_below(observation.loss, self.history)
-            numbers["their level"], numbers["their spread"] = median_and_spread(self.history)
+            *others, own = without_trend([*self.history, observation.loss])
+            level, numbers["their spread"] = median_and_spread(others)
+            numbers["above their level"] = own - level
         return {self._kind: self._value} | numbers
 
     def observe(self, outcome: Outcome) -> None:

@@ -22,8 +22,8 @@ def test_every_batch_comes_back_once_so_many_batches_later():
 
 
 def test_only_hard_batches_come_back():
-    # Ten losses from 3.0 to 3.9; then 3.75, which lies above 8 of 10, and 3.2, above 2 of 11.
-    losses = [3.0 + 0.1 * i for i in range(10)] + [3.75, 3.2] + [3.1] * 6
+    # Ten losses from 3.0 to 3.9, of which 3.85 exceeds eight, and then lower ones.
+    losses = [3.0, 3.9, 3.1, 3.8, 3.2, 3.7, 3.3, 3.6, 3.4, 3.5] + [3.85, 3.2] + [3.1] * 6
     found = replays(ReplayScheduler(quantile=0.75, spacing=3), losses)
     assert [batch for each in found for batch in each] == [10]
     assert found[13] == [10]

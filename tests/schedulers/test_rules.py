@@ -60,11 +60,18 @@ def test_uniform_tosses_the_same_coin_for_a_batch_whatever_was_asked_before():
 
 
 def test_a_quantile_repeats_the_highest_losses_the_highest_of_them_more_often():
-    # The last 24 losses, 3.00 to 3.23, and this one: five of the 25 are its 20 %, one is 4 %, the 20 % of these.
+    # 24 losses from 3.00 to 3.23 in any order, and this one: the highest 5 of 25 are 20 %, 1 is 4 %, 20 % of these.
     rule = ThresholdScheduler("q0.8", window=24)
-    feed(rule, [3.0 + 0.01 * i for i in range(24)])
-    assert [decide(rule, loss) for loss in (3.0, 3.185, 3.195, 3.225, 3.235)] == [1, 1, 2, 2, 3]
-    assert decide(rule, 99.0) == 3
+    feed(rule, [3.0 + 0.01 * (7 * i % 24) for i in range(24)])
+    assert [decide(rule, loss) for loss in (3.0, 3.19, 3.24, 3.3, 99.0)] == [1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("slope", [-0.02, 0.0, 0.02])
+def test_relative_thresholds_find_the_same_batches_while_losses_fall_or_rise(slope):
+    noise = [0.01 * (7 * i % 24) for i in range(400)]
+    for threshold in ("q0.8", "s1"):
+        level, moving = ([9 + each + i * k for i, each in enumerate(noise)] for k in (0.0, slope))
+        assert feed(ThresholdScheduler(threshold), level) == feed(ThresholdScheduler(threshold), moving)
 
 
 def test_a_quantile_spends_the_same_at_any_level_of_the_losses():
@@ -74,10 +81,10 @@ def test_a_quantile_spends_the_same_at_any_level_of_the_losses():
 
 
 def test_sigmas_repeat_once_more_for_each_so_many_deviations():
-    # Eleven losses: median 3, deviations 0, 0.1 (ten times): spread 0.14826. With s1: 3.15 is 1.01 of them above.
+    # Eleven losses that scatter by about 0.15, through which 3.31 makes the line rise: it lies 1.4 spreads above it.
     rule = ThresholdScheduler("s1")
     feed(rule, [3.0, *([2.9, 3.1] * 5)])
-    assert [decide(rule, loss) for loss in (2.0, 3.1, 3.15, 3.31)] == [1, 1, 2, 3]
+    assert [decide(rule, loss) for loss in (2.0, 3.1, 3.31, 3.5)] == [1, 1, 2, 3]
     assert decide(ThresholdScheduler("s1"), 9.0) == 1, "nothing is high before ten losses"
 
 
