@@ -4,15 +4,15 @@
     python benchmarks/effectiveness.py --data DIR --models DIR --out runs/quick --quick            # under ten minutes
     python benchmarks/effectiveness.py --table                       # the tables, of benchmarks/results alone
 
-DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens`, `dailydialog/{train,validation,test}.jsonl`;
-DIR of the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on
-where it was stopped; `--only scarce` runs one regime. Numbers go to benchmarks/results/effectiveness.json, tables to
-docs/effectiveness.md.
+DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens` and `dailydialog/{train,validation,test}.jsonl`; DIR of
+the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on where it was stopped; `--only scarce` runs
+one regime. Numbers go to benchmarks/results/effectiveness.json, tables to docs/effectiveness.md.
 
-Fresh: more data than budget. Scarce: few batches, many epochs; every arm may stop early. Same batches: the published
-protocol, 50 batches once, whatever that costs. Dirty: a share of the batches is broken. All runs of a study have the
-same model, adapter, data and order of data for a seed; the learning rate decays to zero over what a run spends, and is
-tuned for each arm on the validation split where `--tune` stands. What is compared is nll on the test split.
+Fresh: more data than budget. Controls: the same, beside even and random repeats of the same mean. Scarce: few batches,
+many epochs; every arm may stop early. Same batches: the published protocol, 50 batches once, whatever that costs.
+Dirty: a share of the batches is broken. All runs of a study have the same model, adapter, data and order of data for a
+seed; the learning rate decays to zero over what a run spends, and is tuned for each arm on the validation split where
+`--tune` stands. What is compared is nll on the test split.
 """
 
 from __future__ import annotations
@@ -149,6 +149,9 @@ def studies() -> Iterator[Study]:
     arms = {name: RULES[name] for name in ("baseline", "learnable", "gain")}
     flags = (*NO_SKIPPING, "--max_passes", "500", "--learning_rate", "2e-3")
     yield Study("fresh", STORIES, "500 passes", arms, "long", flags)
+    arms = {name: RULES[name] for name in ("baseline", "abr 1.0", "abr q0.8", "window")}
+    flags = (*NO_SKIPPING, "--max_passes", "160", "--learning_rate", "2e-3")
+    yield Study("controls", STORIES, "160 passes", arms, "fresh", flags, ("--controls",))
     few = {name: RULES[name] for name in SOME_RULES} | {"fixed 3": "fixed:3"} | MOMENTUM
     yield scarce_study(STORIES, 20, few, ("60", "80", "120"))
     some = {name: few[name] for name in ("baseline", "fixed 2", "baseline, beta1 0.4", "fixed 2, beta1 0.7")}
@@ -189,15 +192,19 @@ def dirty_study(setting: Setting, kinds: tuple[str, ...] = KINDS, shares: tuple[
 
 def quick(study: Study) -> Study:
     """Return the same study, small enough to see that everything works."""
-    if study.regime == "dirty":
-        small = dirty_study(study.setting, kinds=("random",), shares=(10,))
-        return replace(small, flags=("--max_passes", "40", *small.flags[2:]), seeds=(0, 1))
-    arms = {name: arm for name, arm in study.arms.items() if name in ("baseline", "abr q0.8", "abr 1.0", "fixed 2")}
-    flags = tuple({"160": "40", "50": "15"}.get(flag, flag) for flag in study.flags)
-    options = ("--match", "batches") if "batches" in study.options else ()
-    return replace(
-        study, arms=arms, flags=(*flags, "--learning_rate", study.setting.rates[1]), options=options, seeds=2
-    )
+    small = dirty_study(study.setting, kinds=("random",), shares=(10,)) if study.regime == "dirty" else study
+    arms = {name: arm for name, arm in small.arms.items() if name in FEW or study.regime == "dirty"}
+    flags = list(study.flags)
+    for name, value in (("--max_passes", "40"), ("--max_steps", "15")):
+        if name in flags:
+            flags[flags.index(name) + 1] = value
+    if "--learning_rate" not in flags:
+        flags += ["--learning_rate", study.setting.rates[1]]
+    options = study.options[: study.options.index("--tune")] if "--tune" in study.options else study.options
+    return replace(small, arms=arms, flags=tuple(flags), options=options, seeds=(0, 1))
+
+
+FEW = ("baseline", "abr q0.8", "fixed 2")
 
 
 # ---- Data ----
@@ -300,6 +307,8 @@ def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{study.folder}\n{shlex.join(command)}", flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
     found = read_comparison(out)
+    names = {arm: name for name, arm in arms.items()}
+    pairs = [(entry["name"], entry["control"]) for entry in found["against_controls"]]
     return {
         "name": study.folder,
         "regime": study.regime,
@@ -312,13 +321,17 @@ def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
         "versions": found["runs"][0]["versions"],
         "machine": found["runs"][0]["machine"],
         "warnings": found["warnings"],
-        "rows": list(rows_of(study, arms, found, out)),
+        "against_controls": [[names.get(arm, arm) for arm in pair] for pair in pairs],
+        "rows": list(rows_of(study, names, found, out)),
     }
 
 
-def rows_of(study: Study, arms: dict[str, str], data: dict[str, Any], out: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row an arm: the nll that it has reached for each seed, what it spent, and what it skipped."""
-    names = {arm: name for name, arm in arms.items()}
+def rows_of(study: Study, names: dict[str, str], data: dict[str, Any], out: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row an arm: the nll that it has reached for each seed, what it spent, and what it skipped.
+
+    Args:
+        names: By what compare_schedulers.py calls an arm; a control goes by that.
+    """
     for entry in data["arms"]:
         arm = entry["name"]
         name = names.get(arm, arm)
@@ -386,6 +399,10 @@ def tables(studies: list[dict[str, Any]]) -> list[str]:
     for study in studies:
         lines += ["", f"## {study['regime'].capitalize()}: {study['setting']}, {study['title']}", ""]
         lines += dirty_table(study["rows"]) if study["regime"] == "dirty" else table(study["rows"])
+        by_arm = {row["arm"]: row for row in study["rows"]}
+        for rule, control in study["against_controls"]:
+            found = compared(by_arm[rule], by_arm[control])
+            lines += ["", f"{rule} beside {control}: {difference(found)}, {found['verdict']}."]
         edges = (
             " \\* the best of the values tried lies at their end."
             if any(row["at_edge"] for row in study["rows"])
