@@ -465,7 +465,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         replayed: list[tuple[int, float]] = []
         for index in self.repeat_scheduler.replay(decision.observation):
             if index not in self._held:
-                raise ValueError(f"replay of {self.repeat_scheduler} must return batches that it held, got {index!r}.")
+                raise ValueError(
+                    f"replay of {self.repeat_scheduler} must return batches that it held, got {index!r}. To hold any, it "
+                    'must have "inputs" in `wants`.'
+                )
             if self._passes_left() < 1:
                 break
             self._update(model)
