@@ -466,8 +466,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         for index in self.repeat_scheduler.replay(decision.observation):
             if index not in self._held:
                 raise ValueError(
-                    f"replay of {self.repeat_scheduler} must return batches that it held, got {index!r}. To hold any, it "
-                    'must have "inputs" in `wants`.'
+                    f"replay of {self.repeat_scheduler} must return batches that it held, got {index!r}. To hold any, "
+                    'it must have "inputs" in `wants`.'
                 )
             if self._passes_left() < 1:
                 break
