@@ -17,7 +17,8 @@ class EasySkip(RepeatScheduler):
     The claim to be tested is that batches with a low loss teach nothing (selective backprop, arXiv 1910.00762). A skip
     is decided before the backward and costs the forward: 1/3 of a pass, 1/2 with a frozen base. The trend of the
     recent losses is taken off; no more than `patience` batches are skipped in a row, for losses that fall faster than
-    that. Measured: see "Which rule for which situation" in the README.
+    that. At equal passes (measured, see README), 0.9 % above the perplexity of the baseline on fresh data: skipping
+    easy batches is not free.
 
     Attributes:
         quantile: Share of the recent losses below which a batch is easy, between 0 and 1.

@@ -28,7 +28,7 @@ class GradNormSkip(WrappedScheduler):
 
     It sees what a loss does not show (a few rows of garbage, labels that are wrong in one place). Where the loss shows
     it, `--skip_outliers` is cheaper. Not under DeepSpeed, which updates the weights inside the backward, nor under
-    FSDP1. Measured: see "Which rule for which situation" in the README.
+    FSDP1. Not measured on real data.
 
     Attributes:
         inner: The scheduler that decides about every batch that is not an outlier.

@@ -26,8 +26,9 @@ class WindowScheduler(RepeatScheduler):
     every batch is trained on once, and no batch more than `max_repeats` times.
 
     Costs nothing but the passes it asks for, which are many: first-pass losses scatter far more from batch to batch
-    than they fall, so that the trend of a few is mostly chance. Measured: see "Which rule for which situation" in the
-    README.
+    than they fall, so that the trend of a few is mostly chance. At equal passes (measured, see README), 6.2 % above
+    the perplexity of the baseline on fresh data, 8.7 % with the published constants; 1.1 % below it where 20 batches
+    are all there is.
 
     Attributes:
         window_size: Losses that are looked at.
