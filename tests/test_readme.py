@@ -54,6 +54,7 @@ def test_every_flag_is_one_of_the_script():
     of_others = {
         "--data",
         "--model",
+        "--models",
         "--logdir",
         "--help",
         "--only",
