@@ -76,7 +76,7 @@ class ABRConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "What 'abr' takes for a high first-pass loss. A number: so many nats per target token buy an "
-            "update. q0.8: the highest 20 % of the recent losses are repeated, of these the highest 20 % once more, "
+            "update. q0.8: the highest fifth of the recent losses is repeated, of these the highest fifth once more, "
             "and so on. s1.5: once more for each 1.5 robust standard deviations above their median. Default: 1.0."
         },
     )

@@ -132,7 +132,7 @@ def test_evaluation_alone_needs_no_training_text(tmp_path):
     [
         ([], "Nothing to do: give --do_train, --do_eval or --do_predict."),
         (["--do_train", "--repeat_scheduler", "abrr"], "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
-        (["--do_train", "--loss_threshold", "0"], "`loss_threshold` must be positive, got 0.0."),
+        (["--do_train", "--loss_threshold", "0"], "`loss_threshold` must be positive, got 0."),
         (["--do_train", "--train_file", "missing.txt"], "--train_file missing.txt does not exist."),
         (["--do_train", "--block_size", "300"], "--block_size 300 exceeds the model's context of 256 tokens."),
         (["--do_train", "--text_column", "body"], "--text_column body is not in --dataset_name demo."),
