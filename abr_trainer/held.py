@@ -41,18 +41,14 @@ def check_holdable(calls: list[Call]) -> None:
         ValueError: A micro-batch is no mapping of names to tensors.
     """
     for inputs, _, _ in calls:
-        wrong = (
-            [name for name, value in inputs.items() if not isinstance(value, Tensor)] if _is_mapping(inputs) else [""]
-        )
-        if wrong:
+        values = inputs if isinstance(inputs, Mapping) else {"they": inputs}
+        if wrong := [name for name, value in values.items() if not isinstance(value, Tensor)]:
             raise ValueError(
-                f"To train on a batch again later, its inputs must be tensors by name; {wrong[0] or 'they'} is "
-                "something else. Use another --repeat_scheduler."
+                f"To train on a batch again later, its inputs must be tensors by name; {wrong[0]} is something else. "
+                "Use another --repeat_scheduler."
             )
-
-
-def _is_mapping(inputs: Any) -> bool:
-    return isinstance(inputs, Mapping)
+        if values is not inputs:
+            raise ValueError("To train on a batch again later, its inputs must be tensors by name, not one tensor.")
 
 
 def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:
