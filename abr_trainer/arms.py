@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .flags import given_flags
-from .schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler
+from .schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler, reads_flag
 
 OF_RULES = ("loss_threshold", "max_repeats")
 """Flags of the script that are parameters of rules, and nothing to those that do not have them."""
@@ -62,10 +62,9 @@ class Arm:
         own = json.loads(self.parameters or "{}")
         if flag in own or f"--{flag}" in given_flags(self.flags):
             return False
-        if flag not in OF_RULES or self.rule == "baseline":
-            return flag not in OF_RULES
-        reads = inspect.signature(find_repeat_scheduler(self.rule)).parameters
-        return flag in reads or (self.rule == "fixed" and flag == "max_repeats" and "repeats" not in own)
+        if flag not in OF_RULES:
+            return True
+        return reads_flag(self.rule, flag) and not (self.rule == "fixed" and "repeats" in own)
 
     def controls(self, mean: float, states_most: bool) -> list[Arm]:
         """Return two arms with this mean of repeats and the same flags: one spreads it evenly, one at random.

@@ -21,6 +21,7 @@ from .schedulers import (
     find_repeat_scheduler,
     get_outlier_rule,
     get_repeat_scheduler,
+    reads_flag,
 )
 from .schedulers.threshold import parse_threshold
 from .support import refuse_pushing_inputs, refuse_single_process_launch
@@ -220,11 +221,8 @@ class ABRConfig(TrainingArguments):
         return get_outlier_rule(self.skip_outliers, scheduler, window=self.outlier_window, **sigmas)
 
     def _warn_of_unread_flags(self) -> None:
-        reads = set(inspect.signature(find_repeat_scheduler(self.repeat_scheduler)).parameters)
-        if self.repeat_scheduler in ("baseline", "fixed"):
-            reads = {"max_repeats"} if self.repeat_scheduler == "fixed" else set()
         for flag in ("loss_threshold", "max_repeats"):
-            if getattr(self, flag) is not None and flag not in reads:
+            if getattr(self, flag) is not None and not reads_flag(self.repeat_scheduler, flag):
                 logger.warning(f"--{flag} means nothing to --repeat_scheduler {self.repeat_scheduler}.")
 
     def _scheduler_parameters(self) -> dict[str, Any]:

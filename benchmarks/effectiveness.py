@@ -265,9 +265,11 @@ def write_data(study: Study, args: argparse.Namespace) -> Path:
         _write(folder / f"{split}.jsonl", random.Random(0).sample(blocks_of(corpus(split), tokenizer), count))
     train = blocks_of(corpus("train"), tokenizer)
     for seed in study.seeds:
-        for name, batches in MOST_BATCHES.items():
-            _write(folder / f"{name}-{seed}.jsonl", random.Random(seed).sample(train, min(len(train), batches * ROWS)))
-        drawn = random.Random(seed).sample(train, min(len(train), MOST_BATCHES["fresh"] * ROWS))
+        counts = {name: min(len(train), batches * ROWS) for name, batches in MOST_BATCHES.items()}
+        samples = {name: random.Random(seed).sample(train, count) for name, count in counts.items()}
+        for name, blocks in samples.items():
+            _write(folder / f"{name}-{seed}.jsonl", blocks)
+        drawn = samples["fresh"]
         for batches in (20, 40):
             _write(folder / f"scarce-{batches}-{seed}.jsonl", drawn[: batches * ROWS])
         for kind, share in sorted(set(study.dirty.values())):
@@ -530,11 +532,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     chosen = [quick(study) for study in studies() if study.setting == STORIES] if args.quick else list(studies())
     chosen = [study for study in chosen if not args.only or any(part in study.folder for part in args.only)]
     results = args.out / "effectiveness.json" if args.quick else RESULTS
+    order = [each.folder for each in studies()]
     for study in chosen:
         done = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
         found = run(study, write_data(study, args), args)
         done = [other for other in done if other["name"] != study.folder]
-        order = [each.folder for each in studies()]
         done = sorted([*done, found], key=lambda each: order.index(each["name"]) if each["name"] in order else 99)
         write_whole(results, json.dumps(done, indent=1) + "\n")
         print(*tables([found]), sep="\n", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from typing import Any
@@ -45,6 +46,7 @@ __all__ = [
     "find_repeat_scheduler",
     "get_outlier_rule",
     "get_repeat_scheduler",
+    "reads_flag",
 ]
 
 SCHEDULERS: dict[str, type[RepeatScheduler]] = {
@@ -86,6 +88,13 @@ def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
         return _import_scheduler(name)
     found: type[RepeatScheduler] = _lookup("repeat scheduler", name, SCHEDULERS)
     return found
+
+
+def reads_flag(name: str, flag: str) -> bool:
+    """Tell whether a rule has a use for a flag that is a parameter of rules, such as `max_repeats`."""
+    if name in ("baseline", "fixed"):
+        return (name, flag) == ("fixed", "max_repeats")
+    return flag in inspect.signature(find_repeat_scheduler(name)).parameters
 
 
 def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> OutlierSkip:

@@ -174,6 +174,17 @@ class WrappedScheduler(RepeatScheduler):
         self.inner.load_state_dict(state["inner"])
 
 
+def check_least(rule: RepeatScheduler, **least: int) -> None:
+    """Refuse parameters of a rule that are too small.
+
+    Raises:
+        ValueError: One of them is.
+    """
+    for name, value in least.items():
+        if not getattr(rule, name) >= value:
+            raise ValueError(f"`{name}` must be at least {value}, got {getattr(rule, name)}.")
+
+
 def is_finite(outcome: Outcome) -> bool:
     """Tell whether the first-pass loss may enter a history."""
     return math.isfinite(outcome.observation.loss)

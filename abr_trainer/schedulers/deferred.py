@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import Observation, Outcome, RepeatScheduler, is_finite
-from .recent import share_below
+from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
+from .recent import MIN_HISTORY, share_below
 
 
 @dataclass
@@ -41,14 +41,10 @@ class ReplayScheduler(RepeatScheduler):
     history: deque[float] = field(init=False, repr=False)
     waiting: list[tuple[int, float]] = field(init=False, repr=False, default_factory=list)
 
-    MIN_HISTORY: ClassVar[int] = 10
-
     def __post_init__(self) -> None:
         if not 0 <= self.quantile < 1:
             raise ValueError(f"`quantile` must be at least 0 and below 1, got {self.quantile}.")
-        for name, least in (("spacing", 1), ("buffer_size", 1), ("window", self.MIN_HISTORY)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        check_least(self, spacing=1, buffer_size=1, window=MIN_HISTORY)
         self.history = deque(maxlen=self.window)
 
     def decide(self, observation: Observation) -> int:
@@ -64,7 +60,7 @@ class ReplayScheduler(RepeatScheduler):
     def is_hard(self, loss: float) -> bool:
         if self.quantile == 0:
             return True
-        return len(self.history) >= self.MIN_HISTORY and share_below(loss, self.history) >= self.quantile
+        return len(self.history) >= MIN_HISTORY and share_below(loss, self.history) >= self.quantile
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"losses remembered": len(self.history), "batches waiting": len(self.waiting)}

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import Observation, Outcome, RepeatScheduler, is_finite
+from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 from .recent import share_below
 
 
@@ -38,10 +38,7 @@ class EasySkip(RepeatScheduler):
     def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:
             raise ValueError(f"`quantile` must lie between 0 and 1, got {self.quantile}.")
-        if self.window < 2:
-            raise ValueError(f"`window` must be at least 2, got {self.window}.")
-        if self.patience < 1:
-            raise ValueError(f"`patience` must be at least 1, got {self.patience}.")
+        check_least(self, window=2, patience=1)
         self.history = deque(maxlen=self.window)
 
     def decide(self, observation: Observation) -> int:

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import Observation, Outcome, RepeatScheduler, is_finite
-
-MIN_HISTORY = 10
-"""Batches to have seen before their improvement is known."""
+from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
+from .recent import MIN_HISTORY
 
 
 @dataclass
@@ -55,9 +53,7 @@ class GainScheduler(RepeatScheduler):
     second: float | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        for name, least in (("max_repeats", 1), ("window", MIN_HISTORY), ("probe_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        check_least(self, max_repeats=1, window=MIN_HISTORY, probe_every=1)
         for name in ("transfer", "saturation"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")

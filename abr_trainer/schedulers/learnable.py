@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import Observation, Outcome, RepeatScheduler, is_finite
+from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 from .threshold import ThresholdScheduler
 
 if TYPE_CHECKING:
@@ -101,9 +101,7 @@ class LearnableScheduler(RepeatScheduler):
     def __post_init__(self) -> None:
         self.first_rule = ThresholdScheduler(self.loss_threshold, self.max_repeats)
         self.loss_threshold = self.first_rule.loss_threshold
-        for name, least in (("warmup", 0), ("memory", MIN_MEMORY), ("hidden", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        check_least(self, warmup=0, memory=MIN_MEMORY, hidden=1)
         if not 0 <= self.exploration <= 1:
             raise ValueError(f"`exploration` must lie between 0 and 1, got {self.exploration}.")
         if not 0 <= self.caution < math.inf:

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, WrappedScheduler, is_finite
+from .recent import MAD_TO_SIGMA
 
 MIN_WINDOW = 10
 """Least number of recent losses to judge by, and the losses that the classic rule sees before it judges at all."""
-
-MAD_TO_SIGMA = 1.4826
-"""Scales the median absolute deviation to the standard deviation of a normal distribution."""
 
 STEP_TO_SIGMA = MAD_TO_SIGMA / math.sqrt(2)
 """The same for the median step from one loss to the next, which two losses have a share in."""

@@ -7,14 +7,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import Observation, Outcome, RepeatScheduler, is_finite
-from .recent import median_and_spread, share_below, without_trend
+from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
+from .recent import MIN_HISTORY, median_and_spread, share_below, without_trend
 
 ROUNDING = 1e-9
 """Makes whole numbers of quotients that should be."""
-
-MIN_HISTORY = 10
-"""Losses to have seen before one can be high among them."""
 
 
 @dataclass
@@ -55,10 +52,7 @@ class ThresholdScheduler(RepeatScheduler):
         self._kind, self._value = parse_threshold(self.loss_threshold)
         if self._kind == "nats":
             self.loss_threshold = self._value  # as a number, however it was given
-        if self.max_repeats < 1:
-            raise ValueError(f"`max_repeats` must be at least 1, got {self.max_repeats}.")
-        if self.window < MIN_HISTORY:
-            raise ValueError(f"`window` must be at least {MIN_HISTORY}, got {self.window}.")
+        check_least(self, max_repeats=1, window=MIN_HISTORY)
         self.history = deque(maxlen=self.window)
 
     def decide(self, observation: Observation) -> int:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Observation, RepeatScheduler
+from .base import Observation, RepeatScheduler, check_least
 
 
 @dataclass
@@ -31,8 +31,7 @@ class UniformScheduler(RepeatScheduler):
     mean_repeats: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_repeats < 1:
-            raise ValueError(f"`max_repeats` must be at least 1, got {self.max_repeats}.")
+        check_least(self, max_repeats=1)
         if self.mean_repeats is not None and not 1 <= self.mean_repeats <= self.max_repeats:
             raise ValueError(
                 f"`mean_repeats` must lie between 1 and `max_repeats`, {self.max_repeats}; got {self.mean_repeats}."

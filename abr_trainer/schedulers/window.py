@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import Observation, Outcome, RepeatScheduler, is_finite
+from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 
 
 @dataclass
@@ -55,10 +55,7 @@ class WindowScheduler(RepeatScheduler):
     history: deque[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.window_size < 2:
-            raise ValueError(f"`window_size` must be at least 2, got {self.window_size}.")
-        if self.max_repeats < 1:
-            raise ValueError(f"`max_repeats` must be at least 1, got {self.max_repeats}.")
+        check_least(self, window_size=2, max_repeats=1)
         for name in ("trend", "volatility"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
