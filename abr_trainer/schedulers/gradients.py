@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from .base import Observation, Outcome, WrappedScheduler
+from .base import Observation, check_least
+from .outliers import StandoutSkip
 from .recent import median_and_spread
 
 MIN_HISTORY = 20
@@ -18,7 +19,7 @@ MIN_SPREAD = 0.1
 
 
 @dataclass
-class GradNormSkip(WrappedScheduler):
+class GradNormSkip(StandoutSkip):
     """Skip a batch whose gradient norm lies far above the recent ones; otherwise ask `inner`.
 
     Norms are compared by their logarithms: median and scaled median absolute deviation of the last `window`, skipped
@@ -43,17 +44,12 @@ class GradNormSkip(WrappedScheduler):
     sigmas: float = 6.0
     window: int = 50
     patience: int = 5
-    history: deque[float] = field(init=False, repr=False)
-    consecutive: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sigmas > 0:
             raise ValueError(f"`skip_grad_norm` must be positive, got {self.sigmas}.")
-        if self.window < MIN_HISTORY:
-            raise ValueError(f"`window` must be at least {MIN_HISTORY}, got {self.window}.")
-        if self.patience < 1:
-            raise ValueError(f"`patience` must be at least 1, got {self.patience}.")
+        check_least(self, window=MIN_HISTORY, patience=1)
         self.history = deque(maxlen=self.window)
 
     def limit(self) -> float:
@@ -63,14 +59,12 @@ class GradNormSkip(WrappedScheduler):
         level, spread = median_and_spread(self.history)
         return math.exp(level + self.sigmas * max(spread, MIN_SPREAD))
 
-    def is_outlier(self, observation: Observation) -> bool:
-        return observation.grad_norm is not None and observation.grad_norm > self.limit()
+    def measured(self, observation: Observation) -> float | None:
+        norm = observation.grad_norm
+        return math.log(norm) if norm is not None and 0 < norm < math.inf else None
 
-    def decide(self, observation: Observation) -> int:
-        return 0 if self.is_outlier(observation) else super().decide(observation)
-
-    def explain(self, observation: Observation) -> str:
-        return self.reason if self.is_outlier(observation) else super().explain(observation)
+    def stands_out(self, value: float) -> bool:
+        return math.exp(value) > self.limit()
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"norms remembered": len(self.history)}
@@ -79,22 +73,3 @@ class GradNormSkip(WrappedScheduler):
         if math.isfinite(self.limit()):
             numbers["skipped above"] = self.limit()
         return numbers | super().evidence(observation)
-
-    def observe(self, outcome: Outcome) -> None:
-        norm = outcome.observation.grad_norm
-        if norm is not None and 0 < norm < math.inf:
-            left_out = outcome.skipped and self.is_outlier(outcome.observation)
-            self.history.append(math.log(norm))
-            self.consecutive = self.consecutive + 1 if left_out else 0
-            if self.consecutive >= self.patience:
-                self.history.clear()
-                self.consecutive = 0
-        super().observe(outcome)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": list(self.history), "consecutive": self.consecutive, **super().state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = deque(state["history"], maxlen=self.window)
-        self.consecutive = state["consecutive"]
-        super().load_state_dict(state)

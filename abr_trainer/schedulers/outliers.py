@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import Observation, Outcome, WrappedScheduler, is_finite
+from .base import Observation, Outcome, WrappedScheduler
 from .recent import MAD_TO_SIGMA
 
 MIN_WINDOW = 10
@@ -40,18 +40,71 @@ ROUNDS = 6
 
 
 @dataclass
-class OutlierSkip(WrappedScheduler):
-    """Skip a batch whose first-pass loss exceeds `level + sigmas * spread` of the recent losses; otherwise ask
-    `inner`.
+class StandoutSkip(WrappedScheduler):
+    """Skip a batch of which a number stands out from those of the recent batches; otherwise ask `inner`.
 
     After `patience` batches skipped in a row the data have changed rather than broken: the history is dropped, and the
-    next losses build a new one.
+    next numbers build a new one.
 
     Attributes:
-        inner: The scheduler that decides about every batch that is not an outlier.
+        inner: The scheduler that decides about every batch that does not stand out.
         sigmas: Distance from the level, in units of the spread.
-        window: Number of recent losses to remember.
-        patience: Batches in a row that may be skipped as outliers.
+        window: Number of recent batches to remember.
+        patience: Batches in a row that may be skipped.
+    """
+
+    sigmas: float
+    window: int
+    patience: int
+    history: deque[float] = field(init=False, repr=False)
+    consecutive: int = field(init=False, repr=False, default=0)
+
+    @abstractmethod
+    def measured(self, observation: Observation) -> float | None:
+        """Return what batches are compared by; None where there is nothing to go by, or to remember."""
+
+    @abstractmethod
+    def stands_out(self, value: float) -> bool:
+        """Tell whether a number stands out from those seen so far."""
+
+    def skips(self, observation: Observation) -> bool:
+        value = self.measured(observation)
+        return value is not None and self.stands_out(value)
+
+    def decide(self, observation: Observation) -> int:
+        return 0 if self.skips(observation) else super().decide(observation)
+
+    def explain(self, observation: Observation) -> str:
+        return self.reason if self.skips(observation) else super().explain(observation)
+
+    def observe(self, outcome: Outcome) -> None:
+        value = self.measured(outcome.observation)
+        if value is not None:
+            left_out = outcome.skipped and self.stands_out(value)
+            self.history.append(value)
+            self.consecutive = self.consecutive + 1 if left_out else 0
+            if self.data_have_changed(left_out):
+                self.history.clear()
+                self.consecutive = 0
+        super().observe(outcome)
+
+    def data_have_changed(self, left_out: bool) -> bool:
+        """Tell whether too many batches were skipped to be outliers, the last one (`left_out`) included."""
+        return self.consecutive >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self.history), "consecutive": self.consecutive, **super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = deque(state["history"], maxlen=self.window)
+        self.consecutive = state["consecutive"]
+        super().load_state_dict(state)
+
+
+@dataclass
+class OutlierSkip(StandoutSkip):
+    """Skip a batch whose first-pass loss exceeds `level + sigmas * spread` of the recent losses; otherwise ask
+    `inner`.
     """
 
     reason: ClassVar[str] = "outlier"
@@ -60,8 +113,6 @@ class OutlierSkip(WrappedScheduler):
     sigmas: float = 4.0
     window: int = 100
     patience: int = 10
-    history: deque[float] = field(init=False, repr=False)
-    consecutive: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,47 +136,20 @@ class OutlierSkip(WrappedScheduler):
             "outlier above": level + self.sigmas * spread,
         }
 
-    def is_outlier(self, loss: float) -> bool:
-        """Tell whether `loss` stands out from the losses seen so far."""
+    def measured(self, observation: Observation) -> float | None:
+        return observation.loss if math.isfinite(observation.loss) else None
+
+    def stands_out(self, value: float) -> bool:
         if len(self.history) < self.min_history:
             return False
         limits = self.limits()
-        return loss > limits["outlier above"] or loss < limits.get("outlier below", -math.inf)
-
-    def decide(self, observation: Observation) -> int:
-        return 0 if self.is_outlier(observation.loss) else super().decide(observation)
-
-    def explain(self, observation: Observation) -> str:
-        return self.reason if self.is_outlier(observation.loss) else super().explain(observation)
+        return value > limits["outlier above"] or value < limits.get("outlier below", -math.inf)
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"losses remembered": len(self.history)}
         if len(self.history) >= self.min_history:
             numbers |= self.limits()
         return numbers | super().evidence(observation)
-
-    def observe(self, outcome: Outcome) -> None:
-        if is_finite(outcome):
-            loss = outcome.observation.loss
-            left_out = outcome.skipped and self.is_outlier(loss)
-            self.history.append(loss)
-            self.consecutive = self.consecutive + 1 if left_out else 0
-            if self.data_have_changed(left_out):
-                self.history.clear()
-                self.consecutive = 0
-        super().observe(outcome)
-
-    def data_have_changed(self, left_out: bool) -> bool:
-        """Tell whether too many batches were skipped to be outliers, the last one (`left_out`) included."""
-        return self.consecutive >= self.patience
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": list(self.history), "consecutive": self.consecutive, **super().state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = deque(state["history"], maxlen=self.window)
-        self.consecutive = state["consecutive"]
-        super().load_state_dict(state)
 
 
 @dataclass
