@@ -5,8 +5,9 @@
     python benchmarks/effectiveness.py --table                       # the tables, of benchmarks/results alone
 
 DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens`, `dailydialog/{train,validation,test}.jsonl` and
-`tinystories/valid_sample.txt`; DIR of the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on where it was stopped; `--only scarce`
-runs one regime. Numbers go to benchmarks/results/effectiveness.json, tables to docs/effectiveness.md.
+`tinystories/valid_sample.txt`; DIR of the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on
+where it was stopped; `--only scarce` runs one regime. Numbers go to benchmarks/results/effectiveness.json, tables to
+docs/effectiveness.md.
 
 Fresh: more data than budget. Controls: the same, beside even and random repeats of the same mean. Scarce: few batches,
 many epochs; every arm may stop early. Same batches: the published protocol, 50 batches once, whatever that costs.
