@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,55 @@ class DataArguments:
         return self.streaming or (self.dataset_name is not None and find_corpus(self.dataset_name).streaming)
 
 
+@dataclass
+class TextArguments:
+    """What to measure a perplexity on."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "'wikitext', 'dailydialog', 'c4', 'demo', any id on the Hub, or a local directory."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, e.g. wikitext-103-raw-v1."}
+    )
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split of the data set. Default: test; validation for c4, which has no other."},
+    )
+    text_file: str | None = field(
+        default=None,
+        metadata={"help": "A text of your own, in the formats of --train_file, instead of --dataset_name."},
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the text, or with a list of turns. Default: as for --train_file."},
+    )
+    max_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read only the first so many rows. Default: all; 1100 of a stream, what is published on C4."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.text_file is None):
+            raise ValueError("Give either --dataset_name or --text_file: what to measure on.")
+        if self.text_file is not None and not Path(self.text_file).is_file():
+            raise ValueError(f"--text_file {self.text_file} does not exist.")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"--max_rows must be at least 1, got {self.max_rows}.")
+        if self.split is None:
+            self.split = "validation" if self.dataset_name in ("c4", CORPORA["c4"].path) else "test"
+        if self.split not in SPLIT_ALIASES:
+            raise ValueError(f"--split must be one of {', '.join(SPLIT_ALIASES)}, got {self.split}.")
+
+    @property
+    def config(self) -> str | None:
+        """The configuration that is read."""
+        by_default = None if self.dataset_name is None else find_corpus(self.dataset_name).config
+        return self.dataset_config_name or by_default
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A data set on the Hub that goes by a short name.
@@ -190,6 +240,34 @@ def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, Ro
             where = f"--dataset_name {arguments.dataset_name} has" if arguments.dataset_name else "There is"
             raise ValueError(f"{where} no {split} split. Give --{split}_file{otherwise}.")
     return {split: source[split] for split in splits}
+
+
+STREAMED_ROWS = 1100
+"""How much is read of a stream whose end is far away."""
+
+
+def load_texts(arguments: TextArguments) -> tuple[list[str], Rows]:
+    """Return the texts of a split or a file, and the rows that they are of.
+
+    Raises:
+        ValueError: They cannot be read, or hold no text.
+    """
+    split = arguments.split or "test"
+    if arguments.text_file is not None:
+        loaded = _load_file("text_file", arguments.text_file, streaming=False)
+    else:
+        named = DataArguments(arguments.dataset_name, arguments.dataset_config_name)
+        loaded = load_rows(named, [split])[split]
+    example = _first(loaded.rows, loaded.origin)
+    if example is None:
+        raise ValueError(f"{loaded.origin} is empty.")
+    column = choose_text_column(example, arguments.text_column, loaded.origin)
+    is_stream = isinstance(loaded.rows, IterableDataset)
+    most = arguments.max_rows or (STREAMED_ROWS if is_stream else None)
+    texts = [as_text(row[column]) for row in itertools.islice(loaded.rows.select_columns([column]), most)]
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{loaded.origin} holds no text.")
+    return texts, loaded
 
 
 def _load_files(arguments: DataArguments, splits: Collection[str]) -> dict[str, Rows]:

@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from .perplexity import TokenPerplexity, causal_nll
+
+logger = logging.get_logger(__name__)
 
 _AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
 
@@ -29,10 +32,16 @@ class PerplexityMixin(_AnyTrainer):
         """Evaluate as `Trainer` does; for a causal language model, add its token-exact perplexity to the metrics."""
         self._token_perplexity = TokenPerplexity() if self._is_active and self._loss_shifts_labels else None
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._token_perplexity is not None and self._token_perplexity.tokens:
-            output.metrics[f"{metric_key_prefix}_perplexity"] = self._token_perplexity.perplexity
-            output.metrics[f"{metric_key_prefix}_target_tokens"] = self._token_perplexity.tokens
-        self._token_perplexity = None
+        found, self._token_perplexity = self._token_perplexity, None
+        if found is not None and found.tokens:
+            output.metrics[f"{metric_key_prefix}_perplexity"] = found.perplexity
+            output.metrics[f"{metric_key_prefix}_target_tokens"] = found.tokens
+            if found.non_finite:  # `eval_loss` may leave them out and look well
+                output.metrics[f"{metric_key_prefix}_non_finite_rows"] = found.non_finite
+                logger.warning(
+                    f"{found.non_finite} of {found.rows} rows of the {metric_key_prefix} set have a likelihood that "
+                    "is not finite: so the perplexity is not a number."
+                )
         return output
 
     def prediction_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,17 +23,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from .demo import DEMO_MODEL
 from .errors import one_line
+
+logger = logging.get_logger(__name__)
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 
 
 @dataclass
-class ModelArguments:
-    """Which model to fine-tune, and how."""
+class LoadArguments:
+    """Which model to load, and in what form."""
 
     model_name_or_path: str = field(
         default="demo",
@@ -55,17 +60,6 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model. Only for authors you trust."}
     )
-    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter on the frozen model."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: its output counts alpha / r times."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers to adapt, by the end of their names, or all-linear. Default: the attention and MLP "
-            "projections of LLaMA-like models, all-linear elsewhere."
-        },
-    )
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 8 bit (LLM.int8)."})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4, double quantisation)."}
@@ -88,8 +82,6 @@ class ModelArguments:
             self.model_name_or_path = str(DEMO_MODEL)
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit and --load_in_4bit exclude each other.")
-        if self.is_quantised and not self.use_lora:
-            raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
         if self.llm_int8_enable_fp32_cpu_offload and not (self.load_in_8bit and self.device_map):
             raise ValueError("--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit and --device_map auto.")
         if self.device_map == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -97,10 +89,6 @@ class ModelArguments:
                 "--device_map auto spreads one model over all devices, but several processes were started. Leave it "
                 "out: each process then loads the model on its own device."
             )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r must be at least 1, got {self.lora_r}.")
 
     @property
     def is_quantised(self) -> bool:
@@ -111,7 +99,33 @@ class ModelArguments:
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
 
 
-def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+@dataclass
+class ModelArguments(LoadArguments):
+    """Which model to fine-tune, and how."""
+
+    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter on the frozen model."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: its output counts alpha / r times."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: the attention and MLP "
+            "projections of LLaMA-like models, all-linear elsewhere."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_quantised and not self.use_lora:
+            raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r must be at least 1, got {self.lora_r}.")
+
+
+def load_config(arguments: LoadArguments) -> PreTrainedConfig:
     """Load the model's configuration: cheap, and enough to check the data against."""
     flag, name = _named(arguments, "config_name")
     try:
@@ -124,7 +138,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
         raise ValueError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
 
 
-def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(arguments: LoadArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a missing pad token becomes the end-of-text token."""
     flag, name = _named(arguments, "tokenizer_name")
     try:
@@ -136,7 +150,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _named(arguments: ModelArguments, flag: str) -> tuple[str, str]:
+def _named(arguments: LoadArguments, flag: str) -> tuple[str, str]:
     name = getattr(arguments, flag)
     return (f"--{flag}", name) if name else ("--model_name_or_path", arguments.model_name_or_path)
 
@@ -154,21 +168,8 @@ def load_model(
         device: Where a quantised model is put; any other stays on the CPU until Trainer moves it.
         activation_checkpointing: Whether it will be trained with activation checkpointing.
     """
+    model = load_base(arguments, config, device)
     is_sharded = shards_weights()
-    if is_sharded and arguments.load_in_8bit:
-        raise ValueError("--load_in_8bit weights cannot be sharded by FSDP or ZeRO-3. Use --load_in_4bit, or DDP.")
-    if is_deepspeed_zero3_enabled() and arguments.load_in_4bit:
-        raise ValueError("--load_in_4bit weights are sharded by FSDP2, not by ZeRO-3. Use FSDP2, ZeRO-2 or DDP.")
-    has_own_device = arguments.is_quantised and not is_sharded
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model_name_or_path,
-        config=config,
-        dtype=arguments.torch_dtype,
-        attn_implementation=arguments.attn_implementation,
-        quantization_config=quantization_config(arguments, config if is_sharded else None),
-        device_map=arguments.device_map or ({"": device} if has_own_device else None),
-        **arguments.hub_options,
-    )
     if len(tokenizer) > int(model.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
         # Only then: an adapter trained on resized embeddings carries the whole table.
         model.resize_token_embeddings(len(tokenizer))
@@ -177,10 +178,7 @@ def load_model(
             settings.pad_token_id = tokenizer.pad_token_id
     if not arguments.use_lora:
         return model
-    is_quantised = getattr(model, "is_quantized", False)
-    if is_quantised:
-        keep_packing(model)
-    if is_quantised and not is_sharded:
+    if getattr(model, "is_quantized", False) and not is_sharded:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
@@ -190,13 +188,39 @@ def load_model(
     )
 
 
+def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | torch.device) -> PreTrainedModel:
+    """Load a base model, quantised as the arguments ask.
+
+    Args:
+        device: Where a quantised model is put; any other stays on the CPU.
+    """
+    is_sharded = shards_weights()
+    if is_sharded and arguments.load_in_8bit:
+        raise ValueError("--load_in_8bit weights cannot be sharded by FSDP or ZeRO-3. Use --load_in_4bit, or DDP.")
+    if is_deepspeed_zero3_enabled() and arguments.load_in_4bit:
+        raise ValueError("--load_in_4bit weights are sharded by FSDP2, not by ZeRO-3. Use FSDP2, ZeRO-2 or DDP.")
+    has_own_device = arguments.is_quantised and not is_sharded
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        arguments.model_name_or_path,
+        config=config,
+        dtype=arguments.torch_dtype,
+        attn_implementation=arguments.attn_implementation,
+        quantization_config=quantization_config(arguments, config if is_sharded else None),
+        device_map=arguments.device_map or ({"": device} if has_own_device else None),
+        **arguments.hub_options,
+    )
+    if getattr(model, "is_quantized", False):
+        keep_packing(model)
+    return model
+
+
 def shards_weights() -> bool:
     """Tell whether FSDP or ZeRO-3 will split the weights over ranks."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled()
 
 
 def quantization_config(
-    arguments: ModelArguments, sharded: PreTrainedConfig | None = None
+    arguments: LoadArguments, sharded: PreTrainedConfig | None = None
 ) -> BitsAndBytesConfig | None:
     """Return how bitsandbytes shall quantise.
 
@@ -247,6 +271,30 @@ def lora_config(arguments: ModelArguments, model: PreTrainedModel) -> LoraConfig
         lora_dropout=arguments.lora_dropout,
         target_modules=targets,
     )
+
+
+def load_adapter(model: PreTrainedModel, path: str, arguments: LoadArguments) -> PeftModel:
+    """Attach a trained adapter, and say so where it names another base than this model.
+
+    Raises:
+        ValueError: There is no adapter there, or it does not fit the model.
+    """
+    name = arguments.model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path or "a model that it does not name"
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--adapter {path} holds no adapter: {one_line(error)}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, path)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
+        raise ValueError(
+            f"--adapter {path} does not fit --model_name_or_path {name}; it was trained on {base}: {one_line(error)}"
+        ) from error
+    if base != name and Path(base).resolve() != Path(name).resolve():
+        logger.warning(f"--adapter {path} was trained on {base}, and is used on {name}.")
+    return adapted
 
 
 def describe_model(model: PreTrainedModel | PeftModel) -> list[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +27,14 @@ def causal_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         Two tensors of shape `(batch,)`: float64 and int64.
     """
     logits = logits[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens before the labelled ones
-    targets = labels[:, 1:]
+    return target_nll(logits[:, :-1], labels[:, 1:])
+
+
+def target_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `causal_nll` does, of logits `(batch, length, vocabulary)` of these targets, `(batch, length)`."""
     rows = [
         torch.nn.functional.cross_entropy(
-            row_logits[:-1].float(), row_targets, ignore_index=IGNORE_INDEX, reduction="none"
+            row_logits.float(), row_targets, ignore_index=IGNORE_INDEX, reduction="none"
         ).sum(dtype=torch.float64 if logits.device.type != "mps" else torch.float32)
         for row_logits, row_targets in zip(logits, targets, strict=True)
     ]
@@ -45,10 +53,15 @@ class TokenPerplexity:
     def __init__(self) -> None:
         self.nll = 0.0
         self.tokens = 0
+        self.rows = 0
+        self.non_finite = 0
 
     def add(self, nll: Tensor, tokens: Tensor) -> None:
-        self.nll += math.fsum(nll.tolist()) if torch.isfinite(nll).all() else math.nan
+        non_finite = int((~torch.isfinite(nll)).sum())
+        self.nll += math.nan if non_finite else math.fsum(nll.tolist())
         self.tokens += int(tokens.sum())
+        self.rows += len(nll)
+        self.non_finite += non_finite
 
     @property
     def perplexity(self) -> float:
@@ -66,3 +79,103 @@ def perplexity_of(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens that a model sees at once, of which the last ones are targets.
+
+    Attributes:
+        targets: How many of the last tokens count; fewer than there are, because the first has no prediction.
+        weight: What the mean over these targets counts in an average over windows.
+        document: Index of the text that it is of, where a number is made of whole texts.
+    """
+
+    ids: list[int]
+    targets: int
+    weight: float
+    document: int | None = None
+
+
+def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yield `(begin, end, scored)` spans; where they overlap, every token after the first is scored exactly once.
+
+    The first token of a span is never scored: with `stride` equal to `window`, one token a span is left out. A span
+    with nothing to score is not made.
+
+    >>> list(sliding_windows(length=10, window=6, stride=3))
+    [(0, 6, 5), (3, 9, 3), (6, 10, 1)]
+    >>> list(sliding_windows(length=13, window=6, stride=6))
+    [(0, 6, 5), (6, 12, 5)]
+    """
+    done = 0
+    for begin in range(0, length, stride):
+        end = min(begin + window, length)
+        scored = min(end - done, end - begin - 1)
+        if scored > 0:
+            yield begin, end, scored
+        if end == length:
+            return
+        done = end
+
+
+@torch.inference_mode()
+def window_nlls(
+    model: torch.nn.Module, windows: Sequence[Window], batch_size: int, progress: Callable[[int], Any] | None = None
+) -> list[float]:
+    """Return the summed negative log-likelihood of the targets of each window, in nats, in float64.
+
+    The longest windows come first, so that a batch that does not fit fails at once; logits are made for no more than
+    the targets where the model can do that, and are never kept. The model's mode is left as it was found.
+
+    Args:
+        model: A causal language model on its device, which takes `input_ids` and `attention_mask`.
+        batch_size: Windows at a time.
+        progress: Called with the number of windows after each batch.
+    """
+    device = next(model.parameters()).device
+    trims = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].ids))
+    was_training = model.training
+    model.eval()
+    nlls = [math.nan] * len(windows)
+    try:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = [windows[index] for index in indices]
+            found, _ = target_nll(*_logits_and_targets(model, batch, device, trims))
+            for index, nll in zip(indices, found.tolist(), strict=True):
+                nlls[index] = nll
+            if progress is not None:
+                progress(len(batch))
+    finally:
+        model.train(was_training)
+    return nlls
+
+
+def _logits_and_targets(
+    model: torch.nn.Module, batch: list[Window], device: torch.device, trims: bool
+) -> tuple[Tensor, Tensor]:
+    """Return logits, and the targets that they predict, -100 where there is none. A last token is no input."""
+    longest = max(len(window.ids) for window in batch) - 1
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    seen = torch.zeros_like(ids)
+    targets = torch.full_like(ids, IGNORE_INDEX)
+    for row, window in enumerate(batch):
+        end = len(window.ids) - 1
+        ids[row, :end] = torch.tensor(window.ids[:-1])
+        seen[row, :end] = 1
+        targets[row, end - window.targets : end] = torch.tensor(window.ids[-window.targets :])
+    options: dict[str, Any] = {}
+    if not bool(seen.all()):
+        options["attention_mask"] = seen.to(device)
+    elif trims:
+        kept = max(window.targets for window in batch)
+        options["logits_to_keep"], targets = kept, targets[:, -kept:]
+    logits = model(input_ids=ids.to(device), use_cache=False, **options).logits
+    return logits[:, -targets.shape[1] :], targets.to(logits.device)
+
+
+def _innermost(model: Any) -> Any:
+    """Return the model inside an adapter: its `forward` says what it takes."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -130,22 +130,29 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
                 logger.warning(f"This run is resumed with --{name} {now}; it was begun with {before}.")
         provenance.setdefault("resumed", []).append(list(argv))
     else:
-        packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
-        versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
         provenance = {
             "argv": list(argv),
-            "versions": {"python": platform.python_version(), **versions},
-            "git": _git_commit(),
-            "machine": {
-                "system": f"{platform.system()} {platform.machine()}",
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "device": _device_name(config),
-                "processes": config.world_size,
-            },
+            **versions_and_machine(config.device, config.world_size),
             "arguments": arguments,
         }
     write_whole(path, json.dumps(provenance, indent=2, default=str) + "\n")
+
+
+def versions_and_machine(device: torch.device, processes: int) -> dict[str, Any]:
+    """Return what made a result, beside its arguments: `versions`, `git` and `machine`."""
+    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git": _git_commit(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": processes,
+        },
+    }
 
 
 def _git_commit() -> str | None:
@@ -162,10 +169,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         pass
     return None
-
-
-def _device_name(config: ABRConfig) -> str:
-    return torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else config.device.type
 
 
 def _is_installed(package: str) -> bool:

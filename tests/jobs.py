@@ -21,7 +21,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer.measurement import nlls_over_ranks
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
+from abr_trainer.perplexity import Window
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler
 from tests.conftest import QUIET, VOCABULARY, tiny_llama, token_rows, weights
 
@@ -340,7 +342,15 @@ def engines(output_dir: str, *names: str) -> None:
         Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
         forget_engine(trainer)
         print(f"{name}: done", flush=True)
+    nlls = nlls_over_ranks(tiny_llama(), some_windows(), 2, PartialState())
+    Path(output_dir, f"measured-{PartialState().process_index}.json").write_text(json.dumps(nlls))
     torch.distributed.destroy_process_group()
+
+
+def some_windows() -> list[Window]:
+    """Seven windows of 4 to 10 tokens: they divide among no number of ranks."""
+    rows = [row["input_ids"].tolist() for row in token_rows(7)]
+    return [Window(ids[: 4 + index], 3, weight=3) for index, ids in enumerate(rows)]
 
 
 def script(*flags: str) -> None:

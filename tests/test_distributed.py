@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from abr_trainer.perplexity import window_nlls
 from abr_trainer.records import read_lines
-from tests.conftest import run_module
-from tests.jobs import RESUMED, SCENARIOS, numbers_of, train_scenario, whole_weights
+from tests.conftest import run_module, tiny_llama
+from tests.jobs import RESUMED, SCENARIOS, numbers_of, some_windows, train_scenario, whole_weights
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +135,12 @@ def test_a_resumed_run_on_two_ranks_is_bit_identical(request, name):
     (weights, numbers), (expected_weights, expected) = agreed(directory, f"{name}, resumed"), agreed(directory, name)
     assert torch.equal(weights, expected_weights)
     assert numbers == expected
+
+
+def test_ranks_share_the_windows_of_a_measurement_and_all_know_its_result(two_ranks):
+    alone = window_nlls(tiny_llama(), some_windows(), batch_size=7)
+    for rank in range(2):
+        assert json.loads((two_ranks / f"measured-{rank}.json").read_text()) == pytest.approx(alone, rel=1e-6)
 
 
 def test_a_skipped_batch_is_shown_with_the_rows_of_all_ranks(two_ranks, tmp_path):

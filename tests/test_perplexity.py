@@ -65,10 +65,18 @@ def test_a_row_without_targets_changes_nothing(build):
     assert trainer.evaluate([*rows, broken_row(rows[0])])["eval_perplexity"] == plain
 
 
-def test_a_likelihood_that_is_not_finite_is_not_dropped(build):
-    trainer = build()
-    torch.nn.init.constant_(trainer.model.model.norm.weight, math.inf)
-    assert math.isnan(trainer.evaluate(token_rows(2))["eval_perplexity"])
+def test_a_likelihood_that_is_not_finite_is_counted_and_not_dropped(build, caplog):
+    rows = token_rows(5)
+    used = {token for row in rows[1:] for token in row["input_ids"].tolist()}
+    rows[0]["input_ids"] = rows[0]["labels"] = torch.tensor([next(t for t in range(64) if t not in used)] * 12)
+    trainer = build(model=tiny_llama(tie_word_embeddings=False), per_device_eval_batch_size=2)
+    assert "eval_non_finite_rows" not in trainer.evaluate(rows)
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[rows[0]["input_ids"][0]] = math.inf
+    metrics = trainer.evaluate(rows)
+    assert math.isnan(metrics["eval_perplexity"])
+    assert metrics["eval_non_finite_rows"] == 1
+    assert "1 of 5 rows of the eval set have a likelihood that is not finite" in caplog.text
 
 
 @torch.no_grad()

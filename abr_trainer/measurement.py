@@ -1,0 +1,245 @@
+"""The perplexity of a model on a text, by a named definition, with all that defines the number."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import TextArguments, load_texts
+from .definitions import DEFINITIONS, Definition, Text, find_definition
+from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
+from .perplexity import Window, window_nlls
+from .pruning import nonzero_shares
+from .records import write_whole
+from .run_directory import versions_and_machine
+
+DEFAULT_TOKEN_LENGTH = 2048
+
+
+@dataclass
+class MeasureArguments:
+    """By which definition to measure, and where the result goes."""
+
+    adapter: str | None = field(default=None, metadata={"help": "A LoRA adapter, in a directory or on the Hub."})
+    definition: str = field(
+        default="token",
+        metadata={"help": "Which perplexity, see the README: " + ", ".join(DEFINITIONS) + "."},
+    )
+    token_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a window. Default: what the model can attend to, at most 2048."},
+    )
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens from one window to the next, for 'token' and 'hf-stride'; the less, the more context each "
+            "token has, and the longer it takes. Default: --token_length, windows that do not overlap."
+        },
+    )
+    max_windows: int | None = field(default=None, metadata={"help": "Measure on the first so many windows."})
+    batch_size: int = field(default=8, metadata={"help": "Windows at a time, on each process."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+    output_file: str | None = field(default=None, metadata={"help": "Write the number and what defines it, as JSON."})
+
+    def __post_init__(self) -> None:
+        definition = find_definition(self.definition)
+        for flag, least in {"token_length": 2, "stride": 1, "max_windows": 1, "batch_size": 1}.items():
+            value = getattr(self, flag)
+            if value is not None and value < least:
+                raise ValueError(f"--{flag} must be at least {least}, got {value}.")
+        if self.stride is not None and not definition.takes_stride:
+            takers = " and ".join(repr(each.name) for each in DEFINITIONS.values() if each.takes_stride)
+            raise ValueError(f"--stride means nothing to --definition {definition.name}; it is for {takers}.")
+        if self.max_windows is not None and definition.wants_whole_texts:
+            raise ValueError(
+                f"--max_windows would cut a text, of which --definition {definition.name} needs all: give --max_rows."
+            )
+        if self.output_file is not None and not Path(self.output_file).absolute().parent.is_dir():
+            raise ValueError(f"--output_file {self.output_file}: its directory does not exist.")
+
+
+def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the length of a window and the stride, or their defaults, checked against the model.
+
+    Raises:
+        ValueError: A window is longer than the model's context, or the stride is longer than a window.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = arguments.token_length or min(context or DEFAULT_TOKEN_LENGTH, DEFAULT_TOKEN_LENGTH)
+    if context is not None and length > context:
+        raise ValueError(f"--token_length {length} exceeds the model's context of {context} tokens.")
+    stride = arguments.stride or length
+    if stride > length:
+        raise ValueError(
+            f"--stride {stride} is above --token_length {length}: tokens between windows would be left out."
+        )
+    return length, stride
+
+
+def cut_windows(
+    definition: Definition, text: Text, length: int, stride: int, most: int | None, origin: str
+) -> list[Window]:
+    """Return the windows of a text.
+
+    Raises:
+        ValueError: The text does not fill one.
+    """
+    windows = list(itertools.islice(definition.windows(text, length, stride), most))
+    if not windows:
+        raise ValueError(
+            f"{origin} has {len(text.trained)} tokens, which make no window of --definition {definition.name}: "
+            f"--token_length is {length}. Give a lower one, or more text."
+        )
+    return windows
+
+
+def check_tokens(windows: Sequence[Window], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens that the model has no embedding of.
+
+    Raises:
+        ValueError: The tokenizer is of another model.
+    """
+    known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    highest = max(max(window.ids) for window in windows)
+    if highest >= known:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path} makes token {highest}, but the model has {known} embeddings: "
+            "it is of another model. Give --tokenizer_name."
+        )
+
+
+def measure(
+    load: LoadArguments, source: TextArguments, arguments: MeasureArguments, state: PartialState
+) -> dict[str, Any]:
+    """Load a model and a text, and return a perplexity with all that defines it. Every rank returns the same.
+
+    Windows whose likelihood is not finite are named in `non_finite_windows`: the perplexity is None, and
+    `perplexity_without_them` that of the others.
+
+    Raises:
+        ValueError: Model, adapter, tokenizer, text or flags do not fit each other.
+    """
+    config, tokenizer = load_config(load), load_tokenizer(load)
+    definition = find_definition(arguments.definition)
+    length, stride = choose_windows(arguments, config)
+    with state.main_process_first():
+        rows, loaded = load_texts(source)
+        text = Text(rows, loaded.rows_are_lines, tokenizer)
+        windows = cut_windows(definition, text, length, stride, arguments.max_windows, loaded.origin)
+    model = load_base(load, config, state.device)
+    check_tokens(windows, model, tokenizer)
+    adapted = model if arguments.adapter is None else load_adapter(model, arguments.adapter, load)
+    if not load.is_quantised and load.device_map is None:
+        adapted.to(state.device)
+    start = time.perf_counter()
+    nlls = nlls_over_ranks(adapted, windows, arguments.batch_size, state)
+    seconds = time.perf_counter() - start
+    numbers, non_finite = numbers_of(definition, text, windows, nlls)
+    return {
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "non_finite_windows": non_finite,
+        "definition": definition.name,
+        "says": definition.says,
+        "text": loaded.origin,
+        "config": source.config,
+        "split": source.split if source.dataset_name else None,
+        "rows": len(rows),
+        "token_length": length,
+        "stride": stride if definition.takes_stride else None,
+        "windows": len(windows),
+        "target_tokens": sum(window.targets for window in windows),
+        "begun_by": begin_of(windows, tokenizer),
+        "model": load.model_name_or_path,
+        "adapter": arguments.adapter,
+        "tokenizer": tokenizer.name_or_path,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantisation": "8-bit" if load.load_in_8bit else "4-bit" if load.load_in_4bit else None,
+        "nonzero_share": nonzero_shares(model),
+        "seconds": seconds,
+        **versions_and_machine(state.device, state.num_processes),
+    }
+
+
+def numbers_of(
+    definition: Definition, text: Text, windows: Sequence[Window], nlls: Sequence[float]
+) -> tuple[dict[str, float], list[int]]:
+    """Return the numbers of a definition, and which windows have a likelihood that is not finite.
+
+    If there are such, the perplexity is not a number, and `perplexity_without_them` that of the others: without all of
+    a text of which it is one.
+    """
+    non_finite = [index for index, nll in enumerate(nlls) if not math.isfinite(nll)]
+    lost = {windows[index].document for index in non_finite} - {None}
+    kept = [
+        (window, nll)
+        for window, nll in zip(windows, nlls, strict=True)
+        if math.isfinite(nll) and window.document not in lost
+    ]
+    numbers = definition.numbers(text, *zip(*kept, strict=True)) if kept else {"perplexity": math.nan}
+    if non_finite:
+        numbers = {"perplexity": math.nan, "perplexity_without_them": numbers["perplexity"]}
+    return numbers, non_finite
+
+
+def begin_of(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the special token that the first window begins with, if it does."""
+    first = windows[0].ids[0]
+    return str(tokenizer.convert_ids_to_tokens(first)) if first in tokenizer.all_special_ids else None
+
+
+def nlls_over_ranks(
+    model: torch.nn.Module, windows: Sequence[Window], batch_size: int, state: PartialState
+) -> list[float]:
+    """Return what `window_nlls` does, each rank having measured its share of the windows."""
+    mine = range(state.process_index, len(windows), state.num_processes)
+    with tqdm(total=len(mine), unit="window", disable=None if state.is_main_process else True) as bar:
+        found = window_nlls(model, [windows[index] for index in mine], batch_size, bar.update)
+    pairs = dict(gather_object(list(zip(mine, found, strict=True))))
+    return [pairs[index] for index in range(len(windows))]
+
+
+def describe_measurement(found: dict[str, Any]) -> list[str]:
+    """Return a line each on the number, and on what it is the perplexity of."""
+
+    def shown(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.4f}"
+
+    lines = [f"perplexity  {shown(found['perplexity'])} ({found['definition']}): {found['says']}"]
+    if "bits_per_byte" in found:
+        by_byte = f"by byte {shown(found['byte_perplexity'])}, bits by byte {shown(found['bits_per_byte'])}"
+        lines.append(f"            {by_byte}")
+    if broken := found["non_finite_windows"]:
+        which = ", ".join(map(str, broken[:10])) + ", ..." * (len(broken) > 10)
+        without = shown(found["perplexity_without_them"])
+        lines.append(f"not finite  {len(broken)} of {found['windows']} windows: {which}; without them {without}")
+    place = " ".join(part for part in (found["text"], found["config"], found["split"]) if part)
+    stride = f" every {found['stride']}" if found["stride"] else ""
+    cut = f"{found['windows']:,} of {found['token_length']} tokens{stride}, {found['target_tokens']:,} targets"
+    begin = f"begun by {found['begun_by']}" if found["begun_by"] else "no token before the first"
+    form = ", ".join(part for part in (found["dtype"], found["quantisation"]) if part)
+    adapter = f" with {found['adapter']}" if found["adapter"] else ""
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in found["nonzero_share"].items())
+    return [
+        *lines,
+        f"text        {place}, {found['rows']:,} rows",
+        f"windows     {cut}, {begin}",
+        f"model       {found['model']}{adapter}, {form}",
+        f"not zero    {shares}",
+        f"speed       {found['seconds']:.1f} s, {found['target_tokens'] / found['seconds']:,.0f} targets/s",
+    ]
+
+
+def write_measurement(found: dict[str, Any], path: str) -> None:
+    write_whole(Path(path), json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,40 @@
+"""Measure the perplexity of a model by a named definition, and say all that defines the number.
+
+    python scripts/eval_perplexity.py --dataset_name demo --token_length 128
+    python scripts/eval_perplexity.py --model_name_or_path huggyllama/llama-7b --dataset_name wikitext \
+        --definition wanda --token_length 2048 --torch_dtype float16 --output_file perplexity.json
+    torchrun --nproc_per_node 8 scripts/eval_perplexity.py --model_name_or_path my/model --adapter runs/mine \
+        --text_file my.txt --stride 1024
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import PartialState
+from safetensors import SafetensorError
+
+from abr_trainer.command_line import parse_arguments
+from abr_trainer.data import TextArguments
+from abr_trainer.errors import one_line_errors
+from abr_trainer.measurement import MeasureArguments, describe_measurement, measure, write_measurement
+from abr_trainer.modeling import LoadArguments
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    with one_line_errors(
+        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing kept"
+    ):
+        load, source, arguments = parse_arguments((LoadArguments, TextArguments, MeasureArguments), argv)
+        state = PartialState(cpu=arguments.use_cpu)
+        found = measure(load, source, arguments, state)
+        if state.is_main_process:
+            print(*describe_measurement(found), sep="\n")
+            if arguments.output_file is not None:
+                write_measurement(found, arguments.output_file)
+    state.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    main()

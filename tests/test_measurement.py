@@ -1,0 +1,237 @@
+"""eval_perplexity.py, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import run_clm_abr
+from abr_trainer.demo import DEMO_MODEL, demo_texts
+from abr_trainer.perplexity import Window, sliding_windows, window_nlls
+from abr_trainer.pruning import nonzero_shares
+from scripts import eval_perplexity
+from tests.conftest import tiny_llama
+
+QUICK = ["--token_length", "64", "--use_cpu", "--max_rows", "10"]
+DEMO = ["--dataset_name", "demo", *QUICK]
+
+
+def run(*flags):
+    return eval_perplexity.main([*flags])
+
+
+def error_of(*flags):
+    with pytest.raises(SystemExit) as ended:
+        run(*flags)
+    message = str(ended.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter that changes what the demo model says."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), LoraConfig(target_modules=["q_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    directory = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_the_number_is_printed_and_written_with_all_that_defines_it(tmp_path, capsys):
+    found = run(*DEMO, "--stride", "32", "--output_file", str(tmp_path / "found.json"))
+    shown = capsys.readouterr().out
+    assert f"perplexity  {found['perplexity']:.4f} (token): exp(sum of nll / number of target tokens)" in shown
+    assert "text        --dataset_name demo test, 10 rows" in shown
+    assert f"windows     {found['windows']} of 64 tokens every 32, {found['target_tokens']:,} targets" in shown
+    assert "not zero    embed_tokens 100.0%, q_proj 100.0%" in shown
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written == found
+    assert {"definition", "says", "dtype", "quantisation", "tokenizer", "versions", "git", "machine"} <= set(written)
+    assert written["non_finite_windows"] == []
+
+
+def test_it_measures_what_a_run_has_logged(tmp_path):
+    flags = ["--dataset_name", "demo", "--block_size", "64", "--use_cpu", "--disable_tqdm", "true", "--do_predict"]
+    logged = run_clm_abr.main([*flags, "--max_passes", "8", "--do_train", "--output_dir", str(tmp_path / "run")])
+    found = run(
+        "--dataset_name",
+        "demo",
+        "--token_length",
+        "64",
+        "--use_cpu",
+        "--adapter",
+        str(tmp_path / "run"),
+        "--definition",
+        "trainer",
+    )
+    assert found["perplexity"] == pytest.approx(logged["test_perplexity"], rel=1e-6)
+    assert found["target_tokens"] == logged["test_target_tokens"]
+
+
+def test_an_adapter_is_measured_on_its_base(adapter):
+    plain, adapted = run(*DEMO), run(*DEMO, "--adapter", str(adapter))
+    assert adapted["perplexity"] > 1.01 * plain["perplexity"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    ids = [x for text in demo_texts("test")[:10] for x in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    windows = [Window(ids[a:b], scored, scored) for a, b, scored in sliding_windows(len(ids), 64, 64)]
+    nll = math.fsum(window_nlls(model, windows, 4))
+    assert adapted["perplexity"] == pytest.approx(math.exp(nll / adapted["target_tokens"]), rel=1e-6)
+    assert adapted["nonzero_share"] == plain["nonzero_share"]
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("--load_in_8bit", "8-bit"), ("--load_in_4bit", "4-bit")])
+def test_quantised_models_are_measured(flag, kind, adapter):
+    plain = run(*DEMO)["perplexity"]
+    found = run(*DEMO, flag, "--torch_dtype", "float32", "--bnb_4bit_compute_dtype", "float32")
+    assert found["quantisation"] == kind
+    assert found["perplexity"] != plain
+    assert found["perplexity"] == pytest.approx(plain, rel=0.05)
+    assert run(*DEMO, flag, "--adapter", str(adapter))["perplexity"] > found["perplexity"]
+
+
+def test_half_precision_is_summed_in_whole(tmp_path):
+    exact = run(*DEMO)["perplexity"]
+    found = run(*DEMO, "--torch_dtype", "bfloat16")
+    assert found["dtype"] == "bfloat16"
+    assert found["perplexity"] == pytest.approx(exact, rel=0.01)
+
+
+def test_a_text_of_ones_own_a_pruned_model_and_the_configuration_of_another(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    with torch.no_grad():
+        weight[:, ::2] = 0
+    model.save_pretrained(tmp_path / "pruned")
+    (tmp_path / "own.txt").write_text("\n\n".join(demo_texts("test")[:4]))
+    flags = ["--text_file", str(tmp_path / "own.txt"), "--token_length", "32", "--use_cpu"]
+    own = [
+        "--model_name_or_path",
+        str(tmp_path / "pruned"),
+        "--config_name",
+        str(DEMO_MODEL),
+        "--tokenizer_name",
+        str(DEMO_MODEL),
+    ]
+    found = run(*flags, *own)
+    assert found["perplexity"] > run(*flags)["perplexity"]
+    assert found["nonzero_share"]["v_proj"] == 1 - 0.5 / 4  # half of one layer in four
+    assert found["nonzero_share"]["q_proj"] == 1
+
+
+def test_a_likelihood_that_is_not_finite_is_counted_and_named(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    (tmp_path / "own.txt").write_text(demo_texts("test")[0] * 3)
+    token = tokenizer(demo_texts("test")[0])["input_ids"][5]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = math.nan  # tied: whatever follows it, and all that it may be
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    found = run(
+        "--text_file",
+        str(tmp_path / "own.txt"),
+        "--token_length",
+        "8",
+        "--use_cpu",
+        "--model_name_or_path",
+        str(tmp_path / "broken"),
+        "--output_file",
+        str(tmp_path / "found.json"),
+    )
+    assert found["perplexity"] is None
+    assert found["non_finite_windows"] == list(range(found["windows"]))
+    assert found["perplexity_without_them"] is None
+    assert f"not finite  {found['windows']} of {found['windows']} windows: 0, 1, 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["perplexity"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*DEMO, "--stride", "65"], "--stride 65 is above --token_length 64"),
+        ([*DEMO, "--definition", "wanda", "--stride", "8"], "--stride means nothing to --definition wanda; it is for"),
+        ([*DEMO, "--definition", "wnda"], "Unknown --definition 'wnda'. Did you mean 'wanda'?"),
+        ([*DEMO, "--definition", "lm-eval", "--max_windows", "3"], "give --max_rows"),
+        (["--dataset_name", "demo", "--token_length", "4096"], "exceeds the model's context of 256 tokens"),
+        (["--use_cpu"], "Give either --dataset_name or --text_file"),
+        ([*DEMO, "--text_file", "x.txt"], "Give either --dataset_name or --text_file"),
+        (["--text_file", "no-such.txt"], "--text_file no-such.txt does not exist."),
+        ([*DEMO, "--adapter", "no-such"], "--adapter no-such holds no adapter"),
+        ([*DEMO, "--output_file", "no/such.json"], "--output_file no/such.json: its directory does not exist."),
+        ([*DEMO, "--batch_size", "0"], "--batch_size must be at least 1, got 0."),
+        ([*DEMO, "--split", "tset"], "--split must be one of validation, train, test, got tset."),
+        ([*DEMO, "--lora_r", "8"], "Unknown flag --lora_r."),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_in_one_line(flags, message):
+    assert message in error_of(*flags)
+
+
+@pytest.mark.parametrize("content", ["", " \n\n \n"])
+def test_an_empty_text_is_told(tmp_path, content):
+    (tmp_path / "own.txt").write_text(content)
+    message = error_of("--text_file", str(tmp_path / "own.txt"), "--use_cpu")
+    assert re.search("own.txt (is empty|holds no text)", message)
+
+
+@pytest.mark.parametrize("definition", ["token", "trainer", "hf-stride", "wanda", "wanda-lora"])
+def test_a_text_shorter_than_a_window_is_told(tmp_path, definition):
+    (tmp_path / "own.txt").write_text("The committee met.")
+    message = error_of("--text_file", str(tmp_path / "own.txt"), "--definition", definition, "--token_length", "64")
+    assert f"which make no window of --definition {definition}: --token_length is 64" in message
+
+
+def test_an_adapter_of_another_base_is_told(tmp_path):
+    narrow = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    narrow.save_pretrained(tmp_path / "narrow")
+    message = error_of(*DEMO, "--adapter", str(tmp_path / "narrow"))
+    assert (
+        f"--adapter {tmp_path / 'narrow'} does not fit --model_name_or_path {DEMO_MODEL}; it was trained on" in message
+    )
+    deeper = LlamaForCausalLM(
+        LlamaConfig(**{**AutoModelForCausalLM.from_pretrained(DEMO_MODEL).config.to_dict(), "num_hidden_layers": 2})
+    )
+    get_peft_model(deeper, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "shallow")
+    assert "does not fit" in error_of(*DEMO, "--adapter", str(tmp_path / "shallow"))
+
+
+def test_a_tokenizer_of_another_model_is_told(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    message = error_of(*DEMO, "--model_name_or_path", str(tmp_path), "--tokenizer_name", str(DEMO_MODEL))
+    assert "but the model has 64 embeddings: it is of another model. Give --tokenizer_name." in message
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = tiny_llama().train()
+    before = torch.get_rng_state()
+    window_nlls(model, [Window([1, 2, 3], 2, 2), Window([1, 2, 3, 4], 1, 1)], 2)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_windows_of_different_lengths_do_not_touch_each_other():
+    model = tiny_llama()
+    windows = [Window([5, 9, 3, 7, 1], 2, 2), Window([4, 8], 1, 1), Window([2, 2, 6], 2, 2)]
+    alone = [window_nlls(model, [window], 1)[0] for window in windows]
+    assert window_nlls(model, windows, 3) == pytest.approx(alone, rel=1e-6)
+
+
+def test_tied_weights_are_counted_once_and_zeros_of_4_bit_weights_found():
+    tied, untied = tiny_llama(), tiny_llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        untied.lm_head.weight.zero_()
+    assert "lm_head" not in nonzero_shares(tied)
+    shares = nonzero_shares(untied)
+    assert (shares["lm_head"], shares["embed_tokens"]) == (0, 1)
