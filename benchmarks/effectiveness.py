@@ -79,8 +79,8 @@ class Setting:
 
 STORIES = Setting("stories260k-hf", "wikitext2", ("1e-3", "2e-3", "4e-3"))
 TALK = Setting("stories260k-hf", "dailydialog", ("1e-3", "2e-3", "4e-3"), ("1.4e-3", "2e-3", "2.8e-3"))
-WIKI = Setting("wiki-llama-2.6m", "dailydialog", ("5e-4", "1e-3", "2e-3"))
-TALES = Setting("wiki-llama-2.6m", "tinystories", ("5e-4", "1e-3", "2e-3"), ("1e-3", "2e-3", "4e-3"))
+WIKI = Setting("wiki-llama-2.6m", "dailydialog", ("2e-3", "5.6e-3", "1.6e-2"))
+TALES = Setting("wiki-llama-2.6m", "tinystories", ("2e-3", "5.6e-3", "1.6e-2"), ("4e-3", "8e-3", "1.6e-2"))
 
 
 @dataclass(frozen=True)
