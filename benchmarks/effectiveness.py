@@ -151,7 +151,7 @@ def studies() -> Iterator[Study]:
         arms = {name: RULES[name] for name in ("baseline", "abr 1.0", "fixed 2")}
         flags = (*NO_SKIPPING, "--max_steps", "50")
         yield Study("same batches", setting, "50 batches", arms, "fresh", flags, ("--match", "batches", *tune))
-        yield dirty_study(setting, shares=SHARES if setting is STORIES else SHARES[1:])
+        yield dirty_study(setting, shares=SHARES if setting is STORIES else (10,))
     arms = {name: RULES[name] for name in ("baseline", "learnable", "gain")}
     flags = (*NO_SKIPPING, "--max_passes", "500", "--learning_rate", "2e-3")
     yield Study("fresh", STORIES, "500 passes", arms, "long", flags)
