@@ -1,0 +1,26 @@
+"""Prune a model by magnitude into a directory of its own, and say how sparse it is.
+
+python scripts/prune_model.py --output_dir runs/pruned            # half of the demo model
+python scripts/prune_model.py --model_name_or_path my/model --pattern 2:4 --output_dir runs/2of4
+"""
+
+from __future__ import annotations
+
+from safetensors import SafetensorError
+
+from abr_trainer.command_line import parse_arguments
+from abr_trainer.errors import one_line_errors
+from abr_trainer.modeling import LoadArguments
+from abr_trainer.pruning import PruneArguments, describe_sparsity, prune_to
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    with one_line_errors(ValueError, OSError, SafetensorError, when_interrupted="nothing was written"):
+        load, arguments = parse_arguments((LoadArguments, PruneArguments), argv)
+        report = prune_to(load, arguments)
+    print(*describe_sparsity(report), f"model  {arguments.output_dir}", sep="\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Sparse models: what is counted, what is pruned, and a merge that leaves zeros at zero."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+import run_clm_abr
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.pruning import layers, merge_adapter, nonzero_shares, parse_pattern, prune, sparsity_report
+from scripts import merge_adapter as merge_script
+from scripts import prune_model
+from tests.conftest import tiny_llama
+
+MATRIX = torch.tensor([[4.0, -1.0, 2.0, -3.0], [0.5, 5.0, -6.0, 0.1]])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "kept"),
+    [
+        ("unstructured", 0.5, [[4.0, 0, 0, -3.0], [0, 5.0, -6.0, 0]]),
+        ("unstructured", 0.3, [[4.0, -1.0, 2.0, -3.0], [0, 5.0, -6.0, 0]]),  # int(0.3 * 8) is 2
+        ("2:4", 0.5, [[4.0, 0, 0, -3.0], [0, 5.0, -6.0, 0]]),
+        ("1:2", 0.5, [[4.0, 0, 0, -3.0], [0, 5.0, -6.0, 0]]),
+        ("1:4", 0.5, [[4.0, 0, 0, 0], [0, 0, -6.0, 0]]),
+        ("1x2", 0.5, [[0, 0, 0, 0], [0.5, 5.0, -6.0, 0.1]]),  # squared norms 17, 13, 25.25, 36.01
+        ("2x2", 0.5, [[0, 0, 2.0, -3.0], [0, 0, -6.0, 0.1]]),  # 42.25, 49.01
+        ("2x3", 0.5, [[4.0, -1.0, 2.0, 0], [0.5, 5.0, -6.0, 0]]),  # the block at the edge has one column
+    ],
+)
+def test_the_lowest_magnitudes_go(pattern, sparsity, kept):
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 2)})
+    with torch.no_grad():
+        model["layer"].weight.copy_(MATRIX)
+    prune(model, sparsity, pattern)
+    assert torch.equal(model["layer"].weight, torch.tensor(kept))
+
+
+def test_every_layer_but_head_embeddings_and_norms_is_pruned():
+    model = tiny_llama(tie_word_embeddings=False)
+    kept = {name: parameter.clone() for name, parameter in model.named_parameters() if "proj" not in name}
+    prune(model, 0.5)
+    assert all(torch.equal(parameter, model.get_parameter(name)) for name, parameter in kept.items())
+    assert len(layers(model)) == 2 * 7
+    assert all((matrix.values() == 0).float().mean() == 0.5 for matrix in layers(model))
+    shares = nonzero_shares(model)
+    assert shares["lm_head"] == 1
+    assert shares["q_proj"] == 0.5
+
+
+def test_equal_magnitudes_still_give_the_share_that_was_asked_for():
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(10, 10)})
+    torch.nn.init.ones_(model["layer"].weight)
+    prune(model, 0.37)
+    assert int((model["layer"].weight == 0).sum()) == 37
+
+
+def test_inputs_are_grouped_also_where_a_layer_is_stored_the_other_way_round():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    prune(model, pattern="2:4")
+    weight = model.transformer.h[0].mlp.c_fc.weight  # (inputs, outputs)
+    assert weight.shape == (8, 32)
+    assert ((weight != 0).reshape(2, 4, 32).sum(dim=1) == 2).all()
+    assert sparsity_report(model)["all"] == {"zeros": 0.5, "2:4": 1.0, "4:8": 1.0, "16x16": 0.0}
+
+
+def test_patterns_are_counted():
+    model = torch.nn.ModuleDict({"a_proj": torch.nn.Linear(8, 2), "b_proj": torch.nn.Linear(6, 2)})
+    with torch.no_grad():
+        model["a_proj"].weight.copy_(torch.tensor([[1.0, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0]]))
+        torch.nn.init.ones_(model["b_proj"].weight)
+    report = sparsity_report(model, ("2:4", "1x4"))
+    assert report["a_proj"] == {"zeros": 11 / 16, "2:4": 3 / 4, "1x4": 2 / 4}
+    assert report["b_proj"] == {"zeros": 0, "2:4": 0, "1x4": 0}  # six inputs: no groups of four
+    assert report["all"]["zeros"] == 11 / 28
+    assert list(report)[-1] == "all"
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "2:2", "0:4", "16", "x16", "2;4", ""])
+def test_what_is_no_pattern_is_told(pattern):
+    with pytest.raises(ValueError, match="--pattern must be 'unstructured', n:m with n below m, or rows x columns"):
+        parse_pattern(pattern)
+
+
+def test_nothing_is_pruned_where_one_layer_does_not_fit():
+    model = torch.nn.ModuleDict({"fits": torch.nn.Linear(8, 2), "not": torch.nn.Linear(6, 2)})
+    with pytest.raises(ValueError, match="--pattern 2:4 does not fit not: 6 inputs do not divide into groups of 4"):
+        prune(model, pattern="2:4")
+    assert nonzero_shares(model)["all"] == 1
+
+
+def adapted(model):
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def test_a_merge_under_the_mask_keeps_every_zero_and_changes_what_is_left():
+    plain = tiny_llama()
+    prune(plain, pattern="2:4")
+    before = {matrix.name: matrix.values().clone() for matrix in layers(plain)}
+    model = adapted(plain)
+    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").clone()
+    merged = merge_adapter(model)
+    weight, name = merged.model.layers[0].self_attn.q_proj.weight, "model.layers.0.self_attn.q_proj"
+    expected = torch.where(before[name] == 0, 0.0, before[name] + delta)
+    assert torch.equal(weight, expected)
+    assert torch.equal(merged.model.layers[0].self_attn.v_proj.weight, before["model.layers.0.self_attn.v_proj"])
+    assert sparsity_report(merged)["all"]["2:4"] == 1
+    assert not any("lora" in parameter for parameter, _ in merged.named_parameters())
+
+
+def test_a_plain_merge_fills_the_zeros_and_says_what_the_model_said():
+    plain = tiny_llama()
+    prune(plain, 0.5)
+    model = adapted(plain).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        beside = model(ids).logits
+        merged = merge_adapter(model, keep_mask=False).eval()
+        torch.testing.assert_close(merged(ids).logits, beside)
+    assert nonzero_shares(merged)["q_proj"] == 1
+    assert nonzero_shares(merged)["v_proj"] == 0.5
+
+
+def test_quantised_weights_are_neither_pruned_nor_merged():
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=options)
+    with pytest.raises(ValueError, match="q_proj are quantised: load the model without"):
+        prune(model)
+    with pytest.raises(ValueError, match="are quantised"):
+        merge_adapter(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+
+
+def test_zeros_survive_quantisation_to_4_bit(tmp_path):
+    prune_model.main(["--output_dir", str(tmp_path / "pruned")])
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", quantization_config=options)
+    assert nonzero_shares(model)["q_proj"] <= 0.5  # small values may be rounded to zero as well
+
+
+def test_the_path_from_dense_to_merged(tmp_path, capsys):
+    pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
+    report = prune_model.main(["--sparsity", "0.6", "--output_dir", pruned])
+    assert report["all"]["zeros"] == pytest.approx(0.6, abs=1e-3)
+    data = ["--dataset_name", "demo", "--use_cpu"]
+    train = [
+        "--do_train",
+        "--block_size",
+        "64",
+        "--learning_rate",
+        "5e-3",
+        "--max_passes",
+        "30",
+        "--disable_tqdm",
+        "true",
+    ]
+    run_clm_abr.main([*data, *train, "--model_name_or_path", pruned, "--output_dir", lora])
+    flags = [*data, "--model_name_or_path", pruned, "--adapter", lora, "--token_length", "64", "--max_rows", "40"]
+    found = merge_script.main([*flags, "--output_dir", merged])
+    shown = capsys.readouterr().out
+    assert found["beside"]["perplexity"] < found["base"]["perplexity"]
+    assert found["beside"]["perplexity"] < found["merged"]["perplexity"] < found["base"]["perplexity"]
+    assert found["merged"]["nonzero_share"] == found["base"]["nonzero_share"]
+    assert f"merged      {found['merged']['perplexity']:.4f}" in shown
+    assert "model  " in shown
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
+    with pytest.raises(SystemExit, match=f"error: --output_dir {merged} is in use. Give a new one."):
+        merge_script.main([*flags, "--output_dir", merged])
+
+
+def test_a_merge_without_an_adapter_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="error: --adapter is missing: what to merge."):
+        merge_script.main(["--dataset_name", "demo", "--output_dir", str(tmp_path / "merged")])
