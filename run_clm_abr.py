@@ -13,7 +13,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import default_data_collator, set_seed
+from transformers import EarlyStoppingCallback, default_data_collator, set_seed
 
 from abr_trainer.callbacks import last_evaluation, summarise
 from abr_trainer.command_line import parse_arguments
@@ -28,6 +28,7 @@ from abr_trainer.run_directory import (
     set_aside_later_checkpoints,
     write_provenance,
 )
+from abr_trainer.tracking import PerplexityCallback, show_history
 from abr_trainer.trainer import ABRTrainer, TooManySkips
 
 
@@ -64,7 +65,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             primer_dataset=blocks.get("primer"),
             processing_class=tokenizer,
             data_collator=default_data_collator,
+            callbacks=[PerplexityCallback()],
         )
+        if args.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     results: dict[str, float] = {}
     with replacing_previous_run(args), one_line_errors(TooManySkips):
         if trainer.is_world_process_zero():
@@ -89,6 +93,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         results |= metrics
 
     if trainer.is_world_process_zero():
+        if args.do_train:
+            show_history(Path(args.output_dir))
         print(
             "",
             *summarise(trainer.state.log_history, trainer.ledger, results, Path(args.output_dir).resolve()),

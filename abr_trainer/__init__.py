@@ -19,6 +19,7 @@ _HOMES = {
     "ConstantScheduler": "schedulers",
     "Observation": "schedulers",
     "Outcome": "schedulers",
+    "PerplexityCallback": "tracking",
     "RepeatScheduler": "schedulers",
     "RobustOutlierSkip": "schedulers",
     "ThresholdScheduler": "schedulers",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .schedulers import ThresholdScheduler as ThresholdScheduler
     from .schedulers import UniformScheduler as UniformScheduler
     from .schedulers import get_repeat_scheduler as get_repeat_scheduler
+    from .tracking import PerplexityCallback as PerplexityCallback
     from .trainer import ABRMixin as ABRMixin
     from .trainer import ABRTrainer as ABRTrainer
 

@@ -32,6 +32,8 @@ LEAST_VALUES = {
     "max_repeats": 1,
     "max_consecutive_skips": 1,
     "primer_batches": 0,
+    "early_stopping_patience": 1,
+    "early_stopping_threshold": 0,
     "max_passes": 1,
     "learning_rate": 0,
     "gradient_accumulation_steps": 1,
@@ -50,11 +52,11 @@ CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 class ABRConfig(TrainingArguments):
     """`TrainingArguments` with the fields below.
 
-    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, and `eval_strategy`,
-    which is "epoch" where `do_eval` asks for evaluation (that of `save_strategy` where the best model is loaded at the
-    end; "no" beside `eval_passes`) and "no" elsewhere. `greater_is_better` is False for a perplexity. `max_passes`
-    sets `max_steps` to the most batches that the budget can buy; a `max_steps` given beside it caps the number of
-    batches.
+    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, `eval_on_start`,
+    which is True where `do_train` and `do_eval` are, and `eval_strategy`, which is "epoch" where `do_eval` asks for
+    evaluation (that of `save_strategy` where the best model is loaded at the end; "no" beside `eval_passes`) and "no"
+    elsewhere. `greater_is_better` is False for a perplexity. `max_passes` sets `max_steps` to the most batches that
+    the budget can buy; a `max_steps` given beside it caps the number of batches.
     """
 
     repeat_scheduler: str = field(
@@ -161,7 +163,34 @@ class ABRConfig(TrainingArguments):
         },
     )
 
+    eval_on_start: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Evaluate before the first batch, too. Default: where --do_train and --do_eval ask for both.",
+            "nargs": "?",  # as for a flag whose default is no None
+            "const": True,
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when so many evaluations in a row are not better than the best by more than "
+            "--early_stopping_threshold, and load the best checkpoint, by perplexity unless --metric_for_best_model "
+            "says otherwise. Evaluates whenever --save_strategy saves."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much an evaluation must be better, in units of the metric."}
+    )
+
     def __post_init__(self) -> None:
+        if self.eval_on_start is None:
+            self.eval_on_start = self.do_train and self.do_eval
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+            self.metric_for_best_model = self.metric_for_best_model or "perplexity"
+        elif self.early_stopping_threshold:
+            raise ValueError("--early_stopping_threshold means nothing without --early_stopping_patience.")
         if self.eval_strategy is None:
             evaluates_with_saves = self.load_best_model_at_end and self.save_strategy in ("steps", "epoch")
             by_default = "no" if self.eval_passes else self.save_strategy if evaluates_with_saves else "epoch"

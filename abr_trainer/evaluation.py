@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -16,10 +20,29 @@ logger = logging.get_logger(__name__)
 _AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
 
 
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Restore the states of all random number generators at the end: a loader draws from them, and so does dropout."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
 class PerplexityMixin(_AnyTrainer):
     """Add `*_perplexity` and `*_target_tokens` to what a Trainer of causal language models evaluates."""
 
     _token_perplexity: TokenPerplexity | None = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `Trainer` does, and leave the random numbers of the training that goes on as they were."""
+        with same_random_numbers() if self._is_active else contextlib.nullcontext():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
 
     def evaluation_loop(
         self,

@@ -15,6 +15,7 @@ COMPARISON = "comparison.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 TRACE_NAME = "abr_trace.jsonl"
+HISTORY_NAME = "perplexity_history.json"
 
 SKIPPED_NAME = "_skipped_batches.jsonl"
 REPORT_FOLDER = "_report"

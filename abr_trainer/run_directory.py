@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .config import ABRConfig
 from .records import (
     CHECKPOINT_PREFIX,
+    HISTORY_NAME,
     PROVENANCE,
     REPORT_FOLDER,
     SKIPPED_NAME,
@@ -34,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 RUN_FILES = (
     *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
-    *(TRACE_NAME, SKIPPED_NAME, REPORT_FOLDER),
+    *(TRACE_NAME, HISTORY_NAME, SKIPPED_NAME, REPORT_FOLDER),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""

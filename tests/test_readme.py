@@ -10,9 +10,11 @@ from datasets import Dataset
 from transformers import HfArgumentParser
 
 from abr_trainer import ABRConfig, ABRTrainer, Observation
-from abr_trainer.data import DataArguments
+from abr_trainer.data import DataArguments, TextArguments
 from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.measurement import MeasureArguments
 from abr_trainer.modeling import ModelArguments
+from abr_trainer.pruning import MergeArguments, PruneArguments
 from tests.conftest import tiny_llama, token_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,8 +51,9 @@ def test_the_own_rule_decides():
 
 
 def test_every_flag_is_one_of_the_script():
-    parser = HfArgumentParser((ModelArguments, DataArguments, ABRConfig))
-    known = {option for action in parser._actions for option in action.option_strings}
+    scripts = [ModelArguments, DataArguments, ABRConfig], [TextArguments, MeasureArguments], [PruneArguments]
+    parsers = [*map(HfArgumentParser, scripts), HfArgumentParser(MergeArguments)]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     of_others = {
         "--data",
         "--model",

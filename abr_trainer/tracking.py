@@ -1,0 +1,239 @@
+"""How perplexity moves in the course of a run: a line an evaluation, a file, a table at the end, a word of warning."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .records import HISTORY_NAME, TRACE_NAME, read_json, read_lines, write_whole
+
+logger = logging.get_logger(__name__)
+
+METRIC = "eval_perplexity"
+
+WORSE = 0.005
+"""By how much, as a share, perplexity must have risen to count as a rise."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation in the course of a run.
+
+    Attributes:
+        name: Baseline, before the first batch; the epoch that has ended; or the step.
+        step: Batches finished.
+        perplexity: None where it is not finite.
+        loss: Mean first-pass loss of the batches since the evaluation before, in nats; None where there are none, or
+            the trace is not there.
+        memory: Bytes of the process and of its GPU: `before` the batches since the evaluation before, `consumed` by
+            them, and the `peak` so far.
+    """
+
+    name: str
+    step: int
+    epoch: float
+    perplexity: float | None
+    loss: float | None
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class PerplexityCallback(TrainerCallback):
+    """Say at each evaluation how perplexity has moved since the first, and keep it in `perplexity_history.json`.
+
+    It reads what a causal-LM evaluation has measured, and spends nothing itself. An evaluation after the end of a run
+    belongs to it unless these weights were evaluated already. A resumed run goes on with the history up to its
+    checkpoint. It warns once of overfitting: perplexity rises while the training loss falls.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[Evaluation] = []
+        self._has_warned = False
+        self._before: dict[str, int] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_warned = False
+        path = Path(args.output_dir, HISTORY_NAME)
+        written = (read_json(path) or {"evaluations": []})["evaluations"] if state.global_step else []
+        self.history = [Evaluation(**entry) for entry in written if entry["step"] <= state.global_step]
+        self._before = memory_in_use()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        perplexity = (metrics or {}).get(METRIC)
+        if perplexity is None or not (self._before and state.is_world_process_zero):
+            return  # another metric, or a run that only evaluates
+        if self.history and self.history[-1].step == state.global_step:
+            return
+        evaluation = Evaluation(
+            name_of(state.global_step, state.epoch),
+            state.global_step,
+            state.epoch or 0.0,
+            perplexity if math.isfinite(perplexity) else None,
+            self._mean_loss(Path(args.output_dir), state.global_step),
+            self._memory(),
+        )
+        self.history.append(evaluation)
+        tqdm.write(trend(evaluation, self.history[0]))
+        data = {
+            "metric": METRIC,
+            "evaluations": [asdict(each) for each in self.history],
+            "summary": summary(self.history, batch_losses(Path(args.output_dir))),
+        }
+        write_whole(Path(args.output_dir, HISTORY_NAME), json.dumps(data, indent=1) + "\n")
+        if not self._has_warned and (warning := overfitting(self.history)):
+            logger.warning(warning)
+            self._has_warned = True
+
+    def _mean_loss(self, directory: Path, step: int) -> float | None:
+        since = self.history[-1].step if self.history else 0
+        return mean([loss for batch, loss in batch_losses(directory) if since < batch <= step])
+
+    def _memory(self) -> dict[str, dict[str, int]]:
+        """Return what memory there was, what has come to it, and the most so far; count from here on."""
+        before, self._before = self._before, memory_in_use()
+        peaks = memory_peaks()
+        return {
+            where: {"before": before[where], "consumed": now - before[where], "peak": max(peaks[where], now)}
+            for where, now in self._before.items()
+        }
+
+
+# ---- What evaluations say ----
+
+
+def name_of(step: int, epoch: float | None) -> str:
+    """Return how to call an evaluation: by the epoch that it ends, if it does.
+
+    >>> name_of(0, 0), name_of(50, 1.0), name_of(60, 1.2)
+    ('Baseline', 'Epoch 1', 'Step 60')
+    """
+    if step == 0:
+        return "Baseline"
+    return f"Epoch {epoch:.0f}" if epoch and float(epoch).is_integer() else f"Step {step}"
+
+
+def change(now: float | None, before: float | None) -> float | None:
+    """Return by which share a perplexity has changed; None where one of them is not finite."""
+    return None if now is None or before is None else now / before - 1
+
+
+def trend(evaluation: Evaluation, first: Evaluation) -> str:
+    """Return a line on an evaluation, beside the first one.
+
+    >>> first, later = Evaluation("Baseline", 0, 0.0, 27.45, None), Evaluation("Epoch 1", 50, 1.0, 25.82, 3.1)
+    >>> trend(first, first), trend(later, first)
+    ('Baseline: 27.45', 'Epoch 1: 25.82 (-5.9 %)')
+    """
+    if evaluation.perplexity is None:
+        return f"{evaluation.name}: not finite"
+    changed = None if evaluation is first else change(evaluation.perplexity, first.perplexity)
+    beside = "" if changed is None else f" ({100 * changed:+.1f} %)"
+    return f"{evaluation.name}: {evaluation.perplexity:.2f}{beside}"
+
+
+def overfitting(history: Sequence[Evaluation]) -> str | None:
+    """Return a warning if, at the last evaluation, perplexity has risen while the training loss fell."""
+    if len(history) < 3:
+        return None
+    before, last = history[-2:]
+    risen = change(last.perplexity, before.perplexity)
+    if risen is None or risen < WORSE or last.loss is None or before.loss is None or last.loss >= before.loss:
+        return None
+    best = min((each for each in history if each.perplexity is not None), key=lambda each: each.perplexity or math.inf)
+    return (
+        f"Overfitting: from {before.name} to {last.name} the training loss fell from {before.loss:.3f} to "
+        f"{last.loss:.3f}, but perplexity rose from {before.perplexity:.2f} to {last.perplexity:.2f}. The best so far "
+        f"is {best.perplexity:.2f}, at {best.name}: --load_best_model_at_end keeps it."
+    )
+
+
+def batch_losses(directory: Path) -> list[tuple[int, float]]:
+    """Return step and first-pass loss of all batches of a run whose loss is finite, by its trace."""
+    path = directory / TRACE_NAME
+    lines = read_lines(path) if path.exists() else iter(())
+    return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def summary(history: Sequence[Evaluation], losses: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Return where a run came from, how far it got, where it was best, and on how many batches of which mean loss."""
+    finite = [each for each in history if each.perplexity is not None]
+    best = min(finite, key=lambda each: each.perplexity or math.inf, default=None)
+    return {
+        "baseline": history[0].perplexity,
+        "final": history[-1].perplexity,
+        "best": best and best.perplexity,
+        "best_at": best and best.name,
+        "improvement": change(history[-1].perplexity, history[0].perplexity),
+        "batches": history[-1].step,
+        "mean_loss": mean([loss for _, loss in losses]),
+    }
+
+
+def show_history(directory: Path, console: Console | None = None) -> None:
+    """Print the evaluations of a run as a table, and their summary; nothing if there were fewer than two."""
+    found = read_json(directory / HISTORY_NAME)
+    if found is None or len(found["evaluations"]) < 2:
+        return
+    console = console or Console()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
+    for column in ("", "perplexity", "change", "training loss", "memory, MB", "peak, MB"):
+        table.add_column(column, justify="right" if column else "left")
+    history = [Evaluation(**entry) for entry in found["evaluations"]]
+    for each in history:
+        where = "gpu" if "gpu" in each.memory else "process"
+        kept, peak = (each.memory[where][name] for name in ("before", "peak"))
+        kept += each.memory[where]["consumed"]
+        changed = None if each is history[0] else change(each.perplexity, history[0].perplexity)
+        table.add_row(
+            each.name,
+            "not finite" if each.perplexity is None else f"{each.perplexity:.2f}",
+            "" if changed is None else f"{100 * changed:+.1f} %",
+            "" if each.loss is None else f"{each.loss:.3f}",
+            f"{kept / 1e6:.0f}",
+            f"{peak / 1e6:.0f}",
+        )
+    console.print(table)
+    told = found["summary"]
+    if None not in (told["best"], told["improvement"], told["mean_loss"]):
+        console.print(
+            f"perplexity {told['baseline']:.2f} to {told['final']:.2f} ({100 * told['improvement']:+.1f} %), best "
+            f"{told['best']:.2f} at {told['best_at']}; {told['batches']} batches of mean loss {told['mean_loss']:.3f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+# ---- Memory ----
+
+
+def memory_in_use() -> dict[str, int]:
+    """Return the bytes that the process holds, and those allocated on its GPU, if it has one."""
+    found = {"process": psutil.Process().memory_info().rss}
+    return found | ({"gpu": torch.cuda.memory_allocated()} if torch.cuda.is_available() else {})
+
+
+def memory_peaks() -> dict[str, int]:
+    """Return the most bytes that the process has held, and that were allocated on its GPU."""
+    kilo = 1 if sys.platform == "darwin" else 1024
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
+    return found | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})

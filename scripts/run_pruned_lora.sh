@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Recover a pruned model with LoRA: prune to half, fine-tune an adapter on the frozen sparse model, merge it under the mask.
+#
+#   bash scripts/run_pruned_lora.sh demo demo runs/pruned --max_passes 100 --use_cpu
+#   bash scripts/run_pruned_lora.sh huggyllama/llama-7b wikitext runs/pruned-wikitext --bf16
+#   bash scripts/run_pruned_lora.sh huggyllama/llama-7b c4 runs/pruned-c4 --bf16
+#
+# The directory then holds pruned/, lora/ and merged/; what is there already is not made again. PATTERN (unstructured, 2:4,
+# 16x16) and SPARSITY (0.5) say how to prune; PRUNED names a model that is pruned already. Flags after the directory go to
+# run_clm_abr.py. It ends with perplexity and share of zeros of the pruned model, with the adapter beside it, and merged.
+set -euo pipefail
+[ $# -ge 3 ] || { echo "usage: bash $0 MODEL DATASET DIRECTORY [flags of run_clm_abr.py]" >&2; exit 2; }
+model=$1 dataset=$2 out=$3
+shift 3
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+pruned=${PRUNED:-$out/pruned}
+length=${TOKEN_LENGTH:-$([ "$dataset" = demo ] && echo 128 || echo 1024)}
+measured=(--dataset_name "$dataset" --token_length "$length")
+[ "$dataset" = c4 ] && streamed=(--max_eval_samples 256) || streamed=()
+[[ " $* " == *" --use_cpu "* ]] && measured+=(--use_cpu)
+original=(--config_name "$model" --tokenizer_name "$model")
+[ "$model" = demo ] && original=()
+
+mkdir -p "$out"
+if [ ! -e "$pruned/config.json" ]; then
+    python "$here/prune_model.py" --model_name_or_path "$model" --sparsity "${SPARSITY:-0.5}" \
+        --pattern "${PATTERN:-unstructured}" --output_dir "$pruned"
+fi
+if [ ! -e "$out/lora/all_results.json" ]; then
+    python "$here/../run_clm_abr.py" --model_name_or_path "$pruned" "${original[@]}" --dataset_name "$dataset" \
+        --block_size "$length" --max_passes 1000 --do_train --do_eval --output_dir "$out/lora" --overwrite_output_dir \
+        "${streamed[@]}" "$@"
+fi
+[ -e "$out/merged/config.json" ] || python "$here/merge_adapter.py" --model_name_or_path "$pruned" "${original[@]}" \
+    --adapter "$out/lora" "${measured[@]}" --output_dir "$out/merged"

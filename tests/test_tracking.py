@@ -1,0 +1,196 @@
+"""The history of perplexity: what is said, what is written, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import run_clm_abr
+from abr_trainer import ABRTrainer
+from abr_trainer.records import HISTORY_NAME, TRACE_NAME, read_lines
+from abr_trainer.tracking import Evaluation, PerplexityCallback, overfitting, show_history, summary
+from tests.conftest import tiny_llama, token_rows, weights
+
+EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 3, "eval_on_start": True}
+
+
+def tracked(train, **options):
+    own = {"eval_dataset": token_rows(4, seed=9), "callbacks": [PerplexityCallback()]}
+    return train(**{**EVALUATED, **options}, trainer_options=own)
+
+
+def history_of(trainer):
+    return json.loads(Path(trainer.args.output_dir, HISTORY_NAME).read_text())
+
+
+def test_each_evaluation_is_a_line_beside_the_first(train, capsys):
+    trainer = tracked(train)
+    log = [logs["eval_perplexity"] for logs in trainer.state.log_history if "eval_perplexity" in logs]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Baseline", "Epoch"))]
+    assert lines[0] == f"Baseline: {log[0]:.2f}"
+    for epoch in (1, 2, 3):
+        changed = 100 * (log[epoch] / log[0] - 1)
+        assert lines[epoch] == f"Epoch {epoch}: {log[epoch]:.2f} ({changed:+.1f} %)"
+    assert len(lines) == 4
+
+
+def test_the_history_is_that_of_log_and_trace(train):
+    trainer = tracked(train)
+    found = history_of(trainer)
+    log = [logs for logs in trainer.state.log_history if "eval_perplexity" in logs]
+    assert [each["perplexity"] for each in found["evaluations"]] == [logs["eval_perplexity"] for logs in log]
+    assert [each["step"] for each in found["evaluations"]] == [0, 6, 12, 18]
+    trace = [batch["loss"] for batch in read_lines(f"{trainer.args.output_dir}/{TRACE_NAME}")]
+    means = [None, *(math.fsum(trace[start : start + 6]) / 6 for start in (0, 6, 12))]
+    assert [each["loss"] for each in found["evaluations"]] == pytest.approx(means)
+    values = [logs["eval_perplexity"] for logs in log]
+    assert found["summary"] == {
+        "baseline": values[0],
+        "final": values[-1],
+        "best": min(values),
+        "best_at": ["Baseline", "Epoch 1", "Epoch 2", "Epoch 3"][values.index(min(values))],
+        "improvement": values[-1] / values[0] - 1,
+        "batches": 18,
+        "mean_loss": pytest.approx(math.fsum(trace) / 18),
+    }
+    for each in found["evaluations"]:
+        told = each["memory"]["process"]
+        assert told["before"] > 0
+        assert told["peak"] >= told["before"] + told["consumed"]
+
+
+def test_a_resumed_run_goes_on_with_its_history(train):
+    trainer = tracked(train, save_strategy="epoch")
+    whole = history_of(trainer)
+    checkpoint = Path(trainer.args.output_dir, "checkpoint-12")
+    found = history_of(tracked(train, save_strategy="epoch", resume_from_checkpoint=str(checkpoint)))
+    numbers = ("name", "step", "perplexity", "loss")
+    assert [[each[name] for name in numbers] for each in found["evaluations"]] == [
+        [each[name] for name in numbers] for each in whole["evaluations"]
+    ]
+    assert found["summary"] == whole["summary"]
+
+
+def test_an_evaluation_after_the_end_belongs_to_the_run_unless_it_was_made(train):
+    trainer = tracked(train, eval_strategy="no", eval_on_start=False)
+    assert not (
+        trainer.args.output_dir and list(__import__("pathlib").Path(trainer.args.output_dir).glob(HISTORY_NAME))
+    )
+    trainer.evaluate()
+    trainer.evaluate()
+    trainer.evaluate(token_rows(3), metric_key_prefix="test")
+    assert [each["name"] for each in history_of(trainer)["evaluations"]] == ["Epoch 3"]
+
+
+def noise():
+    return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+
+@pytest.mark.parametrize("sampling", ["random", "sequential"])
+def test_evaluating_changes_nothing_in_what_is_trained(train, sampling):
+    def run(**options):
+        model = tiny_llama(attention_dropout=0.5)
+        own = {"eval_dataset": token_rows(4, seed=9)}
+        trainer = train(
+            model=model, num_train_epochs=3, train_sampling_strategy=sampling, trainer_options=own, **options
+        )
+        return weights(trainer.model), noise(), [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+
+    plain, evaluated = run(eval_strategy="no"), run(eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    assert torch.equal(plain[0], evaluated[0])
+    assert plain[1:] == evaluated[1:]
+
+
+def at(name, perplexity, loss=None):
+    return Evaluation(name, 0, 0.0, perplexity, loss)
+
+
+def test_it_warns_where_the_training_loss_falls_and_perplexity_rises():
+    first = [at("Baseline", 30.0), at("Epoch 1", 20.0, 3.0)]
+    assert overfitting(first) is None
+    assert overfitting([*first, at("Epoch 2", 22.0, 2.5)]) == (
+        "Overfitting: from Epoch 1 to Epoch 2 the training loss fell from 3.000 to 2.500, but perplexity rose from "
+        "20.00 to 22.00. The best so far is 20.00, at Epoch 1: --load_best_model_at_end keeps it."
+    )
+    assert overfitting([*first, at("Epoch 2", 22.0, 3.1)]) is None, "both rise: that is another matter"
+    assert overfitting([*first, at("Epoch 2", 20.05, 2.5)]) is None, "no more than noise"
+    assert overfitting([*first, at("Epoch 2", None, 2.5)]) is None
+
+
+def test_a_run_that_overfits_is_warned_once(train, caplog):
+    rows = token_rows(4)
+    own = {"eval_dataset": token_rows(8, seed=5), "callbacks": [PerplexityCallback()]}
+    train(data=rows, learning_rate=3e-2, **{**EVALUATED, "num_train_epochs": 12}, trainer_options=own)
+    assert sum("Overfitting: from Epoch" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_what_is_not_finite_is_said_and_left_out_of_the_best():
+    history = [at("Baseline", 30.0), at("Epoch 1", None, 3.0), at("Epoch 2", 25.0, 2.0)]
+    told = summary(history, [(1, 3.0), (2, 2.0)])
+    assert (told["best"], told["best_at"], told["mean_loss"]) == (25.0, "Epoch 2", 2.5)
+    assert summary(history[:2], [])["improvement"] is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_is_plain_where_there_is_no_terminal(train, terminal):
+    trainer = tracked(train)
+    shown = io.StringIO()
+    show_history(Path(trainer.args.output_dir), Console(file=shown, force_terminal=terminal, width=100))
+    text = shown.getvalue()
+    assert ("\x1b[" in text) == terminal
+    for name in ("Baseline", "Epoch 1", "Epoch 2", "Epoch 3", "training loss", "18 batches of mean loss"):
+        assert name in text
+
+
+def test_the_script_tracks_by_default_and_stops_early(tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = [
+        "--dataset_name",
+        "demo",
+        "--block_size",
+        "64",
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+        "--max_eval_samples",
+        "8",
+    ]
+    flags += [
+        "--max_train_samples",
+        "24",
+        "--learning_rate",
+        "5e-2",
+        "--num_train_epochs",
+        "30",
+        "--save_strategy",
+        "epoch",
+    ]
+    flags += ["--do_train", "--do_eval", "--early_stopping_patience", "2", "--save_total_limit", "1"]
+    results = run_clm_abr.main([*flags, "--output_dir", str(output)])
+    shown = capsys.readouterr().out
+    history = json.loads((output / HISTORY_NAME).read_text())
+    names = [each["name"] for each in history["evaluations"]]
+    assert names[:2] == ["Baseline", "Epoch 1"]
+    values = [each["perplexity"] for each in history["evaluations"]]
+    best = min(range(1, len(values)), key=values.__getitem__)
+    assert len(values) == best + 3 < 31, "two more after the best, and no more"
+    assert results["eval_perplexity"] == pytest.approx(values[best], rel=1e-6), "the best was loaded"
+    assert f"Baseline: {values[0]:.2f}" in shown
+    assert f"best {history['summary']['best']:.2f} at {history['summary']['best_at']}" in shown
+
+
+def test_early_stopping_without_patience_is_told():
+    with pytest.raises(SystemExit, match="--early_stopping_threshold means nothing without --early_stopping_patience"):
+        run_clm_abr.main(["--do_train", "--early_stopping_threshold", "0.1", "--output_dir", "x"])
+
+
+def test_a_trainer_tracks_only_if_asked(build):
+    assert not any(isinstance(each, PerplexityCallback) for each in build(ABRTrainer).callback_handler.callbacks)
