@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if trainer.is_world_process_zero():
             write_provenance(args, sys.argv if argv is None else ["run_clm_abr.py", *argv], model_args, data_args)
             print(*describe_model(model), sep="\n", flush=True)
+            if args.scale_with_batch_size:
+                print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)
         if checkpoint is not None:
             set_aside_later_checkpoints(args, checkpoint)
         if args.do_train:

@@ -163,6 +163,20 @@ class ABRConfig(TrainingArguments):
         },
     )
 
+    scale_with_batch_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Set --learning_rate to --base_learning_rate x sqrt(batch) and --max_steps to --base_samples / "
+            "batch, where a batch is that of all devices and accumulated micro-batches: runs of other batch sizes then "
+            "see as many samples."
+        },
+    )
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a batch of one sample, for --scale_with_batch_size."}
+    )
+    base_samples: int | None = field(
+        default=None, metadata={"help": "Samples to train on, for --scale_with_batch_size."}
+    )
     eval_on_start: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -207,6 +221,7 @@ class ABRConfig(TrainingArguments):
         refuse_single_process_launch()
         self.plan()
         super().__post_init__()
+        self._scale_with_batch_size()
 
     def plan(self) -> None:
         """Check the fields above, take `max_steps` for a cap that was asked for, and lower it to what the budget buys.
@@ -232,6 +247,34 @@ class ABRConfig(TrainingArguments):
         if self.max_passes is not None:
             affordable = math.ceil(self.max_passes / CHEAPEST_BATCH)
             self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable
+
+    def _scale_with_batch_size(self) -> None:
+        """Set learning rate and number of batches by the size of a batch, which is known once the ranks are.
+
+        Raises:
+            ValueError: A base is missing or not asked for, or another value was given for what it sets.
+        """
+        bases: dict[str, Any] = {name: getattr(self, name) for name in ("base_learning_rate", "base_samples")}
+        if not self.scale_with_batch_size:
+            for name, value in bases.items():
+                if value is not None:
+                    raise ValueError(f"--{name} means nothing without --scale_with_batch_size.")
+            return
+        for name, value in bases.items():
+            if value is None or value <= 0:
+                raise ValueError(f"--scale_with_batch_size needs --{name}, above 0; got {value}.")
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        scaled = scaled_with_batch_size(bases["base_learning_rate"], bases["base_samples"], batch)
+        before = {"learning_rate": self.learning_rate, "max_steps": self.most_batches}
+        defaults = {"learning_rate": type(self).learning_rate, "max_steps": -1}
+        for name, value in scaled.items():
+            if before[name] not in (defaults[name], value):
+                raise ValueError(
+                    f"--{name} {before[name]:g} contradicts --scale_with_batch_size, which makes it {value:g} for a "
+                    f"batch of {batch}. Leave one of them out."
+                )
+        self.learning_rate, self.max_steps = scaled["learning_rate"], int(scaled["max_steps"])
+        self.most_batches = self.max_steps
 
     def build_repeat_scheduler(self) -> RepeatScheduler:
         """Return a new scheduler as the fields describe it, outlier skipping included.
@@ -267,6 +310,20 @@ class ABRConfig(TrainingArguments):
         if isinstance(explicit, str):
             explicit = _parse_json_object("--repeat_scheduler_kwargs", explicit)
         return {name: value for name, value in flags.items() if name in takes and value is not None} | explicit
+
+
+def scaled_with_batch_size(base_learning_rate: float, samples: int, batch: int) -> dict[str, float]:
+    """Return the learning rate for a batch of so many samples, by the square root, and the batches that they make.
+
+    >>> {name: float(f"{value:.3g}") for name, value in scaled_with_batch_size(5e-6, 10_000, batch=8).items()}
+    {'learning_rate': 1.41e-05, 'max_steps': 1250.0}
+
+    Raises:
+        ValueError: There are fewer samples than one batch has.
+    """
+    if samples < batch:
+        raise ValueError(f"--base_samples {samples} is less than one batch, which has {batch}.")
+    return {"learning_rate": base_learning_rate * math.sqrt(batch), "max_steps": samples // batch}
 
 
 def _parse_json_object(flag: str, text: str) -> dict[str, Any]:

@@ -290,3 +290,37 @@ def test_yaml_reads_no_as_false_and_we_do_not(tmp_path):
 @pytest.mark.parametrize("value", ["false", "False"])
 def test_resuming_can_be_switched_off(value):
     assert config("--resume_from_checkpoint", value).resume_from_checkpoint is None
+
+
+SCALED = {"scale_with_batch_size": True, "base_learning_rate": 5e-6, "base_samples": 10_000, "use_cpu": True}
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "steps", "rate"), [(8, 1, 1250, 1.414e-5), (4, 4, 625, 2e-5), (3, 1, 3333, 8.66e-6)]
+)
+def test_rate_and_steps_follow_the_size_of_a_batch(tmp_path, rows, accumulation, steps, rate):
+    sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    args = ABRConfig(str(tmp_path), **SCALED, **sizes)
+    assert args.max_steps == args.most_batches == steps
+    assert args.learning_rate == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 1e-4}, "--learning_rate 0.0001 contradicts --scale_with_batch_size, which makes it 1.414"),
+        ({"max_steps": 100}, "--max_steps 100 contradicts --scale_with_batch_size, which makes it 1250 for a batch"),
+        ({"base_samples": None}, "--scale_with_batch_size needs --base_samples, above 0; got None."),
+        ({"base_learning_rate": -1.0}, "--scale_with_batch_size needs --base_learning_rate, above 0; got -1.0."),
+        ({"base_samples": 7}, "--base_samples 7 is less than one batch, which has 8."),
+        ({"scale_with_batch_size": False, "base_samples": None}, "--base_learning_rate means nothing without"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_the_scaling_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ABRConfig(str(tmp_path), per_device_train_batch_size=8, **{**SCALED, **options})
+
+
+def test_values_that_agree_with_the_scaling_are_taken(tmp_path):
+    args = ABRConfig(str(tmp_path), per_device_train_batch_size=16, max_steps=625, learning_rate=2e-5, **SCALED)
+    assert (args.max_steps, args.learning_rate) == (625, 2e-5)
