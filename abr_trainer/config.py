@@ -167,8 +167,8 @@ class ABRConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Set --learning_rate to --base_learning_rate x sqrt(batch) and --max_steps to --base_samples / "
-            "batch, where a batch is that of all devices and accumulated micro-batches: runs of other batch sizes then "
-            "see as many samples."
+            "batch, where a batch is that of all devices and accumulated micro-batches: runs of other batch sizes "
+            "then see as many samples."
         },
     )
     base_learning_rate: float | None = field(
