@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         config, tokenizer = load_config(model_args), load_tokenizer(model_args)
         block_size = choose_block_size(data_args, config)
         with args.main_process_first(desc="preparing the data"):
-            blocks = load_blocks(data_args, tokenizer, block_size, splits)
+            blocks = load_blocks(data_args, tokenizer, block_size, splits, args.seed)
 
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # no causal language model leaves any out, and looking for them costs

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    interleave_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -40,6 +49,21 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the data set, e.g. wikitext-103-raw-v1."}
+    )
+    dataset_mix: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training blocks of several data sets or files, drawn at random with these probabilities: "
+            "wikitext=0.5,c4=0.5. Evaluation is on the first of them, unless --validation_file is given."
+        },
+    )
+    mix_until: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "When an epoch of --dataset_mix ends: with the first data set that is used up, or, shorter ones "
+            "repeated, with the last.",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
     )
     train_file: str | None = field(
         default=None,
@@ -80,7 +104,14 @@ class DataArguments:
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what is cached."})
 
     def __post_init__(self) -> None:
-        if self.dataset_name is None and not (self.train_file or self.validation_file or self.test_file):
+        if self.dataset_mix is not None:
+            for flag in ("dataset_name", "train_file"):
+                if getattr(self, flag) is not None:
+                    raise ValueError(
+                        f"--dataset_mix says what to train on, and so does --{flag}. Leave one of them out."
+                    )
+            parse_mix(self.dataset_mix)
+        elif self.dataset_name is None and not (self.train_file or self.validation_file or self.test_file):
             self.dataset_name = "demo"
         for flag in ("train_file", "validation_file", "test_file", "primer_file"):
             path = getattr(self, flag)
@@ -98,7 +129,36 @@ class DataArguments:
     @property
     def is_streamed(self) -> bool:
         """Whether the training set is read while training, so that it has no length."""
-        return self.streaming or (self.dataset_name is not None and find_corpus(self.dataset_name).streaming)
+        named = [] if self.dataset_name is None else [self.dataset_name]
+        names = named if self.dataset_mix is None else parse_mix(self.dataset_mix)
+        return self.streaming or any(find_corpus(name).streaming for name in names)
+
+
+def parse_mix(mix: str) -> dict[str, float]:
+    """Return the probability of each data set of a `--dataset_mix`.
+
+    >>> parse_mix("wikitext=0.7,my/texts.jsonl=0.3")
+    {'wikitext': 0.7, 'my/texts.jsonl': 0.3}
+
+    Raises:
+        ValueError: A part is no `name=probability`, a name stands twice, or they do not sum to 1.
+    """
+    shares: dict[str, float] = {}
+    for part in mix.split(","):
+        name, _, share = part.strip().rpartition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not name or not 0 < value < 1 or name in shares:
+            raise ValueError(
+                f"--dataset_mix {mix}: {part.strip()!r} is not a name of its own with a probability between 0 and 1, "
+                "as in wikitext=0.5,c4=0.5."
+            )
+        shares[name] = value
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(f"--dataset_mix {mix}: the probabilities sum to {sum(shares.values()):g}, not to 1.")
+    return shares
 
 
 @dataclass
@@ -204,12 +264,19 @@ def choose_block_size(arguments: DataArguments, config: PreTrainedConfig) -> int
 
 
 def load_blocks(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, block_size: int, splits: Collection[str]
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    splits: Collection[str],
+    seed: int = 42,
 ) -> dict[str, Dataset | IterableDataset]:
     """Load, tokenize and cut what `splits` names, out of "train", "validation", "test" and "primer".
 
     Texts are tokenized without special tokens, one after the other. Where a row is a document or a dialogue, the end-
     of-text token follows it. Tokens that do not fill a last block are dropped.
+
+    Args:
+        seed: What draws from the data sets of a mix.
 
     Returns:
         Data sets with the columns `input_ids` and `labels`, equal, of `block_size` tokens.
@@ -218,6 +285,8 @@ def load_blocks(
         ValueError: A split is missing, cannot be read, has no such column, or is too short; the message names the
             flag.
     """
+    if arguments.dataset_mix is not None:
+        return _load_mix(arguments, tokenizer, block_size, splits, seed)
     loaded = load_rows(arguments, splits)
     limits = {"train": ("max_train_samples", arguments.max_train_samples), "primer": ("", None)}
     blocks: dict[str, Dataset | IterableDataset] = {}
@@ -225,6 +294,35 @@ def load_blocks(
         flag, limit = limits.get(split, ("max_eval_samples", arguments.max_eval_samples))
         cut = cut_blocks(tokenize(rows, arguments, tokenizer), block_size, arguments, rows.origin)
         blocks[split] = _at_most(cut, limit, flag, must_end=split != "train")
+    return blocks
+
+
+def _load_mix(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, block_size: int, splits: Collection[str], seed: int
+) -> dict[str, Dataset | IterableDataset]:
+    """Mix the training blocks of several data sets; the other splits are of the first."""
+    shares = parse_mix(arguments.dataset_mix or "")
+    alone = replace(arguments, dataset_mix=None, dataset_name="demo", max_train_samples=None)
+    sources = [
+        replace(alone, dataset_name=None, train_file=name)
+        if Path(name).is_file()
+        else replace(alone, dataset_name=name)
+        for name in shares
+    ]
+    blocks = load_blocks(sources[0], tokenizer, block_size, splits)
+    if "train" not in splits:
+        return blocks
+    mixed = [blocks["train"]]
+    mixed += [load_blocks(source, tokenizer, block_size, ["train"])["train"] for source in sources[1:]]
+    if any(isinstance(each, IterableDataset) for each in mixed):
+        mixed = [each if isinstance(each, IterableDataset) else each.to_iterable_dataset() for each in mixed]
+    drawn = interleave_datasets(
+        mixed,
+        probabilities=list(shares.values()),
+        seed=seed,
+        stopping_strategy=arguments.mix_until,
+    )
+    blocks["train"] = _at_most(drawn, arguments.max_train_samples, "max_train_samples", must_end=False)
     return blocks
 
 
@@ -256,7 +354,7 @@ def load_texts(arguments: TextArguments) -> tuple[list[str], Rows]:
     if arguments.text_file is not None:
         loaded = _load_file("text_file", arguments.text_file, streaming=False)
     else:
-        named = DataArguments(arguments.dataset_name, arguments.dataset_config_name)
+        named = DataArguments(dataset_name=arguments.dataset_name, dataset_config_name=arguments.dataset_config_name)
         loaded = load_rows(named, [split])[split]
     example = _first(loaded.rows, loaded.origin)
     if example is None:

@@ -230,3 +230,81 @@ def test_blocks_fit_the_context_of_the_model():
 def test_real_corpora_load(tokenizer, file, blocks):
     arguments = DataArguments(validation_file=str(SHARED / "data" / file))
     assert len(load_blocks(arguments, tokenizer, 256, ["validation"])["validation"]) > blocks
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    """Twenty blocks of the token 5 and sixty of the token 9, each 8 long."""
+    return [
+        write_rows(tmp_path / f"{token}.jsonl", [{"input_ids": [token] * 8}] * count)
+        for token, count in ((5, 20), (9, 60))
+    ]
+
+
+def drawn_from(blocks):
+    return [int(row["input_ids"][0]) for row in blocks]
+
+
+def test_a_mix_draws_blocks_with_its_probabilities_and_ends_with_the_first_source(two_sources, tokenizer):
+    arguments = DataArguments(
+        dataset_mix=f"{two_sources[0]}=0.25,{two_sources[1]}=0.75", validation_file=two_sources[1]
+    )
+    blocks = load_blocks(arguments, tokenizer, 8, ["train", "validation"], seed=3)
+    tokens = drawn_from(blocks["train"])
+    assert 20 in (tokens.count(5), tokens.count(9) - 40), "one of them is used up"
+    assert 0.15 < tokens.count(5) / len(tokens) < 0.35
+    assert tokens[:30] not in (sorted(tokens[:30]), sorted(tokens[:30], reverse=True))
+    assert drawn_from(load_blocks(arguments, tokenizer, 8, ["train"], seed=3)["train"]) == tokens
+    assert drawn_from(load_blocks(arguments, tokenizer, 8, ["train"], seed=4)["train"]) != tokens
+    assert drawn_from(blocks["validation"]) == [9] * 60
+
+
+def test_a_mix_until_all_are_used_up_repeats_the_shorter(two_sources, tokenizer):
+    mix = f"{two_sources[0]}=0.5,{two_sources[1]}=0.5"
+    tokens = drawn_from(
+        load_blocks(DataArguments(dataset_mix=mix, mix_until="all_exhausted"), tokenizer, 8, ["train"])["train"]
+    )
+    assert tokens.count(9) >= 60
+    assert tokens.count(5) > 40
+    few = load_blocks(DataArguments(dataset_mix=mix, max_train_samples=7), tokenizer, 8, ["train"])["train"]
+    assert len(few) == 7
+
+
+def test_a_mix_of_streams_is_a_stream_with_the_same_draws(two_sources, tokenizer):
+    mix = f"{two_sources[0]}=0.25,{two_sources[1]}=0.75"
+    streamed = DataArguments(dataset_mix=mix, streaming=True)
+    assert streamed.is_streamed
+    blocks = load_blocks(streamed, tokenizer, 8, ["train"], seed=3)["train"]
+    assert isinstance(blocks, IterableDataset)
+    tokens = drawn_from(blocks)
+    assert 0.15 < tokens.count(5) / len(tokens) < 0.35
+    assert drawn_from(blocks) == tokens, "the same in every epoch"
+    assert DataArguments(dataset_mix="wikitext=0.5,c4=0.5").is_streamed
+    assert not DataArguments(dataset_mix="wikitext=0.5,dailydialog=0.5").is_streamed
+
+
+def test_rows_held_out_of_the_first_source_are_not_trained_on(tmp_path, tokenizer):
+    paths = [
+        write_rows(tmp_path / f"{start}.jsonl", [{"input_ids": [start + i] * 8} for i in range(20)])
+        for start in (0, 50)
+    ]
+    arguments = DataArguments(dataset_mix=f"{paths[0]}=0.5,{paths[1]}=0.5", validation_split_percentage=20)
+    blocks = load_blocks(arguments, tokenizer, 8, ["train", "validation"])
+    held_out = drawn_from(blocks["validation"])
+    assert held_out == [0, 1, 2, 3]
+    assert not set(held_out) & set(drawn_from(blocks["train"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset_mix": "wikitext"}, "'wikitext' is not a name of its own with a probability between 0 and 1"),
+        ({"dataset_mix": "a=0.5,b=x"}, "'b=x' is not a name of its own"),
+        ({"dataset_mix": "a=0.5,a=0.5"}, "'a=0.5' is not a name of its own"),
+        ({"dataset_mix": "a=0.5,b=0.4"}, "the probabilities sum to 0.9, not to 1."),
+        ({"dataset_mix": "a=0.5,b=0.5", "dataset_name": "demo"}, "and so does --dataset_name. Leave one of them out."),
+    ],
+)  # fmt: skip
+def test_a_mix_that_is_none_is_told(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DataArguments(**options)
