@@ -13,7 +13,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 
 from abr_trainer.callbacks import last_evaluation, summarise
 from abr_trainer.command_line import parse_arguments
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with one_line_errors(ValueError):
         model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)
         work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+        if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
+            args.metric_for_best_model = "perplexity"
         splits = [split for split, wanted in work.items() if wanted]
         if not splits:
             raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -67,8 +69,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             data_collator=default_data_collator,
             callbacks=[PerplexityCallback()],
         )
-        if args.early_stopping_patience is not None:
-            trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     results: dict[str, float] = {}
     with replacing_previous_run(args), one_line_errors(TooManySkips):
         if trainer.is_world_process_zero():

@@ -189,8 +189,8 @@ class ABRConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Stop when so many evaluations in a row are not better than the best by more than "
-            "--early_stopping_threshold, and load the best checkpoint, by perplexity unless --metric_for_best_model "
-            "says otherwise. Evaluates whenever --save_strategy saves."
+            "--early_stopping_threshold, and load the best checkpoint, by --metric_for_best_model (default in the "
+            "script: perplexity). Evaluates whenever --save_strategy saves."
         },
     )
     early_stopping_threshold: float = field(
@@ -202,13 +202,16 @@ class ABRConfig(TrainingArguments):
             self.eval_on_start = self.do_train and self.do_eval
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
-            self.metric_for_best_model = self.metric_for_best_model or "perplexity"
         elif self.early_stopping_threshold:
             raise ValueError("--early_stopping_threshold means nothing without --early_stopping_patience.")
         if self.eval_strategy is None:
             evaluates_with_saves = self.load_best_model_at_end and self.save_strategy in ("steps", "epoch")
             by_default = "no" if self.eval_passes else self.save_strategy if evaluates_with_saves else "epoch"
             self.eval_strategy = by_default if self.do_eval else "no"
+            if evaluates_with_saves and self.eval_steps is None:
+                self.eval_steps = self.save_steps
+        if self.load_best_model_at_end:
+            self._check_that_the_best_is_saved()
         if str(self.resume_from_checkpoint).lower() in ("false", "no"):
             self.resume_from_checkpoint = None
         if self.hub_token is not None:
@@ -222,6 +225,22 @@ class ABRConfig(TrainingArguments):
         self.plan()
         super().__post_init__()
         self._scale_with_batch_size()
+
+    def _check_that_the_best_is_saved(self) -> None:
+        """Refuse to look for the best of evaluations that no checkpoint belongs to.
+
+        Raises:
+            ValueError: There are no evaluations, or they come between checkpoints.
+        """
+        flag = "--load_best_model_at_end" if self.early_stopping_patience is None else "--early_stopping_patience"
+        if self.eval_strategy == "no":
+            raise ValueError(f"{flag} needs evaluations: --do_eval, and --eval_strategy steps or epoch.")
+        by_steps = self.save_strategy == self.eval_strategy == "steps"
+        if by_steps and self.eval_steps != self.save_steps and self.early_stopping_patience is not None:
+            raise ValueError(
+                f"{flag} needs a checkpoint of each evaluation: --eval_steps is {self.eval_steps}, --save_steps "
+                f"{self.save_steps}."
+            )
 
     def plan(self) -> None:
         """Check the fields above, take `max_steps` for a cap that was asked for, and lower it to what the budget buys.

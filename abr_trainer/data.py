@@ -199,9 +199,13 @@ class TextArguments:
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"--max_rows must be at least 1, got {self.max_rows}.")
         if self.split is None:
-            self.split = "validation" if self.dataset_name in ("c4", CORPORA["c4"].path) else "test"
+            self.split = "validation" if self.is_c4 else "test"
         if self.split not in SPLIT_ALIASES:
             raise ValueError(f"--split must be one of {', '.join(SPLIT_ALIASES)}, got {self.split}.")
+
+    @property
+    def is_c4(self) -> bool:
+        return self.dataset_name in ("c4", CORPORA["c4"].path)
 
     @property
     def config(self) -> str | None:
@@ -350,12 +354,17 @@ def load_texts(arguments: TextArguments) -> tuple[list[str], Rows]:
     Raises:
         ValueError: They cannot be read, or hold no text.
     """
-    split = arguments.split or "test"
     if arguments.text_file is not None:
         loaded = _load_file("text_file", arguments.text_file, streaming=False)
     else:
         named = DataArguments(dataset_name=arguments.dataset_name, dataset_config_name=arguments.dataset_config_name)
-        loaded = load_rows(named, [split])[split]
+        splits = _load_named(named, SPLIT_ALIASES)
+        if arguments.split not in splits:
+            raise ValueError(
+                f"--dataset_name {arguments.dataset_name} has no {arguments.split} split. Give --split "
+                f"{' or '.join(splits)}, or a --text_file."
+            )
+        loaded = splits[arguments.split]
     example = _first(loaded.rows, loaded.origin)
     if example is None:
         raise ValueError(f"{loaded.origin} is empty.")

@@ -28,11 +28,18 @@ class Text:
     Attributes:
         rows: In their order; lines with their line breaks.
         rows_are_lines: Whether a row is a line of a longer text, and no document.
+        is_c4: Whether they are C4, of which a part is measured by `wanda`.
     """
 
     rows: list[str]
     rows_are_lines: bool
     tokenizer: PreTrainedTokenizerBase
+    is_c4: bool = False
+
+    @cached_property
+    def is_wikitext(self) -> bool:
+        """Whether rows are lines of WikiText, by the headings of its pages."""
+        return self.rows_are_lines and any(HEADING.fullmatch(row) for row in self.rows)
 
     @cached_property
     def trained(self) -> list[int]:
@@ -45,9 +52,12 @@ class Text:
     def joined(self, between: str, rows: int | None = None) -> list[int]:
         """Return the tokens of these rows as one text, with what special tokens the tokenizer adds by itself.
 
-        A blank row is an empty one, as in WikiText on the Hub.
+        A blank row of WikiText is an empty one, as on the Hub; the lines of any other text are joined as they are.
         """
-        text = between.join(row if row.strip() else "" for row in self.rows[:rows])
+        if self.rows_are_lines and not self.is_wikitext:
+            between = ""
+        shown = (row if row.strip() or not self.is_wikitext else "" for row in self.rows[:rows])
+        text = between.join(shown)
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 
@@ -91,6 +101,8 @@ class Definition(ABC):
     def numbers(self, text: Text, windows: Sequence[Window], nlls: Sequence[float]) -> dict[str, float]:
         """Return `perplexity`, and what else goes by this definition: exp of the weighted mean over windows."""
         total = math.fsum(window.weight for window in windows)
+        if total == 0:
+            return {"perplexity": math.nan}
         terms = (window.weight / window.targets * nll for window, nll in zip(windows, nlls, strict=True))
         return {"perplexity": perplexity_of(math.fsum(terms) / total)}
 
@@ -107,7 +119,7 @@ class Token(Definition):
             yield Window(text.trained[begin:end], scored, weight=scored)
 
 
-class Blocks(Definition):
+class TrainerBlocks(Definition):
     """What `exp(eval_loss)` of a Trainer is over the blocks of run_clm: the tail that fills no block is dropped."""
 
     name = "trainer"
@@ -125,9 +137,7 @@ class HfStride(Definition):
     """
 
     name = "hf-stride"
-    says = (
-        "rows joined by a blank line; exp(sum of mean nll x (new tokens - 1) / sum of (new tokens - 1)) over windows"
-    )
+    says = "rows joined by blank lines; exp(sum of mean nll x (new tokens - 1) / sum of (new tokens - 1)) over windows"
     takes_stride = True
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
@@ -139,14 +149,16 @@ class HfStride(Definition):
 
 
 class Wanda(Definition):
-    """That of GPTQ, SparseGPT and Wanda: whole disjoint windows, and the tail dropped.
+    """That of GPTQ (for C4 its `c4-new`), SparseGPT and Wanda: whole disjoint windows, and the tail dropped.
 
-    WikiText's rows are joined by a blank line. Documents, as those of C4, are joined by a space: the first 1,100 of
-    them, cut to 256 windows.
+    WikiText's rows are joined by a blank line, documents by a space: of C4 the first 1,100, cut to 256 windows.
     """
 
     name = "wanda"
-    says = "exp(mean over whole disjoint windows of the mean nll of their length - 1 targets)"
+    says = (
+        "WikiText joined by blank lines, documents by spaces (C4: 1,100 of them, 256 windows); "
+        "exp(mean over whole disjoint windows of the mean nll of their length - 1 targets)"
+    )
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
         yield from whole_windows(published_tokens(text, length), length)
@@ -156,7 +168,7 @@ class WandaLora(Definition):
     """That of Wanda's LoRA fine-tuning: as `wanda`, but the short tail counts as a whole window."""
 
     name = "wanda-lora"
-    says = "exp(mean over disjoint windows of their mean nll), the short tail counted as a whole window"
+    says = "texts as wanda's; exp(mean over disjoint windows of their mean nll), the short tail as a whole window"
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
         ids = published_tokens(text, length)
@@ -218,7 +230,7 @@ class Evaluate(Definition):
 
 DEFINITIONS: dict[str, Definition] = {
     definition.name: definition
-    for definition in (Token(), Blocks(), HfStride(), Wanda(), WandaLora(), LmEval(), Evaluate())
+    for definition in (Token(), TrainerBlocks(), HfStride(), Wanda(), WandaLora(), LmEval(), Evaluate())
 }
 
 
@@ -247,9 +259,9 @@ def whole_windows(ids: list[int], length: int) -> Iterator[Window]:
 
 def published_tokens(text: Text, length: int) -> list[int]:
     """Return the tokens of WikiText or C4 as GPTQ and its successors join and cut them."""
-    if text.rows_are_lines:
-        return text.joined("\n\n")
-    return text.joined(" ", rows=C4_DOCUMENTS)[: C4_WINDOWS * length]
+    if text.is_c4:
+        return text.joined(" ", rows=C4_DOCUMENTS)[: C4_WINDOWS * length]
+    return text.joined("\n\n" if text.rows_are_lines else " ")
 
 
 # ---- Documents, and WikiText made readable ----
@@ -259,17 +271,18 @@ HEADING = re.compile(r"\s*= (?!=).*(?<!=) =\s*")
 
 
 def documents(text: Text) -> Iterator[tuple[str, str]]:
-    """Yield each document that is not blank, as it is and as a model is to see it."""
-    if not text.rows_are_lines:
-        yield from ((row, row) for row in text.rows if row.strip())
-        return
-    pages = pages_of(text.rows)
-    is_wikitext = any(HEADING.fullmatch(row) for row in text.rows)
-    yield from ((page, detokenized(page) if is_wikitext else page) for page in pages)
+    """Yield each document that is not blank, as it is and as a model is to see it: pages of WikiText detokenized."""
+    whole = text.rows
+    if text.rows_are_lines:
+        whole = pages_of(text.rows) if text.is_wikitext else ["".join(text.rows)]
+    for document in whole:
+        if document.strip():
+            first = next(line for line in document.splitlines() if line.strip())
+            yield document, detokenized(document) if HEADING.fullmatch(first) else document
 
 
 def pages_of(rows: Sequence[str]) -> list[str]:
-    r"""Return the pages of WikiText, each from its heading on; a text without such headings is one page.
+    r"""Return the pages of WikiText, each from its heading on.
 
     >>> pages_of(["", " = One = \n", "", " text \n", " = = Section = = \n", " = Two = \n", " more \n"])
     [' = One = \n \n text \n = = Section = = ', ' = Two = \n more ']

@@ -61,6 +61,7 @@ class PerplexityMixin(_AnyTrainer):
             output.metrics[f"{metric_key_prefix}_target_tokens"] = found.tokens
             if found.non_finite:  # `eval_loss` may leave them out and look well
                 output.metrics[f"{metric_key_prefix}_non_finite_rows"] = found.non_finite
+            if found.non_finite and self.is_world_process_zero():
                 logger.warning(
                     f"{found.non_finite} of {found.rows} rows of the {metric_key_prefix} set have a likelihood that "
                     "is not finite: so the perplexity is not a number."

@@ -21,9 +21,9 @@ from .data import TextArguments, load_texts
 from .definitions import DEFINITIONS, Definition, Text, find_definition
 from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
+from .provenance import versions_and_machine
 from .pruning import nonzero_shares
 from .records import write_whole
-from .run_directory import versions_and_machine
 
 DEFAULT_TOKEN_LENGTH = 2048
 
@@ -99,8 +99,8 @@ def cut_windows(
     windows = list(itertools.islice(definition.windows(text, length, stride), most))
     if not windows:
         raise ValueError(
-            f"{origin} has {len(text.trained)} tokens, which make no window of --definition {definition.name}: "
-            f"--token_length is {length}. Give a lower one, or more text."
+            f"{origin} is shorter than a window of --definition {definition.name}: --token_length is {length}. Give a "
+            "lower one, or more text."
         )
     return windows
 
@@ -136,12 +136,13 @@ def measure(
     length, stride = choose_windows(arguments, config)
     with state.main_process_first():
         rows, loaded = load_texts(source)
-        text = Text(rows, loaded.rows_are_lines, tokenizer)
+        text = Text(rows, loaded.rows_are_lines, tokenizer, source.is_c4)
         windows = cut_windows(definition, text, length, stride, arguments.max_windows, loaded.origin)
     model = load_base(load, config, state.device)
     check_tokens(windows, model, tokenizer)
     adapted = model if arguments.adapter is None else load_adapter(model, arguments.adapter, load)
-    if not load.is_quantised and load.device_map is None:
+    quantisation = quantisation_of(model)
+    if quantisation is None and load.device_map is None:
         adapted.to(state.device)
     start = time.perf_counter()
     nlls = nlls_over_ranks(adapted, windows, arguments.batch_size, state)
@@ -165,7 +166,7 @@ def measure(
         "adapter": arguments.adapter,
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantisation": "8-bit" if load.load_in_8bit else "4-bit" if load.load_in_4bit else None,
+        "quantisation": quantisation,
         "nonzero_share": nonzero_shares(model),
         "seconds": seconds,
         **versions_and_machine(state.device, state.num_processes),
@@ -193,6 +194,15 @@ def numbers_of(
     return numbers, non_finite
 
 
+def quantisation_of(model: PreTrainedModel) -> str | None:
+    """Return how the weights are quantised, whether on loading or in the checkpoint; None if they are not."""
+    if not getattr(model, "is_quantized", False):
+        return None
+    bits = {"is_loaded_in_8bit": "8-bit", "is_loaded_in_4bit": "4-bit"}
+    by_bitsandbytes = next((name for flag, name in bits.items() if getattr(model, flag, False)), None)
+    return by_bitsandbytes or str(getattr(model, "quantization_method", "quantised"))
+
+
 def begin_of(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the special token that the first window begins with, if it does."""
     first = windows[0].ids[0]
@@ -212,10 +222,7 @@ def nlls_over_ranks(
 
 def describe_measurement(found: dict[str, Any]) -> list[str]:
     """Return a line each on the number, and on what it is the perplexity of."""
-
-    def shown(value: float | None) -> str:
-        return "not finite" if value is None else f"{value:.4f}"
-
+    shown = shown_number
     lines = [f"perplexity  {shown(found['perplexity'])} ({found['definition']}): {found['says']}"]
     if "bits_per_byte" in found:
         by_byte = f"by byte {shown(found['byte_perplexity'])}, bits by byte {shown(found['bits_per_byte'])}"
@@ -236,9 +243,13 @@ def describe_measurement(found: dict[str, Any]) -> list[str]:
         f"text        {place}, {found['rows']:,} rows",
         f"windows     {cut}, {begin}",
         f"model       {found['model']}{adapter}, {form}",
-        f"not zero    {shares}",
+        f"not zero    {shares}{' (small values are rounded to zero)' if found['quantisation'] else ''}",
         f"speed       {found['seconds']:.1f} s, {found['target_tokens'] / found['seconds']:,.0f} targets/s",
     ]
+
+
+def shown_number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def write_measurement(found: dict[str, Any], path: str) -> None:

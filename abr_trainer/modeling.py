@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -288,6 +297,9 @@ def load_adapter(model: PreTrainedModel, path: str, arguments: LoadArguments) ->
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, path)
+        lost = set(load_peft_weights(path, device="cpu")) - set(get_peft_model_state_dict(adapted))
+        if lost:
+            raise ValueError(f"the model has no {min(lost)}")
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         raise ValueError(
             f"--adapter {path} does not fit --model_name_or_path {name}; it was trained on {base}: {one_line(error)}"

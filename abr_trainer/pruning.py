@@ -21,7 +21,9 @@ from .modeling import LoadArguments, load_adapter, load_base, load_config, load_
 LAYERS = (nn.Linear, Conv1D)
 """Layers that are pruned; quantised ones are kinds of these."""
 
-ADAPTER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+ADAPTER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save", "token_adapter")
+WRAPPED = ("base_layer", "original_module")
+"""Names of modules that belong to an adapter, and of those in which it keeps the base's."""
 
 
 # ---- What there is ----
@@ -58,13 +60,15 @@ class Matrix:
 
 
 def matrices(model: nn.Module) -> Iterator[Matrix]:
-    """Yield the matrices of linear layers and embeddings, tied ones once; those of an adapter are left out."""
+    """Yield the matrices of linear layers and embeddings, tied ones once; those of an adapter are left out, also
+    where it has trained a layer in the place of the base's.
+    """
     seen: set[int] = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, (*LAYERS, nn.Embedding)) or weight is None or id(weight) in seen:
             continue
-        parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
+        parts = [part for part in name.removeprefix("base_model.model.").split(".") if part not in WRAPPED]
         if not set(parts) & set(ADAPTER):
             seen.add(id(weight))
             yield Matrix(".".join(parts), module, is_adapted=name.endswith(".base_layer"))
@@ -208,6 +212,11 @@ def parse_pattern(pattern: str) -> Unstructured | Grouped | Blocks:
     )
 
 
+def check_sparsity(sparsity: float) -> None:
+    if not 0 < sparsity < 1:
+        raise ValueError(f"--sparsity must lie between 0 and 1, got {sparsity}.")
+
+
 @torch.no_grad()
 def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured") -> None:
     """Set the weights of the lowest magnitude to zero, in each linear layer but the head, in place.
@@ -219,10 +228,11 @@ def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured"
     Raises:
         ValueError: The share is none, a matrix does not have that pattern, or the weights are quantised.
     """
-    if not 0 < sparsity < 1:
-        raise ValueError(f"--sparsity must lie between 0 and 1, got {sparsity}.")
+    check_sparsity(sparsity)
     parsed = parse_pattern(pattern)
     pruned = layers(model)
+    if not pruned:
+        raise ValueError("The model has no linear layers that could be pruned.")
     for matrix in pruned:
         _refuse_quantised(matrix)
         try:
@@ -250,16 +260,16 @@ def merge_adapter(model: PeftModel, keep_mask: bool = True) -> PreTrainedModel:
     """
     for matrix in matrices(model):
         _refuse_quantised(matrix)
-    before = nonzero_shares(model)
-    zeros = {matrix.name: matrix.values() == 0 for matrix in matrices(model) if matrix.is_adapted and keep_mask}
+    zeros = {matrix.name: matrix.values() == 0 for matrix in matrices(model) if matrix.is_adapted}
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     for matrix in matrices(merged):
-        if matrix.name in zeros:
+        if keep_mask and matrix.name in zeros:
             matrix.values().masked_fill_(zeros[matrix.name], 0)
-    after = nonzero_shares(merged)
-    denser = [kind for kind in before if keep_mask and after[kind] > before[kind]]
-    if denser:
-        raise RuntimeError(f"Merged under the mask, these layers have fewer zeros than before: {', '.join(denser)}.")
+    if keep_mask:
+        left = {matrix.name: int((matrix.values() == 0).sum()) for matrix in matrices(merged)}
+        denser = [name for name, before in zeros.items() if left[name] < int(before.sum())]
+        if denser:
+            raise RuntimeError(f"Merged under the mask, these have fewer zeros than before: {', '.join(denser)}.")
     return merged
 
 
@@ -278,14 +288,20 @@ class PruneArguments:
     """How to prune, and where the pruned model goes."""
 
     output_dir: str = field(metadata={"help": "A new directory for the pruned model and its tokenizer."})
-    sparsity: float = field(default=0.5, metadata={"help": "Share of each matrix that is set to zero."})
+    sparsity: float | None = field(
+        default=None,
+        metadata={"help": "Share of each matrix that is set to zero. Default: 0.5; a pattern n:m has its own."},
+    )
     pattern: str = field(
         default="unstructured",
         metadata={"help": "unstructured; n:m, at most n of m successive inputs (2:4); or blocks, 16x16."},
     )
 
     def __post_init__(self) -> None:
-        parse_pattern(self.pattern)
+        if isinstance(parse_pattern(self.pattern), Grouped) and self.sparsity is not None:
+            raise ValueError(f"--sparsity means nothing to --pattern {self.pattern}, which has its own.")
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
         _refuse_in_use(self.output_dir)
 
 
@@ -311,7 +327,7 @@ def _refuse_in_use(directory: str) -> None:
 def prune_to(load: LoadArguments, arguments: PruneArguments) -> dict[str, dict[str, float]]:
     """Prune a model into a directory, and return its `sparsity_report`."""
     model = load_base(load, load_config(load), "cpu")
-    prune(model, arguments.sparsity, arguments.pattern)
+    prune(model, arguments.sparsity or 0.5, arguments.pattern)
     _save(model, load, arguments.output_dir)
     return sparsity_report(model)
 
@@ -326,12 +342,13 @@ def merge_to(load: LoadArguments, adapter: str, arguments: MergeArguments) -> di
 
 def _save(model: PreTrainedModel, load: LoadArguments, directory: str) -> None:
     """Write a model and its tokenizer, all or nothing."""
-    unfinished = Path(f"{directory}.unfinished")
+    path = Path(directory)
+    unfinished = path.with_name(f"{path.name}.unfinished")
     model.save_pretrained(unfinished)
     load_tokenizer(load).save_pretrained(unfinished)
-    if Path(directory).exists():
-        Path(directory).rmdir()
-    unfinished.rename(directory)
+    if path.exists():
+        path.rmdir()
+    unfinished.rename(path)
 
 
 def describe_sparsity(report: dict[str, dict[str, float]]) -> list[str]:

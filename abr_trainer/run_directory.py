@@ -1,22 +1,18 @@
-"""The output directory of a run: one run in it, where it came from, and where to resume it."""
+"""The output directory of a run: one run in it, and where to resume it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from .config import ABRConfig
+from .provenance import versions_and_machine
 from .records import (
     CHECKPOINT_PREFIX,
     HISTORY_NAME,
@@ -137,47 +133,6 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
             "arguments": arguments,
         }
     write_whole(path, json.dumps(provenance, indent=2, default=str) + "\n")
-
-
-def versions_and_machine(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return what made a result, beside its arguments: `versions`, `git` and `machine`."""
-    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
-    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "git": _git_commit(),
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processes": processes,
-        },
-    }
-
-
-def _git_commit() -> str | None:
-    """Return the commit of this checkout, with "-dirty" if it was changed; None without git or outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
-            return git("describe", "--always", "--dirty", "--abbrev=40")
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    return None
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def find_checkpoint(args: ABRConfig) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,17 +17,30 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging
 
 from .records import HISTORY_NAME, TRACE_NAME, read_json, read_lines, write_whole
 
-logger = logging.get_logger(__name__)
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
-METRIC = "eval_perplexity"
+logger = logging.get_logger(__name__)
 
 WORSE = 0.005
 """By how much, as a share, perplexity must have risen to count as a rise."""
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """That of transformers, which a resumed run goes on with: its count of evaluations comes from the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        counted = kept["attributes"] if isinstance(kept, dict) else {}
+        self.early_stopping_patience_counter = counted.get("early_stopping_patience_counter", 0)
 
 
 @dataclass(frozen=True)
@@ -55,18 +68,21 @@ class Evaluation:
 class PerplexityCallback(TrainerCallback):
     """Say at each evaluation how perplexity has moved since the first, and keep it in `perplexity_history.json`.
 
-    It reads what a causal-LM evaluation has measured, and spends nothing itself. An evaluation after the end of a run
-    belongs to it unless these weights were evaluated already. A resumed run goes on with the history up to its
-    checkpoint. It warns once of overfitting: perplexity rises while the training loss falls.
+    It reads what a causal-LM evaluation has measured, of several evaluation sets the first, and spends nothing itself.
+    An evaluation after the end of a run belongs to it unless these weights were evaluated already. A resumed run goes
+    on with the history up to its checkpoint. It warns once of overfitting: perplexity rises while the training loss
+    falls. It is silent in a hyperparameter search.
     """
 
     def __init__(self) -> None:
         self.history: list[Evaluation] = []
+        self._metric: str | None = None
+        self._has_ended = False
         self._has_warned = False
         self._before: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._has_warned = False
+        self._has_warned = self._has_ended = False
         path = Path(args.output_dir, HISTORY_NAME)
         written = (read_json(path) or {"evaluations": []})["evaluations"] if state.global_step else []
         self.history = [Evaluation(**entry) for entry in written if entry["step"] <= state.global_step]
@@ -75,34 +91,39 @@ class PerplexityCallback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        perplexity = (metrics or {}).get(METRIC)
-        if perplexity is None or not (self._before and state.is_world_process_zero):
+        metrics = metrics or {}
+        if self._metric is None:
+            self._metric = next((name for name in metrics if re.fullmatch(r"eval_(\w+_)?perplexity", name)), None)
+        perplexity = metrics.get(self._metric or "")
+        if perplexity is None or not (self._before and state.is_world_process_zero) or state.is_hyper_param_search:
             return  # another metric, or a run that only evaluates
-        if self.history and self.history[-1].step == state.global_step:
+        is_of_earlier_weights = self._has_ended and args.load_best_model_at_end
+        if is_of_earlier_weights or (self.history and self.history[-1].step == state.global_step):
             return
+        losses = batch_losses(Path(args.output_dir))
+        since = self.history[-1].step if self.history else 0
         evaluation = Evaluation(
             name_of(state.global_step, state.epoch),
             state.global_step,
             state.epoch or 0.0,
             perplexity if math.isfinite(perplexity) else None,
-            self._mean_loss(Path(args.output_dir), state.global_step),
+            mean([loss for batch, loss in losses if batch > since]),
             self._memory(),
         )
         self.history.append(evaluation)
         tqdm.write(trend(evaluation, self.history[0]))
         data = {
-            "metric": METRIC,
+            "metric": self._metric,
             "evaluations": [asdict(each) for each in self.history],
-            "summary": summary(self.history, batch_losses(Path(args.output_dir))),
+            "summary": summary(self.history, losses),
         }
         write_whole(Path(args.output_dir, HISTORY_NAME), json.dumps(data, indent=1) + "\n")
         if not self._has_warned and (warning := overfitting(self.history)):
             logger.warning(warning)
             self._has_warned = True
 
-    def _mean_loss(self, directory: Path, step: int) -> float | None:
-        since = self.history[-1].step if self.history else 0
-        return mean([loss for batch, loss in batch_losses(directory) if since < batch <= step])
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_ended = True
 
     def _memory(self) -> dict[str, dict[str, int]]:
         """Return what memory there was, what has come to it, and the most so far; count from here on."""
@@ -148,26 +169,27 @@ def trend(evaluation: Evaluation, first: Evaluation) -> str:
 
 
 def overfitting(history: Sequence[Evaluation]) -> str | None:
-    """Return a warning if, at the last evaluation, perplexity has risen while the training loss fell."""
-    if len(history) < 3:
+    """Return a warning if perplexity has risen since it was best, while the training loss has gone on falling."""
+    finite = [each for each in history if each.perplexity is not None]
+    if len(history) < 3 or not finite or finite[-1] is not history[-1]:
         return None
-    before, last = history[-2:]
-    risen = change(last.perplexity, before.perplexity)
-    if risen is None or risen < WORSE or last.loss is None or before.loss is None or last.loss >= before.loss:
+    best, last = min(finite, key=lambda each: each.perplexity or math.inf), history[-1]
+    loss = history[1].loss if best is history[0] else best.loss
+    risen = change(last.perplexity, best.perplexity)
+    if risen is None or risen < WORSE or last.loss is None or loss is None or last.loss >= loss:
         return None
-    best = min((each for each in history if each.perplexity is not None), key=lambda each: each.perplexity or math.inf)
     return (
-        f"Overfitting: from {before.name} to {last.name} the training loss fell from {before.loss:.3f} to "
-        f"{last.loss:.3f}, but perplexity rose from {before.perplexity:.2f} to {last.perplexity:.2f}. The best so far "
-        f"is {best.perplexity:.2f}, at {best.name}: --load_best_model_at_end keeps it."
+        f"Overfitting: since {best.name} perplexity has risen from {best.perplexity:.2f} to {last.perplexity:.2f}, "
+        f"while the training loss fell from {loss:.3f} to {last.loss:.3f}. --early_stopping_patience stops such a "
+        "run, and keeps the best checkpoint."
     )
 
 
 def batch_losses(directory: Path) -> list[tuple[int, float]]:
-    """Return step and first-pass loss of all batches of a run whose loss is finite, by its trace."""
+    """Return step and first-pass loss of all batches that a run was trained on, by its trace."""
     path = directory / TRACE_NAME
     lines = read_lines(path) if path.exists() else iter(())
-    return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+    return [(line["step"], line["loss"]) for line in lines if line["repeats"] and line["loss"] is not None]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -234,6 +256,10 @@ def memory_in_use() -> dict[str, int]:
 
 def memory_peaks() -> dict[str, int]:
     """Return the most bytes that the process has held, and that were allocated on its GPU."""
-    kilo = 1 if sys.platform == "darwin" else 1024
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
+    if resource is None:
+        found = {"process": int(getattr(psutil.Process().memory_info(), "peak_wset", 0))}
+    else:
+        found = {
+            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        }
     return found | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})

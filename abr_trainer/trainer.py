@@ -56,6 +56,7 @@ from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .support import check_schedule, refuse_unsupported
 from .token_accuracy import Hits, accuracy_of, counting_hits, summed
+from .tracking import EarlyStopping
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +144,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
                 raise ValueError("--eval_passes needs something to evaluate on: --do_eval, or an `eval_dataset`.")
             self._trace = TraceCallback()
             self.add_callback(self._trace)
+            if (patience := self._setting("early_stopping_patience")) is not None:
+                self.add_callback(EarlyStopping(patience, self._setting("early_stopping_threshold")))
             if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
                 self.remove_callback(ProgressCallback)
                 self.add_callback(ABRProgressCallback(shows_perplexity=self._loss_is_of_tokens))

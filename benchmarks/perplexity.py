@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from abr_trainer.definitions import DEFINITIONS, Text
 from abr_trainer.measurement import cut_windows, numbers_of
 from abr_trainer.perplexity import window_nlls
+from abr_trainer.provenance import versions_and_machine
 from abr_trainer.records import write_whole
-from abr_trainer.run_directory import versions_and_machine
 
 RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 

@@ -5,7 +5,7 @@
     python scripts/merge_adapter.py ... --keep_mask false      # a plain merge, which fills the zeros
 
 All three are measured by the same definition, see eval_perplexity.py: the base, the base with the adapter beside it,
-and what was merged, as it was written.
+and what was merged, as it was written. --output_file holds the three.
 """
 
 from __future__ import annotations
@@ -19,28 +19,40 @@ from safetensors import SafetensorError
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.data import TextArguments
 from abr_trainer.errors import one_line_errors
-from abr_trainer.measurement import MeasureArguments, describe_measurement, measure
+from abr_trainer.measurement import (
+    MeasureArguments,
+    describe_measurement,
+    measure,
+    shown_number,
+    write_measurement,
+)
 from abr_trainer.modeling import LoadArguments
 from abr_trainer.pruning import MergeArguments, describe_sparsity, merge_to
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    with one_line_errors(ValueError, OSError, RuntimeError, SafetensorError, when_interrupted="see --output_dir"):
+    with one_line_errors(
+        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="look for --output_dir"
+    ):
         load, source, arguments, merge = parse_arguments(
             (LoadArguments, TextArguments, MeasureArguments, MergeArguments), argv
         )
         if arguments.adapter is None:
             raise ValueError("--adapter is missing: what to merge.")
+        if load.is_quantised:
+            raise ValueError("An adapter is merged into weights as they are: without --load_in_8bit, --load_in_4bit.")
         state = PartialState(cpu=arguments.use_cpu)
-        found = {"base": measure(load, source, replace(arguments, adapter=None), state)}
-        found["beside"] = measure(load, source, arguments, state)
+        if state.num_processes > 1:
+            raise ValueError("Merging is the work of one process: start this script without a launcher.")
+        alone = replace(arguments, adapter=None)
+        found = {"base": measure(load, source, alone, state), "beside": measure(load, source, arguments, state)}
         report = merge_to(load, arguments.adapter, merge)
-        merged = replace(load, model_name_or_path=merge.output_dir)
-        found["merged"] = measure(merged, source, replace(arguments, adapter=None), state)
+        found["merged"] = measure(replace(load, model_name_or_path=merge.output_dir), source, alone, state)
+        if arguments.output_file is not None:
+            write_measurement(found, arguments.output_file)
     print(*describe_measurement(found["merged"]), *describe_sparsity(report), sep="\n")
     for name, each in found.items():
-        value = "not finite" if each["perplexity"] is None else f"{each['perplexity']:.4f}"
-        print(f"{name:12}{value}, {1 - each['nonzero_share']['all']:.2%} zeros")
+        print(f"{name:12}{shown_number(each['perplexity'])}, {1 - each['nonzero_share']['all']:.2%} zeros")
     return found
 
 

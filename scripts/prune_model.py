@@ -15,7 +15,9 @@ from abr_trainer.pruning import PruneArguments, describe_sparsity, prune_to
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    with one_line_errors(ValueError, OSError, SafetensorError, when_interrupted="nothing was written"):
+    with one_line_errors(
+        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="--output_dir was not made"
+    ):
         load, arguments = parse_arguments((LoadArguments, PruneArguments), argv)
         report = prune_to(load, arguments)
     print(*describe_sparsity(report), f"model  {arguments.output_dir}", sep="\n")

@@ -22,8 +22,8 @@ original=(--config_name "$model" --tokenizer_name "$model")
 [ "$model" = demo ] && original=()
 
 mkdir -p "$out"
-if [ ! -e "$pruned/config.json" ]; then
-    python "$here/prune_model.py" --model_name_or_path "$model" --sparsity "${SPARSITY:-0.5}" \
+if [ -z "${PRUNED:-}" ] && [ ! -e "$pruned/config.json" ]; then
+    python "$here/prune_model.py" --model_name_or_path "$model" ${SPARSITY:+--sparsity "$SPARSITY"} \
         --pattern "${PATTERN:-unstructured}" --output_dir "$pruned"
 fi
 if [ ! -e "$out/lora/all_results.json" ]; then

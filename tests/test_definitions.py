@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from abr_trainer.definitions import DEFINITIONS, Text, detokenized, find_definition, pages_of
+from abr_trainer.definitions import documents as documents_of
 from abr_trainer.demo import DEMO_MODEL, demo_texts
 from abr_trainer.measurement import cut_windows, numbers_of
 from abr_trainer.perplexity import window_nlls
@@ -145,11 +146,30 @@ def test_wanda_lora_counts_the_tail_as_a_whole_window(lines, model, tokenizer):
 
 
 def test_of_c4_the_first_documents_are_measured(model, tokenizer):
-    rows = ["One two three."] * 1200
-    text = Text(rows, False, tokenizer)
-    windows = list(DEFINITIONS["wanda"].windows(text, 8, 8))
-    assert len(windows) == 256
-    assert [x for window in windows for x in window.ids] == joined(tokenizer, rows[:1100], " ")[: 256 * 8]
+    rows = [f"Item {index}." for index in range(1200)]
+    text = Text(rows, False, tokenizer, is_c4=True)
+    few, many = (list(DEFINITIONS["wanda"].windows(text, length, length)) for length in (64, 8))
+    first = joined(tokenizer, rows[:1100], " ")
+    assert [x for window in few for x in window.ids] == first[: len(first) // 64 * 64]
+    assert len(many) == 256
+    assert [x for window in many for x in window.ids] == first[: 256 * 8]
+    others = DEFINITIONS["wanda"].windows(Text(rows, False, tokenizer), 64, 64)
+    assert len(list(others)) == len(joined(tokenizer, rows, " ")) // 64, "all of what is not C4"
+
+
+def test_a_text_of_ones_own_is_taken_as_it_is(tokenizer):
+    whole = "The cat found\n\na spoon.\n \nIt was old.\n"
+    text = Text(whole.splitlines(keepends=True), True, tokenizer)
+    assert text.joined("\n\n") == tokenizer(whole)["input_ids"]
+    assert list(documents_of(text)) == [(whole, whole)]
+
+
+def test_pages_are_detokenized_also_where_each_is_a_row(tokenizer):
+    page = "".join(WIKITEXT[:5])
+    assert list(documents_of(Text([page, "A , b"], False, tokenizer))) == [
+        (page, detokenized(page)),
+        ("A , b", "A , b"),
+    ]
 
 
 def test_evaluate_is_the_mean_of_the_perplexities_of_texts(documents, model, tokenizer):

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -101,11 +102,14 @@ def test_quantised_models_are_measured(flag, kind, adapter):
     assert run(*DEMO, flag, "--adapter", str(adapter))["perplexity"] > found["perplexity"]
 
 
-def test_half_precision_is_summed_in_whole(tmp_path):
-    exact = run(*DEMO)["perplexity"]
-    found = run(*DEMO, "--torch_dtype", "bfloat16")
-    assert found["dtype"] == "bfloat16"
-    assert found["perplexity"] == pytest.approx(exact, rel=0.01)
+def test_half_precision_is_summed_in_whole():
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16).eval()
+    ids = AutoTokenizer.from_pretrained(DEMO_MODEL)(demo_texts("test")[0])["input_ids"][:60]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:-1]])).logits[0].double()
+    exact = -torch.log_softmax(logits, dim=-1)[range(len(ids) - 1), ids[1:]].sum()
+    assert window_nlls(model, [Window(ids, len(ids) - 1, 1)], 1)[0] == pytest.approx(float(exact), rel=1e-6)
+    assert run(*DEMO, "--torch_dtype", "bfloat16")["dtype"] == "bfloat16"
 
 
 def test_a_text_of_ones_own_a_pruned_model_and_the_configuration_of_another(tmp_path):
@@ -190,7 +194,7 @@ def test_an_empty_text_is_told(tmp_path, content):
 def test_a_text_shorter_than_a_window_is_told(tmp_path, definition):
     (tmp_path / "own.txt").write_text("The committee met.")
     message = error_of("--text_file", str(tmp_path / "own.txt"), "--definition", definition, "--token_length", "64")
-    assert f"which make no window of --definition {definition}: --token_length is 64" in message
+    assert f"own.txt is shorter than a window of --definition {definition}: --token_length is 64" in message
 
 
 def test_an_adapter_of_another_base_is_told(tmp_path):
@@ -200,11 +204,33 @@ def test_an_adapter_of_another_base_is_told(tmp_path):
     assert (
         f"--adapter {tmp_path / 'narrow'} does not fit --model_name_or_path {DEMO_MODEL}; it was trained on" in message
     )
-    deeper = LlamaForCausalLM(
+    shallow = LlamaForCausalLM(
         LlamaConfig(**{**AutoModelForCausalLM.from_pretrained(DEMO_MODEL).config.to_dict(), "num_hidden_layers": 2})
     )
-    get_peft_model(deeper, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "shallow")
+    get_peft_model(shallow, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "shallow")
     assert "does not fit" in error_of(*DEMO, "--adapter", str(tmp_path / "shallow"))
+
+
+def test_an_adapter_of_a_deeper_base_is_told(tmp_path):
+    config = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).config.to_dict()
+    deeper = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": 6}))
+    get_peft_model(deeper, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "the model has no base_model.model.model.layers.4.self_attn.q_proj.lora_A" in error_of(
+        *DEMO, "--adapter", str(tmp_path)
+    )
+
+
+def test_an_adapter_on_another_base_of_the_same_shape_is_warned_of(adapter, tmp_path, caplog):
+    AutoModelForCausalLM.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
+    run(*DEMO, "--model_name_or_path", str(tmp_path), "--adapter", str(adapter))
+    assert f"was trained on {DEMO_MODEL}, and is used on {tmp_path}" in caplog.text
+
+
+def test_a_split_that_is_not_there_is_told(tmp_path):
+    Dataset.from_dict({"text": ["One."]}).to_parquet(tmp_path / "train.parquet")
+    message = error_of("--dataset_name", str(tmp_path), "--split", "test")
+    assert "has no test split. Give --split train, or a --text_file." in message
 
 
 def test_a_tokenizer_of_another_model_is_told(tmp_path):
@@ -228,7 +254,7 @@ def test_windows_of_different_lengths_do_not_touch_each_other():
     assert window_nlls(model, windows, 3) == pytest.approx(alone, rel=1e-6)
 
 
-def test_tied_weights_are_counted_once_and_zeros_of_4_bit_weights_found():
+def test_tied_weights_are_counted_once():
     tied, untied = tiny_llama(), tiny_llama(tie_word_embeddings=False)
     with torch.no_grad():
         untied.lm_head.weight.zero_()

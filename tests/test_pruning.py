@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_zeros_survive_quantisation_to_4_bit(tmp_path):
 
 def test_the_path_from_dense_to_merged(tmp_path, capsys):
     pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
-    report = prune_model.main(["--sparsity", "0.6", "--output_dir", pruned])
+    report = prune_model.main(["--sparsity", "0.6", "--output_dir", f"{pruned}/"])
     assert report["all"]["zeros"] == pytest.approx(0.6, abs=1e-3)
     data = ["--dataset_name", "demo", "--use_cpu"]
     train = [
@@ -164,7 +165,10 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     ]
     run_clm_abr.main([*data, *train, "--model_name_or_path", pruned, "--output_dir", lora])
     flags = [*data, "--model_name_or_path", pruned, "--adapter", lora, "--token_length", "64", "--max_rows", "40"]
-    found = merge_script.main([*flags, "--output_dir", merged])
+    (tmp_path / "merged").mkdir()
+    written = ["--output_file", str(tmp_path / "found.json")]
+    found = merge_script.main([*flags, "--output_dir", f"{merged}/", *written])
+    assert json.loads((tmp_path / "found.json").read_text()) == found
     shown = capsys.readouterr().out
     assert found["beside"]["perplexity"] < found["base"]["perplexity"]
     assert found["beside"]["perplexity"] < found["merged"]["perplexity"] < found["base"]["perplexity"]
@@ -174,6 +178,49 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
     with pytest.raises(SystemExit, match=f"error: --output_dir {merged} is in use. Give a new one."):
         merge_script.main([*flags, "--output_dir", merged])
+
+
+def test_layers_that_an_adapter_replaces_are_merged_and_those_it_adapts_keep_their_zeros():
+    plain = tiny_llama(tie_word_embeddings=False)
+    prune(plain, 0.5)
+    model = get_peft_model(plain, LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    assert set(nonzero_shares(model)) == set(nonzero_shares(tiny_llama(tie_word_embeddings=False)))
+    trained = model.base_model.model.lm_head.modules_to_save["default"].weight.clone()
+    merged = merge_adapter(model)
+    assert torch.equal(merged.lm_head.weight, trained)
+    assert nonzero_shares(merged)["q_proj"] == 0.5
+
+
+def test_a_merge_keeps_the_zeros_of_layers_stored_the_other_way_round():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    prune(model, pattern="2:4")
+    adapted_model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for name, parameter in adapted_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    assert sparsity_report(merge_adapter(adapted_model))["all"]["2:4"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "2"], "--sparsity must lie between 0 and 1, got 2.0."),
+        (["--pattern", "2:4", "--sparsity", "0.7"], "--sparsity means nothing to --pattern 2:4, which has its own."),
+    ],
+)
+def test_a_share_that_cannot_be_is_told(tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
+        prune_model.main([*flags, "--output_dir", str(tmp_path / "pruned")])
+
+
+def test_a_merge_into_quantised_weights_is_told_before_anything_is_measured(tmp_path):
+    flags = ["--dataset_name", "demo", "--adapter", "x", "--load_in_4bit", "--output_dir", str(tmp_path / "merged")]
+    with pytest.raises(SystemExit, match="error: An adapter is merged into weights as they are"):
+        merge_script.main(flags)
 
 
 def test_a_merge_without_an_adapter_is_told(tmp_path):

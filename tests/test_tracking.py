@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 import run_clm_abr
-from abr_trainer import ABRTrainer
+from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records import HISTORY_NAME, TRACE_NAME, read_lines
 from abr_trainer.tracking import Evaluation, PerplexityCallback, overfitting, show_history, summary
 from tests.conftest import tiny_llama, token_rows, weights
@@ -117,19 +118,23 @@ def test_it_warns_where_the_training_loss_falls_and_perplexity_rises():
     first = [at("Baseline", 30.0), at("Epoch 1", 20.0, 3.0)]
     assert overfitting(first) is None
     assert overfitting([*first, at("Epoch 2", 22.0, 2.5)]) == (
-        "Overfitting: from Epoch 1 to Epoch 2 the training loss fell from 3.000 to 2.500, but perplexity rose from "
-        "20.00 to 22.00. The best so far is 20.00, at Epoch 1: --load_best_model_at_end keeps it."
+        "Overfitting: since Epoch 1 perplexity has risen from 20.00 to 22.00, while the training loss fell from 3.000 "
+        "to 2.500. --early_stopping_patience stops such a run, and keeps the best checkpoint."
     )
     assert overfitting([*first, at("Epoch 2", 22.0, 3.1)]) is None, "both rise: that is another matter"
     assert overfitting([*first, at("Epoch 2", 20.05, 2.5)]) is None, "no more than noise"
     assert overfitting([*first, at("Epoch 2", None, 2.5)]) is None
+    slowly = [at(f"Epoch {2 + i}", 20.05 + 0.05 * i, 2.9 - 0.1 * i) for i in range(2)]
+    assert "has risen from 20.00 to 20.10" in overfitting([*first, *slowly])
+    worse_at_once = [at("Baseline", 20.0), at("Epoch 1", 21.0, 3.0), at("Epoch 2", 22.0, 2.5)]
+    assert "since Baseline perplexity has risen from 20.00 to 22.00" in overfitting(worse_at_once)
 
 
 def test_a_run_that_overfits_is_warned_once(train, caplog):
     rows = token_rows(4)
     own = {"eval_dataset": token_rows(8, seed=5), "callbacks": [PerplexityCallback()]}
     train(data=rows, learning_rate=3e-2, **{**EVALUATED, "num_train_epochs": 12}, trainer_options=own)
-    assert sum("Overfitting: from Epoch" in record.getMessage() for record in caplog.records) == 1
+    assert sum("Overfitting: since" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_what_is_not_finite_is_said_and_left_out_of_the_best():
@@ -185,6 +190,42 @@ def test_the_script_tracks_by_default_and_stops_early(tmp_path, capsys):
     assert results["eval_perplexity"] == pytest.approx(values[best], rel=1e-6), "the best was loaded"
     assert f"Baseline: {values[0]:.2f}" in shown
     assert f"best {history['summary']['best']:.2f} at {history['summary']['best_at']}" in shown
+
+
+def test_early_stopping_evaluates_where_it_saves_and_goes_on_after_a_resume(train):
+    """Evaluations get worse from the first on: the third in a row that is not better ends the run."""
+    options = {
+        "early_stopping_patience": 3,
+        "do_eval": True,
+        "save_steps": 2,
+        "num_train_epochs": 4,
+        "learning_rate": 5e-2,
+        "data": token_rows(6),
+        "trainer_options": {"eval_dataset": token_rows(8, seed=5)},
+    }
+    whole = train(**options, save_strategy="steps")
+    steps = [logs["step"] for logs in whole.state.log_history if "eval_loss" in logs]
+    assert steps == [2, 4, 6, 8]
+    assert whole.state.global_step == 8 < 12
+    assert whole.state.best_model_checkpoint.endswith("checkpoint-2")
+    checkpoint = Path(whole.args.output_dir, "checkpoint-6")
+    resumed = train(**options, save_strategy="steps", resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 8
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_passes": 2}, "--early_stopping_patience needs evaluations: --do_eval, and --eval_strategy steps or"),
+        ({"eval_strategy": "steps", "eval_steps": 5}, "needs a checkpoint of each evaluation: --eval_steps is 5,"),
+        ({"early_stopping_patience": 0}, "--early_stopping_patience must be at least 1, got 0."),
+        ({"early_stopping_patience": None, "load_best_model_at_end": True, "do_eval": False}, "needs evaluations"),
+    ],
+)  # fmt: skip
+def test_a_best_that_no_checkpoint_would_keep_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ABRConfig(str(tmp_path), **{"early_stopping_patience": 2, "do_eval": True, "use_cpu": True, **options})
 
 
 def test_early_stopping_without_patience_is_told():
