@@ -183,12 +183,14 @@ def dirty_study(setting: Setting, kinds: tuple[str, ...] = KINDS, shares: tuple[
         "robust": "baseline:skip_outliers=robust",
         "classic": "baseline:skip_outliers=classic",
     }
+    if setting is STORIES:
+        rules["gradient norm"] = "baseline:skip_outliers=none,skip_grad_norm=6"
     arms = {f"{name}, clean": rule for name, rule in rules.items()}
     dirty = {}
     for kind, share in itertools.product(kinds, shares):
         oracle = f"benchmarks.oracle:Oracle:file={{data}}/dirty-{kind}-{share}-{{seed}}.json,skip_outliers=none"
         for name, rule in {**rules, "oracle": oracle}.items():
-            if name in ("no skipping", "classic") and share != 10:
+            if name not in ("robust", "oracle") and share != 10:
                 continue
             arm = f"{name}, {share} % {kind}"
             arms[arm] = f"{rule},train_file={{data}}/dirty-{kind}-{share}-{{seed}}.jsonl"
@@ -488,9 +490,10 @@ def dirty_table(rows: list[dict[str, Any]]) -> list[str]:
                 ]
             )
         )
-    for rule in ("robust", "classic"):
+    for rule in ("robust", "classic", "gradient norm"):
         some = [row for row in rows if row["arm"].startswith(f"{rule}, ") and "kind" in row]
-        lines.append(_line(["all of these", rule, *counted(*some), "", "", ""]))
+        if some:
+            lines.append(_line(["all of these", rule, *counted(*some), "", "", ""]))
     return lines
 
 

@@ -192,7 +192,8 @@ class RobustOutlierSkip(OutlierSkip):
     Measured in the README, on batches of 512 tokens. On loss streams of WikiText-2 and DailyDialog, LoRA on two small
     models, with 5 to 25 % of the batches random, shuffled, noise or another language, 95 to 100 % were caught, batches
     of one row among them. Where good losses scatter by 20 % of their level, 1 % of good batches are skipped, most of
-    them among the first 20; by 50 %, 3 %. Junk or foreign text within reach of the good losses is missed.
+    them among the first 20; by 50 %, 3 %. Junk or foreign text within reach of the good losses is missed; good batches
+    are skipped where too high a learning rate makes the loss leap, until that is taken for a change of the data.
 
     Attributes:
         low: Share of the level below which a loss is too low, once four losses are known; 0 looks at no low losses.
