@@ -138,6 +138,7 @@ class Unstructured:
         return mask.view_as(values)
 
     def having(self, values: Tensor) -> tuple[int, int]:
+        """Return how many weights have this pattern, and of how many: all have."""
         return values.numel(), values.numel()
 
 
@@ -161,6 +162,7 @@ class Grouped:
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True).view_as(values)
 
     def having(self, values: Tensor) -> tuple[int, int]:
+        """Return how many groups have this pattern, and of how many; none where inputs do not divide into groups."""
         if values.shape[1] % self.m:
             return 0, math.ceil(values.numel() / self.m)
         counts = (values.reshape(-1, self.m) != 0).sum(dim=1)
@@ -174,7 +176,7 @@ class Blocks:
     rows: int
     columns: int
 
-    def _blocks(self, values: Tensor) -> Tensor:
+    def _cut(self, values: Tensor) -> Tensor:
         """Return `(blocks down, blocks across, rows, columns)`, filled up with zeros."""
         missing = (-values.shape[1] % self.columns, -values.shape[0] % self.rows)
         filled = nn.functional.pad(values, (0, missing[0], 0, missing[1]))
@@ -183,13 +185,14 @@ class Blocks:
 
     def keep(self, values: Tensor, sparsity: float) -> Tensor:
         """Return a mask that leaves out the blocks of the lowest norm: this share of blocks, rounded down."""
-        norms = self._blocks(values.float()).square().sum(dim=(2, 3))
+        norms = self._cut(values.float()).square().sum(dim=(2, 3))
         kept = Unstructured().keep(norms, sparsity)
         mask = kept.repeat_interleave(self.rows, dim=0).repeat_interleave(self.columns, dim=1)
         return mask[: values.shape[0], : values.shape[1]]
 
     def having(self, values: Tensor) -> tuple[int, int]:
-        is_zero = (self._blocks(values) == 0).all(dim=3).all(dim=2)
+        """Return how many blocks are all zero, and of how many."""
+        is_zero = (self._cut(values) == 0).all(dim=3).all(dim=2)
         return int(is_zero.sum()), is_zero.numel()
 
 
