@@ -80,7 +80,7 @@ class Setting:
 STORIES = Setting("stories260k-hf", "wikitext2", ("1e-3", "2e-3", "4e-3"))
 TALK = Setting("stories260k-hf", "dailydialog", ("1e-3", "2e-3", "4e-3"), ("1.4e-3", "2e-3", "2.8e-3"))
 WIKI = Setting("wiki-llama-2.6m", "dailydialog", ("2e-3", "5.6e-3", "1.6e-2"))
-TALES = Setting("wiki-llama-2.6m", "tinystories", ("2e-3", "5.6e-3", "1.6e-2"), ("4e-3", "8e-3", "1.6e-2"))
+TALES = Setting("wiki-llama-2.6m", "tinystories", ("2e-3", "5.6e-3", "1.6e-2"), ("1.4e-3", "2.8e-3", "5.6e-3"))
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,15 @@ def studies() -> Iterator[Study]:
     some = {name: few[name] for name in ("baseline", "fixed 2", "fixed 3", *MOMENTUM)}
     yield scarce_study(TALK, 20, some, ("60", "80", "120"))
     some = {name: few[name] for name in ("baseline", "fixed 2", "baseline, beta1 0.4")}
-    yield scarce_study(TALES, 20, some, ("60", "80", "120"))
+    yield scarce_study(TALES, 20, some, ("60", "80", "120"), tune_seeds=1)
 
 
-def scarce_study(setting: Setting, batches: int, arms: dict[str, str], stops: tuple[str, ...]) -> Study:
+def scarce_study(
+    setting: Setting, batches: int, arms: dict[str, str], stops: tuple[str, ...], tune_seeds: int = 2
+) -> Study:
     """Return a comparison over few batches: each arm at its best rate, and at its best share of the budget."""
-    tune = ("--tune", "learning_rate", *setting.rates_when_scarce, "--tune", "max_passes", *stops, "--tune_seeds", "2")
+    tune = ("--tune", "learning_rate", *setting.rates_when_scarce, "--tune", "max_passes", *stops)
+    tune += ("--tune_seeds", str(tune_seeds))
     flags = (*NO_SKIPPING, "--max_passes", stops[-1], "--lora_alpha", "16", "--lora_dropout", "0")
     title = f"{batches} batches, up to {stops[-1]} passes"
     return Study("scarce", setting, title, arms, f"scarce-{batches}", flags, tune)
