@@ -27,7 +27,8 @@ class GainScheduler(RepeatScheduler):
 
     Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy. Where the model returns
     none, as under TRL's SFTTrainer, no batch is ever saturated. At equal passes (measured, see README), 15 % above the
-    perplexity of the baseline on fresh data; no evidence of a difference where 20 batches are all there is.
+    perplexity of the baseline on fresh data after 160 passes, 12.6 % after 500; no evidence of a difference where 20
+    batches are all there is.
 
     Attributes:
         max_repeats: Most updates on a batch.
