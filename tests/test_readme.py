@@ -67,7 +67,7 @@ def test_every_flag_is_one_of_the_script():
         "--config_file",
     }
     of_others |= {"--schedulers", "--controls", "--seeds", "--out", "--match", "--tune", "--jobs", "--launcher"}
-    of_others |= {"--keep-going", "--why", "--num_processes"}
+    of_others |= {"--keep-going", "--why", "--num_processes", "--train", "--test"}
     of_others |= {"--nodes", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", README)) <= known | of_others
 

@@ -29,8 +29,8 @@ class GradNormSkip(StandoutSkip):
 
     It sees what a loss does not show (a few rows of garbage, labels that are wrong in one place). Where the loss shows
     it, `--skip_outliers` is cheaper. Not under DeepSpeed, which updates the weights inside the backward, nor under
-    FSDP1. Of the broken batches (measured, see README) it catches 72 %, fewer than `robust` does
-    by the loss, for the price of a whole pass each.
+    FSDP1. Of broken batches whose loss shows it (measured, see README) it catches 72 %, fewer than `robust`, for the
+    price of a whole pass each.
 
     Attributes:
         inner: The scheduler that decides about every batch that is not an outlier.
