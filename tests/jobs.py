@@ -342,8 +342,9 @@ def engines(output_dir: str, *names: str) -> None:
         Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
         forget_engine(trainer)
         print(f"{name}: done", flush=True)
-    nlls = nlls_over_ranks(tiny_llama(), some_windows(), 2, PartialState())
-    Path(output_dir, f"measured-{PartialState().process_index}.json").write_text(json.dumps(nlls))
+    state = PartialState(cpu=True)
+    nlls = nlls_over_ranks(tiny_llama(), some_windows(), 2, state)
+    Path(output_dir, f"measured-{state.process_index}.json").write_text(json.dumps(nlls))
     torch.distributed.destroy_process_group()
 
 
