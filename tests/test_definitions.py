@@ -201,7 +201,7 @@ def test_lm_eval_is_the_likelihood_of_each_document_for_each_word(lines, model, 
 
 
 def test_lm_eval_agrees_with_lm_evaluation_harness(lines, model, tokenizer):
-    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval is not installed")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="the extra `reference` is not installed")
     from lm_eval.api.instance import Instance
     from lm_eval.tasks.wikitext import preprocess_wikitext as task
 
@@ -221,7 +221,9 @@ def test_lm_eval_agrees_with_lm_evaluation_harness(lines, model, tokenizer):
 
 
 def test_pages_and_their_spaces_are_those_of_lm_evaluation_harness():
-    task = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext", reason="lm_eval is not installed")
+    task = pytest.importorskip(
+        "lm_eval.tasks.wikitext.preprocess_wikitext", reason="the extra `reference` is not installed"
+    )
     corpus = SHARED / "data" / "wikitext2" / "wiki.test.raw"
     if not corpus.exists():
         pytest.skip("WikiText-2 is not beside the project")
