@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import default_data_collator, set_seed
 
@@ -19,6 +18,7 @@ from abr_trainer.callbacks import last_evaluation, summarise
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
+from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import (
@@ -33,6 +33,12 @@ from abr_trainer.trainer import ABRTrainer, TooManySkips
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
+    results = run(argv)
+    leave_ranks()
+    return results
+
+
+def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
         model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)
         work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
@@ -104,7 +110,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
     if args.push_to_hub:
         trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
-    PartialState().destroy_process_group()  # or a rank may abort while it ends
     return results
 
 

@@ -1,8 +1,22 @@
-"""What an engine keeps of a batch that is left before its last backward, and how it is made to forget it."""
+"""What an engine must be made to forget: a batch that is left before its last backward, and its ranks at the end."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+
+from accelerate import PartialState
+
+
+def leave_ranks() -> None:
+    """Leave the group of ranks before the process ends, or a rank may abort while it does.
+
+    Call it where nothing refers to a trainer or a wrapped model any more. The reducer of DDP keeps the group, and if
+    it is the last to do so the group ends under Python's lock, waiting for a thread that waits for the same lock
+    (gloo; torch 2.13).
+    """
+    gc.collect()  # a trainer is part of a circle
+    PartialState().destroy_process_group()
 
 
 def forget_batch_of_deepspeed(engine: Any) -> None:

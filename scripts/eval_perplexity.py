@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.data import TextArguments
+from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
 from abr_trainer.measurement import MeasureArguments, describe_measurement, measure, write_measurement
 from abr_trainer.modeling import LoadArguments
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(*describe_measurement(found), sep="\n")
             if arguments.output_file is not None:
                 write_measurement(found, arguments.output_file)
-    state.destroy_process_group()
+    leave_ranks()
     return found
 
 

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer.engines import leave_ranks
 from abr_trainer.measurement import nlls_over_ranks
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity import Window
@@ -345,7 +346,8 @@ def engines(output_dir: str, *names: str) -> None:
     state = PartialState(cpu=True)
     nlls = nlls_over_ranks(tiny_llama(), some_windows(), 2, state)
     Path(output_dir, f"measured-{state.process_index}.json").write_text(json.dumps(nlls))
-    torch.distributed.destroy_process_group()
+    del trainer
+    leave_ranks()
 
 
 def some_windows() -> list[Window]:
