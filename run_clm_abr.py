@@ -20,6 +20,7 @@ from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
+from abr_trainer.measurement import EvaluationArguments, prepare_measurement
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import (
     check_output_dir,
@@ -40,10 +41,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
-        model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)
+        model_args, data_args, eval_args, args = parse_arguments(
+            (ModelArguments, DataArguments, EvaluationArguments, ABRConfig), argv
+        )
         work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
         if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
-            args.metric_for_best_model = "perplexity"
+            args.metric_for_best_model = eval_args.metric
+        if eval_args.eval_definition and not args.do_eval:
+            raise ValueError("--eval_definition needs --do_eval.")
         splits = [split for split, wanted in work.items() if wanted]
         if not splits:
             raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -59,6 +64,9 @@ def run(argv: list[str] | None) -> dict[str, float]:
         block_size = choose_block_size(data_args, config)
         with args.main_process_first(desc="preparing the data"):
             blocks = load_blocks(data_args, tokenizer, block_size, splits, args.seed)
+            measurement = prepare_measurement(
+                eval_args, data_args, tokenizer, block_size, args.eval_batch_size, args.distributed_state
+            )
 
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # no causal language model leaves any out, and looking for them costs
@@ -73,12 +81,14 @@ def run(argv: list[str] | None) -> dict[str, float]:
             primer_dataset=blocks.get("primer"),
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[PerplexityCallback()],
+            callbacks=[PerplexityCallback(f"eval_{eval_args.metric}")],
+            eval_measurement=measurement,
         )
     results: dict[str, float] = {}
     with replacing_previous_run(args), one_line_errors(TooManySkips):
         if trainer.is_world_process_zero():
-            write_provenance(args, sys.argv if argv is None else ["run_clm_abr.py", *argv], model_args, data_args)
+            command = sys.argv if argv is None else ["run_clm_abr.py", *argv]
+            write_provenance(args, command, model_args, data_args, eval_args)
             print(*describe_model(model), sep="\n", flush=True)
             if args.scale_with_batch_size:
                 print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)

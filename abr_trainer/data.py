@@ -348,21 +348,24 @@ STREAMED_ROWS = 1100
 """How much is read of a stream whose end is far away."""
 
 
-def load_texts(arguments: TextArguments) -> tuple[list[str], Rows]:
+def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[str], Rows]:
     """Return the texts of a split or a file, and the rows that they are of.
+
+    Args:
+        flag: What named the file or the data set, for messages. Default: that of the scripts which only measure.
 
     Raises:
         ValueError: They cannot be read, or hold no text.
     """
     if arguments.text_file is not None:
-        loaded = _load_file("text_file", arguments.text_file, streaming=False)
+        loaded = _load_file(flag or "text_file", arguments.text_file, streaming=False)
     else:
         named = DataArguments(dataset_name=arguments.dataset_name, dataset_config_name=arguments.dataset_config_name)
-        splits = _load_named(named, SPLIT_ALIASES)
+        splits = _load_named(named, SPLIT_ALIASES, flag or "dataset_name")
         if arguments.split not in splits:
+            instead = f"--split {' or '.join(splits)}, or a --text_file" if flag is None else "a file as --eval_text"
             raise ValueError(
-                f"--dataset_name {arguments.dataset_name} has no {arguments.split} split. Give --split "
-                f"{' or '.join(splits)}, or a --text_file."
+                f"--{flag or 'dataset_name'} {arguments.dataset_name} has no {arguments.split} split. Give {instead}."
             )
         loaded = splits[arguments.split]
     example = _first(loaded.rows, loaded.origin)
@@ -399,9 +402,9 @@ def _load_file(flag: str, path: str, streaming: bool) -> Rows:
     return Rows(rows, origin, rows_are_lines=builder == "text")
 
 
-def _load_named(arguments: DataArguments, splits: Collection[str]) -> dict[str, Rows]:
+def _load_named(arguments: DataArguments, splits: Collection[str], flag: str = "dataset_name") -> dict[str, Rows]:
     name = arguments.dataset_name or ""
-    origin = f"--dataset_name {name}"
+    origin = f"--{flag} {name}"
     if name == "demo":
         return {
             split: Rows(Dataset.from_dict({"text": demo_texts(split)}), origin)

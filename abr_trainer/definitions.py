@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .perplexity import Window, perplexity_of, sliding_windows
+from .perplexity import IntArray, Window, perplexity_of, sliding_windows
 
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
 """How much of C4's validation split GPTQ, SparseGPT and Wanda are measured on."""
@@ -42,14 +43,14 @@ class Text:
         return self.rows_are_lines and any(HEADING.fullmatch(row) for row in self.rows)
 
     @cached_property
-    def trained(self) -> list[int]:
+    def trained(self) -> IntArray:
         """The tokens that the training script would make of it: row by row, the end of a document marked."""
         eos = self.tokenizer.eos_token_id
         end = [] if self.rows_are_lines or eos is None else [eos]
         rows = self.tokenizer(self.rows, add_special_tokens=False, verbose=False)["input_ids"]
-        return [token for row in rows for token in (*row, *end)]
+        return np.fromiter((token for row in rows for token in (*row, *end)), np.int64)
 
-    def joined(self, between: str, rows: int | None = None) -> list[int]:
+    def joined(self, between: str, rows: int | None = None) -> IntArray:
         """Return the tokens of these rows as one text, with what special tokens the tokenizer adds by itself.
 
         A blank row of WikiText is an empty one, as on the Hub; the lines of any other text are joined as they are.
@@ -58,8 +59,7 @@ class Text:
             between = ""
         shown = (row if row.strip() or not self.is_wikitext else "" for row in self.rows[:rows])
         text = between.join(shown)
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return ids
+        return np.array(self.tokenizer(text, verbose=False)["input_ids"], np.int64)
 
     def tokens_of(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -234,8 +234,8 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 
-def find_definition(name: str) -> Definition:
-    """Return the definition of this name.
+def find_definition(name: str, flag: str = "definition") -> Definition:
+    """Return the definition of this name, which a flag has given.
 
     Raises:
         ValueError: There is none.
@@ -243,21 +243,21 @@ def find_definition(name: str) -> Definition:
     if name not in DEFINITIONS:
         close = difflib.get_close_matches(name, DEFINITIONS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown --definition {name!r}.{hint} Choose from: {', '.join(DEFINITIONS)}.")
+        raise ValueError(f"Unknown --{flag} {name!r}.{hint} Choose from: {', '.join(DEFINITIONS)}.")
     return DEFINITIONS[name]
 
 
-def spans(ids: list[int], length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def spans(ids: IntArray, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield what `sliding_windows` does, and nothing of a text that is shorter than a window."""
     return sliding_windows(len(ids), length, stride) if len(ids) >= length else iter(())
 
 
-def whole_windows(ids: list[int], length: int) -> Iterator[Window]:
+def whole_windows(ids: IntArray, length: int) -> Iterator[Window]:
     for begin in range(0, len(ids) - length + 1, length):
         yield Window(ids[begin : begin + length], length - 1, weight=1)
 
 
-def published_tokens(text: Text, length: int) -> list[int]:
+def published_tokens(text: Text, length: int) -> IntArray:
     """Return the tokens of WikiText or C4 as GPTQ and its successors join and cut them."""
     if text.is_c4:
         return text.joined(" ", rows=C4_DOCUMENTS)[: C4_WINDOWS * length]

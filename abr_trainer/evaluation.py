@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,14 @@ def same_random_numbers() -> Iterator[None]:
 
 
 class PerplexityMixin(_AnyTrainer):
-    """Add `*_perplexity` and `*_target_tokens` to what a Trainer of causal language models evaluates."""
+    """Add `*_perplexity` and `*_target_tokens` to what a Trainer of causal language models evaluates.
 
+    Attributes:
+        eval_measurement: What else is measured of the model at each evaluation, on all ranks; its numbers join the
+            metrics as `eval_*`.
+    """
+
+    eval_measurement: Callable[[nn.Module], Mapping[str, float]] | None = None
     _token_perplexity: TokenPerplexity | None = None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -66,6 +72,9 @@ class PerplexityMixin(_AnyTrainer):
                     f"{found.non_finite} of {found.rows} rows of the {metric_key_prefix} set have a likelihood that "
                     "is not finite: so the perplexity is not a number."
                 )
+        if self.eval_measurement is not None and metric_key_prefix == "eval":
+            measured = self.eval_measurement(self._wrap_model(self.model, training=False))
+            output.metrics.update({f"eval_{name}": value for name, value in measured.items()})
         return output
 
     def prediction_step(

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import TextArguments, load_texts
+from .data import DataArguments, TextArguments, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
 from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
@@ -55,19 +55,87 @@ class MeasureArguments:
 
     def __post_init__(self) -> None:
         definition = find_definition(self.definition)
-        for flag, least in {"token_length": 2, "stride": 1, "max_windows": 1, "batch_size": 1}.items():
+        for flag, least in {"token_length": 2, "max_windows": 1, "batch_size": 1}.items():
             value = getattr(self, flag)
             if value is not None and value < least:
                 raise ValueError(f"--{flag} must be at least {least}, got {value}.")
-        if self.stride is not None and not definition.takes_stride:
-            takers = " and ".join(repr(each.name) for each in DEFINITIONS.values() if each.takes_stride)
-            raise ValueError(f"--stride means nothing to --definition {definition.name}; it is for {takers}.")
+        check_stride(definition, self.stride)
         if self.max_windows is not None and definition.wants_whole_texts:
             raise ValueError(
                 f"--max_windows would cut a text, of which --definition {definition.name} needs all: give --max_rows."
             )
         if self.output_file is not None and not Path(self.output_file).absolute().parent.is_dir():
             raise ValueError(f"--output_file {self.output_file}: its directory does not exist.")
+
+
+@dataclass
+class EvaluationArguments:
+    """What else to measure at each evaluation of a run."""
+
+    eval_definition: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also measure a perplexity by this definition at each evaluation, in windows of --block_size, and "
+            "follow it in the lines, the history and the choice of the best: " + ", ".join(DEFINITIONS) + "."
+        },
+    )
+    eval_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to measure --eval_definition on: a file, or a data set, of which the validation split is "
+            "read. Default: the text that is evaluated on."
+        },
+    )
+    eval_stride: int | None = field(
+        default=None, metadata={"help": "Tokens from one window of --eval_definition to the next, as --stride."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_definition is None:
+            for flag in ("eval_text", "eval_stride"):
+                if getattr(self, flag) is not None:
+                    raise ValueError(f"--{flag} means nothing without --eval_definition.")
+        else:
+            check_stride(find_definition(self.eval_definition, "eval_definition"), self.eval_stride, "eval_")
+
+    @property
+    def metric(self) -> str:
+        """The perplexity that a run is followed by."""
+        chosen = self.eval_definition
+        return "perplexity" if chosen is None else f"{metric_of(find_definition(chosen))}_perplexity"
+
+    def text_to_measure(self, data: DataArguments) -> tuple[TextArguments, str]:
+        """Return what to read, and the flag that names it.
+
+        Raises:
+            ValueError: Nothing does.
+        """
+        names = {
+            "eval_text": self.eval_text,
+            "validation_file": data.validation_file,
+            "dataset_mix": next(iter(parse_mix(data.dataset_mix))) if data.dataset_mix else None,
+            "dataset_name": data.dataset_name,
+        }
+        flag, name = next((item for item in names.items() if item[1] is not None), ("", None))
+        if name is None:
+            raise ValueError("--eval_definition needs a text: give --eval_text or --validation_file.")
+        if Path(name).is_file():
+            return TextArguments(text_file=name, text_column=data.text_column), flag
+        config = None if flag == "eval_text" else data.dataset_config_name
+        return TextArguments(name, config, split="validation", text_column=data.text_column), flag
+
+
+def check_stride(definition: Definition, stride: int | None, prefix: str = "") -> None:
+    """Refuse a stride below 1, or with a definition whose windows cannot overlap."""
+    if stride is None:
+        return
+    if stride < 1:
+        raise ValueError(f"--{prefix}stride must be at least 1, got {stride}.")
+    if not definition.takes_stride:
+        takers = " and ".join(repr(each.name) for each in DEFINITIONS.values() if each.takes_stride)
+        raise ValueError(
+            f"--{prefix}stride means nothing to --{prefix}definition {definition.name}; it is for {takers}."
+        )
 
 
 def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tuple[int, int]:
@@ -89,9 +157,18 @@ def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tup
 
 
 def cut_windows(
-    definition: Definition, text: Text, length: int, stride: int, most: int | None, origin: str
+    definition: Definition,
+    text: Text,
+    length: int,
+    stride: int,
+    most: int | None,
+    origin: str,
+    flags: tuple[str, str] = ("definition", "token_length"),
 ) -> list[Window]:
     """Return the windows of a text.
+
+    Args:
+        origin: The flag that named the text, for messages; `flags` those that named the definition and the length.
 
     Raises:
         ValueError: The text does not fill one.
@@ -99,7 +176,7 @@ def cut_windows(
     windows = list(itertools.islice(definition.windows(text, length, stride), most))
     if not windows:
         raise ValueError(
-            f"{origin} is shorter than a window of --definition {definition.name}: --token_length is {length}. Give a "
+            f"{origin} is shorter than a window of --{flags[0]} {definition.name}: --{flags[1]} is {length}. Give a "
             "lower one, or more text."
         )
     return windows
@@ -118,6 +195,73 @@ def check_tokens(windows: Sequence[Window], model: PreTrainedModel, tokenizer: P
             f"The tokenizer of {tokenizer.name_or_path} makes token {highest}, but the model has {known} embeddings: "
             "it is of another model. Give --tokenizer_name."
         )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A text in windows, to be measured as often as one likes, on all ranks.
+
+    Called with a model it returns the numbers of its definition, under its name: `hf_stride_perplexity`. That is what
+    `ABRTrainer(eval_measurement=...)` takes.
+
+    Attributes:
+        batch_size: Windows at a time, on each rank.
+    """
+
+    definition: Definition
+    text: Text
+    windows: Sequence[Window]
+    batch_size: int
+    state: PartialState
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        nlls = nlls_over_ranks(model, self.windows, self.batch_size, self.state, shows_progress=False)
+        numbers, non_finite = numbers_of(self.definition, self.text, self.windows, nlls)
+        if non_finite:
+            numbers["non_finite_windows"] = len(non_finite)
+        return {f"{metric_of(self.definition)}_{name}": value for name, value in numbers.items()}
+
+
+def metric_of(definition: Definition) -> str:
+    """Return what the metrics of a definition begin with.
+
+    >>> metric_of(DEFINITIONS["hf-stride"])
+    'hf_stride'
+    """
+    return definition.name.replace("-", "_")
+
+
+def prepare_measurement(
+    arguments: EvaluationArguments,
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    batch_size: int,
+    state: PartialState,
+) -> Measurement | None:
+    """Load and cut what is measured at each evaluation, if anything is; `--max_eval_samples` windows at most.
+
+    Raises:
+        ValueError: The text cannot be read, or does not go with the definition and the flags.
+    """
+    if arguments.eval_definition is None:
+        return None
+    definition = find_definition(arguments.eval_definition)
+    if definition.wants_whole_texts and data.max_eval_samples is not None:
+        raise ValueError(
+            f"--max_eval_samples would cut a text, of which --eval_definition {definition.name} needs all."
+        )
+    stride = arguments.eval_stride or length
+    if stride > length:
+        raise ValueError(
+            f"--eval_stride {stride} is above --block_size {length}: tokens between windows would be left out."
+        )
+    source, flag = arguments.text_to_measure(data)
+    rows, loaded = load_texts(source, flag)
+    text = Text(rows, loaded.rows_are_lines, tokenizer, source.is_c4)
+    flags = ("eval_definition", "block_size")
+    windows = cut_windows(definition, text, length, stride, data.max_eval_samples, loaded.origin, flags)
+    return Measurement(definition, text, windows, batch_size, state)
 
 
 def measure(
@@ -210,11 +354,20 @@ def begin_of(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def nlls_over_ranks(
-    model: torch.nn.Module, windows: Sequence[Window], batch_size: int, state: PartialState
+    model: torch.nn.Module,
+    windows: Sequence[Window],
+    batch_size: int,
+    state: PartialState,
+    shows_progress: bool = True,
 ) -> list[float]:
-    """Return what `window_nlls` does, each rank having measured its share of the windows."""
-    mine = range(state.process_index, len(windows), state.num_processes)
-    with tqdm(total=len(mine), unit="window", disable=None if state.is_main_process else True) as bar:
+    """Return what `window_nlls` does, each rank having measured its share of the windows.
+
+    All ranks measure equally many, some of them twice if need be: a sharded model waits for all ranks at each batch.
+    """
+    turns = range(state.process_index, math.ceil(len(windows) / state.num_processes) * state.num_processes)
+    mine = [index % len(windows) for index in turns[:: state.num_processes]]
+    shown = shows_progress and state.is_main_process
+    with tqdm(total=len(mine), unit="window", disable=None if shown else True) as bar:
         found = window_nlls(model, [windows[index] for index in mine], batch_size, bar.update)
     pairs = dict(gather_object(list(zip(mine, found, strict=True))))
     return [pairs[index] for index in range(len(windows))]

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+IntArray = npt.NDArray[np.int64]
 IGNORE_INDEX = -100
 
 
@@ -86,12 +89,13 @@ class Window:
     """Tokens that a model sees at once, of which the last ones are targets.
 
     Attributes:
+        ids: A view of the tokens of the text, or tokens of its own.
         targets: How many of the last tokens count; fewer than there are, because the first has no prediction.
         weight: What the mean over these targets counts in an average over windows.
         document: Index of the text that it is of, where a number is made of whole texts.
     """
 
-    ids: list[int]
+    ids: Sequence[int] | IntArray
     targets: int
     weight: float
     document: int | None = None
@@ -119,7 +123,7 @@ def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int
         done = end
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: in the course of a run engines keep tensors that are made meanwhile
 def window_nlls(
     model: torch.nn.Module, windows: Sequence[Window], batch_size: int, progress: Callable[[int], Any] | None = None
 ) -> list[float]:
@@ -163,9 +167,9 @@ def _logits_and_targets(
     targets = torch.full_like(ids, IGNORE_INDEX)
     for row, window in enumerate(batch):
         end = len(window.ids) - 1
-        ids[row, :end] = torch.tensor(window.ids[:-1])
+        ids[row, :end] = torch.as_tensor(window.ids[:-1])
         seen[row, :end] = 1
-        targets[row, end - window.targets : end] = torch.tensor(window.ids[-window.targets :])
+        targets[row, end - window.targets : end] = torch.as_tensor(window.ids[-window.targets :])
     options: dict[str, Any] = {}
     if not bool(seen.all()):
         options["attention_mask"] = seen.to(device)

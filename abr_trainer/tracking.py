@@ -9,18 +9,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging
 
 from .records import HISTORY_NAME, TRACE_NAME, read_json, read_lines, write_whole
+from .schedulers import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 try:
     import resource
@@ -52,7 +53,7 @@ class Evaluation:
         step: Batches finished.
         perplexity: None where it is not finite.
         loss: Mean first-pass loss of the batches since the evaluation before, in nats; None where there are none, or
-            the trace is not there.
+            the trainer repeats no batches.
         memory: Bytes of the process and of its GPU: `before` the batches since the evaluation before, `consumed` by
             them, and the `peak` so far.
     """
@@ -68,15 +69,20 @@ class Evaluation:
 class PerplexityCallback(TrainerCallback):
     """Say at each evaluation how perplexity has moved since the first, and keep it in `perplexity_history.json`.
 
-    It reads what a causal-LM evaluation has measured, of several evaluation sets the first, and spends nothing itself.
+    It reads what an evaluation has measured, and spends nothing itself.
     An evaluation after the end of a run belongs to it unless these weights were evaluated already. A resumed run goes
     on with the history up to its checkpoint. It warns once of overfitting: perplexity rises while the training loss
     falls. It is silent in a hyperparameter search.
+
+    Args:
+        metric: Which one to follow, such as `eval_wanda_perplexity` of an `eval_measurement`. Default: the token-exact
+            perplexity of a causal language model, of several evaluation sets on the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str | None = None) -> None:
         self.history: list[Evaluation] = []
-        self._metric: str | None = None
+        self._metric = metric
+        self._losses: list[tuple[int, float]] = []
         self._has_ended = False
         self._has_warned = False
         self._before: dict[str, int] = {}
@@ -86,7 +92,13 @@ class PerplexityCallback(TrainerCallback):
         path = Path(args.output_dir, HISTORY_NAME)
         written = (read_json(path) or {"evaluations": []})["evaluations"] if state.global_step else []
         self.history = [Evaluation(**entry) for entry in written if entry["step"] <= state.global_step]
+        self._losses = batch_losses(Path(args.output_dir), state.global_step) if state.global_step else []
         self._before = memory_in_use()
+
+    def on_outcome(self, args: Any, state: Any, control: Any, outcome: Outcome, **kwargs: Any) -> None:
+        loss = outcome.losses[0]
+        if not outcome.skipped and math.isfinite(loss):
+            self._losses.append((state.global_step, loss))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
@@ -100,14 +112,13 @@ class PerplexityCallback(TrainerCallback):
         is_of_earlier_weights = self._has_ended and args.load_best_model_at_end
         if is_of_earlier_weights or (self.history and self.history[-1].step == state.global_step):
             return
-        losses = batch_losses(Path(args.output_dir))
         since = self.history[-1].step if self.history else 0
         evaluation = Evaluation(
             name_of(state.global_step, state.epoch),
             state.global_step,
             state.epoch or 0.0,
             perplexity if math.isfinite(perplexity) else None,
-            mean([loss for batch, loss in losses if batch > since]),
+            mean([loss for batch, loss in self._losses if batch > since]),
             self._memory(),
         )
         self.history.append(evaluation)
@@ -115,7 +126,7 @@ class PerplexityCallback(TrainerCallback):
         data = {
             "metric": self._metric,
             "evaluations": [asdict(each) for each in self.history],
-            "summary": summary(self.history, losses),
+            "summary": summary(self.history, self._losses),
         }
         write_whole(Path(args.output_dir, HISTORY_NAME), json.dumps(data, indent=1) + "\n")
         if not self._has_warned and (warning := overfitting(self.history)):
@@ -185,11 +196,12 @@ def overfitting(history: Sequence[Evaluation]) -> str | None:
     )
 
 
-def batch_losses(directory: Path) -> list[tuple[int, float]]:
-    """Return step and first-pass loss of all batches that a run was trained on, by its trace."""
+def batch_losses(directory: Path, last: int) -> list[tuple[int, float]]:
+    """Return step and first-pass loss of the batches up to the `last` that a run was trained on, by its trace."""
     path = directory / TRACE_NAME
     lines = read_lines(path) if path.exists() else iter(())
-    return [(line["step"], line["loss"]) for line in lines if line["repeats"] and line["loss"] is not None]
+    losses = ((line["step"], line["loss"]) for line in lines if line["repeats"])
+    return [(step, loss) for step, loss in losses if loss is not None and step <= last]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -216,6 +228,10 @@ def show_history(directory: Path, console: Console | None = None) -> None:
     found = read_json(directory / HISTORY_NAME)
     if found is None or len(found["evaluations"]) < 2:
         return
+    from rich import box  # here, because the trainer imports this module
+    from rich.console import Console
+    from rich.table import Table
+
     console = console or Console()
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
     for column in ("", "perplexity", "change", "training loss", "memory, MB", "peak, MB"):
@@ -237,8 +253,9 @@ def show_history(directory: Path, console: Console | None = None) -> None:
     console.print(table)
     told = found["summary"]
     if None not in (told["best"], told["improvement"], told["mean_loss"]):
+        followed = found["metric"].removeprefix("eval_").replace("_", " ")
         console.print(
-            f"perplexity {told['baseline']:.2f} to {told['final']:.2f} ({100 * told['improvement']:+.1f} %), best "
+            f"{followed} {told['baseline']:.2f} to {told['final']:.2f} ({100 * told['improvement']:+.1f} %), best "
             f"{told['best']:.2f} at {told['best_at']}; {told['batches']} batches of mean loss {told['mean_loss']:.3f}",
             highlight=False,
             soft_wrap=True,

@@ -110,6 +110,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         repeat_scheduler: Decides instead of the one that `ABRConfig` describes, outlier skipping included: to skip
             outliers around it, wrap it in `RobustOutlierSkip`.
         primer_dataset: What the run begins with: `primer_batches` batches of it, in order, as an epoch -1.
+        eval_measurement: Measures something else of the model at each evaluation of a single `eval_dataset`; returns
+            numbers by name, which join the metrics as `eval_*`. Called on all ranks; see `measurement.Measurement`.
 
     Raises:
         ValueError: An argument of the trainer cannot be right with repeats; the message says why.
@@ -124,6 +126,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
         *args: Any,
         repeat_scheduler: RepeatScheduler | None = None,
         primer_dataset: Any = None,
+        eval_measurement: Callable[[nn.Module], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         if repeat_scheduler is not None and not isinstance(repeat_scheduler, RepeatScheduler):
@@ -135,9 +138,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin):
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
         )
         self.primer_dataset = primer_dataset
+        self.eval_measurement = eval_measurement
         self._reset_repetition()
         if primer_dataset is not None:
             self._check_primer()
+        if eval_measurement is not None and isinstance(self.eval_dataset, dict):
+            raise ValueError("`eval_measurement` goes with a single `eval_dataset`, not with a dictionary of them.")
         if self._is_active:
             refuse_unsupported(self, self._budget)
             if self._setting("eval_passes") and self.eval_dataset is None:

@@ -248,6 +248,8 @@ def build_scenario(
         "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
         "stock": (Trainer, TrainingArguments, {}),
     }[trainer]
+    if trainer != "stock" and model != "classifier":
+        scheduler["eval_measurement"] = nll_of_windows
     if trainer not in ("baseline", "stock"):
         network.get_input_embeddings().register_forward_hook(poison)
     return trainer_cls(
@@ -298,7 +300,8 @@ def numbers_of(trainer: Any) -> dict[str, Any]:
     metrics = trainer.evaluate()
     logged = [logs for logs in trainer.state.log_history if "loss" in logs]
     numbers = {name: [logs.get(name) for logs in logged] for name in ("loss", "learning_rate", "repeats")}
-    numbers |= {f"eval_{name}": metrics.get(f"eval_{name}") for name in ("loss", "perplexity", "target_tokens")}
+    measured = ("loss", "perplexity", "target_tokens", "windows_nll")
+    numbers |= {f"eval_{name}": metrics.get(f"eval_{name}") for name in measured}
     if isinstance(trainer, ABRTrainer):
         numbers["ledger"] = {key: value for key, value in trainer.ledger.state_dict().items() if key != "seconds"}
         numbers["history"] = trainer.repeat_scheduler.state_dict().get("history")
@@ -354,6 +357,11 @@ def some_windows() -> list[Window]:
     """Seven windows of 4 to 10 tokens: they divide among no number of ranks."""
     rows = [row["input_ids"].tolist() for row in token_rows(7)]
     return [Window(ids[: 4 + index], 3, weight=3) for index, ids in enumerate(rows)]
+
+
+def nll_of_windows(model: torch.nn.Module) -> dict[str, float]:
+    """What a scenario measures at each evaluation; some ranks have one window more than others."""
+    return {"windows_nll": math.fsum(nlls_over_ranks(model, some_windows(), 2, PartialState(), shows_progress=False))}
 
 
 def script(*flags: str) -> None:

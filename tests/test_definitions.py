@@ -160,7 +160,7 @@ def test_of_c4_the_first_documents_are_measured(model, tokenizer):
 def test_a_text_of_ones_own_is_taken_as_it_is(tokenizer):
     whole = "The cat found\n\na spoon.\n \nIt was old.\n"
     text = Text(whole.splitlines(keepends=True), True, tokenizer)
-    assert text.joined("\n\n") == tokenizer(whole)["input_ids"]
+    assert text.joined("\n\n").tolist() == tokenizer(whole)["input_ids"]
     assert list(documents_of(text)) == [(whole, whole)]
 
 

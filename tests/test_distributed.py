@@ -64,7 +64,7 @@ def agreed(directory: Path, name: str, ranks: int = 2) -> tuple[torch.Tensor, di
 
 def assert_alike(weights, numbers, expected_weights, expected):
     torch.testing.assert_close(weights, expected_weights, rtol=1e-3, atol=1e-5)
-    for key in ("loss", "learning_rate", "repeats", "history", "eval_perplexity"):
+    for key in ("loss", "learning_rate", "repeats", "history", "eval_perplexity", "eval_windows_nll"):
         assert numbers[key] == (expected[key] and pytest.approx(expected[key], rel=1e-4)), key
     for key in SPENT:
         assert numbers["ledger"][key] == expected["ledger"][key], key

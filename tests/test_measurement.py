@@ -261,3 +261,74 @@ def test_tied_weights_are_counted_once():
     assert "lm_head" not in nonzero_shares(tied)
     shares = nonzero_shares(untied)
     assert (shares["lm_head"], shares["embed_tokens"]) == (0, 1)
+
+
+# ---- In the course of a run ----
+
+RUN = [
+    "--dataset_name",
+    "demo",
+    "--block_size",
+    "64",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+    "--max_train_samples",
+    "24",
+]
+RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
+
+
+def test_a_run_follows_the_definition_and_the_text_that_are_chosen(tmp_path, capsys):
+    text = tmp_path / "talk.txt"
+    text.write_text("\n".join(demo_texts("test")[:4]))
+    chosen = ["--eval_definition", "hf-stride", "--eval_text", str(text), "--eval_stride", "24"]
+    output = tmp_path / "run"
+    results = run_clm_abr.main([*RUN, *chosen, "--num_train_epochs", "2", "--output_dir", str(output)])
+    measured = ["--text_file", str(text), "--definition", "hf-stride", "--stride", "24", "--token_length", "64"]
+    found = run(*measured, "--max_windows", "6", "--use_cpu", "--adapter", str(output))
+    assert results["eval_hf_stride_perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
+    assert results["eval_hf_stride_perplexity"] != pytest.approx(results["eval_perplexity"], rel=1e-3)
+    history = json.loads((output / "perplexity_history.json").read_text())
+    assert history["metric"] == "eval_hf_stride_perplexity"
+    before, _, after = (each["perplexity"] for each in history["evaluations"])
+    assert after == results["eval_hf_stride_perplexity"]
+    shown = capsys.readouterr().out
+    assert f"Baseline: {before:.2f}\n" in shown
+    assert f"hf stride perplexity {before:.2f} to {after:.2f}" in shown
+
+
+def test_what_is_measured_besides_changes_nothing_in_what_is_trained(tmp_path):
+    weights = []
+    for name, more in (("plain", []), ("measured", ["--eval_definition", "wanda"])):
+        run_clm_abr.main([*RUN, *more, "--lora_dropout", "0.5", "--output_dir", str(tmp_path / name)])
+        weights.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval_stride", "8"], "--eval_stride means nothing without --eval_definition."),
+        (["--eval_text", "x.txt"], "--eval_text means nothing without --eval_definition."),
+        (["--eval_definition", "hf-strid"], "Unknown --eval_definition 'hf-strid'. Did you mean 'hf-stride'?"),
+        (["--eval_definition", "wanda", "--eval_stride", "8"], "--eval_stride means nothing to --eval_def"),
+        (["--eval_definition", "hf-stride", "--eval_stride", "65"], "--eval_stride 65 is above --block_size 64"),
+        (["--eval_definition", "lm-eval"], "--max_eval_samples would cut a text, of which --eval_definition lm-eval"),
+        (["--eval_definition", "token", "--eval_text", "no/such.txt"], "--eval_text no/such.txt cannot be loaded: "),
+        (["--eval_definition", "token", "--do_eval", "false"], "--eval_definition needs --do_eval."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_in_a_run_is_refused_in_one_line(tmp_path, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        run_clm_abr.main([*RUN, *flags, "--output_dir", str(tmp_path / "run")])
+    assert str(ended.value).startswith(f"error: {message}")
+    assert "\n" not in str(ended.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_shorter_than_a_window_is_refused_in_a_run(tmp_path):
+    (tmp_path / "short.txt").write_text("A word.")
+    flags = ["--eval_definition", "wanda", "--eval_text", str(tmp_path / "short.txt")]
+    with pytest.raises(SystemExit, match="is shorter than a window of --eval_definition wanda: --block_size is 64."):
+        run_clm_abr.main([*RUN, *flags, "--output_dir", str(tmp_path / "run")])
