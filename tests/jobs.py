@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -274,6 +275,10 @@ def build_scenario(
 def forget_engine(trainer: Any) -> None:
     """Leave nothing of an engine to the next trainer of this process."""
     trainer.accelerator.free_memory()
+    forget_launch()
+
+
+def forget_launch() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)
@@ -364,12 +369,21 @@ def nll_of_windows(model: torch.nn.Module) -> dict[str, float]:
     return {"windows_nll": math.fsum(nlls_over_ranks(model, some_windows(), 2, PartialState(), shows_progress=False))}
 
 
-def script(*flags: str) -> None:
-    """Run run_clm_abr.py as an engine of several GPUs would, on a CPU."""
+def scripts(plans: str) -> None:
+    """Run run_clm_abr.py as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
     shards_on_cpu()
     without_compiled_communication()
-    run_clm_abr.main([*flags])
+    for environment, flags in json.loads(Path(plans).read_text()):
+        before = dict(os.environ)
+        os.environ.update(environment)
+        run_clm_abr.run(flags)
+        Path(flags[-1], "engine").write_text(AcceleratorState().distributed_type)
+        gc.collect()
+        for name in environment.keys() - before.keys():
+            os.environ.pop(name, None)
+        forget_launch()
+    leave_ranks()
 
 
 if __name__ == "__main__":
-    {"resumable": resumable, "engines": engines, "script": script}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "engines": engines, "scripts": scripts}[sys.argv[1]](*sys.argv[2:])

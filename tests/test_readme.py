@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from abr_trainer import ABRConfig, ABRTrainer, Observation
 from abr_trainer.data import DataArguments, TextArguments
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.measurement import MeasureArguments
+from abr_trainer.measurement import EvaluationArguments, MeasureArguments
 from abr_trainer.modeling import ModelArguments
 from abr_trainer.pruning import MergeArguments, PruneArguments
 from tests.conftest import tiny_llama, token_rows
@@ -51,7 +51,11 @@ def test_the_own_rule_decides():
 
 
 def test_every_flag_is_one_of_the_script():
-    scripts = [ModelArguments, DataArguments, ABRConfig], [TextArguments, MeasureArguments], [PruneArguments]
+    scripts = (
+        [ModelArguments, DataArguments, EvaluationArguments, ABRConfig],
+        [TextArguments, MeasureArguments],
+        [PruneArguments],
+    )
     parsers = [*map(HfArgumentParser, scripts), HfArgumentParser(MergeArguments)]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     of_others = {
