@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.pruning import layers, merge_adapter, nonzero_shares, parse_pattern, prune, sparsity_report
 from scripts import merge_adapter as merge_script
 from scripts import prune_model
-from tests.conftest import tiny_llama
+from tests.conftest import ROOT, tiny_llama
 
 MATRIX = torch.tensor([[4.0, -1.0, 2.0, -3.0], [0.5, 5.0, -6.0, 0.1]])
 
@@ -226,3 +230,22 @@ def test_a_merge_into_quantised_weights_is_told_before_anything_is_measured(tmp_
 def test_a_merge_without_an_adapter_is_told(tmp_path):
     with pytest.raises(SystemExit, match="error: --adapter is missing: what to merge."):
         merge_script.main(["--dataset_name", "demo", "--output_dir", str(tmp_path / "merged")])
+
+
+@pytest.mark.slow
+def test_the_recipe_recovers_a_pruned_model_and_makes_nothing_twice(tmp_path):
+    out = tmp_path / "sparse"
+    flags = ["--max_passes", "20", "--learning_rate", "5e-3", "--max_eval_samples", "16", "--use_cpu"]
+    command = ["bash", "scripts/run_pruned_lora.sh", "demo", "demo", str(out), *flags, "--disable_tqdm", "true"]
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    options = {"cwd": ROOT, "env": environment | {"TOKEN_LENGTH": "64"}, "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=300, check=True, **options)
+    lines = dict(re.findall(r"^(base|beside|merged) +([\d.]+)", done.stdout, flags=re.MULTILINE))
+    base, beside, merged = (float(lines[name]) for name in ("base", "beside", "merged"))
+    assert beside < merged < base
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    zeros = sparsity_report(AutoModelForCausalLM.from_pretrained(out / "merged"))["all"]["zeros"]
+    assert zeros == pytest.approx(0.5, abs=1e-3)
+    again = subprocess.run(command, timeout=300, check=True, **options)
+    assert again.stdout == ""
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == made
