@@ -197,6 +197,11 @@ class ABRConfig(TrainingArguments):
         default=0.0, metadata={"help": "By how much an evaluation must be better, in units of the metric."}
     )
 
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={"help": "What the base model is called on the Hub, where --model_name_or_path is a directory."},
+    )
+
     def __post_init__(self) -> None:
         if self.eval_on_start is None:
             self.eval_on_start = self.do_train and self.do_eval

@@ -1,0 +1,227 @@
+"""What of a run goes to the Hub, how it gets there, and that a stranger can use it: over HTTP, with the real client."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, snapshot_download
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run_clm_abr
+from abr_trainer import ABRConfig, ABRTrainer, hub as hub_module
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.model_card import MARKER, with_what_was_written
+from scripts import push_adapter
+from tests.conftest import tiny_llama, token_rows
+from tests.hub_server import READ_TOKEN, WRITE_TOKEN
+
+RUN = [
+    "--dataset_name",
+    "demo",
+    "--block_size",
+    "64",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+    "--max_train_samples",
+    "24",
+]
+RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
+PUSH = ["--push_to_hub", "--hub_model_id", "me/adapter", "--hub_base_model", "demo-org/base"]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(hub_module, "FIRST_WAIT", 0.01)
+
+
+def train(output, *flags):
+    return run_clm_abr.main([*RUN, *PUSH, *flags, "--output_dir", str(output)])
+
+
+def test_a_stranger_loads_what_was_pushed(hub, tmp_path):
+    train(tmp_path / "run", "--do_predict")
+    repository = hub.repository("me/adapter")
+    files = repository.files("main")
+    assert set(files) - {".gitattributes"} == {
+        "README.md",
+        "abr_summary.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "all_results.json",
+        "perplexity_history.json",
+        "plots/batches.png",
+        "plots/perplexity.png",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "demo-org/base"
+    assert files["plots/batches.png"].startswith(b"\x89PNG")
+    assert len(repository.commits) == 2, "the repository, and all of the adapter at once"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    stranger = Path(snapshot_download("me/adapter"))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), stranger).eval()
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), tmp_path / "run").eval()
+    assert torch.equal(theirs(ids).logits, ours(ids).logits)
+    assert AutoTokenizer.from_pretrained(stranger).encode("A word") == AutoTokenizer.from_pretrained(
+        DEMO_MODEL
+    ).encode("A word")
+    assert not list((tmp_path / "run").glob("_push-*"))
+
+
+def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, tmp_path):
+    results = train(tmp_path / "run", "--do_predict", "--repeat_scheduler", "fixed", "--max_repeats", "2")
+    card = ModelCard(hub.repository("me/adapter").files("main")["README.md"].decode())
+    card.validate()
+    assert card.data.base_model == "demo-org/base"
+    assert card.data.library_name == "peft"
+    measured = {each.metric_name: each.metric_value for each in card.data.eval_results}
+    history = json.loads((tmp_path / "run" / "perplexity_history.json").read_text())["summary"]
+    assert measured == {
+        "perplexity (token-exact), validation, before training": pytest.approx(history["baseline"], rel=1e-5),
+        "perplexity (token-exact), validation, best": pytest.approx(history["best"], rel=1e-5),
+        "perplexity (token-exact), validation, final": pytest.approx(results["eval_perplexity"], rel=1e-5),
+        "perplexity (token-exact), test, final": pytest.approx(results["test_perplexity"], rel=1e-5),
+    }
+    loading = re.search(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
+    assert len(loading.splitlines()) == 5
+    names = {}
+    exec(loading.replace("demo-org/base", str(DEMO_MODEL)), names)
+    assert isinstance(names["model"], PeftModel)
+    for said in (
+        "--repeat_scheduler fixed --max_repeats 2",
+        "ConstantScheduler(repeats=2",
+        "r 8, alpha 32",
+        "Versions: ",
+        "## Limits",
+    ):
+        assert said in card.text, said
+    assert str(tmp_path / "run") in card.text, "the exact command"
+    ledger = json.loads((tmp_path / "run" / "abr_summary.json").read_text())["ledger"]
+    assert f"| {ledger['batches']} | {ledger['skips']} | {ledger['updates']} |" in card.text
+
+
+def test_what_was_written_above_the_marker_stays(hub, tmp_path):
+    train(tmp_path / "run")
+    card = hub.repository("me/adapter").files("main")["README.md"].decode()
+    edited = card.replace("# adapter\n", "# A much better name\n\nMade for my cat.\n").replace(
+        "library_name", "license: mit\nlibrary_name"
+    )
+    hub_module.HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="me/adapter")
+    push_adapter.main([str(tmp_path / "run")])
+    again = hub.repository("me/adapter").files("main")["README.md"].decode()
+    assert "# A much better name\n\nMade for my cat.\n" in again.partition(MARKER)[0]
+    assert "# adapter" not in again
+    assert again.partition(MARKER)[2] == card.partition(MARKER)[2]
+    assert ModelCard(again).data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    ("before", "is_kept"),
+    [
+        ("# By hand\n\nAll of it.\n", True),
+        ("---\nlicense: [\n---\n# By hand, with broken metadata\n", True),
+        ("---\nlibrary_name: peft\n---\n# Model Card\n\n[More Information Needed]\n", False),
+    ],
+)
+def test_a_card_without_the_marker_is_kept_if_somebody_wrote_it(before, is_kept):
+    new = with_what_was_written(f"---\ntags:\n- lora\n---\n\n# New\n\n{MARKER}\n\nmade\n", before)
+    assert ("# By hand" in new) == is_kept
+    assert ("# New" in new) != is_kept
+    assert new.endswith(f"{MARKER}\n\nmade\n")
+    assert yaml.safe_load(new.split("---")[1])["tags"] == ["lora"]
+
+
+def test_a_token_is_nowhere(hub, tmp_path, capfd, caplog):
+    train(tmp_path / "run", "--hub_strategy", "checkpoint", "--save_strategy", "epoch")
+    assert hub.where(WRITE_TOKEN) == []
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if WRITE_TOKEN.encode() in path.read_bytes()]
+    assert WRITE_TOKEN not in capfd.readouterr().out + caplog.text
+    assert not [name for name in hub.repository("me/adapter").files("main") if name.endswith("training_args.bin")]
+
+
+def test_what_holds_the_token_is_not_pushed(hub, tmp_path):
+    train(tmp_path / "run")
+    config = tmp_path / "run" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "note": WRITE_TOKEN}))
+    with pytest.raises(
+        SystemExit, match=r"error: tokenizer_config.json holds your token of the Hub. It is not pushed."
+    ):
+        push_adapter.main([str(tmp_path / "run")])
+    assert not list((tmp_path / "run").glob("_push-*"))
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_each_save_goes_up_and_the_newest_is_never_dropped(hub, tmp_path, strategy):
+    hub.delay("POST", "/commit/", seconds=1)
+    train(
+        tmp_path / "run",
+        "--hub_strategy",
+        strategy,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "1",
+    )
+    commits = hub.repository("me/adapter").commits[1:]
+    assert commits[-1].title == "End of training"
+    assert commits[-2].title == "Training in progress, step 3"
+    for commit in commits:
+        assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(commit.files), (
+            "never half an adapter"
+        )
+    files = commits[-1].files
+    kept = {name.partition("/")[0] for name in files if "checkpoint" in name}
+    assert (
+        kept
+        == {
+            "every_save": set(),
+            "checkpoint": {"last-checkpoint"},
+            "all_checkpoints": {"checkpoint-1", "checkpoint-2", "checkpoint-3"},
+        }[strategy]
+    )
+    if strategy == "checkpoint":
+        assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 3
+        assert files["last-checkpoint/adapter_model.safetensors"] == files["adapter_model.safetensors"]
+
+
+def test_a_run_goes_on_from_the_last_checkpoint_of_the_hub(hub, tmp_path):
+    flags = [
+        "--hub_strategy",
+        "checkpoint",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--num_train_epochs",
+        "2",
+    ]
+    train(tmp_path / "whole", *flags)
+    train(
+        tmp_path / "begun", *flags, "--hub_model_id", "me/begun", "--max_steps", "4", "--lr_scheduler_type", "constant"
+    )
+    train(tmp_path / "whole2", *flags, "--lr_scheduler_type", "constant")
+    elsewhere = [
+        "--hub_model_id",
+        "me/other",
+        "--lr_scheduler_type",
+        "constant",
+        "--resume_from_checkpoint",
+        "me/begun",
+    ]
+    train(tmp_path / "resumed", *flags, *elsewhere)
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole2", "resumed"))
+    assert one.read_bytes() == other.read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "abr_trace.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
