@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,13 +307,8 @@ def _load_mix(
 ) -> dict[str, Dataset | IterableDataset]:
     """Mix the training blocks of several data sets; the other splits are of the first."""
     shares = parse_mix(arguments.dataset_mix or "")
-    alone = replace(arguments, dataset_mix=None, dataset_name="demo", max_train_samples=None)
-    sources = [
-        replace(alone, dataset_name=None, train_file=name)
-        if Path(name).is_file()
-        else replace(alone, dataset_name=name)
-        for name in shares
-    ]
+    alone = partial(replace, arguments, dataset_mix=None, max_train_samples=None)
+    sources = [alone(train_file=name) if Path(name).is_file() else alone(dataset_name=name) for name in shares]
     blocks = load_blocks(sources[0], tokenizer, block_size, splits)
     if "train" not in splits:
         return blocks
