@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import DataArguments, TextArguments, load_texts, parse_mix
+from .data import DataArguments, TextArguments, fit_context, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
 from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
@@ -144,10 +144,7 @@ def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tup
     Raises:
         ValueError: A window is longer than the model's context, or the stride is longer than a window.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = arguments.token_length or min(context or DEFAULT_TOKEN_LENGTH, DEFAULT_TOKEN_LENGTH)
-    if context is not None and length > context:
-        raise ValueError(f"--token_length {length} exceeds the model's context of {context} tokens.")
+    length = fit_context("token_length", arguments.token_length, DEFAULT_TOKEN_LENGTH, config)
     stride = arguments.stride or length
     if stride > length:
         raise ValueError(
