@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .demo import demo_texts
-from .errors import one_line
+from .errors import one_line, refuse_below, refuse_missing_files
 
 logger = logging.get_logger(__name__)
 
@@ -114,14 +114,9 @@ class DataArguments:
             parse_mix(self.dataset_mix)
         elif self.dataset_name is None and not (self.train_file or self.validation_file or self.test_file):
             self.dataset_name = "demo"
-        for flag in ("train_file", "validation_file", "test_file", "primer_file"):
-            path = getattr(self, flag)
-            if path is not None and not Path(path).is_file():
-                raise ValueError(f"--{flag} {path} does not exist.")
-        for flag in ("block_size", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
-            value = getattr(self, flag)
-            if value is not None and value < (2 if flag == "block_size" else 1):
-                raise ValueError(f"--{flag} must be at least {2 if flag == 'block_size' else 1}, got {value}.")
+        refuse_missing_files(self, "train_file", "validation_file", "test_file", "primer_file")
+        least = {"block_size": 2, "max_train_samples": 1, "max_eval_samples": 1, "preprocessing_num_workers": 1}
+        refuse_below(self, least)
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(
                 f"--validation_split_percentage must lie between 0 and 100, got {self.validation_split_percentage}."
@@ -195,10 +190,8 @@ class TextArguments:
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.text_file is None):
             raise ValueError("Give either --dataset_name or --text_file: what to measure on.")
-        if self.text_file is not None and not Path(self.text_file).is_file():
-            raise ValueError(f"--text_file {self.text_file} does not exist.")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"--max_rows must be at least 1, got {self.max_rows}.")
+        refuse_missing_files(self, "text_file")
+        refuse_below(self, {"max_rows": 1})
         if self.split is None:
             self.split = "validation" if self.is_c4 else "test"
         if self.split not in SPLIT_ALIASES:

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .data import DataArguments, TextArguments, fit_context, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
+from .errors import refuse_below
 from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
 from .provenance import versions_and_machine
@@ -55,10 +56,7 @@ class MeasureArguments:
 
     def __post_init__(self) -> None:
         definition = find_definition(self.definition)
-        for flag, least in {"token_length": 2, "max_windows": 1, "batch_size": 1}.items():
-            value = getattr(self, flag)
-            if value is not None and value < least:
-                raise ValueError(f"--{flag} must be at least {least}, got {value}.")
+        refuse_below(self, {"token_length": 2, "max_windows": 1, "batch_size": 1})
         check_stride(definition, self.stride)
         if self.max_windows is not None and definition.wants_whole_texts:
             raise ValueError(
