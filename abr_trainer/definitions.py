@@ -5,7 +5,6 @@ The same model on the same test set is published as 5.47, 5.12, 8.71 and 60.98, 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -16,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .errors import find_named
 from .perplexity import IntArray, Window, perplexity_of, sliding_windows
 
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
@@ -240,11 +240,7 @@ def find_definition(name: str, flag: str = "definition") -> Definition:
     Raises:
         ValueError: There is none.
     """
-    if name not in DEFINITIONS:
-        close = difflib.get_close_matches(name, DEFINITIONS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown --{flag} {name!r}.{hint} Choose from: {', '.join(DEFINITIONS)}.")
-    return DEFINITIONS[name]
+    return find_named(f"--{flag}", name, DEFINITIONS)
 
 
 def spans(ids: IntArray, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

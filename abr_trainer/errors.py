@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+Named = TypeVar("Named")
 
 
 def one_line(error: BaseException, width: int = 300) -> str:
     """Return the message of an error on one line, cut at `width` characters; its kind if it has none."""
     return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
+
+
+def find_named(kind: str, name: str, known: Mapping[str, Named]) -> Named:
+    """Return what goes by a name.
+
+    Args:
+        kind: What it is the name of, for the message.
+
+    Raises:
+        ValueError: Nothing does; the message says what may have been meant.
+    """
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown {kind} {name!r}.{hint} Choose from: {', '.join(known)}.")
+    return known[name]
 
 
 def refuse_below(arguments: object, least: Mapping[str, float]) -> None:
