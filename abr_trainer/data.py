@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .definitions import C4_DOCUMENTS
 from .demo import demo_texts
 from .errors import one_line, refuse_below, refuse_missing_files
 
@@ -183,7 +184,8 @@ class TextArguments:
     max_rows: int | None = field(
         default=None,
         metadata={
-            "help": "Read only the first so many rows. Default: all; 1100 of a stream, what is published on C4."
+            "help": "Read only the first so many rows. Default: all; "
+            f"{C4_DOCUMENTS} of a stream, what is published on C4."
         },
     )
 
@@ -342,12 +344,8 @@ def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, Ro
     return {split: source[split] for split in splits}
 
 
-STREAMED_ROWS = 1100
-"""How much is read of a stream whose end is far away."""
-
-
 def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[str], Rows]:
-    """Return the texts of a split or a file, and the rows that they are of.
+    """Return the texts of a split or a file, and the rows that they are of; of a stream as much as is published of C4.
 
     Args:
         flag: What named the file or the data set, for messages. Default: that of the scripts which only measure.
@@ -371,7 +369,7 @@ def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[
         raise ValueError(f"{loaded.origin} is empty.")
     column = choose_text_column(example, arguments.text_column, loaded.origin)
     is_stream = isinstance(loaded.rows, IterableDataset)
-    most = arguments.max_rows or (STREAMED_ROWS if is_stream else None)
+    most = arguments.max_rows or (C4_DOCUMENTS if is_stream else None)
     texts = [as_text(row[column]) for row in itertools.islice(loaded.rows.select_columns([column]), most)]
     if not any(text.strip() for text in texts):
         raise ValueError(f"{loaded.origin} holds no text.")
