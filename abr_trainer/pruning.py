@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
+from .perplexity import without_adapter
 
 LAYERS = (nn.Linear, Conv1D)
 """Layers that are pruned; quantised ones are kinds of these."""
@@ -76,7 +77,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
 
 def layers(model: nn.Module) -> list[Matrix]:
     """Return the linear layers of the blocks: all but the head."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     return [each for each in matrices(model) if isinstance(each.module, LAYERS) and each.module is not head]
 
