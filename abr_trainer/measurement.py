@@ -370,14 +370,13 @@ def nlls_over_ranks(
 
 def describe_measurement(found: dict[str, Any]) -> list[str]:
     """Return a line each on the number, and on what it is the perplexity of."""
-    shown = shown_number
-    lines = [f"perplexity  {shown(found['perplexity'])} ({found['definition']}): {found['says']}"]
+    lines = [f"perplexity  {shown_number(found['perplexity'])} ({found['definition']}): {found['says']}"]
     if "bits_per_byte" in found:
-        by_byte = f"by byte {shown(found['byte_perplexity'])}, bits by byte {shown(found['bits_per_byte'])}"
-        lines.append(f"            {by_byte}")
+        by_byte, bits = shown_number(found["byte_perplexity"]), shown_number(found["bits_per_byte"])
+        lines.append(f"            by byte {by_byte}, bits by byte {bits}")
     if broken := found["non_finite_windows"]:
         which = ", ".join(map(str, broken[:10])) + ", ..." * (len(broken) > 10)
-        without = shown(found["perplexity_without_them"])
+        without = shown_number(found["perplexity_without_them"])
         lines.append(f"not finite  {len(broken)} of {found['windows']} windows: {which}; without them {without}")
     place = " ".join(part for part in (found["text"], found["config"], found["split"]) if part)
     stride = f" every {found['stride']}" if found["stride"] else ""
