@@ -35,7 +35,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .demo import DEMO_MODEL
-from .errors import one_line
+from .errors import one_line, refuse_below
 
 logger = logging.get_logger(__name__)
 
@@ -130,8 +130,7 @@ class ModelArguments(LoadArguments):
             raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r must be at least 1, got {self.lora_r}.")
+        refuse_below(self, {"lora_r": 1})
 
 
 def load_config(arguments: LoadArguments) -> PreTrainedConfig:

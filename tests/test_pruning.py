@@ -16,7 +16,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 import run_clm_abr
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.pruning import layers, merge_adapter, nonzero_shares, parse_pattern, prune, sparsity_report
+from abr_trainer.modeling import LoadArguments
+from abr_trainer.pruning import (
+    MergeArguments,
+    layers,
+    merge_adapter,
+    merge_to,
+    nonzero_shares,
+    parse_pattern,
+    prune,
+    sparsity_report,
+)
 from scripts import merge_adapter as merge_script
 from scripts import prune_model
 from tests.conftest import ROOT, tiny_llama
@@ -107,15 +117,17 @@ def adapted(model):
     return model
 
 
-def test_a_merge_under_the_mask_keeps_every_zero_and_changes_what_is_left():
-    plain = tiny_llama()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_merge_under_the_mask_keeps_every_zero_and_changes_what_is_left(dtype):
+    plain = tiny_llama().to(dtype)
     prune(plain, pattern="2:4")
     before = {matrix.name: matrix.values().clone() for matrix in layers(plain)}
     model = adapted(plain)
-    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").clone()
+    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").to(dtype)
     merged = merge_adapter(model)
     weight, name = merged.model.layers[0].self_attn.q_proj.weight, "model.layers.0.self_attn.q_proj"
     expected = torch.where(before[name] == 0, 0.0, before[name] + delta)
+    assert weight.dtype == dtype
     assert torch.equal(weight, expected)
     assert torch.equal(merged.model.layers[0].self_attn.v_proj.weight, before["model.layers.0.self_attn.v_proj"])
     assert sparsity_report(merged)["all"]["2:4"] == 1
@@ -182,6 +194,21 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
     with pytest.raises(SystemExit, match=f"error: --output_dir {merged} is in use. Give a new one."):
         merge_script.main([*flags, "--output_dir", merged])
+
+
+def test_a_merge_in_float16_is_written_in_float16_with_its_zeros(tmp_path):
+    pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
+    before = prune_model.main(["--torch_dtype", "float16", "--pattern", "2:4", "--output_dir", pruned])
+    adapted(AutoModelForCausalLM.from_pretrained(pruned)).save_pretrained(lora)
+    report = merge_to(LoadArguments(model_name_or_path=pruned, torch_dtype="float16"), lora, MergeArguments(merged))
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.dtype == torch.float16
+    assert sparsity_report(model) == report
+    assert all(report[kind]["2:4"] == before[kind]["2:4"] == 1 for kind in ("q_proj", "down_proj", "all"))
+    base = AutoModelForCausalLM.from_pretrained(pruned)
+    pairs = zip(layers(model), layers(base), strict=True)
+    moved = {matrix.kind for matrix, old in pairs if not torch.equal(matrix.values(), old.values())}
+    assert moved == {"q_proj", "down_proj"}
 
 
 def test_layers_that_an_adapter_replaces_are_merged_and_those_it_adapts_keep_their_zeros():
