@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from transformers.hf_argparser import string_to_bool
+
 from abr_trainer.errors import one_line_errors
 from abr_trainer.hub import PushError, Target, base_on_the_hub, push, stage
 from abr_trainer.records import PROVENANCE, read_json
@@ -22,7 +24,8 @@ def main(argv: list[str] | None = None) -> Any:
     parser.add_argument("directory", type=Path, help="--output_dir of run_clm_abr.py, or of any ABRTrainer")
     parser.add_argument("--hub_model_id", help="where to; default: as in the run, or the name of the directory")
     parser.add_argument("--hub_revision", help="branch, made if there is none; default: as in the run, or main")
-    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="of a repository that is made")
+    private = {"type": string_to_bool, "nargs": "?", "const": True}
+    parser.add_argument("--hub_private_repo", **private, help="make a private repository, where there is none")
     parser.add_argument("--hub_base_model", help="what the base model is called on the Hub")
     args = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError, PushError, when_interrupted="nothing was pushed"):

@@ -1,25 +1,25 @@
-"""What of a run goes to the Hub, how it gets there, and that a stranger can use it: over HTTP, with the real client."""
+"""What of a run goes to the Hub, how it gets there, and that a stranger can use it: with the real client."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
-from abr_trainer import ABRConfig, ABRTrainer, hub as hub_module
+from abr_trainer import hub as hub_module
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.model_card import MARKER, with_what_was_written
 from scripts import push_adapter
-from tests.conftest import tiny_llama, token_rows
+from tests.conftest import tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN
 
 RUN = [
@@ -42,12 +42,12 @@ def at_once(monkeypatch):
     monkeypatch.setattr(hub_module, "FIRST_WAIT", 0.01)
 
 
-def train(output, *flags):
+def run_script(output, *flags):
     return run_clm_abr.main([*RUN, *PUSH, *flags, "--output_dir", str(output)])
 
 
 def test_a_stranger_loads_what_was_pushed(hub, tmp_path):
-    train(tmp_path / "run", "--do_predict")
+    run_script(tmp_path / "run", "--do_predict", "--hub_strategy", "end")
     repository = hub.repository("me/adapter")
     files = repository.files("main")
     assert set(files) - {".gitattributes"} == {
@@ -77,7 +77,7 @@ def test_a_stranger_loads_what_was_pushed(hub, tmp_path):
 
 
 def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, tmp_path):
-    results = train(tmp_path / "run", "--do_predict", "--repeat_scheduler", "fixed", "--max_repeats", "2")
+    results = run_script(tmp_path / "run", "--do_predict", "--repeat_scheduler", "fixed", "--max_repeats", "2")
     card = ModelCard(hub.repository("me/adapter").files("main")["README.md"].decode())
     card.validate()
     assert card.data.base_model == "demo-org/base"
@@ -109,7 +109,7 @@ def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, tmp_path):
 
 
 def test_what_was_written_above_the_marker_stays(hub, tmp_path):
-    train(tmp_path / "run")
+    run_script(tmp_path / "run")
     card = hub.repository("me/adapter").files("main")["README.md"].decode()
     edited = card.replace("# adapter\n", "# A much better name\n\nMade for my cat.\n").replace(
         "library_name", "license: mit\nlibrary_name"
@@ -140,7 +140,7 @@ def test_a_card_without_the_marker_is_kept_if_somebody_wrote_it(before, is_kept)
 
 
 def test_a_token_is_nowhere(hub, tmp_path, capfd, caplog):
-    train(tmp_path / "run", "--hub_strategy", "checkpoint", "--save_strategy", "epoch")
+    run_script(tmp_path / "run", "--hub_strategy", "checkpoint", "--save_strategy", "epoch")
     assert hub.where(WRITE_TOKEN) == []
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert written
@@ -150,7 +150,7 @@ def test_a_token_is_nowhere(hub, tmp_path, capfd, caplog):
 
 
 def test_what_holds_the_token_is_not_pushed(hub, tmp_path):
-    train(tmp_path / "run")
+    run_script(tmp_path / "run")
     config = tmp_path / "run" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "note": WRITE_TOKEN}))
     with pytest.raises(
@@ -163,36 +163,36 @@ def test_what_holds_the_token_is_not_pushed(hub, tmp_path):
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_each_save_goes_up_and_the_newest_is_never_dropped(hub, tmp_path, strategy):
     hub.delay("POST", "/commit/", seconds=1)
-    train(
+    run_script(
         tmp_path / "run",
         "--hub_strategy",
         strategy,
         "--save_strategy",
         "steps",
         "--save_steps",
-        "1",
+        "3",
         "--save_total_limit",
         "1",
     )
     commits = hub.repository("me/adapter").commits[1:]
     assert commits[-1].title == "End of training"
-    assert commits[-2].title == "Training in progress, step 3"
+    assert commits[-2].title == "Training in progress, step 9"
     for commit in commits:
         assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(commit.files), (
             "never half an adapter"
         )
-    files = commits[-1].files
+    files = hub.repository("me/adapter").files("main")
     kept = {name.partition("/")[0] for name in files if "checkpoint" in name}
     assert (
         kept
         == {
             "every_save": set(),
             "checkpoint": {"last-checkpoint"},
-            "all_checkpoints": {"checkpoint-1", "checkpoint-2", "checkpoint-3"},
+            "all_checkpoints": {"checkpoint-3", "checkpoint-6", "checkpoint-9"},
         }[strategy]
     )
     if strategy == "checkpoint":
-        assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 3
+        assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 9
         assert files["last-checkpoint/adapter_model.safetensors"] == files["adapter_model.safetensors"]
 
 
@@ -207,11 +207,10 @@ def test_a_run_goes_on_from_the_last_checkpoint_of_the_hub(hub, tmp_path):
         "--num_train_epochs",
         "2",
     ]
-    train(tmp_path / "whole", *flags)
-    train(
+    run_script(
         tmp_path / "begun", *flags, "--hub_model_id", "me/begun", "--max_steps", "4", "--lr_scheduler_type", "constant"
     )
-    train(tmp_path / "whole2", *flags, "--lr_scheduler_type", "constant")
+    run_script(tmp_path / "whole", *flags, "--lr_scheduler_type", "constant")
     elsewhere = [
         "--hub_model_id",
         "me/other",
@@ -220,8 +219,125 @@ def test_a_run_goes_on_from_the_last_checkpoint_of_the_hub(hub, tmp_path):
         "--resume_from_checkpoint",
         "me/begun",
     ]
-    train(tmp_path / "resumed", *flags, *elsewhere)
-    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole2", "resumed"))
+    run_script(tmp_path / "resumed", *flags, *elsewhere)
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "resumed"))
     assert one.read_bytes() == other.read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "abr_trace.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+# ---- What goes wrong ----
+
+
+def error_of(*flags):
+    with pytest.raises(SystemExit) as ended:
+        run_script(*flags)
+    return str(ended.value)
+
+
+FAULTS = {
+    "503 at the commit": lambda hub: hub.fail("POST", "/commit/", status=503, times=2),
+    "500 at the repository": lambda hub: hub.fail("POST", "/api/repos/create", status=500, times=2),
+    "409": lambda hub: hub.conflict(409),
+    "412": lambda hub: hub.conflict(412),
+    "a dropped commit": lambda hub: hub.drop("POST", "/commit/"),
+    "a dropped answer": lambda hub: hub.drop("POST", "/commit/", at="answer"),
+    "a dropped upload": lambda hub: hub.drop("PUT", "."),
+    "a dropped card": lambda hub: hub.drop("HEAD", "README.md"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_passes_is_tried_again(hub, tmp_path, name):
+    FAULTS[name](hub)
+    run_script(tmp_path / "run", "--hub_strategy", "end")
+    repository = hub.repository("me/adapter")
+    assert [commit.title for commit in repository.commits[1:]] == ["End of training"]
+    assert repository.files("main")["adapter_model.safetensors"]
+
+
+def test_a_push_that_fails_costs_nothing_but_the_push(hub, tmp_path):
+    run = tmp_path / "a run"
+    hub.fail("POST", "/commit/", status=503, times=hub_module.ATTEMPTS)
+    message = error_of(run, "--hub_strategy", "end")
+    assert message.startswith("error: trained, but not pushed: 503: ")
+    assert message.endswith(f"Finish it with: python scripts/push_adapter.py '{run}'")
+    assert len(hub.repository("me/adapter").commits) == 1
+    assert (run / "adapter_model.safetensors").exists()
+    assert json.loads((run / "all_results.json").read_text())["eval_perplexity"] > 1
+    assert not list(run.glob("_push-*"))
+    done = push_adapter.main([str(run)])
+    assert str(done.repo_url).endswith("me/adapter")
+    files = hub.repository("me/adapter").files("main")
+    assert files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "demo-org/base", (
+        "as the run was told"
+    )
+
+
+def test_training_goes_on_where_saves_cannot_be_pushed(hub, tmp_path, caplog):
+    hub.fail("POST", "/commit/", status=503, times=3 * hub_module.ATTEMPTS)
+    run_script(tmp_path / "run", "--hub_strategy", "every_save", "--save_strategy", "epoch")
+    assert caplog.text.count("Not pushed; training goes on: 503") == 3
+    assert [commit.title for commit in hub.repository("me/adapter").commits[1:]] == ["End of training"]
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (
+            "hf_somebody_elses",
+            "error: --push_to_hub to adapter: no valid token: set HF_TOKEN or run `hf auth login`. 401",
+        ),
+        (READ_TOKEN, "error: --push_to_hub to adapter: 403"),
+    ],
+)
+def test_a_token_that_may_not_push_is_told_before_training(hub, tmp_path, monkeypatch, token, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    told = error_of(tmp_path / "run", "--hub_model_id", "adapter")
+    assert told.startswith(f"error: --push_to_hub to adapter: {message}")
+    assert "\n" not in told
+    assert token not in told
+    assert not (tmp_path / "run" / "abr_trace.jsonl").exists()
+
+
+def test_a_hub_out_of_reach_at_the_start_is_tried_again_at_the_end(hub, tmp_path, caplog):
+    hub.drop("POST", "/api/repos/create", times=hub_module.ATTEMPTS)
+    run_script(tmp_path / "run", "--hub_strategy", "end")
+    assert "The Hub cannot be reached, and is tried again when there is something to push" in caplog.text
+    assert hub.repository("me/adapter").files("main")["adapter_model.safetensors"]
+
+
+def test_branch_and_privacy_are_as_asked(hub, tmp_path):
+    run_script(tmp_path / "run", "--hub_strategy", "end", "--hub_private_repo", "true", "--hub_revision", "trial")
+    repository = hub.repository("me/adapter")
+    assert repository.private
+    assert set(repository.files("main")) == {".gitattributes"}
+    assert "adapter_model.safetensors" in repository.files("trial")
+
+
+def test_a_base_that_only_this_machine_has_is_warned_of_and_not_named(hub, tmp_path, caplog):
+    run_clm_abr.main([*RUN, "--push_to_hub", "--hub_strategy", "end", "--output_dir", str(tmp_path / "mine")])
+    assert caplog.text.count("is not on the Hub, so nobody else can load the adapter on it by its name") == 1
+    files = hub.repository("me/mine").files("main")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    card = ModelCard(files["README.md"].decode())
+    card.validate()
+    assert card.data.base_model is None
+
+
+def test_tables_go_up_only_if_they_were_trained(hub, train, tmp_path, caplog):
+    def push(name, **options):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            tiny_llama(tie_word_embeddings=False), LoraConfig(**{"target_modules": ["q_proj"], **options})
+        )
+        args = {"output_dir": str(tmp_path / name), "hub_model_id": f"me/{name}", "hub_base_model": "org/base"}
+        train(model=model, **args).push_to_hub()
+        return load(hub.repository(f"me/{name}").files("main")["adapter_model.safetensors"])
+
+    trained = push("trained", modules_to_save=["lm_head"])
+    assert "base_model.model.lm_head.weight" in trained
+    assert "which was trained, whole: 0.0 MB" in caplog.text
+    assert not [name for name in push("plain") if "lora" not in name]
+    assert not [name for name in push("targeted", target_modules=["q_proj", "embed_tokens"]) if "lora" not in name]
