@@ -107,6 +107,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         results |= metrics
     if args.do_train:
         trainer.save_state()  # with the last evaluation in its log
+        trainer.write_summary()
     if args.do_predict:
         metrics = trainer.evaluate(blocks["test"], metric_key_prefix="test")
         trainer.save_metrics("test", metrics)

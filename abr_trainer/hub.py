@@ -497,7 +497,7 @@ class HubMixin(_AnyTrainer):
                 )
                 run = Path(self.args.output_dir)
                 target = self._target(revision, private, kwargs.get("finetuned_from"))
-                self._write_summary(kwargs)
+                self.write_summary(**kwargs)
                 self._pushes.wait()
                 folder = stage(run, target)
                 message = commit_message or "End of training"
@@ -521,7 +521,7 @@ class HubMixin(_AnyTrainer):
         target, kept_as = self._target(), names.get(strategy)
         message = f"Training in progress, step {step_of(checkpoint)}"
         try:
-            self._write_summary({})
+            self.write_summary()
             folder = stage(run, target, checkpoint, kept_as)
         except (OSError, ValueError) as error:
             self._pushes.failed = one_line(error)
@@ -555,8 +555,14 @@ class HubMixin(_AnyTrainer):
             self._base = name, base_on_the_hub(name, getattr(self.args, "hub_base_model", None))
         return self._base[1]
 
-    def _write_summary(self, card: dict[str, Any]) -> None:
-        """Write what the card and a later push need to know of this run."""
+    def write_summary(self, **card: Any) -> None:
+        """Write `abr_summary.json`: what rule, what it cost and reached; and what a later push puts into its card.
+
+        Args:
+            card: As for `push_to_hub`.
+        """
+        if not self.is_world_process_zero():
+            return
         run = Path(self.args.output_dir)
         logged = [logs for logs in self.state.log_history if "eval_perplexity" in logs]
         followed = (read_json(run / HISTORY_NAME) or {}).get("metric", "eval_perplexity")

@@ -21,6 +21,7 @@ from .records import (
     PROVENANCE,
     REPORT_FOLDER,
     SKIPPED_NAME,
+    SUMMARY_NAME,
     TRACE_NAME,
     TRAINER_STATE,
     is_complete,
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 RUN_FILES = (
     *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
-    *(TRACE_NAME, HISTORY_NAME, SKIPPED_NAME, REPORT_FOLDER),
+    *(TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, REPORT_FOLDER),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""

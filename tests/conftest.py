@@ -120,12 +120,13 @@ class ScaledMixin:
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
 
-def run_module(*arguments: str, timeout: float) -> None:
+def run_module(*arguments: str, timeout: float, environment: dict[str, str] | None = None) -> None:
     """Run `python -m` from the root of the repository, on a thread a process and without GPUs, and expect success."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

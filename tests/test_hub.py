@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def run_script(output, *flags):
     return run_clm_abr.main([*RUN, *PUSH, *flags, "--output_dir", str(output)])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that was told where to push, and did not."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    repeats = ["--do_predict", "--repeat_scheduler", "fixed", "--max_repeats", "2"]
+    run_clm_abr.main([*RUN, *PUSH, *repeats, "--push_to_hub", "false", "--output_dir", str(output)])
+    return output
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def push(run, *flags):
+    return push_adapter.main([str(run), *flags])
+
+
 def test_a_stranger_loads_what_was_pushed(hub, tmp_path):
     run_script(tmp_path / "run", "--do_predict", "--hub_strategy", "end")
     repository = hub.repository("me/adapter")
@@ -76,14 +95,15 @@ def test_a_stranger_loads_what_was_pushed(hub, tmp_path):
     assert not list((tmp_path / "run").glob("_push-*"))
 
 
-def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, tmp_path):
-    results = run_script(tmp_path / "run", "--do_predict", "--repeat_scheduler", "fixed", "--max_repeats", "2")
+def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, finished):
+    push(finished)
+    results = json.loads((finished / "all_results.json").read_text())
     card = ModelCard(hub.repository("me/adapter").files("main")["README.md"].decode())
     card.validate()
     assert card.data.base_model == "demo-org/base"
     assert card.data.library_name == "peft"
     measured = {each.metric_name: each.metric_value for each in card.data.eval_results}
-    history = json.loads((tmp_path / "run" / "perplexity_history.json").read_text())["summary"]
+    history = json.loads((finished / "perplexity_history.json").read_text())["summary"]
     assert measured == {
         "perplexity (token-exact), validation, before training": pytest.approx(history["baseline"], rel=1e-5),
         "perplexity (token-exact), validation, best": pytest.approx(history["best"], rel=1e-5),
@@ -103,19 +123,18 @@ def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, tmp_path):
         "## Limits",
     ):
         assert said in card.text, said
-    assert str(tmp_path / "run") in card.text, "the exact command"
-    ledger = json.loads((tmp_path / "run" / "abr_summary.json").read_text())["ledger"]
-    assert f"| {ledger['batches']} | {ledger['skips']} | {ledger['updates']} |" in card.text
+    assert "--output_dir" in card.text, "the exact command"
+    assert f"| {results['train_batches']} | {results['train_skips']} | {results['train_updates']} |" in card.text
 
 
-def test_what_was_written_above_the_marker_stays(hub, tmp_path):
-    run_script(tmp_path / "run")
+def test_what_was_written_above_the_marker_stays(hub, finished):
+    push(finished)
     card = hub.repository("me/adapter").files("main")["README.md"].decode()
     edited = card.replace("# adapter\n", "# A much better name\n\nMade for my cat.\n").replace(
         "library_name", "license: mit\nlibrary_name"
     )
     hub_module.HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="me/adapter")
-    push_adapter.main([str(tmp_path / "run")])
+    push(finished)
     again = hub.repository("me/adapter").files("main")["README.md"].decode()
     assert "# A much better name\n\nMade for my cat.\n" in again.partition(MARKER)[0]
     assert "# adapter" not in again
@@ -149,15 +168,14 @@ def test_a_token_is_nowhere(hub, tmp_path, capfd, caplog):
     assert not [name for name in hub.repository("me/adapter").files("main") if name.endswith("training_args.bin")]
 
 
-def test_what_holds_the_token_is_not_pushed(hub, tmp_path):
-    run_script(tmp_path / "run")
-    config = tmp_path / "run" / "tokenizer_config.json"
+def test_what_holds_the_token_is_not_pushed(hub, finished):
+    config = finished / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "note": WRITE_TOKEN}))
     with pytest.raises(
         SystemExit, match=r"error: tokenizer_config.json holds your token of the Hub. It is not pushed."
     ):
-        push_adapter.main([str(tmp_path / "run")])
-    assert not list((tmp_path / "run").glob("_push-*"))
+        push(finished)
+    assert not list(finished.glob("_push-*"))
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
@@ -197,33 +215,31 @@ def test_each_save_goes_up_and_the_newest_is_never_dropped(hub, tmp_path, strate
 
 
 def test_a_run_goes_on_from_the_last_checkpoint_of_the_hub(hub, tmp_path):
-    flags = [
-        "--hub_strategy",
-        "checkpoint",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "2",
-        "--num_train_epochs",
-        "2",
-    ]
-    run_script(
-        tmp_path / "begun", *flags, "--hub_model_id", "me/begun", "--max_steps", "4", "--lr_scheduler_type", "constant"
-    )
-    run_script(tmp_path / "whole", *flags, "--lr_scheduler_type", "constant")
-    elsewhere = [
-        "--hub_model_id",
-        "me/other",
-        "--lr_scheduler_type",
-        "constant",
-        "--resume_from_checkpoint",
-        "me/begun",
-    ]
-    run_script(tmp_path / "resumed", *flags, *elsewhere)
+    flags = ["--save_strategy", "steps", "--save_steps", "2", "--num_train_epochs", "2"]
+    flags += ["--lr_scheduler_type", "constant", "--hub_strategy", "checkpoint"]
+    run_script(tmp_path / "begun", *flags, "--max_steps", "4")
+    alone = [*flags, "--push_to_hub", "false"]
+    run_script(tmp_path / "whole", *alone)
+    run_script(tmp_path / "resumed", *alone, "--resume_from_checkpoint", "me/adapter@main")
     one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "resumed"))
     assert one.read_bytes() == other.read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "abr_trace.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("me/adapter", "has no complete last-checkpoint: push it with --hub_strategy checkpoint."),
+        ("me/none", "is no directory, and cannot be loaded from the Hub: "),
+        ("no/such/place", "is neither a directory nor the id of a repository on the Hub."),
+    ],
+)
+def test_what_cannot_be_resumed_is_told(hub, finished, tmp_path, name, message):
+    push(finished)
+    told = error_of(tmp_path / "new", "--resume_from_checkpoint", name)
+    assert told.startswith(f"error: --resume_from_checkpoint {name} {message}")
+    assert "\n" not in told
 
 
 # ---- What goes wrong ----
@@ -248,11 +264,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_passes_is_tried_again(hub, tmp_path, name):
+def test_what_passes_is_tried_again(hub, finished, name):
     FAULTS[name](hub)
-    run_script(tmp_path / "run", "--hub_strategy", "end")
+    push(finished)
     repository = hub.repository("me/adapter")
-    assert [commit.title for commit in repository.commits[1:]] == ["End of training"]
+    assert [commit.title for commit in repository.commits[1:]] == ["Push of a finished run"]
     assert repository.files("main")["adapter_model.safetensors"]
 
 
@@ -266,7 +282,7 @@ def test_a_push_that_fails_costs_nothing_but_the_push(hub, tmp_path):
     assert (run / "adapter_model.safetensors").exists()
     assert json.loads((run / "all_results.json").read_text())["eval_perplexity"] > 1
     assert not list(run.glob("_push-*"))
-    done = push_adapter.main([str(run)])
+    done = push(run)
     assert str(done.repo_url).endswith("me/adapter")
     files = hub.repository("me/adapter").files("main")
     assert files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
@@ -287,9 +303,9 @@ def test_training_goes_on_where_saves_cannot_be_pushed(hub, tmp_path, caplog):
     [
         (
             "hf_somebody_elses",
-            "error: --push_to_hub to adapter: no valid token: set HF_TOKEN or run `hf auth login`. 401",
+            "no valid token: set HF_TOKEN or run `hf auth login`. 401",
         ),
-        (READ_TOKEN, "error: --push_to_hub to adapter: 403"),
+        (READ_TOKEN, "403"),
     ],
 )
 def test_a_token_that_may_not_push_is_told_before_training(hub, tmp_path, monkeypatch, token, message):
@@ -308,8 +324,8 @@ def test_a_hub_out_of_reach_at_the_start_is_tried_again_at_the_end(hub, tmp_path
     assert hub.repository("me/adapter").files("main")["adapter_model.safetensors"]
 
 
-def test_branch_and_privacy_are_as_asked(hub, tmp_path):
-    run_script(tmp_path / "run", "--hub_strategy", "end", "--hub_private_repo", "true", "--hub_revision", "trial")
+def test_branch_and_privacy_are_as_asked(hub, finished):
+    push(finished, "--hub_private_repo", "--hub_revision", "trial")
     repository = hub.repository("me/adapter")
     assert repository.private
     assert set(repository.files("main")) == {".gitattributes"}
@@ -327,7 +343,7 @@ def test_a_base_that_only_this_machine_has_is_warned_of_and_not_named(hub, tmp_p
 
 
 def test_tables_go_up_only_if_they_were_trained(hub, train, tmp_path, caplog):
-    def push(name, **options):
+    def pushed(name, **options):
         torch.manual_seed(0)
         model = get_peft_model(
             tiny_llama(tie_word_embeddings=False), LoraConfig(**{"target_modules": ["q_proj"], **options})
@@ -336,8 +352,8 @@ def test_tables_go_up_only_if_they_were_trained(hub, train, tmp_path, caplog):
         train(model=model, **args).push_to_hub()
         return load(hub.repository(f"me/{name}").files("main")["adapter_model.safetensors"])
 
-    trained = push("trained", modules_to_save=["lm_head"])
+    trained = pushed("trained", modules_to_save=["lm_head"])
     assert "base_model.model.lm_head.weight" in trained
     assert "which was trained, whole: 0.0 MB" in caplog.text
-    assert not [name for name in push("plain") if "lora" not in name]
-    assert not [name for name in push("targeted", target_modules=["q_proj", "embed_tokens"]) if "lora" not in name]
+    assert not [name for name in pushed("plain") if "lora" not in name]
+    assert not [name for name in pushed("targeted", target_modules=["q_proj", "embed_tokens"]) if "lora" not in name]
