@@ -102,6 +102,11 @@ class Definition(ABC):
     takes_stride = False
     wants_whole_texts = False
 
+    @property
+    def metric(self) -> str:
+        """What the metrics of a run begin with: `hf_stride` of "hf-stride"."""
+        return self.name.replace("-", "_")
+
     @abstractmethod
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
         """Yield windows of at most `length` tokens."""

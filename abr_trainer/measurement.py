@@ -100,7 +100,7 @@ class EvaluationArguments:
     def metric(self) -> str:
         """The perplexity that a run is followed by."""
         chosen = self.eval_definition
-        return "perplexity" if chosen is None else f"{metric_of(find_definition(chosen))}_perplexity"
+        return "perplexity" if chosen is None else f"{find_definition(chosen).metric}_perplexity"
 
     def text_to_measure(self, data: DataArguments) -> tuple[TextArguments, str]:
         """Return what to read, and the flag that names it.
@@ -214,16 +214,7 @@ class Measurement:
         numbers, non_finite = numbers_of(self.definition, self.text, self.windows, nlls)
         if non_finite:
             numbers["non_finite_windows"] = len(non_finite)
-        return {f"{metric_of(self.definition)}_{name}": value for name, value in numbers.items()}
-
-
-def metric_of(definition: Definition) -> str:
-    """Return what the metrics of a definition begin with.
-
-    >>> metric_of(DEFINITIONS["hf-stride"])
-    'hf_stride'
-    """
-    return definition.name.replace("-", "_")
+        return {f"{self.definition.metric}_{name}": value for name, value in numbers.items()}
 
 
 def prepare_measurement(

@@ -12,7 +12,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data import find_corpus
+from .definitions import DEFINITIONS, Definition
 from .records import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
+
+PICTURES = {
+    "perplexity": "Validation perplexity over the passes spent",
+    "batches": "First-pass loss of each batch, and what became of it",
+}
 
 MARKER = "<!-- Each push writes anew what follows. Write above this line: that stays. -->"
 
@@ -127,16 +133,17 @@ def evaluation_results(
                 dataset_name=name,
                 dataset_split=split,
                 metric_type="perplexity",
-                metric_name=f"{definition_of(summary, split)}, {split}, {when}",
+                metric_name=f"perplexity ({definition_of(summary, split).name}), {split}, {when}",
                 metric_value=round(value, 6),
             ),
         )
 
 
-def definition_of(summary: dict[str, Any], split: str) -> str:
-    metric = summary.get("perplexity", {}).get("metric", "eval_perplexity")
-    name = "perplexity" if split == "test" else metric.removeprefix("eval_").replace("_", " ")
-    return "perplexity (token-exact)" if name == "perplexity" else name
+def definition_of(summary: dict[str, Any], split: str) -> Definition:
+    """Return the definition that a run was followed by; the test split is measured token by token."""
+    metric = summary.get("perplexity", {}).get("metric")
+    found = (each for each in DEFINITIONS.values() if metric == f"eval_{each.metric}_perplexity" and split != "test")
+    return next(found, DEFINITIONS["token"])
 
 
 def text_of(arguments: dict[str, Any]) -> tuple[str, str]:
@@ -167,22 +174,22 @@ def sections(
 ) -> Iterator[str]:
     arguments = provenance.get("arguments", {})
     if measured:
-        rows = [f"| {when} | {split} | {value:.4f} |" for when, split, value in measured]
-        tokens = summary.get("perplexity", {}).get("target_tokens")
-        over = f" over {tokens:,} target tokens" if tokens else ""
+        rows = [
+            f"| {when} | {split} | {definition_of(summary, split).name} | {value:.4f} |"
+            for when, split, value in measured
+        ]
+        block = f", in blocks of {arguments['block_size']} tokens" if arguments.get("block_size") else ""
+        said = {each.name: each.says for _, split, _ in measured for each in [definition_of(summary, split)]}
         yield (
-            "## Perplexity\n\n| when | split | "
-            + definition_of(summary, "validation")
-            + " |\n|---|---|---|\n"
+            "## Perplexity\n\n| when | split | definition | perplexity |\n|---|---|---|---|\n"
             + "\n".join(rows)
-            + f"\n\nOf {text_of(arguments)[1]}{over}. Token-exact: exp(sum of the negative log-likelihoods / number "
-            "of target tokens), in blocks"
-            + (f" of {arguments['block_size']} tokens" if arguments.get("block_size") else "")
-            + ". Compare it only with numbers of the same tokenizer, text and definition."
+            + f"\n\nOf {text_of(arguments)[1]}{block}. "
+            + " ".join(f"`{name}` is {says}." for name, says in said.items())
+            + " Compare with numbers of the same tokenizer, text and definition only."
         )
-    pictures = sorted(path.name for path in (folder / "plots").glob("*.png")) if (folder / "plots").is_dir() else []
+    pictures = [name for name in PICTURES if (folder / "plots" / f"{name}.png").exists()]
     if pictures:
-        yield "\n\n".join(f"![{name.removesuffix('.png')}](plots/{name})" for name in pictures)
+        yield "\n\n".join(f"![{PICTURES[name]}](plots/{name}.png)" for name in pictures)
     yield "## How it was trained\n\n" + "\n".join(f"- {line}" for line in training_lines(summary, arguments, adapter))
     ledger = {key.removeprefix("train_"): value for key, value in results.items() if key.startswith("train_")}
     ledger = {**ledger, **summary.get("ledger", {})}

@@ -105,10 +105,10 @@ def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, finished):
     measured = {each.metric_name: each.metric_value for each in card.data.eval_results}
     history = json.loads((finished / "perplexity_history.json").read_text())["summary"]
     assert measured == {
-        "perplexity (token-exact), validation, before training": pytest.approx(history["baseline"], rel=1e-5),
-        "perplexity (token-exact), validation, best": pytest.approx(history["best"], rel=1e-5),
-        "perplexity (token-exact), validation, final": pytest.approx(results["eval_perplexity"], rel=1e-5),
-        "perplexity (token-exact), test, final": pytest.approx(results["test_perplexity"], rel=1e-5),
+        "perplexity (token), validation, before training": pytest.approx(history["baseline"], rel=1e-5),
+        "perplexity (token), validation, best": pytest.approx(history["best"], rel=1e-5),
+        "perplexity (token), validation, final": pytest.approx(results["eval_perplexity"], rel=1e-5),
+        "perplexity (token), test, final": pytest.approx(results["test_perplexity"], rel=1e-5),
     }
     loading = re.search(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
     assert len(loading.splitlines()) == 5
