@@ -17,9 +17,10 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import load_adapter
 from .data import DataArguments, TextArguments, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
-from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
+from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
 from .provenance import versions_and_machine
 from .pruning import nonzero_shares
@@ -32,7 +33,6 @@ DEFAULT_TOKEN_LENGTH = 2048
 class MeasureArguments:
     """By which definition to measure, and where the result goes."""
 
-    adapter: str | None = field(default=None, metadata={"help": "A LoRA adapter, in a directory or on the Hub."})
     definition: str = field(
         default="token",
         metadata={"help": "Which perplexity, see the README: " + ", ".join(DEFINITIONS) + "."},
@@ -265,7 +265,7 @@ def prepare_measurement(
 
 
 def measure(
-    load: LoadArguments, source: TextArguments, arguments: MeasureArguments, state: PartialState
+    load: AdaptedArguments, source: TextArguments, arguments: MeasureArguments, state: PartialState
 ) -> dict[str, Any]:
     """Load a model and a text, and return a perplexity with all that defines it. Every rank returns the same.
 
@@ -283,8 +283,9 @@ def measure(
         text = Text(rows, loaded.rows_are_lines, tokenizer, source.is_c4)
         windows = cut_windows(definition, text, length, stride, arguments.max_windows, loaded.origin)
     model = load_base(load, config, state.device)
+    adapter = load.adapter_name_or_path
+    adapted = model if adapter is None else load_adapter(model, adapter, load.model_name_or_path)
     check_tokens(windows, model, tokenizer)
-    adapted = model if arguments.adapter is None else load_adapter(model, arguments.adapter, load)
     quantisation = quantisation_of(model)
     if quantisation is None and load.device_map is None:
         adapted.to(state.device)
@@ -307,7 +308,7 @@ def measure(
         "target_tokens": sum(window.targets for window in windows),
         "begun_by": begin_of(windows, tokenizer),
         "model": load.model_name_or_path,
-        "adapter": arguments.adapter,
+        "adapter": adapter,
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantisation": quantisation,

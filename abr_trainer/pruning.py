@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
+from .adapters import load_adapter
+from .modeling import LoadArguments, load_base, load_config, load_tokenizer
 
 LAYERS = (nn.Linear, Conv1D)
 """Layers that are pruned; quantised ones are kinds of these."""
@@ -337,7 +338,7 @@ def prune_to(load: LoadArguments, arguments: PruneArguments) -> dict[str, dict[s
 
 def merge_to(load: LoadArguments, adapter: str, arguments: MergeArguments) -> dict[str, dict[str, float]]:
     """Merge an adapter into its base, into a directory, and return the `sparsity_report` of what is merged."""
-    model = load_adapter(load_base(load, load_config(load), "cpu"), adapter, load)
+    model = load_adapter(load_base(load, load_config(load), "cpu"), adapter, load.model_name_or_path)
     merged = merge_adapter(model, arguments.keep_mask)
     _save(merged, load, arguments.output_dir)
     return sparsity_report(merged)

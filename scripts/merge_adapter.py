@@ -26,7 +26,7 @@ from abr_trainer.measurement import (
     shown_number,
     write_measurement,
 )
-from abr_trainer.modeling import LoadArguments
+from abr_trainer.modeling import AdaptedArguments
 from abr_trainer.pruning import MergeArguments, describe_sparsity, merge_to
 
 
@@ -35,19 +35,19 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
         ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="look for --output_dir"
     ):
         load, source, arguments, merge = parse_arguments(
-            (LoadArguments, TextArguments, MeasureArguments, MergeArguments), argv
+            (AdaptedArguments, TextArguments, MeasureArguments, MergeArguments), argv
         )
-        if arguments.adapter is None:
+        if load.adapter_name_or_path is None:
             raise ValueError("--adapter is missing: what to merge.")
         if load.is_quantised:
             raise ValueError("An adapter is merged into weights as they are: without --load_in_8bit, --load_in_4bit.")
         state = PartialState(cpu=arguments.use_cpu)
         if state.num_processes > 1:
             raise ValueError("Merging is the work of one process: start this script without a launcher.")
-        alone = replace(arguments, adapter=None)
-        found = {"base": measure(load, source, alone, state), "beside": measure(load, source, arguments, state)}
-        report = merge_to(load, arguments.adapter, merge)
-        found["merged"] = measure(replace(load, model_name_or_path=merge.output_dir), source, alone, state)
+        alone = replace(load, adapter_name_or_path=None)
+        found = {"base": measure(alone, source, arguments, state), "beside": measure(load, source, arguments, state)}
+        report = merge_to(load, load.adapter_name_or_path, merge)
+        found["merged"] = measure(replace(alone, model_name_or_path=merge.output_dir), source, arguments, state)
         if arguments.output_file is not None:
             write_measurement(found, arguments.output_file)
     print(*describe_measurement(found["merged"]), *describe_sparsity(report), sep="\n")
