@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
@@ -17,6 +18,9 @@ from .errors import one_line
 logger = logging.get_logger(__name__)
 
 FLAG = "--adapter_name_or_path"
+
+WRAPPED = ("base_layer", "original_module")
+"""Names of modules in which an adapter keeps those of the base."""
 
 
 def read_adapter(adapter: str) -> PeftConfig:
@@ -93,10 +97,22 @@ def load_adapter(
     return adapted
 
 
+def unwrapped(module: Any) -> Any:
+    """Return the module of the base inside what an adapter has put around it."""
+    while inside := [each for name in (*WRAPPED, "token_adapter") if (each := module._modules.get(name)) is not None]:
+        module = inside[0]
+    return module
+
+
+def embeddings_in(model: Any) -> int:
+    """Return how many tokens the model has embeddings of, also beneath an adapter."""
+    return int(unwrapped(model.get_input_embeddings()).num_embeddings)
+
+
 def _resize_embeddings(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Make room for the table of embeddings that an adapter holds, if it holds one."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
     for key in (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"):
-        if key in weights and len(weights[key]) != int(embeddings.num_embeddings):  # type: ignore[arg-type]
+        if key in weights and len(weights[key]) != embeddings_in(model):
             model.resize_token_embeddings(len(weights[key]), mean_resizing=False)

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import load_adapter
+from .adapters import embeddings_in, load_adapter
 from .data import DataArguments, TextArguments, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
 from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
@@ -125,6 +125,21 @@ class EvaluationArguments:
         return TextArguments(name, config, split="validation", text_column=data.text_column), flag
 
 
+def refuse_without_text(*arguments: Any) -> None:
+    """Refuse flags that say how to measure where nothing says on what: all but defaults, and --use_cpu.
+
+    Args:
+        arguments: Dataclasses of such flags.
+
+    Raises:
+        ValueError: One of them is given.
+    """
+    for group in arguments:
+        for flag in fields(group):
+            if flag.name != "use_cpu" and getattr(group, flag.name) != flag.default:
+                raise ValueError(f"--{flag.name} needs a text to measure on: give --dataset_name or --text_file.")
+
+
 def check_stride(definition: Definition, stride: int | None, prefix: str = "") -> None:
     """Refuse a stride below 1, or with a definition whose windows cannot overlap."""
     if stride is None:
@@ -188,7 +203,7 @@ def check_tokens(windows: Sequence[Window], model: PreTrainedModel, tokenizer: P
     Raises:
         ValueError: The tokenizer is of another model.
     """
-    known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    known = embeddings_in(model)
     highest = max(max(window.ids) for window in windows)
     if highest >= known:
         raise ValueError(

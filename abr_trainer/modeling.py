@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from .adapters import FLAG, base_of, load_adapter, read_adapter
+from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
 from .demo import DEMO_MODEL
 from .errors import one_line
 
@@ -253,7 +253,7 @@ def load_model(
     """
     model = load_base(arguments, config, device)
     is_sharded = shards_weights()
-    if len(tokenizer) > int(model.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
+    if len(tokenizer) > embeddings_in(model):
         # Only then: an adapter trained on resized embeddings carries the whole table.
         model.resize_token_embeddings(len(tokenizer))
     for settings in (model.config, model.generation_config):
@@ -272,7 +272,7 @@ def load_model(
             model, lora_config(arguments, model), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
         )
     adapted = load_adapter(model, adapter, arguments.model_name_or_path, True, arguments.lora_dropout)
-    rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    rows = embeddings_in(adapted)
     if rows < len(tokenizer):
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, but {FLAG} {adapter} holds "

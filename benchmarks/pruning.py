@@ -62,7 +62,7 @@ def merged(args: argparse.Namespace, model: Path, adapter: Path, keep_mask: bool
     if not out.exists():
         flags = ["--model_name_or_path", str(model), "--torch_dtype", "float32", "--adapter", str(adapter)]
         flags += ["--text_file", str(args.test), "--token_length", LENGTH, "--max_windows", "50", "--use_cpu"]
-        call("scripts/merge_adapter.py", *flags, "--keep_mask", str(keep_mask).lower(), "--output_dir", str(out))
+        call("scripts/export_adapter.py", *flags, "--keep_mask", str(keep_mask).lower(), "--output_dir", str(out))
     return out
 
 

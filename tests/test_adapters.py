@@ -85,6 +85,13 @@ def test_training_goes_on_from_the_adapter_and_resumes(finished, text, tmp_path)
     assert (tmp_path / "part" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj", "lm_head"]])
+def test_an_adapter_of_embeddings_or_head_is_loaded(tmp_path, targets):
+    model = load(adapter_name_or_path=random_adapter(tmp_path, target_modules=targets))
+    trained = {name.partition(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(targets)
+
+
 def test_what_the_adapter_trained_is_loaded_and_trains_and_the_rest_is_frozen(build, tmp_path):
     adapter = random_adapter(tmp_path, modules_to_save=["lm_head"])
     model = load(adapter_name_or_path=adapter, lora_dropout=0.3)

@@ -13,8 +13,9 @@ from abr_trainer import ABRConfig, ABRTrainer, Observation
 from abr_trainer.data import DataArguments, TextArguments
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.measurement import EvaluationArguments, MeasureArguments
+from abr_trainer.merging import MergeArguments
 from abr_trainer.modeling import ModelArguments
-from abr_trainer.pruning import MergeArguments, PruneArguments
+from abr_trainer.pruning import PruneArguments
 from tests.conftest import tiny_llama, token_rows
 
 ROOT = Path(__file__).resolve().parents[1]
