@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.engines import leave_ranks
-from abr_trainer.errors import one_line_errors
+from abr_trainer.errors import one_line, one_line_errors
+from abr_trainer.hub import PushError
 from abr_trainer.measurement import EvaluationArguments, prepare_measurement
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import (
@@ -106,6 +108,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         results |= metrics
     if args.do_train:
         trainer.save_state()  # with the last evaluation in its log
+        trainer.write_summary()
     if args.do_predict:
         metrics = trainer.evaluate(blocks["test"], metric_key_prefix="test")
         trainer.save_metrics("test", metrics)
@@ -120,7 +123,11 @@ def run(argv: list[str] | None) -> dict[str, float]:
             sep="\n",
         )
     if args.push_to_hub:
-        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="text-generation")
+        try:
+            trainer.push_to_hub(finetuned_from=model_args.model_name_or_path)
+        except (PushError, ValueError, OSError) as error:
+            later = f"python scripts/push_adapter.py {shlex.quote(str(args.output_dir))}"
+            raise SystemExit(f"error: trained, but not pushed: {one_line(error)}\nFinish it with: {later}") from error
     return results
 
 

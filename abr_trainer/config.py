@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .errors import refuse_below
 from .ledger import forward_share
 from .schedulers import (
     OUTLIER_RULES,
@@ -197,6 +198,11 @@ class ABRConfig(TrainingArguments):
         default=0.0, metadata={"help": "By how much an evaluation must be better, in units of the metric."}
     )
 
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={"help": "What the base model is called on the Hub, where --model_name_or_path is a directory."},
+    )
+
     def __post_init__(self) -> None:
         if self.eval_on_start is None:
             self.eval_on_start = self.do_train and self.do_eval
@@ -248,10 +254,7 @@ class ABRConfig(TrainingArguments):
         Raises:
             ValueError: A field is out of range, or names no rule.
         """
-        for name, least in LEAST_VALUES.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}.")
+        refuse_below(self, LEAST_VALUES)
         for name in ("eval_passes", "save_passes"):
             value = getattr(self, name)
             if value is not None and not value > 0:

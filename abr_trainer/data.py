@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .definitions import C4_DOCUMENTS
 from .demo import demo_texts
-from .errors import one_line
+from .errors import one_line, refuse_below, refuse_missing_files
 
 logger = logging.get_logger(__name__)
 
@@ -113,14 +115,9 @@ class DataArguments:
             parse_mix(self.dataset_mix)
         elif self.dataset_name is None and not (self.train_file or self.validation_file or self.test_file):
             self.dataset_name = "demo"
-        for flag in ("train_file", "validation_file", "test_file", "primer_file"):
-            path = getattr(self, flag)
-            if path is not None and not Path(path).is_file():
-                raise ValueError(f"--{flag} {path} does not exist.")
-        for flag in ("block_size", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
-            value = getattr(self, flag)
-            if value is not None and value < (2 if flag == "block_size" else 1):
-                raise ValueError(f"--{flag} must be at least {2 if flag == 'block_size' else 1}, got {value}.")
+        refuse_missing_files(self, "train_file", "validation_file", "test_file", "primer_file")
+        least = {"block_size": 2, "max_train_samples": 1, "max_eval_samples": 1, "preprocessing_num_workers": 1}
+        refuse_below(self, least)
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(
                 f"--validation_split_percentage must lie between 0 and 100, got {self.validation_split_percentage}."
@@ -187,17 +184,16 @@ class TextArguments:
     max_rows: int | None = field(
         default=None,
         metadata={
-            "help": "Read only the first so many rows. Default: all; 1100 of a stream, what is published on C4."
+            "help": "Read only the first so many rows. Default: all; "
+            f"{C4_DOCUMENTS} of a stream, what is published on C4."
         },
     )
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.text_file is None):
             raise ValueError("Give either --dataset_name or --text_file: what to measure on.")
-        if self.text_file is not None and not Path(self.text_file).is_file():
-            raise ValueError(f"--text_file {self.text_file} does not exist.")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"--max_rows must be at least 1, got {self.max_rows}.")
+        refuse_missing_files(self, "text_file")
+        refuse_below(self, {"max_rows": 1})
         if self.split is None:
             self.split = "validation" if self.is_c4 else "test"
         if self.split not in SPLIT_ALIASES:
@@ -272,12 +268,21 @@ class Rows:
 
 def choose_block_size(arguments: DataArguments, config: PreTrainedConfig) -> int:
     """Return `--block_size` or its default, checked against what the model can attend to."""
+    return fit_context("block_size", arguments.block_size, DEFAULT_BLOCK_SIZE, config)
+
+
+def fit_context(flag: str, wanted: int | None, default: int, config: PreTrainedConfig) -> int:
+    """Return the length that a flag asks for; if it asks for none, the default, at most what the model can attend to.
+
+    Raises:
+        ValueError: It asks for more than the model's context.
+    """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if arguments.block_size is None:
-        return min(context or DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE)
-    if context is not None and arguments.block_size > context:
-        raise ValueError(f"--block_size {arguments.block_size} exceeds the model's context of {context} tokens.")
-    return arguments.block_size
+    if wanted is None:
+        return min(context or default, default)
+    if context is not None and wanted > context:
+        raise ValueError(f"--{flag} {wanted} exceeds the model's context of {context} tokens.")
+    return wanted
 
 
 def load_blocks(
@@ -319,13 +324,8 @@ def _load_mix(
 ) -> dict[str, Dataset | IterableDataset]:
     """Mix the training blocks of several data sets; the other splits are of the first."""
     shares = parse_mix(arguments.dataset_mix or "")
-    alone = replace(arguments, dataset_mix=None, dataset_name="demo", max_train_samples=None)
-    sources = [
-        replace(alone, dataset_name=None, train_file=name)
-        if Path(name).is_file()
-        else replace(alone, dataset_name=name)
-        for name in shares
-    ]
+    alone = partial(replace, arguments, dataset_mix=None, max_train_samples=None)
+    sources = [alone(train_file=name) if Path(name).is_file() else alone(dataset_name=name) for name in shares]
     blocks = load_blocks(sources[0], tokenizer, block_size, splits)
     if "train" not in splits:
         return blocks
@@ -357,12 +357,8 @@ def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, Ro
     return {split: source[split] for split in splits}
 
 
-STREAMED_ROWS = 1100
-"""How much is read of a stream whose end is far away."""
-
-
 def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[str], Rows]:
-    """Return the texts of a split or a file, and the rows that they are of.
+    """Return the texts of a split or a file, and the rows that they are of; of a stream as much as is published of C4.
 
     Args:
         flag: What named the file or the data set, for messages. Default: that of the scripts which only measure.
@@ -386,7 +382,7 @@ def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[
         raise ValueError(f"{loaded.origin} is empty.")
     column = choose_text_column(example, arguments.text_column, loaded.origin)
     is_stream = isinstance(loaded.rows, IterableDataset)
-    most = arguments.max_rows or (STREAMED_ROWS if is_stream else None)
+    most = arguments.max_rows or (C4_DOCUMENTS if is_stream else None)
     texts = [as_text(row[column]) for row in itertools.islice(loaded.rows.select_columns([column]), most)]
     if not any(text.strip() for text in texts):
         raise ValueError(f"{loaded.origin} holds no text.")

@@ -5,7 +5,6 @@ The same model on the same test set is published as 5.47, 5.12, 8.71 and 60.98, 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -16,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .errors import find_named
 from .perplexity import IntArray, Window, perplexity_of, sliding_windows
 
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
@@ -49,6 +49,14 @@ class Text:
         end = [] if self.rows_are_lines or eos is None else [eos]
         rows = self.tokenizer(self.rows, add_special_tokens=False, verbose=False)["input_ids"]
         return np.fromiter((token for row in rows for token in (*row, *end)), np.int64)
+
+    @cached_property
+    def documents(self) -> list[tuple[str, str]]:
+        """Each document that is not blank, as it is and as a model is to see it: pages of WikiText detokenized."""
+        whole = self.rows
+        if self.rows_are_lines:
+            whole = pages_of(self.rows) if self.is_wikitext else ["".join(self.rows)]
+        return [(document, shown_document(document)) for document in whole if document.strip()]
 
     def joined(self, between: str, rows: int | None = None) -> IntArray:
         """Return the tokens of these rows as one text, with what special tokens the tokenizer adds by itself.
@@ -188,7 +196,7 @@ class LmEval(Definition):
     wants_whole_texts = True
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
-        for document, (_, shown) in enumerate(documents(text)):
+        for document, (_, shown) in enumerate(text.documents):
             tokens = text.tokens_of(shown)
             for start in range(0, len(tokens), length):
                 new = tokens[start : start + length]
@@ -197,7 +205,7 @@ class LmEval(Definition):
 
     def numbers(self, text: Text, windows: Sequence[Window], nlls: Sequence[float]) -> dict[str, float]:
         seen = {window.document for window in windows}
-        originals = [original for document, (original, _) in enumerate(documents(text)) if document in seen]
+        originals = [original for document, (original, _) in enumerate(text.documents) if document in seen]
         nll = math.fsum(nlls)
         words = sum(len(re.split(r"\s+", original)) for original in originals)
         size = sum(len(original.encode("utf-8")) for original in originals)
@@ -240,11 +248,7 @@ def find_definition(name: str, flag: str = "definition") -> Definition:
     Raises:
         ValueError: There is none.
     """
-    if name not in DEFINITIONS:
-        close = difflib.get_close_matches(name, DEFINITIONS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown --{flag} {name!r}.{hint} Choose from: {', '.join(DEFINITIONS)}.")
-    return DEFINITIONS[name]
+    return find_named(f"--{flag}", name, DEFINITIONS)
 
 
 def spans(ids: IntArray, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -270,15 +274,10 @@ HEADING = re.compile(r"\s*= (?!=).*(?<!=) =\s*")
 """That of a page of WikiText. Those of its sections have more signs."""
 
 
-def documents(text: Text) -> Iterator[tuple[str, str]]:
-    """Yield each document that is not blank, as it is and as a model is to see it: pages of WikiText detokenized."""
-    whole = text.rows
-    if text.rows_are_lines:
-        whole = pages_of(text.rows) if text.is_wikitext else ["".join(text.rows)]
-    for document in whole:
-        if document.strip():
-            first = next(line for line in document.splitlines() if line.strip())
-            yield document, detokenized(document) if HEADING.fullmatch(first) else document
+def shown_document(document: str) -> str:
+    """Return a document as a model is to see it: a page of WikiText, by its heading, detokenized."""
+    first = next(line for line in document.splitlines() if line.strip())
+    return detokenized(document) if HEADING.fullmatch(first) else document
 
 
 def pages_of(rows: Sequence[str]) -> list[str]:

@@ -3,14 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+Named = TypeVar("Named")
 
 
 def one_line(error: BaseException, width: int = 300) -> str:
     """Return the message of an error on one line, cut at `width` characters; its kind if it has none."""
     return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
+
+
+def find_named(kind: str, name: str, known: Mapping[str, Named]) -> Named:
+    """Return what goes by a name.
+
+    Args:
+        kind: What it is the name of, for the message.
+
+    Raises:
+        ValueError: Nothing does; the message says what may have been meant.
+    """
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown {kind} {name!r}.{hint} Choose from: {', '.join(known)}.")
+    return known[name]
+
+
+def refuse_below(arguments: object, least: Mapping[str, float]) -> None:
+    """Refuse flags that are given and below the least that they can be.
+
+    Raises:
+        ValueError: One of them is.
+    """
+    for flag, value in least.items():
+        given = getattr(arguments, flag)
+        if given is not None and given < value:
+            raise ValueError(f"--{flag} must be at least {value}, got {given}.")
+
+
+def refuse_missing_files(arguments: object, *flags: str) -> None:
+    """Refuse flags that name a file which is not there.
+
+    Raises:
+        ValueError: One of them does.
+    """
+    for flag in flags:
+        path = getattr(arguments, flag)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"--{flag} {path} does not exist.")
 
 
 @contextlib.contextmanager

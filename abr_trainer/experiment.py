@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .arms import Arm
+from .errors import refuse_below
 from .flags import BUDGET, given_flags, is_on, refuse
 from .processes import Forked, Launched, Process, start_quietly
 from .progress import Progress
@@ -161,8 +162,7 @@ class Experiment:
             self.reference = next((arm.name for arm in self.arms if arm.rule == "baseline"), self.arms[0].name)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must be one number above 0, or several different ones, got {self.seeds}.")
-        if self.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {self.jobs}.")
+        refuse_below(self, {"jobs": 1})
         if self.jobs > 1 and self.launcher:
             raise ValueError("--jobs does not go with --launcher, which takes all devices for one run.")
         if self.tune and not self.tune_seeds:

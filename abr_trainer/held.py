@@ -40,15 +40,13 @@ def check_holdable(calls: list[Call]) -> None:
     Raises:
         ValueError: A micro-batch is no mapping of names to tensors.
     """
+    wanted = "To train on a batch again later, its inputs must be tensors by name"
     for inputs, _, _ in calls:
-        values = inputs if isinstance(inputs, Mapping) else {"they": inputs}
-        if wrong := [name for name, value in values.items() if not isinstance(value, Tensor)]:
-            raise ValueError(
-                f"To train on a batch again later, its inputs must be tensors by name; {wrong[0]} is something else. "
-                "Use another --repeat_scheduler."
-            )
-        if values is not inputs:
-            raise ValueError("To train on a batch again later, its inputs must be tensors by name, not one tensor.")
+        if not isinstance(inputs, Mapping):
+            raise ValueError(f"{wanted}, not one {type(inputs).__name__}. Use another --repeat_scheduler.")
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{wanted}; {name} is something else. Use another --repeat_scheduler.")
 
 
 def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from .perplexity import IGNORE_INDEX
+from .perplexity import IGNORE_INDEX, without_adapter
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ def shifts_labels(trainer: Any) -> bool:
     """Tell whether the model's loss is that of a causal language model: Trainer goes by names, and includes others."""
     if not trainer._loss_shifts_labels:
         return False
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(trainer.accelerator.unwrap_model(trainer.model))
     forward = inspect.unwrap(type(base).forward)
     return "loss_function" in forward.__code__.co_names
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import embeddings_in, load_adapter
-from .data import DataArguments, TextArguments, load_texts, parse_mix
+from .data import DataArguments, TextArguments, fit_context, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
+from .errors import refuse_below
 from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
 from .provenance import versions_and_machine
@@ -55,10 +56,7 @@ class MeasureArguments:
 
     def __post_init__(self) -> None:
         definition = find_definition(self.definition)
-        for flag, least in {"token_length": 2, "max_windows": 1, "batch_size": 1}.items():
-            value = getattr(self, flag)
-            if value is not None and value < least:
-                raise ValueError(f"--{flag} must be at least {least}, got {value}.")
+        refuse_below(self, {"token_length": 2, "max_windows": 1, "batch_size": 1})
         check_stride(definition, self.stride)
         if self.max_windows is not None and definition.wants_whole_texts:
             raise ValueError(
@@ -159,10 +157,7 @@ def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tup
     Raises:
         ValueError: A window is longer than the model's context, or the stride is longer than a window.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = arguments.token_length or min(context or DEFAULT_TOKEN_LENGTH, DEFAULT_TOKEN_LENGTH)
-    if context is not None and length > context:
-        raise ValueError(f"--token_length {length} exceeds the model's context of {context} tokens.")
+    length = fit_context("token_length", arguments.token_length, DEFAULT_TOKEN_LENGTH, config)
     stride = arguments.stride or length
     if stride > length:
         raise ValueError(
@@ -391,14 +386,13 @@ def nlls_over_ranks(
 
 def describe_measurement(found: dict[str, Any]) -> list[str]:
     """Return a line each on the number, and on what it is the perplexity of."""
-    shown = shown_number
-    lines = [f"perplexity  {shown(found['perplexity'])} ({found['definition']}): {found['says']}"]
+    lines = [f"perplexity  {shown_number(found['perplexity'])} ({found['definition']}): {found['says']}"]
     if "bits_per_byte" in found:
-        by_byte = f"by byte {shown(found['byte_perplexity'])}, bits by byte {shown(found['bits_per_byte'])}"
-        lines.append(f"            {by_byte}")
+        by_byte, bits = shown_number(found["byte_perplexity"]), shown_number(found["bits_per_byte"])
+        lines.append(f"            by byte {by_byte}, bits by byte {bits}")
     if broken := found["non_finite_windows"]:
         which = ", ".join(map(str, broken[:10])) + ", ..." * (len(broken) > 10)
-        without = shown(found["perplexity_without_them"])
+        without = shown_number(found["perplexity_without_them"])
         lines.append(f"not finite  {len(broken)} of {found['windows']} windows: {which}; without them {without}")
     place = " ".join(part for part in (found["text"], found["config"], found["split"]) if part)
     stride = f" every {found['stride']}" if found["stride"] else ""

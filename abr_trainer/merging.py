@@ -33,7 +33,7 @@ class MergeArguments:
             "nargs": "?",  # so that it may stand alone, as other flags that are true or false
             "const": True,
             "help": "Leave at zero what is zero in the base; false: a plain merge. Default: true where the base is "
-            "sparse, that is where the adapter changes a matrix with more than 5 % zeros."
+            "sparse, that is where the adapter changes a matrix of which more than a twentieth is zero.",
         },
     )
 

@@ -25,7 +25,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
 from .demo import DEMO_MODEL
-from .errors import one_line
+from .errors import one_line, refuse_below
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
@@ -161,8 +161,7 @@ class ModelArguments(AdaptedArguments):
                 setattr(self, flag, default)
         if not 0 <= (self.lora_dropout or 0) < 1:
             raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
-        if (self.lora_r or 0) < 1:
-            raise ValueError(f"--lora_r must be at least 1, got {self.lora_r}.")
+        refuse_below(self, {"lora_r": 1})
 
     def _follow(self, adapter: str) -> None:
         """Take over what an adapter says of itself.
@@ -253,7 +252,8 @@ def load_model(
     """
     model = load_base(arguments, config, device)
     is_sharded = shards_weights()
-    if len(tokenizer) > embeddings_in(model):
+    adapter = arguments.adapter_name_or_path
+    if adapter is None and len(tokenizer) > embeddings_in(model):
         # Only then: an adapter trained on resized embeddings carries the whole table.
         model.resize_token_embeddings(len(tokenizer))
     for settings in (model.config, model.generation_config):
@@ -265,18 +265,16 @@ def load_model(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
-    adapter = arguments.adapter_name_or_path
     if adapter is None:
         # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
         return get_peft_model(
             model, lora_config(arguments, model), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
         )
     adapted = load_adapter(model, adapter, arguments.model_name_or_path, True, arguments.lora_dropout)
-    rows = embeddings_in(adapted)
-    if rows < len(tokenizer):
+    if embeddings_in(adapted) < len(tokenizer):
         raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, but {FLAG} {adapter} holds "
-            f"embeddings of {rows}: leave out --tokenizer_name."
+            f"The tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, but {FLAG} {adapter} and its "
+            f"base have embeddings of {embeddings_in(adapted)}. Give --tokenizer_name of what it was trained with."
         )
     return adapted
 

@@ -138,7 +138,7 @@ def window_nlls(
         progress: Called with the number of windows after each batch.
     """
     device = next(model.parameters()).device
-    trims = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
+    trims = "logits_to_keep" in inspect.signature(without_adapter(model).forward).parameters
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index].ids))
     was_training = model.training
     model.eval()
@@ -180,6 +180,6 @@ def _logits_and_targets(
     return logits[:, -targets.shape[1] :], targets.to(logits.device)
 
 
-def _innermost(model: Any) -> Any:
-    """Return the model inside an adapter: its `forward` says what it takes."""
+def without_adapter(model: Any) -> Any:
+    """Return the model inside an adapter: it says what it takes and what it has, which the adapter around it hides."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -6,20 +6,20 @@ import contextlib
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import WRAPPED
 from .modeling import LoadArguments, load_base, load_config, load_tokenizer
+from .perplexity import without_adapter
 
 LAYERS = (nn.Linear, Conv1D)
 """Layers that are pruned; quantised ones are kinds of these."""
@@ -29,6 +29,9 @@ ADAPTER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_
 
 
 # ---- What there is ----
+
+Count = tuple[int, int]
+"""How many have a property, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
 
 def layers(model: nn.Module) -> list[Matrix]:
     """Return the linear layers of the blocks: all but the head."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     return [each for each in matrices(model) if isinstance(each.module, LAYERS) and each.module is not head]
 
@@ -92,14 +95,12 @@ def nonzero_shares(model: nn.Module) -> dict[str, float]:
     >>> nonzero_shares(model)
     {'q_proj': 1.0, 'v_proj': 0.5, 'all': 0.75}
     """
-    counts: dict[str, list[int]] = {}
-    for matrix in matrices(model):
-        values = matrix.values()
-        count = counts.setdefault(matrix.kind, [0, 0])
-        count[0] += int(torch.count_nonzero(values))
-        count[1] += values.numel()
-    every = [sum(column) for column in zip(*counts.values(), strict=True)] or [0, 1]
-    return {kind: nonzero / total for kind, (nonzero, total) in (counts | {"all": every}).items()}
+
+    def count(values: Tensor) -> dict[str, Count]:
+        return {"nonzero": (int(torch.count_nonzero(values)), values.numel())}
+
+    shares = _shares(matrices(model), count)
+    return {kind: share["nonzero"] for kind, share in shares.items()} or {"all": 0.0}
 
 
 @torch.no_grad()
@@ -112,17 +113,25 @@ def sparsity_report(
     that of blocks that are all zero. A matrix whose inputs do not divide into groups has none.
     """
     parsed = {pattern: parse_pattern(pattern) for pattern in patterns}
-    counts: dict[str, dict[str, list[int]]] = {}
-    for matrix in layers(model):
-        values = matrix.values()
-        found = {"zeros": (int((values == 0).sum()), values.numel())}
-        found |= {pattern: parsed[pattern].having(values) for pattern in patterns}
-        for kind in (matrix.kind, "all"):
-            for name, (part, whole) in found.items():
-                count = counts.setdefault(kind, {}).setdefault(name, [0, 0])
-                count[0], count[1] = count[0] + part, count[1] + whole
-    kinds = sorted(counts, key=lambda kind: kind == "all")
-    return {kind: {name: part / whole for name, (part, whole) in counts[kind].items()} for kind in kinds}
+
+    def count(values: Tensor) -> dict[str, Count]:
+        zeros = int((values == 0).sum()), values.numel()
+        return {"zeros": zeros} | {pattern: each.having(values) for pattern, each in parsed.items()}
+
+    return _shares(layers(model), count)
+
+
+def _shares(counted: Iterable[Matrix], count: Callable[[Tensor], dict[str, Count]]) -> dict[str, dict[str, float]]:
+    """Return the shares of what is counted in matrices, for each kind of them and then for `all`."""
+    sums: dict[str, dict[str, Count]] = {}
+    for matrix in counted:
+        for name, (part, whole) in count(matrix.values()).items():
+            for kind in (matrix.kind, "all"):
+                of_kind = sums.setdefault(kind, {})
+                before = of_kind.get(name, (0, 0))
+                of_kind[name] = before[0] + part, before[1] + whole
+    kinds = sorted(sums, key=lambda kind: kind == "all")
+    return {kind: {name: part / whole for name, (part, whole) in sums[kind].items()} for kind in kinds}
 
 
 # ---- Patterns, and pruning ----

@@ -17,6 +17,8 @@ CHECKPOINT_PREFIX = "checkpoint-"
 TRACE_NAME = "abr_trace.jsonl"
 HISTORY_NAME = "perplexity_history.json"
 
+SUMMARY_NAME = "abr_summary.json"
+
 SKIPPED_NAME = "_skipped_batches.jsonl"
 REPORT_FOLDER = "_report"
 """These hold text of the training set: `Trainer` pushes nothing from the output directory that begins with `_`."""

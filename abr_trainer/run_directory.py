@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from .config import ABRConfig
+from .hub import fetch_checkpoint
 from .provenance import versions_and_machine
 from .records import (
     CHECKPOINT_PREFIX,
@@ -19,6 +21,7 @@ from .records import (
     PROVENANCE,
     REPORT_FOLDER,
     SKIPPED_NAME,
+    SUMMARY_NAME,
     TRACE_NAME,
     TRAINER_STATE,
     is_complete,
@@ -31,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 RUN_FILES = (
     *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
-    *(TRACE_NAME, HISTORY_NAME, SKIPPED_NAME, REPORT_FOLDER),
+    *(TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, REPORT_FOLDER),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
@@ -139,7 +142,7 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
 
 def find_checkpoint(args: ABRConfig) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` names; `true` is the last complete one in the output
-    directory.
+    directory. What is no directory is looked for on the Hub, and downloaded into the output directory.
 
     Raises:
         ValueError: There is no such checkpoint.
@@ -148,10 +151,26 @@ def find_checkpoint(args: ABRConfig) -> str | None:
     if not wanted:
         return None
     found = last_complete_checkpoint(str(args.output_dir)) if str(wanted).lower() == "true" else wanted
+    if found is not None and not Path(found).exists():
+        return _fetched(str(found), args)
     if found is None:
         raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {args.output_dir}.")
     if not is_complete(Path(found)):
         raise ValueError(f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE} in it.")
+    return found
+
+
+def _fetched(name: str, args: ABRConfig) -> str:
+    """Download a checkpoint on the main process, and return on all ranks where it is."""
+    told: list[str | None] = [None, None]
+    if args.process_index == 0:
+        try:
+            told[0] = fetch_checkpoint(name, Path(str(args.output_dir)))
+        except (ValueError, OSError) as error:
+            told[1] = str(error)
+    found, refused = broadcast_object_list(told)
+    if found is None:
+        raise ValueError(refused)
     return found
 
 

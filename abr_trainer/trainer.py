@@ -49,6 +49,7 @@ from .engines import forget_batch_of_deepspeed
 from .evaluation import PerplexityMixin
 from .gradient_norm import gradient_norm
 from .held import Call, HeldBatch, check_holdable
+from .hub import HubMixin
 from .ledger import ComputeLedger, forward_share
 from .loss_scale import LossScale, find_loss_scale, has_own_loss, shifts_labels, weighted_loss
 from .perplexity import perplexity_of
@@ -101,7 +102,7 @@ class _Batch:
         self.checkpoint_is_due = False
 
 
-class ABRMixin(ResumeMixin, PerplexityMixin):
+class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     """Give any `Trainer` subclass batch repetition and skipping: `class MyTrainer(ABRMixin, SomeTrainer)`.
 
     With plain `TrainingArguments` and no scheduler it changes nothing at all.

@@ -3,7 +3,7 @@
     python scripts/eval_perplexity.py --dataset_name demo --token_length 128
     python scripts/eval_perplexity.py --model_name_or_path huggyllama/llama-7b --dataset_name wikitext \
         --definition wanda --token_length 2048 --torch_dtype float16 --output_file perplexity.json
-    torchrun --nproc_per_node 8 scripts/eval_perplexity.py --model_name_or_path my/model --adapter runs/mine \
+    torchrun --nproc_per_node 8 scripts/eval_perplexity.py --adapter_name_or_path runs/mine \
         --text_file my.txt --stride 1024
 """
 

@@ -1,7 +1,7 @@
 """Merge an adapter into its base, and write a model that plain transformers loads, tokenizer included.
 
-    python scripts/export_adapter.py --adapter runs/wikitext --output_dir runs/whole
-    python scripts/export_adapter.py --adapter runs/pruned-lora --dataset_name demo --token_length 128 \
+    python scripts/export_adapter.py --adapter_name_or_path runs/wikitext --output_dir runs/whole
+    python scripts/export_adapter.py --adapter_name_or_path runs/pruned-lora --dataset_name demo --token_length 128 \
         --output_dir runs/merged      # of a pruned base: zeros stay zero, which --keep_mask false prevents
 
 The base is what the adapter says it was trained on, unless --model_name_or_path names another copy. What was written

@@ -32,4 +32,4 @@ if [ ! -e "$out/lora/all_results.json" ]; then
         "${streamed[@]}" "$@"
 fi
 [ -e "$out/merged/config.json" ] || python "$here/export_adapter.py" --model_name_or_path "$pruned" "${original[@]}" \
-    --adapter "$out/lora" "${measured[@]}" --output_dir "$out/merged"
+    --adapter_name_or_path "$out/lora" "${measured[@]}" --output_dir "$out/merged"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import runpy
 import subprocess
 import sys
 
@@ -15,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
+from huggingface_hub import HfApi, close_session, constants
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from tests.hub_server import Hub
 
 VOCABULARY = 64
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -116,12 +120,13 @@ class ScaledMixin:
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
 
-def run_module(*arguments: str, timeout: float) -> None:
+def run_module(*arguments: str, timeout: float, environment: dict[str, str] | None = None) -> None:
     """Run `python -m` from the root of the repository, on a thread a process and without GPUs, and expect success."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -218,3 +223,43 @@ def train(build):
         return trainer
 
     return train
+
+
+def point_client_at(hub: Hub, monkeypatch: Any) -> None:
+    """Give the libraries of this process the settings that a new process would find in that environment.
+
+    huggingface_hub reads its environment once, into constants; others copy these, and clients remember the endpoint.
+    So its module of constants is run anew, and what came out differently replaces what was there, wherever it is.
+    """
+    for name, value in hub.environment.items():
+        monkeypatch.setenv(name, value)
+    fresh = runpy.run_path(constants.__file__)
+    known = vars(constants)
+    changed = {
+        name: (known[name], value)
+        for name, value in fresh.items()
+        if re.fullmatch("[A-Za-z][A-Za-z_]*", name)
+        and isinstance(value, str | bool | frozenset)
+        and known[name] != value
+    }
+    libraries = ("huggingface_hub", "transformers", "peft", "datasets", "accelerate")
+    for module in [each for name, each in list(sys.modules.items()) if name.split(".")[0] in libraries]:
+        own = vars(module)
+        for name, (old, new) in changed.items():
+            if name in own and own[name] == old:
+                monkeypatch.setattr(module, name, new)
+        for value in list(own.values()):
+            if isinstance(value, HfApi):
+                monkeypatch.setattr(value, "endpoint", hub.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made anew at its first use
+    close_session()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of this test alone; this process talks to it, and others do that are given `hub.environment`."""
+    with Hub(tmp_path / "of_hub_clients") as hub:
+        point_client_at(hub, monkeypatch)
+        yield hub
+        close_session()
+    assert not hub.errors, hub.errors[0]

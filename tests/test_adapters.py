@@ -139,7 +139,9 @@ def test_a_table_of_embeddings_that_had_grown_comes_back(text, tmp_path):
     assert found["perplexity"] == pytest.approx(results["eval_perplexity"], rel=1e-5)
     tokenizer.add_tokens(["lamps"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="has 1027 tokens, but --adapter_name_or_path .* holds embeddings of 1026"):
+    with pytest.raises(
+        ValueError, match="has 1027 tokens, but --adapter_name_or_path .* base have embeddings of 1026"
+    ):
         load(adapter_name_or_path=output, tokenizer_name=str(tmp_path / "tokenizer"))
 
 

@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from abr_trainer.definitions import DEFINITIONS, Text, detokenized, find_definition, pages_of
-from abr_trainer.definitions import documents as documents_of
 from abr_trainer.demo import DEMO_MODEL, demo_texts
 from abr_trainer.measurement import cut_windows, numbers_of
 from abr_trainer.perplexity import window_nlls
@@ -161,12 +160,12 @@ def test_a_text_of_ones_own_is_taken_as_it_is(tokenizer):
     whole = "The cat found\n\na spoon.\n \nIt was old.\n"
     text = Text(whole.splitlines(keepends=True), True, tokenizer)
     assert text.joined("\n\n").tolist() == tokenizer(whole)["input_ids"]
-    assert list(documents_of(text)) == [(whole, whole)]
+    assert text.documents == [(whole, whole)]
 
 
 def test_pages_are_detokenized_also_where_each_is_a_row(tokenizer):
     page = "".join(WIKITEXT[:5])
-    assert list(documents_of(Text([page, "A , b"], False, tokenizer))) == [
+    assert Text([page, "A , b"], False, tokenizer).documents == [
         (page, detokenized(page)),
         ("A , b", "A , b"),
     ]

@@ -35,8 +35,9 @@ def test_accelerate_takes_the_configuration(path):
 
 
 IN_4_BIT = ["--load_in_4bit", "--torch_dtype", "float32", "--bnb_4bit_compute_dtype", "float32"]
+PUSH = ["--push_to_hub", "--hub_strategy", "end", "--hub_base_model", "demo-org/base"]
 LAUNCHES = {
-    **{path.stem: (path, IN_4_BIT if "qlora" in path.stem else []) for path in CONFIGURATIONS},
+    **{path.stem: (path, [*PUSH, *(IN_4_BIT if "qlora" in path.stem else [])]) for path in CONFIGURATIONS},
     "ddp_4_bit": (ROOT / "configs" / "accelerate" / "ddp.yaml", IN_4_BIT),
 }
 
@@ -51,8 +52,11 @@ def environment_of(path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_configuration_trains_to_the_perplexity_of_ddp(tmp_path, monkeypatch):
-    """On two CPU processes instead of eight GPUs, and in fp32; all in the same two processes, which saves minutes."""
+def test_every_configuration_trains_to_the_perplexity_of_ddp(hub, tmp_path, monkeypatch):
+    """On two CPU processes instead of eight GPUs, and in fp32; all in the same two processes, which saves minutes.
+
+    Each pushes its adapter, once: the other rank has nothing to do with the Hub.
+    """
     flags = ["--dataset_name", "demo", "--max_eval_samples", "16", "--block_size", "64", "--lora_dropout", "0"]
     flags += ["--do_train", "--do_eval", "--max_passes", "9", "--gradient_accumulation_steps", "2", "--use_cpu"]
     flags += ["--skip_outliers", "none", "--report_to", "none"]
@@ -64,7 +68,7 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(tmp_path, monkeypat
     (tmp_path / "plans.json").write_text(json.dumps(list(plans.values())))
     launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS[0]), "--num_processes", "2"]
     launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "scripts"]
-    run_module(*launcher, str(tmp_path / "plans.json"), timeout=400)
+    run_module(*launcher, str(tmp_path / "plans.json"), timeout=400, environment=hub.environment)
     results = {name: json.loads((tmp_path / name / "all_results.json").read_text()) for name in plans}
     for name, result in results.items():
         expected = results["ddp_4_bit" if "qlora" in name else "ddp"]
@@ -74,6 +78,13 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(tmp_path, monkeypat
         assert result["train_updates"] == 9
         engine = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[name.partition("_")[0]]
         assert (tmp_path / name / "engine").read_text() == engine
+        if name != "ddp_4_bit":
+            pushed = hub.repository(f"me/{name}")
+            assert [commit.title for commit in pushed.commits[1:]] == ["End of training"]
+            weights = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+            assert pushed.files("main")["adapter_model.safetensors"] == weights
+    created = [request for request in hub.requests if request.path.startswith("/api/repos/create")]
+    assert len(created) == 2 * (len(results) - 1), "at the start and at the end of each run"
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.merging import merge_adapter
+from abr_trainer.merging import MergeArguments, merge_adapter, merge_to
+from abr_trainer.modeling import AdaptedArguments
 from abr_trainer.pruning import layers, nonzero_shares, prune, sparsity_report
-from scripts import export_adapter
+from scripts import export_adapter, prune_model
 from tests.conftest import tiny_llama
 
 IDS = torch.arange(0, 1024, 11)[None]
@@ -171,15 +172,17 @@ def adapted(model):
     return model
 
 
-def test_a_merge_under_the_mask_keeps_every_zero_and_changes_what_is_left():
-    plain = tiny_llama()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_merge_under_the_mask_keeps_every_zero_and_changes_what_is_left(dtype):
+    plain = tiny_llama().to(dtype)
     prune(plain, pattern="2:4")
     before = {matrix.name: matrix.values().clone() for matrix in layers(plain)}
     model = adapted(plain)
-    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").clone()
+    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").to(dtype)
     merged = merge_adapter(model)
     weight, name = merged.model.layers[0].self_attn.q_proj.weight, "model.layers.0.self_attn.q_proj"
     expected = torch.where(before[name] == 0, 0.0, before[name] + delta)
+    assert weight.dtype == dtype
     assert torch.equal(weight, expected)
     assert torch.equal(merged.model.layers[0].self_attn.v_proj.weight, before["model.layers.0.self_attn.v_proj"])
     assert sparsity_report(merged)["all"]["2:4"] == 1
@@ -197,6 +200,22 @@ def test_a_plain_merge_fills_the_zeros_and_says_what_the_model_said():
         torch.testing.assert_close(merged(ids).logits, beside)
     assert nonzero_shares(merged)["q_proj"] == 1
     assert nonzero_shares(merged)["v_proj"] == 0.5
+
+
+def test_a_merge_in_float16_is_written_in_float16_with_its_zeros(tmp_path):
+    pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
+    before = prune_model.main(["--torch_dtype", "float16", "--pattern", "2:4", "--output_dir", pruned])
+    adapted(AutoModelForCausalLM.from_pretrained(pruned)).save_pretrained(lora)
+    load = AdaptedArguments(pruned, torch_dtype="float16", adapter_name_or_path=lora)
+    report = merge_to(load, MergeArguments(merged)).sparsity
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.dtype == torch.float16
+    assert sparsity_report(model) == report
+    assert all(report[kind]["2:4"] == before[kind]["2:4"] == 1 for kind in ("q_proj", "down_proj", "all"))
+    base = AutoModelForCausalLM.from_pretrained(pruned)
+    pairs = zip(layers(model), layers(base), strict=True)
+    moved = {matrix.kind for matrix, old in pairs if not torch.equal(matrix.values(), old.values())}
+    assert moved == {"q_proj", "down_proj"}
 
 
 def test_layers_that_an_adapter_replaces_are_merged_and_those_it_adapts_keep_their_zeros():

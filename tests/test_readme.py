@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import HfArgumentParser
 
-from abr_trainer import ABRConfig, ABRTrainer, Observation
-from abr_trainer.data import DataArguments, TextArguments
+from abr_trainer import ABRTrainer, Observation
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.measurement import EvaluationArguments, MeasureArguments
-from abr_trainer.merging import MergeArguments
-from abr_trainer.modeling import ModelArguments
-from abr_trainer.pruning import PruneArguments
 from tests.conftest import tiny_llama, token_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,30 +50,47 @@ def test_the_own_rule_decides():
     ]
 
 
-def test_every_flag_is_one_of_the_script():
-    scripts = (
-        [ModelArguments, DataArguments, EvaluationArguments, ABRConfig],
-        [TextArguments, MeasureArguments],
-        [PruneArguments],
-    )
-    parsers = [*map(HfArgumentParser, scripts), HfArgumentParser(MergeArguments)]
-    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    of_others = {
-        "--data",
-        "--model",
-        "--models",
-        "--logdir",
-        "--help",
-        "--only",
-        "--batches",
-        "--cpu",
-        "--no-build-isolation",
-        "--config_file",
-    }
-    of_others |= {"--schedulers", "--controls", "--seeds", "--out", "--match", "--tune", "--jobs", "--launcher"}
-    of_others |= {"--keep-going", "--why", "--num_processes", "--train", "--test"}
-    of_others |= {"--nodes", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", README)) <= known | of_others
+def flags_in(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", text))
+
+
+def commands():
+    """Return what the README runs of this repository: a script, and the words after it."""
+    found = []
+    text = README.replace("\\\n", " ")
+    for line in re.findall(r"^    (\S.*)", text, flags=re.MULTILINE) + re.findall(r"`([^`\n]+)`", text):
+        for command in line.split("; "):
+            if re.match(r"(\w+=\S+ )*(python (?!-m )|torchrun |accelerate )", command):
+                words = shlex.split(command, comments=True)
+                found += [(word, words[i + 1 :]) for i, word in enumerate(words) if word.endswith(".py")][:1]
+    return found
+
+
+COMMANDS = commands()
+
+
+@functools.cache
+def flags_of(script):
+    """Return the flags in the usage of a script, which is the first paragraph of its help."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script))["main"](["--help"])
+    return flags_in(shown.getvalue().partition("\n\n")[0])
+
+
+@pytest.mark.parametrize(("script", "words"), COMMANDS, ids=[" ".join((script, *words)) for script, words in COMMANDS])
+def test_every_flag_of_a_command_is_one_of_its_script(script, words):
+    own, _, passed_on = " ".join(words).partition(" -- ")
+    assert flags_in(own) <= flags_of(script)
+    assert flags_in(passed_on) <= flags_of("run_clm_abr.py")
+
+
+def test_every_flag_is_one_of_a_script():
+    of_launchers = {"--nodes", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
+    of_launchers |= {"--config_file", "--num_processes", "--cpu"}
+    of_others = {"--help", "--logdir", "--no-build-isolation"}
+    known = set().union(*(flags_of(script) for script, _ in COMMANDS))
+    assert flags_in(README) <= known | of_launchers | of_others
 
 
 def test_every_test_it_names_exists():

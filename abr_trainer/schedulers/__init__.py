@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import os
 import sys
 from typing import Any
 
+from ..errors import find_named
 from .base import Observation, Outcome, RepeatScheduler, WrappedScheduler
 from .constant import ConstantScheduler
 from .deferred import ReplayScheduler
@@ -86,8 +86,7 @@ def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
     """Return the class that goes by a registered name or by `package.module:ClassName`."""
     if ":" in name:
         return _import_scheduler(name)
-    found: type[RepeatScheduler] = _lookup("repeat scheduler", name, SCHEDULERS)
-    return found
+    return find_named("repeat scheduler", name, SCHEDULERS)
 
 
 def reads_flag(name: str, flag: str) -> bool:
@@ -99,16 +98,7 @@ def reads_flag(name: str, flag: str) -> bool:
 
 def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> OutlierSkip:
     """Wrap `inner` in an outlier rule by name, as `--skip_outliers` does."""
-    rule: type[OutlierSkip] = _lookup("outlier rule", name, OUTLIER_RULES)
-    return rule(inner, **kwargs)
-
-
-def _lookup(kind: str, name: str, registry: dict[str, Any]) -> Any:
-    if name not in registry:
-        close = difflib.get_close_matches(name, registry, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown {kind} {name!r}.{hint} Choose from: {', '.join(sorted(registry))}.")
-    return registry[name]
+    return find_named("outlier rule", name, OUTLIER_RULES)(inner, **kwargs)
 
 
 def _import_scheduler(path: str) -> type[RepeatScheduler]:

@@ -8,16 +8,7 @@ import random
 import pytest
 
 from abr_trainer.schedulers import ConstantScheduler, Observation, Outcome, ThresholdScheduler, get_outlier_rule
-
-
-def feed(scheduler, losses, first_batch=0):
-    """Return the decision on each loss, the scheduler observing each outcome."""
-    decisions = []
-    for batch, loss in enumerate(losses, start=first_batch):
-        observation = Observation(batch=batch, loss=loss, progress=0.0)
-        decisions.append(scheduler.decide(observation))
-        scheduler.observe(Outcome(observation, decisions[-1], (loss,), scheduler.explain(observation)))
-    return decisions
+from tests.schedulers.streams import feed
 
 
 def test_classic_calls_nothing_an_outlier_before_ten_losses():

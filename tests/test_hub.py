@@ -1,0 +1,359 @@
+"""What of a run goes to the Hub, how it gets there, and that a stranger can use it: with the real client."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run_clm_abr
+from abr_trainer import hub as hub_module
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.model_card import MARKER, with_what_was_written
+from scripts import push_adapter
+from tests.conftest import tiny_llama
+from tests.hub_server import READ_TOKEN, WRITE_TOKEN
+
+RUN = [
+    "--dataset_name",
+    "demo",
+    "--block_size",
+    "64",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+    "--max_train_samples",
+    "24",
+]
+RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
+PUSH = ["--push_to_hub", "--hub_model_id", "me/adapter", "--hub_base_model", "demo-org/base"]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(hub_module, "FIRST_WAIT", 0.01)
+
+
+def run_script(output, *flags):
+    return run_clm_abr.main([*RUN, *PUSH, *flags, "--output_dir", str(output)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that was told where to push, and did not."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    repeats = ["--do_predict", "--repeat_scheduler", "fixed", "--max_repeats", "2"]
+    run_clm_abr.main([*RUN, *PUSH, *repeats, "--push_to_hub", "false", "--output_dir", str(output)])
+    return output
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def push(run, *flags):
+    return push_adapter.main([str(run), *flags])
+
+
+def test_a_stranger_loads_what_was_pushed(hub, tmp_path):
+    run_script(tmp_path / "run", "--do_predict", "--hub_strategy", "end")
+    repository = hub.repository("me/adapter")
+    files = repository.files("main")
+    assert set(files) - {".gitattributes"} == {
+        "README.md",
+        "abr_summary.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "all_results.json",
+        "perplexity_history.json",
+        "plots/batches.png",
+        "plots/perplexity.png",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "demo-org/base"
+    assert files["plots/batches.png"].startswith(b"\x89PNG")
+    assert len(repository.commits) == 2, "the repository, and all of the adapter at once"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    stranger = Path(snapshot_download("me/adapter"))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), stranger).eval()
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), tmp_path / "run").eval()
+    assert torch.equal(theirs(ids).logits, ours(ids).logits)
+    assert AutoTokenizer.from_pretrained(stranger).encode("A word") == AutoTokenizer.from_pretrained(
+        DEMO_MODEL
+    ).encode("A word")
+    assert not list((tmp_path / "run").glob("_push-*"))
+
+
+def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, finished):
+    push(finished)
+    results = json.loads((finished / "all_results.json").read_text())
+    card = ModelCard(hub.repository("me/adapter").files("main")["README.md"].decode())
+    card.validate()
+    assert card.data.base_model == "demo-org/base"
+    assert card.data.library_name == "peft"
+    measured = {each.metric_name: each.metric_value for each in card.data.eval_results}
+    history = json.loads((finished / "perplexity_history.json").read_text())["summary"]
+    assert measured == {
+        "perplexity (token-exact), validation, before training": pytest.approx(history["baseline"], rel=1e-5),
+        "perplexity (token-exact), validation, best": pytest.approx(history["best"], rel=1e-5),
+        "perplexity (token-exact), validation, final": pytest.approx(results["eval_perplexity"], rel=1e-5),
+        "perplexity (token-exact), test, final": pytest.approx(results["test_perplexity"], rel=1e-5),
+    }
+    loading = re.search(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
+    assert len(loading.splitlines()) == 5
+    names = {}
+    exec(loading.replace("demo-org/base", str(DEMO_MODEL)), names)
+    assert isinstance(names["model"], PeftModel)
+    for said in (
+        "--repeat_scheduler fixed --max_repeats 2",
+        "ConstantScheduler(repeats=2",
+        "r 8, alpha 32",
+        "Versions: ",
+        "## Limits",
+    ):
+        assert said in card.text, said
+    assert "--output_dir" in card.text, "the exact command"
+    assert f"| {results['train_batches']} | {results['train_skips']} | {results['train_updates']} |" in card.text
+
+
+def test_what_was_written_above_the_marker_stays(hub, finished):
+    push(finished)
+    card = hub.repository("me/adapter").files("main")["README.md"].decode()
+    edited = card.replace("# adapter\n", "# A much better name\n\nMade for my cat.\n").replace(
+        "library_name", "license: mit\nlibrary_name"
+    )
+    hub_module.HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="me/adapter")
+    push(finished)
+    again = hub.repository("me/adapter").files("main")["README.md"].decode()
+    assert "# A much better name\n\nMade for my cat.\n" in again.partition(MARKER)[0]
+    assert "# adapter" not in again
+    assert again.partition(MARKER)[2] == card.partition(MARKER)[2]
+    assert ModelCard(again).data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    ("before", "is_kept"),
+    [
+        ("# By hand\n\nAll of it.\n", True),
+        ("---\nlicense: [\n---\n# By hand, with broken metadata\n", True),
+        ("---\nlibrary_name: peft\n---\n# Model Card\n\n[More Information Needed]\n", False),
+    ],
+)
+def test_a_card_without_the_marker_is_kept_if_somebody_wrote_it(before, is_kept):
+    new = with_what_was_written(f"---\ntags:\n- lora\n---\n\n# New\n\n{MARKER}\n\nmade\n", before)
+    assert ("# By hand" in new) == is_kept
+    assert ("# New" in new) != is_kept
+    assert new.endswith(f"{MARKER}\n\nmade\n")
+    assert yaml.safe_load(new.split("---")[1])["tags"] == ["lora"]
+
+
+def test_a_token_is_nowhere(hub, tmp_path, capfd, caplog):
+    run_script(tmp_path / "run", "--hub_strategy", "checkpoint", "--save_strategy", "epoch")
+    assert hub.where(WRITE_TOKEN) == []
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if WRITE_TOKEN.encode() in path.read_bytes()]
+    assert WRITE_TOKEN not in capfd.readouterr().out + caplog.text
+    assert not [name for name in hub.repository("me/adapter").files("main") if name.endswith("training_args.bin")]
+
+
+def test_what_holds_the_token_is_not_pushed(hub, finished):
+    config = finished / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "note": WRITE_TOKEN}))
+    with pytest.raises(
+        SystemExit, match=r"error: tokenizer_config.json holds your token of the Hub. It is not pushed."
+    ):
+        push(finished)
+    assert not list(finished.glob("_push-*"))
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_each_save_goes_up_and_the_newest_is_never_dropped(hub, tmp_path, strategy):
+    hub.delay("POST", "/commit/", seconds=1)
+    run_script(
+        tmp_path / "run",
+        "--hub_strategy",
+        strategy,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "3",
+        "--save_total_limit",
+        "1",
+    )
+    commits = hub.repository("me/adapter").commits[1:]
+    assert commits[-1].title == "End of training"
+    assert commits[-2].title == "Training in progress, step 9"
+    for commit in commits:
+        assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(commit.files), (
+            "never half an adapter"
+        )
+    files = hub.repository("me/adapter").files("main")
+    kept = {name.partition("/")[0] for name in files if "checkpoint" in name}
+    assert (
+        kept
+        == {
+            "every_save": set(),
+            "checkpoint": {"last-checkpoint"},
+            "all_checkpoints": {"checkpoint-3", "checkpoint-6", "checkpoint-9"},
+        }[strategy]
+    )
+    if strategy == "checkpoint":
+        assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 9
+        assert files["last-checkpoint/adapter_model.safetensors"] == files["adapter_model.safetensors"]
+
+
+def test_a_run_goes_on_from_the_last_checkpoint_of_the_hub(hub, tmp_path):
+    flags = ["--save_strategy", "steps", "--save_steps", "2", "--num_train_epochs", "2"]
+    flags += ["--lr_scheduler_type", "constant", "--hub_strategy", "checkpoint"]
+    run_script(tmp_path / "begun", *flags, "--max_steps", "4")
+    alone = [*flags, "--push_to_hub", "false"]
+    run_script(tmp_path / "whole", *alone)
+    run_script(tmp_path / "resumed", *alone, "--resume_from_checkpoint", "me/adapter@main")
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "resumed"))
+    assert one.read_bytes() == other.read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "abr_trace.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("me/adapter", "has no complete last-checkpoint: push it with --hub_strategy checkpoint."),
+        ("me/none", "is no directory, and cannot be loaded from the Hub: "),
+        ("no/such/place", "is neither a directory nor the id of a repository on the Hub."),
+    ],
+)
+def test_what_cannot_be_resumed_is_told(hub, finished, tmp_path, name, message):
+    push(finished)
+    told = error_of(tmp_path / "new", "--resume_from_checkpoint", name)
+    assert told.startswith(f"error: --resume_from_checkpoint {name} {message}")
+    assert "\n" not in told
+
+
+# ---- What goes wrong ----
+
+
+def error_of(*flags):
+    with pytest.raises(SystemExit) as ended:
+        run_script(*flags)
+    return str(ended.value)
+
+
+FAULTS = {
+    "503 at the commit": lambda hub: hub.fail("POST", "/commit/", status=503, times=2),
+    "500 at the repository": lambda hub: hub.fail("POST", "/api/repos/create", status=500, times=2),
+    "409": lambda hub: hub.conflict(409),
+    "412": lambda hub: hub.conflict(412),
+    "a dropped commit": lambda hub: hub.drop("POST", "/commit/"),
+    "a dropped answer": lambda hub: hub.drop("POST", "/commit/", at="answer"),
+    "a dropped upload": lambda hub: hub.drop("PUT", "."),
+    "a dropped card": lambda hub: hub.drop("HEAD", "README.md"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_passes_is_tried_again(hub, finished, name):
+    FAULTS[name](hub)
+    push(finished)
+    repository = hub.repository("me/adapter")
+    assert [commit.title for commit in repository.commits[1:]] == ["Push of a finished run"]
+    assert repository.files("main")["adapter_model.safetensors"]
+
+
+def test_a_push_that_fails_costs_nothing_but_the_push(hub, tmp_path):
+    run = tmp_path / "a run"
+    hub.fail("POST", "/commit/", status=503, times=hub_module.ATTEMPTS)
+    message = error_of(run, "--hub_strategy", "end")
+    assert message.startswith("error: trained, but not pushed: 503: ")
+    assert message.endswith(f"Finish it with: python scripts/push_adapter.py '{run}'")
+    assert len(hub.repository("me/adapter").commits) == 1
+    assert (run / "adapter_model.safetensors").exists()
+    assert json.loads((run / "all_results.json").read_text())["eval_perplexity"] > 1
+    assert not list(run.glob("_push-*"))
+    done = push(run)
+    assert str(done.repo_url).endswith("me/adapter")
+    files = hub.repository("me/adapter").files("main")
+    assert files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "demo-org/base", (
+        "as the run was told"
+    )
+
+
+def test_training_goes_on_where_saves_cannot_be_pushed(hub, tmp_path, caplog):
+    hub.fail("POST", "/commit/", status=503, times=3 * hub_module.ATTEMPTS)
+    run_script(tmp_path / "run", "--hub_strategy", "every_save", "--save_strategy", "epoch")
+    assert caplog.text.count("Not pushed; training goes on: 503") == 3
+    assert [commit.title for commit in hub.repository("me/adapter").commits[1:]] == ["End of training"]
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (
+            "hf_somebody_elses",
+            "no valid token: set HF_TOKEN or run `hf auth login`. 401",
+        ),
+        (READ_TOKEN, "403"),
+    ],
+)
+def test_a_token_that_may_not_push_is_told_before_training(hub, tmp_path, monkeypatch, token, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    told = error_of(tmp_path / "run", "--hub_model_id", "adapter")
+    assert told.startswith(f"error: --push_to_hub to adapter: {message}")
+    assert "\n" not in told
+    assert token not in told
+    assert not (tmp_path / "run" / "abr_trace.jsonl").exists()
+
+
+def test_a_hub_out_of_reach_at_the_start_is_tried_again_at_the_end(hub, tmp_path, caplog):
+    hub.drop("POST", "/api/repos/create", times=hub_module.ATTEMPTS)
+    run_script(tmp_path / "run", "--hub_strategy", "end")
+    assert "The Hub cannot be reached, and is tried again when there is something to push" in caplog.text
+    assert hub.repository("me/adapter").files("main")["adapter_model.safetensors"]
+
+
+def test_branch_and_privacy_are_as_asked(hub, finished):
+    push(finished, "--hub_private_repo", "--hub_revision", "trial")
+    repository = hub.repository("me/adapter")
+    assert repository.private
+    assert set(repository.files("main")) == {".gitattributes"}
+    assert "adapter_model.safetensors" in repository.files("trial")
+
+
+def test_a_base_that_only_this_machine_has_is_warned_of_and_not_named(hub, tmp_path, caplog):
+    run_clm_abr.main([*RUN, "--push_to_hub", "--hub_strategy", "end", "--output_dir", str(tmp_path / "mine")])
+    assert caplog.text.count("is not on the Hub, so nobody else can load the adapter on it by its name") == 1
+    files = hub.repository("me/mine").files("main")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    card = ModelCard(files["README.md"].decode())
+    card.validate()
+    assert card.data.base_model is None
+
+
+def test_tables_go_up_only_if_they_were_trained(hub, train, tmp_path, caplog):
+    def pushed(name, **options):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            tiny_llama(tie_word_embeddings=False), LoraConfig(**{"target_modules": ["q_proj"], **options})
+        )
+        args = {"output_dir": str(tmp_path / name), "hub_model_id": f"me/{name}", "hub_base_model": "org/base"}
+        train(model=model, **args).push_to_hub()
+        return load(hub.repository(f"me/{name}").files("main")["adapter_model.safetensors"])
+
+    trained = pushed("trained", modules_to_save=["lm_head"])
+    assert "base_model.model.lm_head.weight" in trained
+    assert "which was trained, whole: 0.0 MB" in caplog.text
+    assert not [name for name in pushed("plain") if "lora" not in name]
+    assert not [name for name in pushed("targeted", target_modules=["q_proj", "embed_tokens"]) if "lora" not in name]
