@@ -3,6 +3,7 @@
     python run_clm_abr.py --dataset_name demo --do_train --do_eval --eval_on_start --output_dir runs/demo
     python run_clm_abr.py --model_name_or_path huggyllama/llama-7b --load_in_8bit --dataset_name wikitext \
         --repeat_scheduler abr --max_passes 2000 --bf16 --do_train --do_eval --output_dir runs/wikitext
+    python run_clm_abr.py --adapter_name_or_path runs/wikitext --do_train --do_eval --output_dir runs/further
     torchrun --nproc_per_node 8 run_clm_abr.py config.yaml --learning_rate 3e-4
 """
 
@@ -61,7 +62,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
                 raise ValueError("--primer_file needs --primer_batches: how many batches of it to train on.")
             splits.append("primer")
         checkpoint = find_checkpoint(args) if args.do_train else None
-        check_output_dir(args, model_args.model_name_or_path)
+        check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)
         config, tokenizer = load_config(model_args), load_tokenizer(model_args)
         block_size = choose_block_size(data_args, config)
         with args.main_process_first(desc="preparing the data"):
@@ -91,7 +92,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         if trainer.is_world_process_zero():
             command = sys.argv if argv is None else ["run_clm_abr.py", *argv]
             write_provenance(args, command, model_args, data_args, eval_args)
-            print(*describe_model(model), sep="\n", flush=True)
+            print(*describe_model(model, model_args.adapter_name_or_path), sep="\n", flush=True)
             if args.scale_with_batch_size:
                 print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)
         if checkpoint is not None:

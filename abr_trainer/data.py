@@ -210,6 +210,19 @@ class TextArguments:
         return self.dataset_config_name or by_default
 
 
+@dataclass
+class OptionalTextArguments(TextArguments):
+    """What to measure a perplexity on, if on anything."""
+
+    def __post_init__(self) -> None:
+        if self.is_given:
+            super().__post_init__()
+
+    @property
+    def is_given(self) -> bool:
+        return self.dataset_name is not None or self.text_file is not None
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A data set on the Hub that goes by a short name.

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import embeddings_in, load_adapter
 from .data import DataArguments, TextArguments, fit_context, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
 from .errors import refuse_below
-from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
+from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
 from .provenance import versions_and_machine
 from .pruning import nonzero_shares
@@ -33,7 +34,6 @@ DEFAULT_TOKEN_LENGTH = 2048
 class MeasureArguments:
     """By which definition to measure, and where the result goes."""
 
-    adapter: str | None = field(default=None, metadata={"help": "A LoRA adapter, in a directory or on the Hub."})
     definition: str = field(
         default="token",
         metadata={"help": "Which perplexity, see the README: " + ", ".join(DEFINITIONS) + "."},
@@ -123,6 +123,21 @@ class EvaluationArguments:
         return TextArguments(name, config, split="validation", text_column=data.text_column), flag
 
 
+def refuse_without_text(*arguments: Any) -> None:
+    """Refuse flags that say how to measure where nothing says on what: all but defaults, and --use_cpu.
+
+    Args:
+        arguments: Dataclasses of such flags.
+
+    Raises:
+        ValueError: One of them is given.
+    """
+    for group in arguments:
+        for flag in fields(group):
+            if flag.name != "use_cpu" and getattr(group, flag.name) != flag.default:
+                raise ValueError(f"--{flag.name} needs a text to measure on: give --dataset_name or --text_file.")
+
+
 def check_stride(definition: Definition, stride: int | None, prefix: str = "") -> None:
     """Refuse a stride below 1, or with a definition whose windows cannot overlap."""
     if stride is None:
@@ -183,7 +198,7 @@ def check_tokens(windows: Sequence[Window], model: PreTrainedModel, tokenizer: P
     Raises:
         ValueError: The tokenizer is of another model.
     """
-    known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    known = embeddings_in(model)
     highest = max(max(window.ids) for window in windows)
     if highest >= known:
         raise ValueError(
@@ -251,7 +266,7 @@ def prepare_measurement(
 
 
 def measure(
-    load: LoadArguments, source: TextArguments, arguments: MeasureArguments, state: PartialState
+    load: AdaptedArguments, source: TextArguments, arguments: MeasureArguments, state: PartialState
 ) -> dict[str, Any]:
     """Load a model and a text, and return a perplexity with all that defines it. Every rank returns the same.
 
@@ -269,8 +284,9 @@ def measure(
         text = Text(rows, loaded.rows_are_lines, tokenizer, source.is_c4)
         windows = cut_windows(definition, text, length, stride, arguments.max_windows, loaded.origin)
     model = load_base(load, config, state.device)
+    adapter = load.adapter_name_or_path
+    adapted = model if adapter is None else load_adapter(model, adapter, load.model_name_or_path)
     check_tokens(windows, model, tokenizer)
-    adapted = model if arguments.adapter is None else load_adapter(model, arguments.adapter, load)
     quantisation = quantisation_of(model)
     if quantisation is None and load.device_map is None:
         adapted.to(state.device)
@@ -293,7 +309,7 @@ def measure(
         "target_tokens": sum(window.targets for window in windows),
         "begun_by": begin_of(windows, tokenizer),
         "model": load.model_name_or_path,
-        "adapter": arguments.adapter,
+        "adapter": adapter,
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantisation": quantisation,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +10,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    prepare_model_for_kbit_training,
-)
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,14 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import logging
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
 from .demo import DEMO_MODEL
 from .errors import one_line, refuse_below
 
-logger = logging.get_logger(__name__)
-
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 
 
@@ -48,13 +37,16 @@ class LoadArguments:
     """Which model to load, and in what form."""
 
     model_name_or_path: str = field(
-        default="demo",
+        default="",
         metadata={
-            "help": "A causal language model on the Hub or in a directory, or 'demo', the tiny one in this package."
+            "help": "A causal language model on the Hub or in a directory, or 'demo', the tiny one in this package. "
+            "Default: what the adapter was trained on, if one is given; else demo."
         },
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if not the adapter's or the model's own."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     torch_dtype: str = field(
         default="auto",
@@ -87,7 +79,7 @@ class LoadArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.model_name_or_path == "demo":
+        if self.model_name_or_path in ("", "demo"):
             self.model_name_or_path = str(DEMO_MODEL)
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit and --load_in_4bit exclude each other.")
@@ -109,18 +101,52 @@ class LoadArguments:
 
 
 @dataclass
-class ModelArguments(LoadArguments):
-    """Which model to fine-tune, and how."""
+class AdaptedArguments(LoadArguments):
+    """Which model to load, and which adapter onto it."""
+
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A LoRA adapter that was trained before, in a directory or on the Hub: a run starts from it.",
+            "aliases": ["--adapter"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.adapter_name_or_path is not None:
+            adapter = read_adapter(self.adapter_name_or_path)
+            if not self.model_name_or_path:
+                self.model_name_or_path = base_of(self.adapter_name_or_path, adapter)
+                if adapter.revision and self.model_revision == "main":
+                    self.model_revision = adapter.revision
+        super().__post_init__()
+
+
+@dataclass
+class ModelArguments(AdaptedArguments):
+    """Which model to fine-tune, and how. What is None of LoRA becomes that of the adapter, or the default."""
 
     use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter on the frozen model."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: its output counts alpha / r times."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input."})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of the adapter. Default: 8, or that of --adapter_name_or_path."}
+    )
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={
+            "help": "Scale of the adapter: its output counts alpha / r times. Default: 32, or that of "
+            "--adapter_name_or_path."
+        },
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout on the adapter's input. Default: 0.1, or that of --adapter_name_or_path."},
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt, by the end of their names, or all-linear. Default: the attention and MLP "
-            "projections of LLaMA-like models, all-linear elsewhere."
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: those of "
+            "--adapter_name_or_path, else the attention and MLP projections of LLaMA-like models, all-linear of "
+            "others."
         },
     )
 
@@ -128,9 +154,47 @@ class ModelArguments(LoadArguments):
         super().__post_init__()
         if self.is_quantised and not self.use_lora:
             raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
-        if not 0 <= self.lora_dropout < 1:
+        if self.adapter_name_or_path is not None:
+            self._follow(self.adapter_name_or_path)
+        for flag, default in LORA_DEFAULTS.items():
+            if getattr(self, flag) is None:
+                setattr(self, flag, default)
+        if not 0 <= (self.lora_dropout or 0) < 1:
             raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
         refuse_below(self, {"lora_r": 1})
+
+    def _follow(self, adapter: str) -> None:
+        """Take over what an adapter says of itself.
+
+        Raises:
+            ValueError: It is not of LoRA, or a flag contradicts it.
+        """
+        config = read_adapter(adapter)
+        if not self.use_lora:
+            raise ValueError(
+                f"--use_lora false would train all weights beside {FLAG} {adapter}. Make them one model with "
+                "scripts/export_adapter.py, and give that as --model_name_or_path."
+            )
+        if not isinstance(config, LoraConfig):
+            raise ValueError(
+                f"{FLAG} {adapter} is of the kind {PeftType(config.peft_type).value}; only LoRA is trained on."
+            )
+        targets = config.target_modules or []
+        own = {
+            "lora_r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "lora_target_modules": [targets] if isinstance(targets, str) else sorted(targets),
+        }
+        for flag, value in own.items():
+            given = getattr(self, flag)
+            if (sorted(given) if isinstance(given, list) else given) not in (None, value):
+                shown = [" ".join(map(str, each)) if isinstance(each, list) else each for each in (given, value)]
+                raise ValueError(
+                    f"--{flag} {shown[0]} contradicts {FLAG} {adapter}, which has {shown[1]}: leave it out."
+                )
+            setattr(self, flag, value)
+        if self.lora_dropout is None:
+            self.lora_dropout = config.lora_dropout
 
 
 def load_config(arguments: LoadArguments) -> PreTrainedConfig:
@@ -141,16 +205,23 @@ def load_config(arguments: LoadArguments) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         if Path(name, "adapter_config.json").exists():
             raise ValueError(
-                f"{flag} {name} is an adapter, not a model: give the model that it was trained on."
+                f"{flag} {name} is an adapter, not a model: give the model that it was trained on, and this as {FLAG}."
             ) from error
+        adapter = getattr(arguments, "adapter_name_or_path", None)
+        if adapter is not None and name == read_adapter(adapter).base_model_name_or_path:
+            name += f", which {FLAG} {adapter} was trained on,"
         raise ValueError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
 
 
 def load_tokenizer(arguments: LoadArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; a missing pad token becomes the end-of-text token."""
+    """Load the tokenizer, of an adapter its own if it has one; a missing pad token becomes the end-of-text token."""
     flag, name = _named(arguments, "tokenizer_name")
+    options = arguments.hub_options
+    adapter = getattr(arguments, "adapter_name_or_path", None)
+    if adapter is not None and not arguments.tokenizer_name and get_tokenizer_config(adapter):
+        flag, name, options = FLAG, adapter, {**options, "revision": "main"}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **arguments.hub_options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {name} has no tokenizer: {one_line(error)}") from error
     if tokenizer.pad_token is None:
@@ -170,15 +241,19 @@ def load_model(
     device: str | torch.device,
     activation_checkpointing: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Load the base model, quantise it, and attach a LoRA adapter, as the arguments ask.
+    """Load the base model, quantise it, and attach a LoRA adapter, new or trained before, as the arguments ask.
 
     Args:
         device: Where a quantised model is put; any other stays on the CPU until Trainer moves it.
         activation_checkpointing: Whether it will be trained with activation checkpointing.
+
+    Raises:
+        ValueError: Model, adapter, tokenizer or flags do not fit each other.
     """
     model = load_base(arguments, config, device)
     is_sharded = shards_weights()
-    if len(tokenizer) > int(model.get_input_embeddings().num_embeddings):  # type: ignore[arg-type]
+    adapter = arguments.adapter_name_or_path
+    if adapter is None and len(tokenizer) > embeddings_in(model):
         # Only then: an adapter trained on resized embeddings carries the whole table.
         model.resize_token_embeddings(len(tokenizer))
     for settings in (model.config, model.generation_config):
@@ -190,10 +265,18 @@ def load_model(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
-    # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
-    return get_peft_model(
-        model, lora_config(arguments, model), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
-    )
+    if adapter is None:
+        # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
+        return get_peft_model(
+            model, lora_config(arguments, model), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+        )
+    adapted = load_adapter(model, adapter, arguments.model_name_or_path, True, arguments.lora_dropout)
+    if embeddings_in(adapted) < len(tokenizer):
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, but {FLAG} {adapter} and its "
+            f"base have embeddings of {embeddings_in(adapted)}. Give --tokenizer_name of what it was trained with."
+        )
+    return adapted
 
 
 def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | torch.device) -> PreTrainedModel:
@@ -266,7 +349,8 @@ def keep_packing(model: PreTrainedModel) -> None:
 
 
 def lora_config(arguments: ModelArguments, model: PreTrainedModel) -> LoraConfig:
-    targets: Any = arguments.lora_target_modules
+    settings: Any = arguments  # in which nothing of LoRA is None any more, but the targets
+    targets = settings.lora_target_modules
     if targets is None:
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         targets = list(LLAMA_PROJECTIONS) if names.issuperset(LLAMA_PROJECTIONS) else "all-linear"
@@ -274,46 +358,26 @@ def lora_config(arguments: ModelArguments, model: PreTrainedModel) -> LoraConfig
         targets = "all-linear"
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=targets,
     )
 
 
-def load_adapter(model: PreTrainedModel, path: str, arguments: LoadArguments) -> PeftModel:
-    """Attach a trained adapter, and say so where it names another base than this model.
+def describe_model(model: PreTrainedModel | PeftModel, adapter: str | None = None) -> list[str]:
+    """Return a line each on what is trainable and, where there is any, what is quantised and offloaded.
 
-    Raises:
-        ValueError: There is no adapter there, or it does not fit the model.
+    Args:
+        adapter: The adapter that it starts from, if that is no new one.
     """
-    name = arguments.model_name_or_path
-    try:
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path or "a model that it does not name"
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--adapter {path} holds no adapter: {one_line(error)}") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, path)
-        lost = set(load_peft_weights(path, device="cpu")) - set(get_peft_model_state_dict(adapted))
-        if lost:
-            raise ValueError(f"the model has no {min(lost)}")
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
-        raise ValueError(
-            f"--adapter {path} does not fit --model_name_or_path {name}; it was trained on {base}: {one_line(error)}"
-        ) from error
-    if base != name and Path(base).resolve() != Path(name).resolve():
-        logger.warning(f"--adapter {path} was trained on {base}, and is used on {name}.")
-    return adapted
-
-
-def describe_model(model: PreTrainedModel | PeftModel) -> list[str]:
-    """Return a line each on what is trainable and, where there is any, what is quantised and offloaded."""
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = model.num_parameters() if not isinstance(model, PeftModel) else model.get_nb_trainable_parameters()[1]
     lines = [f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})"]
+    if adapter is not None and isinstance(model, PeftModel):
+        config: Any = model.peft_config["default"]
+        lines.append(f"adapter: starts from {adapter}, r {config.r}, alpha {config.lora_alpha}")
     kinds = Counter(QUANTISED[name] for parameter in parameters if (name := type(parameter).__name__) in QUANTISED)
     if kinds:
         dtypes = Counter(

@@ -1,9 +1,11 @@
-"""Sparse models: how much of a model is zero and in what pattern, pruning by magnitude, and merging under the mask."""
+"""Sparse models: how much of a model is zero and in what pattern, and pruning by magnitude."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,20 +13,19 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling import LoadArguments, load_adapter, load_base, load_config, load_tokenizer
+from .adapters import WRAPPED
+from .modeling import LoadArguments, load_base, load_config, load_tokenizer
 from .perplexity import without_adapter
 
 LAYERS = (nn.Linear, Conv1D)
 """Layers that are pruned; quantised ones are kinds of these."""
 
 ADAPTER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save", "token_adapter")
-WRAPPED = ("base_layer", "original_module")
-"""Names of modules that belong to an adapter, and of those in which it keeps the base's."""
+"""Names of modules that belong to an adapter."""
 
 
 # ---- What there is ----
@@ -247,7 +248,7 @@ def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured"
     if not pruned:
         raise ValueError("The model has no linear layers that could be pruned.")
     for matrix in pruned:
-        _refuse_quantised(matrix)
+        refuse_quantised(matrix)
         try:
             parsed.keep(matrix.values()[:1], sparsity)  # a row tells, before anything is changed
         except ValueError as error:
@@ -257,36 +258,7 @@ def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured"
         values *= parsed.keep(values, sparsity)
 
 
-# ---- Merging ----
-
-
-@torch.no_grad()
-def merge_adapter(model: PeftModel, keep_mask: bool = True) -> PreTrainedModel:
-    """Return the base model with the adapter merged into it; what was zero stays zero, unless told otherwise.
-
-    A plain merge fills the zeros that pruning made. Under the mask the adapter's change is applied to the weights that
-    are left: another model than the one with the adapter beside it, so measure both.
-
-    Raises:
-        ValueError: The base is quantised.
-        RuntimeError: The merged model is not as sparse as the base was.
-    """
-    for matrix in matrices(model):
-        _refuse_quantised(matrix)
-    zeros = {matrix.name: matrix.values() == 0 for matrix in matrices(model) if matrix.is_adapted}
-    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    for matrix in matrices(merged):
-        if keep_mask and matrix.name in zeros:
-            matrix.values().masked_fill_(zeros[matrix.name], 0)
-    if keep_mask:
-        left = {matrix.name: int((matrix.values() == 0).sum()) for matrix in matrices(merged)}
-        denser = [name for name, before in zeros.items() if left[name] < int(before.sum())]
-        if denser:
-            raise RuntimeError(f"Merged under the mask, these have fewer zeros than before: {', '.join(denser)}.")
-    return merged
-
-
-def _refuse_quantised(matrix: Matrix) -> None:
+def refuse_quantised(matrix: Matrix) -> None:
     if isinstance(matrix.module, Linear4bit | Linear8bitLt):
         raise ValueError(
             f"The weights of {matrix.name} are quantised: load the model without --load_in_8bit and --load_in_4bit."
@@ -315,23 +287,10 @@ class PruneArguments:
             raise ValueError(f"--sparsity means nothing to --pattern {self.pattern}, which has its own.")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
-        _refuse_in_use(self.output_dir)
+        refuse_in_use(self.output_dir)
 
 
-@dataclass
-class MergeArguments:
-    """How to merge, and where the merged model goes."""
-
-    output_dir: str = field(metadata={"help": "A new directory for the merged model and its tokenizer."})
-    keep_mask: bool = field(
-        default=True, metadata={"help": "Leave at zero what is zero in the base; false: a plain merge."}
-    )
-
-    def __post_init__(self) -> None:
-        _refuse_in_use(self.output_dir)
-
-
-def _refuse_in_use(directory: str) -> None:
+def refuse_in_use(directory: str) -> None:
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--output_dir {directory} is in use. Give a new one.")
@@ -341,27 +300,25 @@ def prune_to(load: LoadArguments, arguments: PruneArguments) -> dict[str, dict[s
     """Prune a model into a directory, and return its `sparsity_report`."""
     model = load_base(load, load_config(load), "cpu")
     prune(model, arguments.sparsity or 0.5, arguments.pattern)
-    _save(model, load, arguments.output_dir)
+    with written_whole(arguments.output_dir) as unfinished:
+        model.save_pretrained(unfinished)
+        load_tokenizer(load).save_pretrained(unfinished)
     return sparsity_report(model)
 
 
-def merge_to(load: LoadArguments, adapter: str, arguments: MergeArguments) -> dict[str, dict[str, float]]:
-    """Merge an adapter into its base, into a directory, and return the `sparsity_report` of what is merged."""
-    model = load_adapter(load_base(load, load_config(load), "cpu"), adapter, load)
-    merged = merge_adapter(model, arguments.keep_mask)
-    _save(merged, load, arguments.output_dir)
-    return sparsity_report(merged)
-
-
-def _save(model: PreTrainedModel, load: LoadArguments, directory: str) -> None:
-    """Write a model and its tokenizer, all or nothing."""
+@contextlib.contextmanager
+def written_whole(directory: str) -> Iterator[Path]:
+    """Yield a directory to write to that becomes this one at the end, and is gone after an error."""
     path = Path(directory)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    model.save_pretrained(unfinished)
-    load_tokenizer(load).save_pretrained(unfinished)
-    if path.exists():
-        path.rmdir()
-    unfinished.rename(path)
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a kill has left
+    try:
+        yield unfinished
+        if path.exists():
+            path.rmdir()
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def describe_sparsity(report: dict[str, dict[str, float]]) -> list[str]:

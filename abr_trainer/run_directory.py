@@ -48,8 +48,8 @@ MAY_DIFFER = (
 """Beginnings of the names of arguments that a resumed run may change without changing the training."""
 
 
-def check_output_dir(config: ABRConfig, model_path: str) -> None:
-    """Refuse what would mix two runs in one directory, or destroy what is no run.
+def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = None) -> None:
+    """Refuse what would mix two runs in one directory, or destroy what is no run, or what this one starts from.
 
     Raises:
         ValueError: The directory is in use, and the run neither resumes nor may overwrite it.
@@ -61,6 +61,8 @@ def check_output_dir(config: ABRConfig, model_path: str) -> None:
         return
     if path.resolve() == Path(model_path).resolve():
         raise ValueError(f"--output_dir {path} is the directory of --model_name_or_path. Give another one.")
+    if adapter is not None and Path(adapter).exists() and Path(adapter).resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"--output_dir {path} holds --adapter_name_or_path {adapter}. Give another one.")
     if not config.do_train:
         if any((path / name).exists() for name in ("adapter_config.json", "config.json")):
             raise ValueError(

@@ -43,7 +43,7 @@ def measured(args: argparse.Namespace, model: Path, adapter: Path | None, name: 
             LENGTH,
             "--use_cpu",
         ]
-        flags += ["--torch_dtype", "float32"] + (["--adapter", str(adapter)] if adapter else [])
+        flags += ["--torch_dtype", "float32"] + (["--adapter_name_or_path", str(adapter)] if adapter else [])
         call("scripts/eval_perplexity.py", *flags, "--output_file", str(path))
     return {"name": name, **json.loads(path.read_text(encoding="utf-8"))}
 
@@ -60,9 +60,16 @@ def trained(args: argparse.Namespace, model: Path, rule: str, out: Path) -> Path
 
 def merged(args: argparse.Namespace, model: Path, adapter: Path, keep_mask: bool, out: Path) -> Path:
     if not out.exists():
-        flags = ["--model_name_or_path", str(model), "--torch_dtype", "float32", "--adapter", str(adapter)]
+        flags = [
+            "--model_name_or_path",
+            str(model),
+            "--torch_dtype",
+            "float32",
+            "--adapter_name_or_path",
+            str(adapter),
+        ]
         flags += ["--text_file", str(args.test), "--token_length", LENGTH, "--max_windows", "50", "--use_cpu"]
-        call("scripts/merge_adapter.py", *flags, "--keep_mask", str(keep_mask).lower(), "--output_dir", str(out))
+        call("scripts/export_adapter.py", *flags, "--keep_mask", str(keep_mask).lower(), "--output_dir", str(out))
     return out
 
 

@@ -3,7 +3,7 @@
     python scripts/eval_perplexity.py --dataset_name demo --token_length 128
     python scripts/eval_perplexity.py --model_name_or_path huggyllama/llama-7b --dataset_name wikitext \
         --definition wanda --token_length 2048 --torch_dtype float16 --output_file perplexity.json
-    torchrun --nproc_per_node 8 scripts/eval_perplexity.py --model_name_or_path my/model --adapter runs/mine \
+    torchrun --nproc_per_node 8 scripts/eval_perplexity.py --adapter_name_or_path runs/mine \
         --text_file my.txt --stride 1024
 """
 
@@ -19,14 +19,14 @@ from abr_trainer.data import TextArguments
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
 from abr_trainer.measurement import MeasureArguments, describe_measurement, measure, write_measurement
-from abr_trainer.modeling import LoadArguments
+from abr_trainer.modeling import AdaptedArguments
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     with one_line_errors(
         ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing kept"
     ):
-        load, source, arguments = parse_arguments((LoadArguments, TextArguments, MeasureArguments), argv)
+        load, source, arguments = parse_arguments((AdaptedArguments, TextArguments, MeasureArguments), argv)
         state = PartialState(cpu=arguments.use_cpu)
         found = measure(load, source, arguments, state)
         if state.is_main_process:

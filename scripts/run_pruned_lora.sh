@@ -31,5 +31,5 @@ if [ ! -e "$out/lora/all_results.json" ]; then
         --block_size "$length" --max_passes 1000 --do_train --do_eval --output_dir "$out/lora" --overwrite_output_dir \
         "${streamed[@]}" "$@"
 fi
-[ -e "$out/merged/config.json" ] || python "$here/merge_adapter.py" --model_name_or_path "$pruned" "${original[@]}" \
-    --adapter "$out/lora" "${measured[@]}" --output_dir "$out/merged"
+[ -e "$out/merged/config.json" ] || python "$here/export_adapter.py" --model_name_or_path "$pruned" "${original[@]}" \
+    --adapter_name_or_path "$out/lora" "${measured[@]}" --output_dir "$out/merged"

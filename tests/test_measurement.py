@@ -172,7 +172,7 @@ def test_a_likelihood_that_is_not_finite_is_counted_and_named(tmp_path, capsys):
         (["--use_cpu"], "Give either --dataset_name or --text_file"),
         ([*DEMO, "--text_file", "x.txt"], "Give either --dataset_name or --text_file"),
         (["--text_file", "no-such.txt"], "--text_file no-such.txt does not exist."),
-        ([*DEMO, "--adapter", "no-such"], "--adapter no-such holds no adapter"),
+        ([*DEMO, "--adapter", "no-such"], "--adapter_name_or_path no-such holds no adapter"),
         ([*DEMO, "--output_file", "no/such.json"], "--output_file no/such.json: its directory does not exist."),
         ([*DEMO, "--batch_size", "0"], "--batch_size must be at least 1, got 0."),
         ([*DEMO, "--split", "tset"], "--split must be one of validation, train, test, got tset."),
@@ -200,15 +200,16 @@ def test_a_text_shorter_than_a_window_is_told(tmp_path, definition):
 def test_an_adapter_of_another_base_is_told(tmp_path):
     narrow = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     narrow.save_pretrained(tmp_path / "narrow")
-    message = error_of(*DEMO, "--adapter", str(tmp_path / "narrow"))
-    assert (
-        f"--adapter {tmp_path / 'narrow'} does not fit --model_name_or_path {DEMO_MODEL}; it was trained on" in message
-    )
+    base, narrow = ["--model_name_or_path", "demo"], tmp_path / "narrow"
+    message = error_of(*DEMO, "--adapter", str(narrow))
+    assert f"{narrow} does not say what it was trained on: give --model_name_or_path." in message
+    message = error_of(*DEMO, *base, "--adapter", str(narrow))
+    assert f"--adapter_name_or_path {narrow} does not fit --model_name_or_path {DEMO_MODEL}; it was trained" in message
     shallow = LlamaForCausalLM(
         LlamaConfig(**{**AutoModelForCausalLM.from_pretrained(DEMO_MODEL).config.to_dict(), "num_hidden_layers": 2})
     )
     get_peft_model(shallow, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "shallow")
-    assert "does not fit" in error_of(*DEMO, "--adapter", str(tmp_path / "shallow"))
+    assert "does not fit" in error_of(*DEMO, *base, "--adapter", str(tmp_path / "shallow"))
 
 
 def test_an_adapter_of_a_deeper_base_is_told(tmp_path):
@@ -216,7 +217,7 @@ def test_an_adapter_of_a_deeper_base_is_told(tmp_path):
     deeper = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": 6}))
     get_peft_model(deeper, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert "the model has no base_model.model.model.layers.4.self_attn.q_proj.lora_A" in error_of(
-        *DEMO, "--adapter", str(tmp_path)
+        *DEMO, "--model_name_or_path", "demo", "--adapter", str(tmp_path)
     )
 
 

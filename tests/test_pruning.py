@@ -11,24 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import run_clm_abr
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.modeling import LoadArguments
-from abr_trainer.pruning import (
-    MergeArguments,
-    layers,
-    merge_adapter,
-    merge_to,
-    nonzero_shares,
-    parse_pattern,
-    prune,
-    sparsity_report,
-)
-from scripts import merge_adapter as merge_script
-from scripts import prune_model
+from abr_trainer.pruning import layers, nonzero_shares, parse_pattern, prune, sparsity_report
+from scripts import export_adapter, prune_model
 from tests.conftest import ROOT, tiny_llama
 
 MATRIX = torch.tensor([[4.0, -1.0, 2.0, -3.0], [0.5, 5.0, -6.0, 0.1]])
@@ -108,52 +96,11 @@ def test_nothing_is_pruned_where_one_layer_does_not_fit():
     assert nonzero_shares(model)["all"] == 1
 
 
-def adapted(model):
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    return model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_merge_under_the_mask_keeps_every_zero_and_changes_what_is_left(dtype):
-    plain = tiny_llama().to(dtype)
-    prune(plain, pattern="2:4")
-    before = {matrix.name: matrix.values().clone() for matrix in layers(plain)}
-    model = adapted(plain)
-    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").to(dtype)
-    merged = merge_adapter(model)
-    weight, name = merged.model.layers[0].self_attn.q_proj.weight, "model.layers.0.self_attn.q_proj"
-    expected = torch.where(before[name] == 0, 0.0, before[name] + delta)
-    assert weight.dtype == dtype
-    assert torch.equal(weight, expected)
-    assert torch.equal(merged.model.layers[0].self_attn.v_proj.weight, before["model.layers.0.self_attn.v_proj"])
-    assert sparsity_report(merged)["all"]["2:4"] == 1
-    assert not any("lora" in parameter for parameter, _ in merged.named_parameters())
-
-
-def test_a_plain_merge_fills_the_zeros_and_says_what_the_model_said():
-    plain = tiny_llama()
-    prune(plain, 0.5)
-    model = adapted(plain).eval()
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        beside = model(ids).logits
-        merged = merge_adapter(model, keep_mask=False).eval()
-        torch.testing.assert_close(merged(ids).logits, beside)
-    assert nonzero_shares(merged)["q_proj"] == 1
-    assert nonzero_shares(merged)["v_proj"] == 0.5
-
-
-def test_quantised_weights_are_neither_pruned_nor_merged():
+def test_quantised_weights_are_not_pruned():
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=options)
     with pytest.raises(ValueError, match="q_proj are quantised: load the model without"):
         prune(model)
-    with pytest.raises(ValueError, match="are quantised"):
-        merge_adapter(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
 
 
 def test_zeros_survive_quantisation_to_4_bit(tmp_path):
@@ -183,7 +130,9 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     flags = [*data, "--model_name_or_path", pruned, "--adapter", lora, "--token_length", "64", "--max_rows", "40"]
     (tmp_path / "merged").mkdir()
     written = ["--output_file", str(tmp_path / "found.json")]
-    found = merge_script.main([*flags, "--output_dir", f"{merged}/", *written])
+    found = export_adapter.main([*flags, "--output_dir", f"{merged}/", *written])
+    merge = found.pop("merge")
+    assert merge["keep_mask"], "the base is sparse"
     assert json.loads((tmp_path / "found.json").read_text()) == found
     shown = capsys.readouterr().out
     assert found["beside"]["perplexity"] < found["base"]["perplexity"]
@@ -193,47 +142,7 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     assert "model  " in shown
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
     with pytest.raises(SystemExit, match=f"error: --output_dir {merged} is in use. Give a new one."):
-        merge_script.main([*flags, "--output_dir", merged])
-
-
-def test_a_merge_in_float16_is_written_in_float16_with_its_zeros(tmp_path):
-    pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
-    before = prune_model.main(["--torch_dtype", "float16", "--pattern", "2:4", "--output_dir", pruned])
-    adapted(AutoModelForCausalLM.from_pretrained(pruned)).save_pretrained(lora)
-    report = merge_to(LoadArguments(model_name_or_path=pruned, torch_dtype="float16"), lora, MergeArguments(merged))
-    model = AutoModelForCausalLM.from_pretrained(merged)
-    assert model.dtype == torch.float16
-    assert sparsity_report(model) == report
-    assert all(report[kind]["2:4"] == before[kind]["2:4"] == 1 for kind in ("q_proj", "down_proj", "all"))
-    base = AutoModelForCausalLM.from_pretrained(pruned)
-    pairs = zip(layers(model), layers(base), strict=True)
-    moved = {matrix.kind for matrix, old in pairs if not torch.equal(matrix.values(), old.values())}
-    assert moved == {"q_proj", "down_proj"}
-
-
-def test_layers_that_an_adapter_replaces_are_merged_and_those_it_adapts_keep_their_zeros():
-    plain = tiny_llama(tie_word_embeddings=False)
-    prune(plain, 0.5)
-    model = get_peft_model(plain, LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]))
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding" in name or "modules_to_save" in name:
-            torch.nn.init.normal_(parameter)
-    assert set(nonzero_shares(model)) == set(nonzero_shares(tiny_llama(tie_word_embeddings=False)))
-    trained = model.base_model.model.lm_head.modules_to_save["default"].weight.clone()
-    merged = merge_adapter(model)
-    assert torch.equal(merged.lm_head.weight, trained)
-    assert nonzero_shares(merged)["q_proj"] == 0.5
-
-
-def test_a_merge_keeps_the_zeros_of_layers_stored_the_other_way_round():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-    prune(model, pattern="2:4")
-    adapted_model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    for name, parameter in adapted_model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.ones_(parameter)
-    assert sparsity_report(merge_adapter(adapted_model))["all"]["2:4"] == 1
+        export_adapter.main([*flags, "--output_dir", merged])
 
 
 @pytest.mark.parametrize(
@@ -246,17 +155,6 @@ def test_a_merge_keeps_the_zeros_of_layers_stored_the_other_way_round():
 def test_a_share_that_cannot_be_is_told(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
         prune_model.main([*flags, "--output_dir", str(tmp_path / "pruned")])
-
-
-def test_a_merge_into_quantised_weights_is_told_before_anything_is_measured(tmp_path):
-    flags = ["--dataset_name", "demo", "--adapter", "x", "--load_in_4bit", "--output_dir", str(tmp_path / "merged")]
-    with pytest.raises(SystemExit, match="error: An adapter is merged into weights as they are"):
-        merge_script.main(flags)
-
-
-def test_a_merge_without_an_adapter_is_told(tmp_path):
-    with pytest.raises(SystemExit, match="error: --adapter is missing: what to merge."):
-        merge_script.main(["--dataset_name", "demo", "--output_dir", str(tmp_path / "merged")])
 
 
 @pytest.mark.slow

@@ -1,0 +1,219 @@
+"""An adapter becomes part of its base, plainly or under the mask of a sparse one, in a model that anybody can load."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .adapters import FLAG, embeddings_in, load_adapter, read_adapter, unwrapped
+from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
+from .pruning import matrices, refuse_in_use, refuse_quantised, sparsity_report, written_whole
+
+SPARSE = 0.05
+"""A base counts as sparse where an adapter changes a matrix with more than this share of zeros."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far logits may move, as a share of their norm: in half precision a merge rounds every weight that it changes."""
+
+
+@dataclass
+class MergeArguments:
+    """How to merge, and where the merged model goes."""
+
+    output_dir: str = field(metadata={"help": "A new directory for the merged model and its tokenizer."})
+    keep_mask: bool | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",  # so that it may stand alone, as other flags that are true or false
+            "const": True,
+            "help": "Leave at zero what is zero in the base; false: a plain merge. Default: true where the base is "
+            "sparse, that is where the adapter changes a matrix of which more than a twentieth is zero.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        refuse_in_use(self.output_dir)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has done. Differences of logits are shares of the norm of those with the adapter beside the base.
+
+    Attributes:
+        keep_mask: Whether zeros of the base were kept.
+        highest_zeros: The highest share of zeros in a matrix of the base that the adapter changes.
+        by_adapter: How far the adapter moves the logits.
+        by_merging: How far merging does: rounding, and what the mask takes away.
+        by_writing: How far writing and reading does.
+        dtype: Of the weights.
+        sparsity: The `sparsity_report` of what is merged.
+    """
+
+    keep_mask: bool
+    highest_zeros: float
+    by_adapter: float
+    by_merging: float
+    by_writing: float
+    dtype: str
+    sparsity: dict[str, dict[str, float]]
+
+
+@torch.no_grad()
+def zeros_under(model: PeftModel) -> float:
+    """Return the highest share of zeros in a matrix of the base that the adapter changes."""
+    shares = [float((each.values() == 0).float().mean()) for each in matrices(model) if each.is_adapted]
+    return max(shares, default=0.0)
+
+
+@torch.no_grad()
+def merge_adapter(model: PeftModel, keep_mask: bool = True) -> PreTrainedModel:
+    """Return the base model with the adapter merged into it; what was zero stays zero, unless told otherwise.
+
+    A plain merge fills the zeros that pruning made. Under the mask the adapter's change is applied to the weights that
+    are left: another model than the one with the adapter beside it, so measure both. Embeddings and a head that were
+    one matrix stay so, unless the adapter has changed them apart.
+
+    Raises:
+        ValueError: The base is quantised.
+        RuntimeError: The merged model is not as sparse as the base was.
+    """
+    for matrix in matrices(model):
+        refuse_quantised(matrix)
+    zeros = {matrix.name: matrix.values() == 0 for matrix in matrices(model) if matrix.is_adapted}
+    were_tied = _untie(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    if were_tied:
+        _tie_if_equal(merged)
+    for matrix in matrices(merged):
+        if keep_mask and matrix.name in zeros:
+            matrix.values().masked_fill_(zeros[matrix.name], 0)
+    if keep_mask:
+        left = {matrix.name: int((matrix.values() == 0).sum()) for matrix in matrices(merged)}
+        denser = [name for name, before in zeros.items() if left[name] < int(before.sum())]
+        if denser:
+            raise RuntimeError(f"Merged under the mask, these have fewer zeros than before: {', '.join(denser)}.")
+    return merged
+
+
+def _tables(base: Any) -> list[Any]:
+    """Return the modules of the base that hold embeddings and head, out of what an adapter wraps them in."""
+    found = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [unwrapped(module) for module in found if module is not None]
+
+
+def _untie(model: PeftModel) -> bool:
+    """Give the head a matrix of its own if it shares that of the embeddings: merged into one, a change of either would
+    be one of both. Tell whether it did.
+    """
+    embeddings, *heads = _tables(model.get_base_model())
+    if not heads or heads[0].weight is not embeddings.weight:
+        return False
+    heads[0].weight = nn.Parameter(embeddings.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _tie_if_equal(model: PreTrainedModel) -> None:
+    embeddings, head = _tables(model)
+    if is_tied := torch.equal(embeddings.weight, head.weight):
+        head.weight = embeddings.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = is_tied
+
+
+def check_mergeable(load: AdaptedArguments) -> tuple[str, PreTrainedConfig]:
+    """Return the adapter and the configuration of its base, if that can become one model.
+
+    Raises:
+        ValueError: There is no adapter, it changes no weights, or the base is quantised.
+    """
+    adapter = load.adapter_name_or_path
+    if adapter is None:
+        raise ValueError(f"{FLAG} is missing: what to merge.")
+    kind = read_adapter(adapter)
+    if kind.is_prompt_learning:
+        raise ValueError(f"{FLAG} {adapter} is of the kind {PeftType(kind.peft_type).value}: it changes no weights.")
+    if load.is_quantised:
+        raise ValueError("An adapter is merged into weights as they are: without --load_in_8bit, --load_in_4bit.")
+    config = load_config(load)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"The weights of --model_name_or_path {load.model_name_or_path} are quantised: give the model that they "
+            "were made from."
+        )
+    return adapter, config
+
+
+def merge_to(load: AdaptedArguments, arguments: MergeArguments) -> Merged:
+    """Merge an adapter into its base, into a directory, all or nothing, and make sure of what was written.
+
+    It is loaded again as anybody would. Its logits must be those of the base with the adapter beside it, under a mask
+    those of the merged model in memory: up to `TOLERANCE`, on 64 tokens from all over the vocabulary.
+
+    Raises:
+        ValueError: They cannot be merged.
+        RuntimeError: What was written is another model.
+    """
+    adapter, config = check_mergeable(load)
+    tokenizer = load_tokenizer(load)
+    model = load_adapter(load_base(load, config, "cpu"), adapter, load.model_name_or_path)
+    zeros = zeros_under(model)
+    keep_mask = zeros > SPARSE if arguments.keep_mask is None else arguments.keep_mask
+    ids = _tokens_from_all_over(model)
+    beside = _logits(model, ids)
+    with model.disable_adapter():
+        by_adapter = _distance(_logits(model, ids), beside)
+    merged = merge_adapter(model, keep_mask)
+    expected = _logits(merged, ids)
+    by_merging, report, dtype = _distance(expected, beside), sparsity_report(merged), merged.dtype
+    with written_whole(arguments.output_dir) as unfinished:
+        merged.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        del model, merged
+        written = AutoModelForCausalLM.from_pretrained(
+            unfinished, attn_implementation=load.attn_implementation, trust_remote_code=load.trust_remote_code
+        )
+        by_writing = _distance(_logits(written, ids), expected)
+        moved, tolerance = by_writing + (0 if keep_mask else by_merging), TOLERANCE.get(dtype, 1e-5)
+        if not moved <= tolerance:  # nor if it is not a number
+            raise RuntimeError(
+                f"What would be written says something else than {adapter} on {load.model_name_or_path}: its logits "
+                f"differ by {moved:.1e} of their norm, above {tolerance:.0e}. --torch_dtype float32 rounds less; if "
+                "that does not help, this adapter cannot be merged."
+            )
+    return Merged(keep_mask, zeros, by_adapter, by_merging, by_writing, str(dtype).removeprefix("torch."), report)
+
+
+def _tokens_from_all_over(model: PeftModel) -> Tensor:
+    """Return tokens `(1, 64)` at even distances in the vocabulary, the first and the last included, shuffled."""
+    ids = torch.linspace(0, embeddings_in(model.get_base_model()) - 1, 64).long()
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))][None]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model.eval()(ids).logits
+    return logits.float()
+
+
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).norm() / expected.norm())
+
+
+def describe_merge(merged: Merged) -> list[str]:
+    """Return a line each on the mask, and on what was made sure of."""
+    share = f"up to {merged.highest_zeros:.1%} of a matrix that the adapter changes is zero in the base"
+    how = "merged under the mask" if merged.keep_mask else "the base with the adapter"
+    return [
+        f"mask        {'kept' if merged.keep_mask else 'not kept'}: {share}",
+        f"logits      merging moved them by {merged.by_merging:.1e} of their norm, the adapter by "
+        f"{merged.by_adapter:.1e}",
+        f"written     {merged.dtype}, loads as {how}, to {merged.by_writing:.1e}",
+    ]

@@ -1,0 +1,71 @@
+"""Merge an adapter into its base, and write a model that plain transformers loads, tokenizer included.
+
+    python scripts/export_adapter.py --adapter_name_or_path runs/wikitext --output_dir runs/whole
+    python scripts/export_adapter.py --adapter_name_or_path runs/pruned-lora --dataset_name demo --token_length 128 \
+        --output_dir runs/merged      # of a pruned base: zeros stay zero, which --keep_mask false prevents
+
+The base is what the adapter says it was trained on, unless --model_name_or_path names another copy. What was written
+is loaded again: its logits must be those of base and adapter. Given a text, the base, the base with the adapter beside
+it, and what was merged are measured by the same definition, see eval_perplexity.py; --output_file holds the three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from accelerate import PartialState
+from safetensors import SafetensorError
+
+from abr_trainer.command_line import parse_arguments
+from abr_trainer.data import OptionalTextArguments
+from abr_trainer.errors import one_line_errors
+from abr_trainer.measurement import (
+    MeasureArguments,
+    describe_measurement,
+    measure,
+    refuse_without_text,
+    shown_number,
+    write_measurement,
+)
+from abr_trainer.merging import MergeArguments, check_mergeable, describe_merge, merge_to
+from abr_trainer.modeling import AdaptedArguments
+from abr_trainer.pruning import describe_sparsity
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    with one_line_errors(
+        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="look for --output_dir"
+    ):
+        load, source, arguments, merge = parse_arguments(
+            (AdaptedArguments, OptionalTextArguments, MeasureArguments, MergeArguments), argv
+        )
+        check_mergeable(load)
+        if not source.is_given:
+            refuse_without_text(source, arguments)
+        state = PartialState(cpu=arguments.use_cpu)
+        if state.num_processes > 1:
+            raise ValueError("Merging is the work of one process: start this script without a launcher.")
+        base = replace(load, adapter_name_or_path=None)
+        found: dict[str, dict[str, Any]] = {}
+        if source.is_given:
+            found = {
+                name: measure(each, source, arguments, state) for name, each in (("base", base), ("beside", load))
+            }
+        merged = merge_to(load, merge)
+        if source.is_given:
+            whole = replace(base, model_name_or_path=merge.output_dir, config_name=None, tokenizer_name=None)
+            found["merged"] = measure(whole, source, arguments, state)
+            print(*describe_measurement(found["merged"]), sep="\n")
+        if arguments.output_file is not None:
+            write_measurement(found, arguments.output_file)
+    if merged.keep_mask:
+        print(*describe_sparsity(merged.sparsity), sep="\n")
+    print(*describe_merge(merged), f"model       {merge.output_dir}", sep="\n")
+    for name, each in found.items():
+        print(f"{name:12}{shown_number(each['perplexity'])}, {1 - each['nonzero_share']['all']:.2%} zeros")
+    return {"merge": asdict(merged), **found}
+
+
+if __name__ == "__main__":
+    main()

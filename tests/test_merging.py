@@ -1,0 +1,243 @@
+"""Merging adapters: what is written is what was trained, and zeros stay zero where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.merging import MergeArguments, merge_adapter, merge_to
+from abr_trainer.modeling import AdaptedArguments
+from abr_trainer.pruning import layers, nonzero_shares, prune, sparsity_report
+from scripts import export_adapter, prune_model
+from tests.conftest import tiny_llama
+
+IDS = torch.arange(0, 1024, 11)[None]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def random_adapter(path, base=DEMO_MODEL, config=LoraConfig, dtype="auto", **options):
+    """An adapter that changes what its base says."""
+    options = {"task_type": "CAUSAL_LM", **({"target_modules": TARGETS} if config is LoraConfig else {}), **options}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), config(**options))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_tied"),
+    [
+        ({}, True),
+        ({"use_rslora": True}, True),
+        ({"use_dora": True}, True),
+        ({"trainable_token_indices": [1, 2, 1023]}, True),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    ],
+)
+def test_what_is_written_says_in_plain_transformers_what_base_and_adapter_said(tmp_path, options, is_tied):
+    adapter, whole = random_adapter(tmp_path / "adapter", **options), tmp_path / "whole"
+    found = export_adapter.main(["--adapter", adapter, "--output_dir", str(whole)])["merge"]
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), adapter))
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
+    assert model.config.tie_word_embeddings == is_tied
+    assert not found["keep_mask"]
+    assert found["by_merging"] < 1e-5 < found["by_adapter"]
+    assert found["by_writing"] == 0
+
+
+def test_what_is_written_is_whole_and_tells_nothing_of_the_machine(tmp_path, capsys):
+    adapter, whole = random_adapter(tmp_path / "adapter"), tmp_path / "whole"
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    base.generation_config.max_new_tokens = 7
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
+    (tmp_path / "whole.unfinished").mkdir()
+    (tmp_path / "whole.unfinished" / "model-00007.safetensors").touch()  # what a kill has left
+    flags = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", adapter, "--output_dir", str(whole)]
+    export_adapter.main(flags)
+    assert "mask        not kept: up to 0.0% of a matrix that the adapter changes is zero" in capsys.readouterr().out
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert files.keys() == {
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    }
+    assert all(str(place).encode() not in text for text in files.values() for place in (tmp_path, DEMO_MODEL.parent))
+    assert not {"_name_or_path", "quantization_config"} & json.loads(files["config.json"]).keys()
+    assert json.loads(files["generation_config.json"])["max_new_tokens"] == 7
+    assert (
+        AutoTokenizer.from_pretrained(whole)("A lamp").input_ids
+        == AutoTokenizer.from_pretrained(DEMO_MODEL)("A lamp").input_ids
+    )
+    assert not (tmp_path / "whole.unfinished").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_stays_and_rounds(tmp_path, dtype):
+    adapter, whole = random_adapter(tmp_path / "adapter"), tmp_path / "whole"
+    flags = ["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(whole)]
+    found = export_adapter.main(flags)["merge"]
+    assert found["dtype"] == dtype == json.loads((whole / "config.json").read_text())["dtype"]
+    assert 1e-5 < found["by_merging"] < 0.05
+
+
+def test_a_sparse_base_stays_sparse_unless_told_otherwise(tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    prune(base, 0.3)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
+    flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base")]
+    kept = export_adapter.main([*flags, "--output_dir", str(tmp_path / "kept")])["merge"]
+    assert "mask        kept: up to 30.0% of a matrix that the adapter changes is zero" in capsys.readouterr().out
+    assert kept["keep_mask"]
+    assert kept["by_writing"] == 0
+    assert kept["by_merging"] > 1e-3
+    assert kept["sparsity"]["all"]["zeros"] == pytest.approx(0.3, abs=1e-3)
+    plain = export_adapter.main([*flags, "--keep_mask", "false", "--output_dir", str(tmp_path / "plain")])["merge"]
+    assert plain["by_merging"] < 1e-5
+    assert plain["sparsity"]["q_proj"]["zeros"] == 0
+
+
+def test_what_is_not_what_was_trained_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("abr_trainer.merging._untie", lambda model: False)  # then the head changes with the embeddings
+    adapter = random_adapter(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(SystemExit, match="error: What would be written says something else than .* above 1e-05"):
+        export_adapter.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole")])
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--load_in_4bit"], "An adapter is merged into weights as they are: without --load_in_8bit"),
+        (["--token_length", "9"], "--token_length needs a text to measure on: give --dataset_name or --text_file."),
+        (["--max_rows", "9"], "--max_rows needs a text to measure on: give --dataset_name or --text_file."),
+        (["--output_dir", "scripts"], "--output_dir scripts is in use. Give a new one."),
+    ],
+)
+def test_what_cannot_be_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr("abr_trainer.merging.load_base", lambda *_: pytest.fail("a model was loaded"))
+    adapter = random_adapter(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
+        export_adapter.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole"), *flags])
+
+
+def test_a_merge_without_an_adapter_or_of_one_that_changes_no_weights_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="error: --adapter_name_or_path is missing: what to merge."):
+        export_adapter.main(["--output_dir", str(tmp_path / "whole")])
+    prompt = random_adapter(tmp_path / "prompt", config=PromptTuningConfig, num_virtual_tokens=2)
+    with pytest.raises(SystemExit, match="is of the kind PROMPT_TUNING: it changes no weights."):
+        export_adapter.main(["--adapter", prompt, "--output_dir", str(tmp_path / "whole")])
+
+
+def test_a_base_that_was_saved_quantised_is_told(tmp_path):
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=options)
+    with pytest.raises(ValueError, match="are quantised"):
+        merge_adapter(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+    adapter = random_adapter(tmp_path / "adapter")
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    (tmp_path / "base").mkdir()
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    flags = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", adapter]
+    with pytest.raises(SystemExit, match="are quantised: give the model that they were made from."):
+        export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
+
+
+def adapted(model):
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_merge_under_the_mask_keeps_every_zero_and_changes_what_is_left(dtype):
+    plain = tiny_llama().to(dtype)
+    prune(plain, pattern="2:4")
+    before = {matrix.name: matrix.values().clone() for matrix in layers(plain)}
+    model = adapted(plain)
+    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").to(dtype)
+    merged = merge_adapter(model)
+    weight, name = merged.model.layers[0].self_attn.q_proj.weight, "model.layers.0.self_attn.q_proj"
+    expected = torch.where(before[name] == 0, 0.0, before[name] + delta)
+    assert weight.dtype == dtype
+    assert torch.equal(weight, expected)
+    assert torch.equal(merged.model.layers[0].self_attn.v_proj.weight, before["model.layers.0.self_attn.v_proj"])
+    assert sparsity_report(merged)["all"]["2:4"] == 1
+    assert not any("lora" in parameter for parameter, _ in merged.named_parameters())
+
+
+def test_a_plain_merge_fills_the_zeros_and_says_what_the_model_said():
+    plain = tiny_llama()
+    prune(plain, 0.5)
+    model = adapted(plain).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        beside = model(ids).logits
+        merged = merge_adapter(model, keep_mask=False).eval()
+        torch.testing.assert_close(merged(ids).logits, beside)
+    assert nonzero_shares(merged)["q_proj"] == 1
+    assert nonzero_shares(merged)["v_proj"] == 0.5
+
+
+def test_a_merge_in_float16_is_written_in_float16_with_its_zeros(tmp_path):
+    pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
+    before = prune_model.main(["--torch_dtype", "float16", "--pattern", "2:4", "--output_dir", pruned])
+    adapted(AutoModelForCausalLM.from_pretrained(pruned)).save_pretrained(lora)
+    load = AdaptedArguments(pruned, torch_dtype="float16", adapter_name_or_path=lora)
+    report = merge_to(load, MergeArguments(merged)).sparsity
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.dtype == torch.float16
+    assert sparsity_report(model) == report
+    assert all(report[kind]["2:4"] == before[kind]["2:4"] == 1 for kind in ("q_proj", "down_proj", "all"))
+    base = AutoModelForCausalLM.from_pretrained(pruned)
+    pairs = zip(layers(model), layers(base), strict=True)
+    moved = {matrix.kind for matrix, old in pairs if not torch.equal(matrix.values(), old.values())}
+    assert moved == {"q_proj", "down_proj"}
+
+
+def test_layers_that_an_adapter_replaces_are_merged_and_those_it_adapts_keep_their_zeros():
+    plain = tiny_llama(tie_word_embeddings=False)
+    prune(plain, 0.5)
+    model = get_peft_model(plain, LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    assert set(nonzero_shares(model)) == set(nonzero_shares(tiny_llama(tie_word_embeddings=False)))
+    trained = model.base_model.model.lm_head.modules_to_save["default"].weight.clone()
+    merged = merge_adapter(model)
+    assert torch.equal(merged.lm_head.weight, trained)
+    assert nonzero_shares(merged)["q_proj"] == 0.5
+
+
+def test_a_merge_keeps_the_zeros_of_layers_stored_the_other_way_round():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    prune(model, pattern="2:4")
+    adapted_model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for name, parameter in adapted_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    assert sparsity_report(merge_adapter(adapted_model))["all"]["2:4"] == 1
