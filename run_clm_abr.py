@@ -124,8 +124,8 @@ def run(argv: list[str] | None) -> dict[str, float]:
         )
     if args.push_to_hub:
         try:
-            trainer.push_to_hub(finetuned_from=model_args.model_name_or_path)
-        except (PushError, ValueError, OSError) as error:
+            trainer.push_to_hub()
+        except PushError as error:
             later = f"python scripts/push_adapter.py {shlex.quote(str(args.output_dir))}"
             raise SystemExit(f"error: trained, but not pushed: {one_line(error)}\nFinish it with: {later}") from error
     return results

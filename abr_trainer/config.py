@@ -222,7 +222,7 @@ class ABRConfig(TrainingArguments):
             self.resume_from_checkpoint = None
         if self.hub_token is not None:
             raise ValueError(
-                "--hub_token would be written to training_args.bin, which is pushed. "
+                "--hub_token would be written to training_args.bin, in clear. "
                 "Set the environment variable HF_TOKEN or run `hf auth login` instead."
             )
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):

@@ -102,6 +102,12 @@ class EvaluationArguments:
         chosen = self.eval_definition
         return "perplexity" if chosen is None else f"{find_definition(chosen).metric}_perplexity"
 
+    @staticmethod
+    def _first_of_mix(data: DataArguments) -> str | None:
+        """Return the data set of a mix that is evaluated on; none if rows of a training file are."""
+        first = next(iter(parse_mix(data.dataset_mix))) if data.dataset_mix else None
+        return None if first is None or Path(first).is_file() else first
+
     def text_to_measure(self, data: DataArguments) -> tuple[TextArguments, str]:
         """Return what to read, and the flag that names it.
 
@@ -111,7 +117,7 @@ class EvaluationArguments:
         names = {
             "eval_text": self.eval_text,
             "validation_file": data.validation_file,
-            "dataset_mix": next(iter(parse_mix(data.dataset_mix))) if data.dataset_mix else None,
+            "dataset_mix": self._first_of_mix(data),
             "dataset_name": data.dataset_name,
         }
         flag, name = next((item for item in names.items() if item[1] is not None), ("", None))

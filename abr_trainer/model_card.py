@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-from .data import find_corpus
+from .data import find_corpus, parse_mix
 from .definitions import DEFINITIONS, Definition
 from .records import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
 
@@ -22,91 +23,124 @@ PICTURES = {
 
 MARKER = "<!-- Each push writes anew what follows. Write above this line: that stays. -->"
 
-GENERATED = re.compile(r"generated automatically according to|\[More Information Needed\]|This is a PEFT adapter")
-"""What the cards of transformers and PEFT say: nobody wrote those."""
+EMPTY = re.compile(r"more information needed", re.IGNORECASE)
+"""What stands, many times, in the templates of transformers and PEFT that nobody has filled in."""
 
-LOADS = {
-    True: """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{repository}")
-tokenizer = AutoTokenizer.from_pretrained("{repository}")""",
-    False: """from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repository}")""",
+AUTO_CLASSES = {
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", None),
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
 }
+"""How a model is loaded and what it does, by the end of the name of its class."""
 
 
-def write_card(run: Path, folder: Path, repository: str, base: str | None) -> str:
+def write_card(
+    run: Path, folder: Path, repository: str, revision: str | None, base: str | None, rows: int | None = None
+) -> str:
     """Return the card of a run as Markdown, with the metadata that the Hub reads.
 
     Args:
-        run: Where `run.json` and `all_results.json` are.
-        folder: What is to be pushed, with the summary of the run.
+        run: Where `run.json` is.
+        folder: What is to be pushed, with summary and results.
         repository: On the Hub.
+        revision: The branch that is pushed to, None for main.
         base: Id of the base model on the Hub, None where it has none.
+        rows: What the embeddings of the base have to grow to before the adapter fits.
     """
     summary = read_json(folder / SUMMARY_NAME) or {}
-    results = read_json(run / RESULTS) or {}
+    results = read_json(folder / RESULTS) or {}
     provenance = read_json(run / PROVENANCE) or {}
     arguments = provenance.get("arguments", {})
     adapter = read_json(folder / "adapter_config.json")
     name = repository.rpartition("/")[2]
+    auto_class, task = auto_class_of(summary.get("model", "LlamaForCausalLM"))
     measured = list(perplexities(summary, results))
     given = summary.get("card", {})
+    kind = (adapter or {}).get("peft_type", "").lower()
     data = ModelCardData(
         language=given.get("language"),
         license=given.get("license"),
         base_model=base,
         library_name="transformers" if adapter is None else "peft",
-        pipeline_tag="text-generation",
-        tags=[*(["lora"] if adapter else []), "adaptive-batch-repetition", *given.get("tags", [])],
+        pipeline_tag=task,
+        tags=[*([kind] if kind else []), "adaptive-batch-repetition", *given.get("tags", [])],
         datasets=[*dict.fromkeys([*given.get("datasets", []), *datasets_on_the_hub(arguments)])] or None,
         model_name=name,
-        eval_results=[result for _, result in evaluation_results(measured, summary, arguments)] or None,
+        eval_results=list(evaluation_results(measured, summary, arguments)) or None,
         ignore_metadata_errors=True,
     )
-    lines = LOADS[adapter is not None].format(base=base or "PATH/OF/THE/BASE", repository=repository)
-    what = "A LoRA adapter for" if adapter else "Fine-tuned from"
+    what = f"An adapter ({kind}) for" if adapter else "Fine-tuned from"
     known_base = f"[{base}](https://huggingface.co/{base})" if base else "a base model that is not on the Hub"
     parts = [
-        f"# {name}\n\n{what} {known_base}, trained with adaptive batch repetition.",
         MARKER,
-        f"## How to load it\n\n```python\n{lines}\n```",
+        f"# {name}\n\n{what} {known_base}, trained with adaptive batch repetition.",
+        "## How to load it\n\n```python\n"
+        + "\n".join(loading_lines(auto_class, repository, revision, base, rows, adapter is not None))
+        + "\n```",
         *sections(measured, summary, results, provenance, adapter, folder),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
+def loading_lines(
+    auto_class: str, repository: str, revision: str | None, base: str | None, rows: int | None, is_adapter: bool
+) -> Iterator[str]:
+    branch = f', revision="{revision}"' if revision else ""
+    if not is_adapter:
+        yield f"from transformers import {auto_class}, AutoTokenizer"
+        yield f'model = {auto_class}.from_pretrained("{repository}", dtype="auto"{branch})'
+    else:
+        yield "from peft import PeftModel"
+        yield f"from transformers import {auto_class}, AutoTokenizer"
+        yield f'base = {auto_class}.from_pretrained("{base or "PATH/OF/THE/BASE"}", dtype="auto")'
+        if rows is not None:
+            yield f"base.resize_token_embeddings({rows})"
+        yield f'model = PeftModel.from_pretrained(base, "{repository}"{branch})'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{branch})'
+
+
+def auto_class_of(model: str) -> tuple[str, str | None]:
+    return next((found for end, found in AUTO_CLASSES.items() if model.endswith(end)), ("AutoModel", None))
+
+
+def written_above(card: str) -> str | None:
+    """Return what people have written into a card: above the marker, or all of one that has none; None if nothing."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
+    above, marker, _ = text.partition(MARKER)
+    is_template = not marker and len(EMPTY.findall(above)) >= 3
+    return None if is_template else above.strip() or None
+
+
 def with_what_was_written(card: str, *before: str | None) -> str:
-    """Return a card with what people wrote above the marker of an earlier one, and metadata that only that one has.
+    """Return a card with what people wrote into an earlier one, and metadata that only that one has.
 
     Args:
-        before: Earlier cards, the one that counts most first. One without the marker is kept whole, unless it was
-            generated.
+        before: Earlier cards, the one that counts most first.
     """
-    new = ModelCard(card, ignore_metadata_errors=True)
-    _, _, generated = card.partition(MARKER)
     for text in before:
-        if text is None:
+        above = None if text is None else written_above(text)
+        if text is None or above is None:
             continue
-        try:
-            old = ModelCard(text, ignore_metadata_errors=True)
-        except Exception:  # a card with metadata that cannot be read: its text is kept
-            old = ModelCard(re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL), ignore_metadata_errors=True)
-        above, marker, _ = old.text.partition(MARKER)
-        if not above.strip() or (not marker and GENERATED.search(above)):
-            continue
-        ours, theirs = metadata_of(new), metadata_of(old)
-        tags = [*dict.fromkeys([*ours.get("tags", []), *theirs.get("tags", [])])]
-        metadata = ModelCardData(**{**theirs, **ours, "tags": tags}, ignore_metadata_errors=True).to_yaml()
-        return f"---\n{metadata}\n---\n\n{above.strip()}\n\n{MARKER}{generated}"
+        ours, theirs = metadata_of(card), metadata_of(text)
+        for name in ("base_model", "model-index", "library_name"):  # of an earlier push, or of what PEFT has written
+            theirs.pop(name, None)
+        own_tags = [tag for tag in theirs.get("tags") or [] if not str(tag).startswith("base_model:")]
+        tags = [*dict.fromkeys([*ours.get("tags", []), *own_tags])]
+        metadata = yaml.safe_dump({**theirs, **ours, "tags": tags}, sort_keys=False, allow_unicode=True)
+        return f"---\n{metadata}---\n\n{above}\n\n{MARKER}{card.partition(MARKER)[2]}"
     return card
 
 
-def metadata_of(card: ModelCard) -> dict[str, Any]:
-    found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    return found
+def metadata_of(card: str) -> dict[str, Any]:
+    """Return the metadata of a card; nothing where they cannot be read."""
+    block = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
+    try:
+        found = yaml.safe_load(block[1]) if block else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def perplexities(summary: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -122,20 +156,18 @@ def perplexities(summary: dict[str, Any], results: dict[str, Any]) -> Iterator[t
 
 def evaluation_results(
     measured: list[tuple[str, str, float]], summary: dict[str, Any], arguments: dict[str, Any]
-) -> Iterator[tuple[str, EvalResult]]:
-    kind, name = text_of(arguments)
+) -> Iterator[EvalResult]:
     for when, split, value in measured:
-        yield (
-            when,
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=kind,
-                dataset_name=name,
-                dataset_split=split,
-                metric_type="perplexity",
-                metric_name=f"perplexity ({definition_of(summary, split).name}), {split}, {when}",
-                metric_value=round(value, 6),
-            ),
+        kind, name, config = text_of(arguments, split)
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=kind,
+            dataset_name=name,
+            dataset_config=config,
+            dataset_split=split,
+            metric_type="perplexity",
+            metric_name=f"perplexity ({definition_of(summary, split).name}), {split}, {when}",
+            metric_value=round(value, 6),
         )
 
 
@@ -146,22 +178,35 @@ def definition_of(summary: dict[str, Any], split: str) -> Definition:
     return next(found, DEFINITIONS["token"])
 
 
-def text_of(arguments: dict[str, Any]) -> tuple[str, str]:
-    """Return the id of the data set that was evaluated on, `custom` if it is not on the Hub, and a name to show."""
-    chosen = arguments.get("eval_text") or arguments.get("validation_file") or arguments.get("dataset_name")
-    if not chosen:
-        return "custom", "a text of their own"
-    path = find_corpus(chosen).path
-    if chosen == "demo" or "/" not in path or Path(chosen).exists():
-        return "custom", PurePath(chosen).name
-    return path, chosen
+def text_of(arguments: dict[str, Any], split: str) -> tuple[str, str, str | None]:
+    """Return what a split is of: id of a data set, "custom" if it is not on the Hub; its name; its configuration."""
+    file = arguments.get(f"{split}_file")
+    chosen = arguments.get("eval_text") if split == "validation" else None
+    named = names_of_data_sets(arguments)
+    if chosen is None and file is not None:
+        return "custom", PurePath(file).name, None
+    if chosen is None and not named:
+        return "custom", PurePath(arguments.get("train_file") or "a text of their own").name, None
+    name = chosen or named[0]
+    path = id_on_the_hub(name)
+    if path is None:
+        return "custom", PurePath(name).name, None
+    config = find_corpus(name).config if chosen else arguments.get("dataset_config_name") or find_corpus(name).config
+    return path, name, config
+
+
+def names_of_data_sets(arguments: dict[str, Any]) -> list[str]:
+    mix = arguments.get("dataset_mix")
+    return list(parse_mix(mix)) if mix else [name for name in [arguments.get("dataset_name")] if name]
+
+
+def id_on_the_hub(name: str) -> str | None:
+    path = find_corpus(name).path
+    return path if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not Path(name).exists() else None
 
 
 def datasets_on_the_hub(arguments: dict[str, Any]) -> list[str]:
-    mix = arguments.get("dataset_mix") or ""
-    names = [part.rpartition("=")[0].strip() for part in mix.split(",")] if mix else [arguments.get("dataset_name")]
-    paths = [find_corpus(name).path for name in names if name and name != "demo" and not Path(name).exists()]
-    return [path for path in paths if re.fullmatch(r"[\w.-]+/[\w.-]+", path)]
+    return [path for name in names_of_data_sets(arguments) if (path := id_on_the_hub(name))]
 
 
 def sections(
@@ -178,12 +223,15 @@ def sections(
             f"| {when} | {split} | {definition_of(summary, split).name} | {value:.4f} |"
             for when, split, value in measured
         ]
+        texts = dict.fromkeys(text_of(arguments, split)[1] for _, split, _ in measured)
+        tokens = summary.get("perplexity", {}).get("target_tokens")
+        counted = f", {tokens:,} target tokens of the validation split" if tokens else ""
         block = f", in blocks of {arguments['block_size']} tokens" if arguments.get("block_size") else ""
         said = {each.name: each.says for _, split, _ in measured for each in [definition_of(summary, split)]}
         yield (
             "## Perplexity\n\n| when | split | definition | perplexity |\n|---|---|---|---|\n"
             + "\n".join(rows)
-            + f"\n\nOf {text_of(arguments)[1]}{block}. "
+            + f"\n\nOf {' and '.join(texts)}{counted}{block}. "
             + " ".join(f"`{name}` is {says}." for name, says in said.items())
             + " Compare with numbers of the same tokenizer, text and definition only."
         )
@@ -191,8 +239,7 @@ def sections(
     if pictures:
         yield "\n\n".join(f"![{PICTURES[name]}](plots/{name}.png)" for name in pictures)
     yield "## How it was trained\n\n" + "\n".join(f"- {line}" for line in training_lines(summary, arguments, adapter))
-    ledger = {key.removeprefix("train_"): value for key, value in results.items() if key.startswith("train_")}
-    ledger = {**ledger, **summary.get("ledger", {})}
+    ledger = summary.get("ledger", {})
     spent = [
         key
         for key in ("batches", "skips", "updates", "repeats", "passes", "tokens", "flops", "seconds")
@@ -227,23 +274,19 @@ def training_lines(
 ) -> Iterator[str]:
     source = arguments.get("dataset_mix") or arguments.get("train_file") or arguments.get("dataset_name")
     if source:
-        shown = source if arguments.get("dataset_mix") else PurePath(source).name if Path(source).exists() else source
+        is_file = arguments.get("train_file") or (not arguments.get("dataset_mix") and id_on_the_hub(source) is None)
         config = f" ({arguments['dataset_config_name']})" if arguments.get("dataset_config_name") else ""
-        yield f"data: {shown}{config}"
+        yield f"data: {PurePath(source).name if is_file else source}{config}"
     if summary.get("repeat_scheduler"):
         yield f"repeat scheduler: `{summary['repeat_scheduler']}`"
-    if adapter:
+    if adapter and adapter.get("peft_type") == "LORA":
         targets = adapter.get("target_modules")
         shown = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
-        yield (
-            f"LoRA: r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, dropout {adapter.get('lora_dropout')}, "
-            f"on {shown}"
-        )
-    wanted = ("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "max_passes", "seed")
-    told = {**summary.get("arguments", {}), **arguments}
-    shown = [f"{name} {told[name]}" for name in wanted if told.get(name) is not None]
-    if shown:
-        yield ", ".join(shown)
+        scale = f"r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, dropout {adapter.get('lora_dropout')}"
+        yield f"LoRA: {scale}, on {shown}"
+    told = {name: value for name, value in summary.get("arguments", {}).items() if value not in (None, -1)}
+    if told:
+        yield ", ".join(f"{name} {value}" for name, value in told.items())
 
 
 def masked(argv: list[str]) -> list[str]:

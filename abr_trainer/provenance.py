@@ -14,10 +14,8 @@ import torch
 
 def versions_and_machine(device: torch.device, processes: int) -> dict[str, Any]:
     """Return what made a result, beside its arguments: `versions`, `git` and `machine`."""
-    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
-    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions_of_packages(),
         "git": _git_commit(),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
@@ -27,6 +25,12 @@ def versions_and_machine(device: torch.device, processes: int) -> dict[str, Any]
             "processes": processes,
         },
     }
+
+
+def versions_of_packages() -> dict[str, str]:
+    packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    return {"python": platform.python_version(), **versions}
 
 
 def _git_commit() -> str | None:

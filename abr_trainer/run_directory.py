@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 RUN_FILES = (
     *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
-    *(TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, REPORT_FOLDER),
+    *("_push*", TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, REPORT_FOLDER),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
@@ -43,7 +43,16 @@ PREVIOUS = "_previous-run"
 
 MAY_DIFFER = (
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_", "logging_", "log_", "save_", "eval_"),
-    *("report_to", "run_name", "disable_tqdm", "max_steps", "preprocessing_num_workers", "overwrite_cache"),
+    *(
+        "push_to_hub",
+        "hub_",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "max_steps",
+        "preprocessing_num_workers",
+        "overwrite_cache",
+    ),
 )
 """Beginnings of the names of arguments that a resumed run may change without changing the training."""
 

@@ -49,10 +49,10 @@ from .engines import forget_batch_of_deepspeed
 from .evaluation import PerplexityMixin
 from .gradient_norm import gradient_norm
 from .held import Call, HeldBatch, check_holdable
-from .hub import HubMixin
 from .ledger import ComputeLedger, forward_share
 from .loss_scale import LossScale, find_loss_scale, has_own_loss, shifts_labels, weighted_loss
 from .perplexity import perplexity_of
+from .pushing import HubMixin, Pushes
 from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .support import check_schedule, refuse_unsupported
@@ -132,6 +132,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     ) -> None:
         if repeat_scheduler is not None and not isinstance(repeat_scheduler, RepeatScheduler):
             raise TypeError(f"`repeat_scheduler` must be an instance of RepeatScheduler, got {repeat_scheduler!r}.")
+        self._pushes = Pushes()  # first: Trainer makes the repository while it is constructed
         super().__init__(*args, **kwargs)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
         self._given_scheduler = repeat_scheduler

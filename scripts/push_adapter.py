@@ -15,8 +15,32 @@ from typing import Any
 from transformers.hf_argparser import string_to_bool
 
 from abr_trainer.errors import one_line_errors
-from abr_trainer.hub import PushError, Target, base_on_the_hub, push, stage
+from abr_trainer.hub import (
+    PushError,
+    Target,
+    base_on_the_hub,
+    push,
+    remembered_target,
+    stage,
+    warn_of_a_base_that_is_here_only,
+)
 from abr_trainer.records import PROVENANCE, read_json
+
+
+def target_of(directory: Path) -> Target:
+    """Return where to push a run that was not told to: what its arguments say, or a repository of its name."""
+    told = (read_json(directory / PROVENANCE) or {}).get("arguments", {})
+    name, revision, private, base = (
+        told.get(f"hub_{name}") for name in ("model_id", "revision", "private_repo", "base_model")
+    )
+    return Target(name or directory.absolute().name, revision, private, base_on_the_hub(base_of(directory), base))
+
+
+def base_of(directory: Path) -> str | None:
+    adapter = read_json(directory / "adapter_config.json") or {}
+    told = (read_json(directory / PROVENANCE) or {}).get("arguments", {})
+    name: str | None = adapter.get("base_model_name_or_path") or told.get("model_name_or_path")
+    return name
 
 
 def main(argv: list[str] | None = None) -> Any:
@@ -28,20 +52,18 @@ def main(argv: list[str] | None = None) -> Any:
     parser.add_argument("--hub_private_repo", **private, help="make a private repository, where there is none")
     parser.add_argument("--hub_base_model", help="what the base model is called on the Hub")
     args = parser.parse_args(argv)
-    with one_line_errors(ValueError, OSError, PushError, when_interrupted="nothing was pushed"):
+    with one_line_errors(ValueError, OSError, PushError, when_interrupted="the same command goes on"):
         if not args.directory.is_dir():
             raise ValueError(f"{args.directory} is no directory.")
-        told = (read_json(args.directory / PROVENANCE) or {}).get("arguments", {})
-        wanted = {name: value for name, value in vars(args).items() if value is not None}
-        adapter = read_json(args.directory / "adapter_config.json") or {}
-        base = adapter.get("base_model_name_or_path") or told.get("model_name_or_path")
-        found = {**{name: told.get(name) for name in vars(args)}, **wanted}
+        told = remembered_target(args.directory) or target_of(args.directory)
         target = Target(
-            found["hub_model_id"] or args.directory.resolve().name,
-            found["hub_revision"],
-            found["hub_private_repo"],
-            base_on_the_hub(base, found["hub_base_model"]),
+            args.hub_model_id or told.repository,
+            args.hub_revision or told.revision,
+            told.private if args.hub_private_repo is None else args.hub_private_repo,
+            args.hub_base_model or told.base,
         )
+        if target.base is None:
+            warn_of_a_base_that_is_here_only(base_of(args.directory))
         done = push(stage(args.directory, target), args.directory, target, "Push of a finished run")
     print(done.repo_url)
     return done

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run_clm_abr
 from abr_trainer import hub as hub_module
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.model_card import MARKER, with_what_was_written
+from abr_trainer.model_card import MARKER, text_of, with_what_was_written
 from scripts import push_adapter
 from tests.conftest import tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN
@@ -127,19 +127,57 @@ def test_the_card_says_what_it_is_and_the_hub_takes_it(hub, finished):
     assert f"| {results['train_batches']} | {results['train_skips']} | {results['train_updates']} |" in card.text
 
 
-def test_what_was_written_above_the_marker_stays(hub, finished):
+def card_of(repository):
+    return repository.files("main")["README.md"].decode()
+
+
+def edited(card, text):
+    """Return a card as somebody leaves it who has something to say."""
+    return card.replace(MARKER, f"{text}\n\n{MARKER}").replace("library_name", "license: mit\nlibrary_name")
+
+
+@pytest.mark.parametrize("where", ["here", "on the Hub"])
+def test_what_was_written_above_the_marker_stays(hub, finished, where):
     push(finished)
-    card = hub.repository("me/adapter").files("main")["README.md"].decode()
-    edited = card.replace("# adapter\n", "# A much better name\n\nMade for my cat.\n").replace(
-        "library_name", "license: mit\nlibrary_name"
-    )
-    hub_module.HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="me/adapter")
-    push(finished)
-    again = hub.repository("me/adapter").files("main")["README.md"].decode()
+    repository = hub.repository("me/adapter")
+    card = card_of(repository)
+    changed = edited(card, "# A much better name\n\nMade for my cat.")
+    if where == "here":
+        (finished / "README.md").write_text(changed)
+    else:
+        api = hub_module.HfApi()
+        api.upload_file(path_or_fileobj=changed.encode(), path_in_repo="README.md", repo_id="me/adapter")
+    push(finished, "--hub_base_model", "other/base")
+    again = card_of(repository)
     assert "# A much better name\n\nMade for my cat.\n" in again.partition(MARKER)[0]
-    assert "# adapter" not in again
-    assert again.partition(MARKER)[2] == card.partition(MARKER)[2]
+    assert "An adapter (lora) for [other/base]" in again.partition(MARKER)[2]
     assert ModelCard(again).data.license == "mit"
+    assert ModelCard(again).data.base_model == "other/base"
+    assert (finished / "README.md").read_text() == again
+
+
+def test_of_two_texts_that_of_the_hub_counts_and_the_other_is_kept_here(hub, finished, caplog):
+    push(finished)
+    card = card_of(hub.repository("me/adapter"))
+    (finished / "README.md").write_text(edited(card, "Mine."))
+    api = hub_module.HfApi()
+    api.upload_file(path_or_fileobj=edited(card, "Theirs.").encode(), path_in_repo="README.md", repo_id="me/adapter")
+    push(finished)
+    assert "Theirs." in card_of(hub.repository("me/adapter"))
+    assert "Mine." in (finished / hub_module.OWN_CARD).read_text()
+    assert "has another text above its marker" in caplog.text
+
+
+def test_a_card_that_cannot_be_read_now_is_not_lost(hub, finished):
+    push(finished)
+    repository = hub.repository("me/adapter")
+    api = hub_module.HfApi()
+    mine = edited(card_of(repository), "Mine.")
+    api.upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="me/adapter")
+    hub.fail("GET", "/resolve/.*README.md", status=503, times=100)
+    with pytest.raises(SystemExit, match="^error: "):
+        push(finished)
+    assert card_of(repository) == mine
 
 
 @pytest.mark.parametrize(
@@ -147,14 +185,13 @@ def test_what_was_written_above_the_marker_stays(hub, finished):
     [
         ("# By hand\n\nAll of it.\n", True),
         ("---\nlicense: [\n---\n# By hand, with broken metadata\n", True),
-        ("---\nlibrary_name: peft\n---\n# Model Card\n\n[More Information Needed]\n", False),
+        ("---\nlibrary_name: peft\n---\n# Model Card\n\n" + 3 * "[More Information Needed]\n", False),
     ],
 )
 def test_a_card_without_the_marker_is_kept_if_somebody_wrote_it(before, is_kept):
-    new = with_what_was_written(f"---\ntags:\n- lora\n---\n\n# New\n\n{MARKER}\n\nmade\n", before)
+    new = with_what_was_written(f"---\ntags:\n- lora\n---\n\n{MARKER}\n\n# New\n", before)
     assert ("# By hand" in new) == is_kept
-    assert ("# New" in new) != is_kept
-    assert new.endswith(f"{MARKER}\n\nmade\n")
+    assert new.endswith(f"{MARKER}\n\n# New\n")
     assert yaml.safe_load(new.split("---")[1])["tags"] == ["lora"]
 
 
@@ -294,7 +331,7 @@ def test_a_push_that_fails_costs_nothing_but_the_push(hub, tmp_path):
 def test_training_goes_on_where_saves_cannot_be_pushed(hub, tmp_path, caplog):
     hub.fail("POST", "/commit/", status=503, times=3 * hub_module.ATTEMPTS)
     run_script(tmp_path / "run", "--hub_strategy", "every_save", "--save_strategy", "epoch")
-    assert caplog.text.count("Not pushed; training goes on: 503") == 3
+    assert caplog.text.count("Not pushed: 503") == 3
     assert [commit.title for commit in hub.repository("me/adapter").commits[1:]] == ["End of training"]
 
 
@@ -342,18 +379,85 @@ def test_a_base_that_only_this_machine_has_is_warned_of_and_not_named(hub, tmp_p
     assert card.data.base_model is None
 
 
-def test_tables_go_up_only_if_they_were_trained(hub, train, tmp_path, caplog):
-    def pushed(name, **options):
+def test_tables_go_up_only_if_they_were_trained_or_have_grown(hub, train, tmp_path, caplog):
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+
+    def pushed(name, rows=None, **options):
         torch.manual_seed(0)
-        model = get_peft_model(
-            tiny_llama(tie_word_embeddings=False), LoraConfig(**{"target_modules": ["q_proj"], **options})
-        )
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        if rows is not None:
+            base.resize_token_embeddings(rows)
+        model = get_peft_model(base, LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options}))
         args = {"output_dir": str(tmp_path / name), "hub_model_id": f"me/{name}", "hub_base_model": "org/base"}
         train(model=model, **args).push_to_hub()
         return load(hub.repository(f"me/{name}").files("main")["adapter_model.safetensors"])
 
-    trained = pushed("trained", modules_to_save=["lm_head"])
-    assert "base_model.model.lm_head.weight" in trained
-    assert "which was trained, whole: 0.0 MB" in caplog.text
+    assert "base_model.model.lm_head.weight" in pushed("trained", modules_to_save=["lm_head"])
+    assert "lm_head.weight, which was trained, whole: 0.0 MB" in caplog.text
     assert not [name for name in pushed("plain") if "lora" not in name]
     assert not [name for name in pushed("targeted", target_modules=["q_proj", "embed_tokens"]) if "lora" not in name]
+    grown = tiny_llama().config.vocab_size + 3
+    assert pushed("grown", rows=grown)["base_model.model.model.embed_tokens.weight"].shape[0] == grown
+    assert "embed_tokens.weight, which has grown, whole: 0.0 MB" in caplog.text
+    card = card_of(hub.repository("me/grown"))
+    assert f"base.resize_token_embeddings({grown})" in card
+    loading = re.search(r"```python\n(.*?)\ntokenizer", card, flags=re.DOTALL)[1]
+    names = {}
+    exec(loading.replace("org/base", str(tmp_path / "base")), names)
+    ids = torch.tensor([[1, grown - 1]])
+    table = load((tmp_path / "grown" / "adapter_model.safetensors").read_bytes())
+    embedded = names["model"].get_input_embeddings()(ids)[0]
+    assert torch.equal(embedded[1], table["base_model.model.model.embed_tokens.weight"][grown - 1])
+
+
+def test_a_run_from_python_is_pushed_later_to_where_it_was_to_go(hub, train, tmp_path):
+    hub.fail("POST", "/commit/", status=503, times=hub_module.ATTEMPTS)
+    args = {"output_dir": str(tmp_path / "run"), "hub_model_id": "me/secret", "hub_private_repo": True}
+    trainer = train(**args, hub_base_model="org/base")
+    with pytest.raises(hub_module.PushError, match="503"):
+        trainer.push_to_hub(revision="trial", license="mit", tags="mine")
+    push(tmp_path / "run")
+    assert hub.repository("me/secret").private
+    files = hub.repository("me/secret").files("trial")
+    card = ModelCard(files["README.md"].decode())
+    assert {card.data.license, card.data.base_model} == {"mit", "org/base"}
+    assert "mine" in card.data.tags
+    assert 'from_pretrained("me/secret", dtype="auto", revision="trial")' in card.text
+    assert {"model.safetensors", "config.json"} <= set(files), "all of it was trained"
+    assert "optim adamw_torch" in card.text
+
+
+def test_one_kind_of_weights_replaces_the_other(hub, finished, train, tmp_path):
+    push(finished)
+    train(output_dir=str(tmp_path / "whole"), hub_model_id="me/adapter").push_to_hub()
+    files = hub.repository("me/adapter").files("main")
+    assert "model.safetensors" in files
+    assert not [name for name in files if name.startswith(("adapter_", "all_results"))]
+
+
+def test_who_may_only_read_a_repository_is_told_before_training(hub, finished, tmp_path, monkeypatch):
+    push(finished)
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    told = error_of(tmp_path / "new")
+    assert told.startswith("error: --push_to_hub to me/adapter: 403")
+    assert not (tmp_path / "new" / "abr_trace.jsonl").exists()
+
+
+WIKITEXT = ("Salesforce/wikitext", "wikitext", "wikitext-2-raw-v1")
+MINE = ("my/corpus", "my/corpus", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "validation", "test"),
+    [
+        ({"dataset_name": "wikitext"}, WIKITEXT, WIKITEXT),
+        ({"dataset_name": "my/corpus", "eval_text": "wikitext"}, WIKITEXT, MINE),
+        ({"dataset_mix": "my/corpus=0.5,c4=0.5"}, MINE, MINE),
+        ({"dataset_name": "my/corpus", "validation_file": "data/val.txt"}, ("custom", "val.txt", None), MINE),
+        ({"train_file": "/home/me/talk.jsonl"}, ("custom", "talk.jsonl", None), ("custom", "talk.jsonl", None)),
+        ({"dataset_name": "demo"}, ("custom", "demo", None), ("custom", "demo", None)),
+    ],
+)
+def test_numbers_are_said_to_be_of_their_text(arguments, validation, test):
+    assert text_of(arguments, "validation") == validation
+    assert text_of(arguments, "test") == test

@@ -328,6 +328,17 @@ def test_what_cannot_be_measured_in_a_run_is_refused_in_one_line(tmp_path, flags
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_of_a_training_file_are_not_measured_as_if_they_were_new(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\n".join(demo_texts("test")[:40]))
+    mix = ["--dataset_mix", f"{tmp_path}/a.txt=0.5,{tmp_path}/b.txt=0.5", "--eval_definition", "token"]
+    rest = [flag for flag in RUN if flag not in ("--dataset_name", "demo")]
+    with pytest.raises(
+        SystemExit, match="error: --eval_definition needs a text: give --eval_text or --validation_fil"
+    ):
+        run_clm_abr.main([*rest, *mix, "--output_dir", str(tmp_path / "run")])
+
+
 def test_a_text_shorter_than_a_window_is_refused_in_a_run(tmp_path):
     (tmp_path / "short.txt").write_text("A word.")
     flags = ["--eval_definition", "wanda", "--eval_text", str(tmp_path / "short.txt")]

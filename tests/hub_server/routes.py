@@ -147,6 +147,12 @@ def describe_model(call: Call, name: str, revision: str = "main") -> Answer:
     )
 
 
+@route("GET", f"{MODEL}/auth-check/write")
+def check_right_to_write(call: Call, name: str) -> Answer:
+    call.writable(name)
+    return Answer({})
+
+
 @route("POST", f"{MODEL}/preupload/{REVISION}")
 def choose_modes(call: Call, name: str, revision: str) -> Answer:
     commit = call.writable(name).at(revision)
