@@ -39,7 +39,7 @@ def ours(name: str, text: Text, model: Any, length: int, stride: int, batch_size
 
 @torch.no_grad()
 def loop_of_the_documentation(text: Text, model: Any, length: int, stride: int) -> float:
-    ids = torch.tensor([text.joined("\n\n")], device=model.device)
+    ids = torch.as_tensor(text.joined("\n\n"), device=model.device)[None]
     size, before, total, count = ids.shape[1], 0, 0.0, 0
     for begin in range(0, size, stride):
         end = min(begin + length, size)
