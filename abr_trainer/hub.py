@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .errors import one_line
@@ -71,7 +71,6 @@ TOKENIZER = (
 )
 NOT_IN_A_CHECKPOINT = ("training_args.bin", CARD)
 """What stays here of a checkpoint: nothing needs the pickled arguments, and the card is another one."""
-
 
 ATTEMPTS, FIRST_WAIT = 5, 1.0
 """How often a call is made, and seconds until the second; each wait is twice the one before."""
@@ -221,13 +220,14 @@ def _make_portable(folder: Path, base: str | None) -> None:
     if not (folder / ADAPTER_CONFIG).exists():
         return
     config = read_json(folder / ADAPTER_CONFIG)
-    rows = _rows_of_base(config.get("base_model_name_or_path"))
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n"
     _replace(folder / ADAPTER_CONFIG, lambda new: new.write_text(content, encoding="utf-8"))
     with safe_open(folder / ADAPTER, "pt") as file:
         names = list(file.keys())
+        tables = list(filter(TABLE.search, names))
+        rows = _rows_of_base(config.get("base_model_name_or_path")) if tables else None
         idle = set()
-        for name in filter(TABLE.search, names):
+        for name in tables:
             is_trained = _is_trained(name, config)
             if not is_trained and file.get_slice(name).get_shape()[0] == rows:
                 idle.add(name)
@@ -245,10 +245,10 @@ def _make_portable(folder: Path, base: str | None) -> None:
 def _rows_of_base(name: str | None) -> int | None:
     """Return the number of embeddings of a base model; None if it cannot be known here."""
     try:
-        found = None if not name else AutoConfig.from_pretrained(name).get_text_config().vocab_size
-    except (OSError, ValueError, AttributeError):
+        found = PreTrainedConfig.get_config_dict(name)[0] if name else {}
+    except (OSError, ValueError):
         return None
-    return found
+    return found.get("vocab_size") or found.get("text_config", {}).get("vocab_size")
 
 
 def _grown_rows(folder: Path) -> int | None:
@@ -268,8 +268,10 @@ def _is_trained(name: str, config: dict[str, Any]) -> bool:
 
 def draw_run(run: Path, folder: Path) -> None:
     """Draw what happened in a run, if it has kept a trace of it."""
-    from .replay import read_trace
-    from .report.figure import Report, Section  # here: the trainer imports this module
+    from .replay import (
+        read_trace,
+    )  # here, because it is slow to import what draws, and the trainer imports this module
+    from .report.figure import Report, Section
     from .report.of_run import batches, evaluations, perplexity
     from .report.pictures import save_pictures
 

@@ -279,6 +279,18 @@ def test_what_cannot_be_resumed_is_told(hub, finished, tmp_path, name, message):
     assert "\n" not in told
 
 
+def test_an_adapter_of_the_hub_is_evaluated_and_trained_further(hub, finished, tmp_path):
+    push(finished)
+    told = json.loads((finished / "all_results.json").read_text())
+    from_hub = [*RUN, "--adapter_name_or_path", "me/adapter", "--model_name_or_path", "demo"]
+    only_evaluated = [flag for flag in from_hub if flag != "--do_train"]
+    found = run_clm_abr.main([*only_evaluated, "--output_dir", str(tmp_path / "evaluated")])
+    assert found["eval_perplexity"] == pytest.approx(told["eval_perplexity"], rel=1e-6)
+    run_clm_abr.main([*from_hub, "--max_steps", "2", "--output_dir", str(tmp_path / "further")])
+    baseline = json.loads((tmp_path / "further" / "perplexity_history.json").read_text())["summary"]["baseline"]
+    assert baseline == pytest.approx(told["eval_perplexity"], rel=1e-6)
+
+
 # ---- What goes wrong ----
 
 
