@@ -217,7 +217,7 @@ def test_what_holds_the_token_is_not_pushed(hub, finished):
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_each_save_goes_up_and_the_newest_is_never_dropped(hub, tmp_path, strategy):
-    hub.delay("POST", "/commit/", seconds=1)
+    hub.delay("POST", "/commit/", seconds=0.5)
     run_script(
         tmp_path / "run",
         "--hub_strategy",
