@@ -268,9 +268,8 @@ def _is_trained(name: str, config: dict[str, Any]) -> bool:
 
 def draw_run(run: Path, folder: Path) -> None:
     """Draw what happened in a run, if it has kept a trace of it."""
-    from .replay import (
-        read_trace,
-    )  # here, because it is slow to import what draws, and the trainer imports this module
+    # Here, because it is slow to import what draws, and the trainer imports this module.
+    from .replay import read_trace
     from .report.figure import Report, Section
     from .report.of_run import batches, evaluations, perplexity
     from .report.pictures import save_pictures

@@ -56,7 +56,7 @@ class MeasureArguments:
 
     def __post_init__(self) -> None:
         definition = find_definition(self.definition)
-        refuse_below(self, {"token_length": 2, "max_windows": 1, "batch_size": 1})
+        refuse_below(self, {"token_length": 2, "stride": 1, "max_windows": 1, "batch_size": 1})
         check_stride(definition, self.stride)
         if self.max_windows is not None and definition.wants_whole_texts:
             raise ValueError(
@@ -94,6 +94,7 @@ class EvaluationArguments:
                 if getattr(self, flag) is not None:
                     raise ValueError(f"--{flag} means nothing without --eval_definition.")
         else:
+            refuse_below(self, {"eval_stride": 1})
             check_stride(find_definition(self.eval_definition, "eval_definition"), self.eval_stride, "eval_")
 
     @property
@@ -145,16 +146,21 @@ def refuse_without_text(*arguments: Any) -> None:
 
 
 def check_stride(definition: Definition, stride: int | None, prefix: str = "") -> None:
-    """Refuse a stride below 1, or with a definition whose windows cannot overlap."""
-    if stride is None:
-        return
-    if stride < 1:
-        raise ValueError(f"--{prefix}stride must be at least 1, got {stride}.")
-    if not definition.takes_stride:
+    """Refuse a stride with a definition whose windows cannot overlap."""
+    if stride is not None and not definition.takes_stride:
         takers = " and ".join(repr(each.name) for each in DEFINITIONS.values() if each.takes_stride)
         raise ValueError(
             f"--{prefix}stride means nothing to --{prefix}definition {definition.name}; it is for {takers}."
         )
+
+
+def fit_stride(stride: int | None, length: int, flag: str = "stride", length_flag: str = "token_length") -> int:
+    """Return the stride, by default the length of a window, which it must not exceed."""
+    if stride is not None and stride > length:
+        raise ValueError(
+            f"--{flag} {stride} is above --{length_flag} {length}: tokens between windows would be left out."
+        )
+    return stride or length
 
 
 def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tuple[int, int]:
@@ -164,12 +170,7 @@ def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tup
         ValueError: A window is longer than the model's context, or the stride is longer than a window.
     """
     length = fit_context("token_length", arguments.token_length, DEFAULT_TOKEN_LENGTH, config)
-    stride = arguments.stride or length
-    if stride > length:
-        raise ValueError(
-            f"--stride {stride} is above --token_length {length}: tokens between windows would be left out."
-        )
-    return length, stride
+    return length, fit_stride(arguments.stride, length)
 
 
 def cut_windows(
@@ -258,11 +259,7 @@ def prepare_measurement(
         raise ValueError(
             f"--max_eval_samples would cut a text, of which --eval_definition {definition.name} needs all."
         )
-    stride = arguments.eval_stride or length
-    if stride > length:
-        raise ValueError(
-            f"--eval_stride {stride} is above --block_size {length}: tokens between windows would be left out."
-        )
+    stride = fit_stride(arguments.eval_stride, length, "eval_stride", "block_size")
     source, flag = arguments.text_to_measure(data)
     rows, loaded = load_texts(source, flag)
     text = Text(rows, loaded.rows_are_lines, tokenizer, source.is_c4)

@@ -46,14 +46,9 @@ SUMMARISED = (
 
 
 class Pushes:
-    """Pushes in the background, one after the other; one that has not begun makes way for the next.
-
-    Attributes:
-        failed: Why the last one did not work; None if it did.
-    """
+    """Pushes in the background, one after the other; one that has not begun makes way for the next."""
 
     def __init__(self) -> None:
-        self.failed: str | None = None
         self._worker: ThreadPoolExecutor | None = None
         self._last: tuple[Future[CommitInfo], Path] | None = None
 
@@ -72,13 +67,10 @@ class Pushes:
 
     def _push(self, call: Callable[[], CommitInfo]) -> CommitInfo:
         try:
-            done = call()
+            return call()
         except Exception as error:
-            self.failed = one_line(error)
-            logger.warning(f"Not pushed: {self.failed}")
+            logger.warning(f"Not pushed: {one_line(error)}")
             raise
-        self.failed = None
-        return done
 
     def are_done(self, seconds: float) -> bool:
         """Wait for what is under way, at most so long, and tell whether it has ended."""

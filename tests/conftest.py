@@ -25,6 +25,20 @@ from tests.hub_server import Hub
 
 VOCABULARY = 64
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+
+RUN = [
+    "--dataset_name",
+    "demo",
+    "--block_size",
+    "64",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+    "--max_train_samples",
+    "24",
+]
+RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
+"""Flags of a run of the script that takes a second or two."""
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 

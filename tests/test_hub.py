@@ -20,21 +20,9 @@ from abr_trainer import hub as hub_module
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.model_card import MARKER, text_of, with_what_was_written
 from scripts import push_adapter
-from tests.conftest import tiny_llama
+from tests.conftest import RUN, tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN
 
-RUN = [
-    "--dataset_name",
-    "demo",
-    "--block_size",
-    "64",
-    "--use_cpu",
-    "--disable_tqdm",
-    "true",
-    "--max_train_samples",
-    "24",
-]
-RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
 PUSH = ["--push_to_hub", "--hub_model_id", "me/adapter", "--hub_base_model", "demo-org/base"]
 
 

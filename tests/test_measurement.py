@@ -17,7 +17,7 @@ from abr_trainer.demo import DEMO_MODEL, demo_texts
 from abr_trainer.perplexity import Window, sliding_windows, window_nlls
 from abr_trainer.pruning import nonzero_shares
 from scripts import eval_perplexity
-from tests.conftest import tiny_llama
+from tests.conftest import RUN, tiny_llama
 
 QUICK = ["--token_length", "64", "--use_cpu", "--max_rows", "10"]
 DEMO = ["--dataset_name", "demo", *QUICK]
@@ -265,19 +265,6 @@ def test_tied_weights_are_counted_once():
 
 
 # ---- In the course of a run ----
-
-RUN = [
-    "--dataset_name",
-    "demo",
-    "--block_size",
-    "64",
-    "--use_cpu",
-    "--disable_tqdm",
-    "true",
-    "--max_train_samples",
-    "24",
-]
-RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
 
 
 def test_a_run_follows_the_definition_and_the_text_that_are_chosen(tmp_path, capsys):
