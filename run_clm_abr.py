@@ -35,6 +35,9 @@ from abr_trainer.run_directory import (
 from abr_trainer.tracking import PerplexityCallback, show_history
 from abr_trainer.trainer import ABRTrainer, TooManySkips
 
+ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments, ABRConfig)
+"""What the command line is parsed into."""
+
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     results = run(argv)
@@ -44,9 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
-        model_args, data_args, eval_args, args = parse_arguments(
-            (ModelArguments, DataArguments, EvaluationArguments, ABRConfig), argv
-        )
+        model_args, data_args, eval_args, args = parse_arguments(ARGUMENTS, argv)
         work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
         if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
             args.metric_for_best_model = eval_args.metric
