@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,10 +19,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback
-from transformers.utils import cached_file, logging
+from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
+from .adapters import FLAG
 from .config import ABRConfig
+from .errors import refuse_below, refuse_missing_directory
+from .flags import expand_flags_file, given_flags
 from .glue import Task, judge, judge_by_evaluate, predictions_of
 from .modeling import ModelArguments
 from .perplexity import without_adapter
@@ -74,12 +81,47 @@ class ClassifierConfig(ABRConfig):
     warmup_steps: float = field(
         default=0.06, metadata={"help": "Batches until the learning rate is reached; below 1, a share of the run."}
     )
-    save_strategy: str = field(  # type: ignore[assignment]
+    save_strategy: str = field(
         default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
     )
     optim: str = field(
         default="adamw_bnb_8bit", metadata={"help": "The optimizer: adamw_bnb_8bit, adamw_torch, ... as of Trainer."}
     )
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate a trained classifier on, and where the predictions go."""
+
+    split: str = field(
+        default="test", metadata={"help": "Rows to evaluate on.", "choices": ["test", "validation", "train"]}
+    )
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows at a time, on each device."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bf16 where the model's layers can."})
+    fp16: bool = field(default=False, metadata={"help": "Compute in fp16 where the model's layers can."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "Write a line for each row: prediction, label, logits, as JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        refuse_below(self, {"per_device_eval_batch_size": 1})
+        refuse_missing_directory(self, "output_file")
+
+    def as_training_arguments(self, scratch: str) -> TrainingArguments:
+        """Return these as the arguments of a Trainer that only predicts.
+
+        Args:
+            scratch: A directory, of which it makes no use.
+        """
+        return TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            bf16=self.bf16,
+            fp16=self.fp16,
+            use_cpu=self.use_cpu,
+            report_to="none",
+        )
 
 
 # ---- Judging ----
@@ -133,7 +175,7 @@ class ClassifierCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and not state.is_hyper_param_search:
             remember_task(Path(args.output_dir), self._task, self._arguments)
-            remember_model(Path(args.output_dir), without_adapter(model).config)
+            remember_model(Path(args.output_dir), without_adapter(model))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         shown = scores_in(metrics or {}, self._task)
@@ -148,7 +190,7 @@ def predict(trainer: Trainer, rows: Dataset, split: str, task: Task, directory: 
     if trainer.is_world_process_zero():
         path = directory / PREDICTIONS_NAME.format(split=split)
         directory.mkdir(parents=True, exist_ok=True)
-        write_predictions(path, task, logits_of(found.predictions), found.label_ids)
+        write_predictions(path, task, found)
     return dict(found.metrics or {})
 
 
@@ -247,8 +289,10 @@ def remember_task(directory: Path, task: Task, arguments: Sequence[Any]) -> None
     write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
 
 
-def remember_model(directory: Path, config: PreTrainedConfig) -> None:
+def remember_model(directory: Path, model: Any) -> None:
     """Write the configuration of a model as `config.json`, and how it is quantised, if it is, on its own as well."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
     write_whole(directory / "config.json", config.to_json_string())
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
@@ -273,8 +317,38 @@ def recall_task(name: str) -> dict[str, Any]:
     return {flag: flags[flag] for flag in TOLD if flag in flags}
 
 
-def write_predictions(path: Path, task: Task, logits: np.ndarray, labels: np.ndarray | None) -> None:
+def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that a classifier was trained with as defaults, by the command line that names it.
+
+    Args:
+        classes: Dataclasses that the command line is parsed into.
+        argv: The command line; None for that of this process.
+    """
+    given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
+    if "--help" in given or "-h" in (sys.argv if argv is None else argv):
+        return {}
+    names = [given[flag][-1] for flag in (FLAG, "--adapter", "--model_name_or_path") if given.get(flag)]
+    if not names:
+        raise ValueError(f"Give {FLAG} or --model_name_or_path: what is to be evaluated.")
+    told = recall_task(names[0])
+    if not told:
+        logger.warning(f"{names[0]} has no {TASK_NAME}: task, prompt and quantisation are what the flags say.")
+    known = {each.name for kind in classes for each in fields(kind)}
+    of_task = {"task_name", "sentence_columns", "classes", "regression"}
+    if any(f"--{flag}" in given for flag in of_task):
+        told = {flag: value for flag, value in told.items() if flag not in of_task}
+    return {flag: value for flag, value in told.items() if flag in known}
+
+
+def predictions_file(model: str, split: str) -> Path:
+    """Return where the predictions of a run are, by its output directory or that of one of its checkpoints."""
+    return Path(model, PREDICTIONS_NAME.format(split=split))
+
+
+def write_predictions(path: Path, task: Task, found: PredictionOutput) -> None:
     """Write a line for each row: `row` from 1, `prediction`, `label` where it is known, and `logits`."""
+    logits = logits_of(found.predictions)
+    labels = None if found.label_ids is None else np.asarray(found.label_ids)
     said = predictions_of(logits, task)
     lines = []
     for row, values in enumerate(logits.reshape(len(logits), -1)):
