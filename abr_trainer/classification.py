@@ -174,7 +174,7 @@ class ClassifierCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and not state.is_hyper_param_search:
-            remember_task(Path(args.output_dir), self._task, self._arguments)
+            remember_task(Path(args.output_dir), self._arguments)
             remember_model(Path(args.output_dir), without_adapter(model))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
@@ -275,16 +275,13 @@ def score_lines(log_history: list[dict[str, float]], results: dict[str, float], 
 # ---- What is kept beside the weights ----
 
 
-def remember_task(directory: Path, task: Task, arguments: Sequence[Any]) -> None:
+def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
     """Write `task.json`: the flags that predictions depend on, as a later evaluation needs them.
 
     Args:
         arguments: The dataclasses of the command line.
     """
     values = {name: getattr(each, name) for each in arguments for name in TOLD if hasattr(each, name)}
-    if values["task_name"] is None:
-        values |= {"sentence_columns": list(task.columns), "regression": not task.labels}
-        values["classes"] = list(task.labels) or None
     flags = {name: values[name] for name in TOLD if values[name] is not None}
     write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
 

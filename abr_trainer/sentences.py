@@ -109,6 +109,12 @@ class SentenceArguments:
         refuse_below(self, {"max_seq_length": 8, "max_train_samples": 1, "max_eval_samples": 1})
         self.prompt_text = find_prompt(self.prompt)
 
+    def settle(self, task: Task) -> None:
+        """Fill in what was found out of a task of one's own, so that it is written down."""
+        if self.task_name is None:
+            self.sentence_columns, self.regression = list(task.columns), not task.labels
+            self.classes = list(task.labels) or None
+
     @property
     def files(self) -> dict[str, str]:
         named = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}

@@ -60,6 +60,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         with args.main_process_first(desc="preparing the data"):
             sentences = load_sentences(data_args, splits)
         task = sentences.task
+        data_args.settle(task)
         config, tokenizer = load_config(model_args, **labels_in_config(task)), load_tokenizer(model_args)
         data_args.max_seq_length = fit_context("max_seq_length", data_args.max_seq_length, DEFAULT_LENGTH, config)
         rows = tokenize_sentences(sentences, tokenizer, data_args.max_seq_length)
