@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
@@ -171,8 +171,10 @@ class ClassifierCallback(TrainerCallback):
     def __init__(self, task: Task, arguments: Sequence[Any]) -> None:
         self._task = task
         self._arguments = arguments
+        self._has_ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._has_ended = False
         if state.is_world_process_zero and not state.is_hyper_param_search:
             remember_task(Path(args.output_dir), self._arguments)
             remember_model(Path(args.output_dir), without_adapter(model))
@@ -180,8 +182,12 @@ class ClassifierCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         shown = scores_in(metrics or {}, self._task)
         if shown and state.is_world_process_zero and not state.is_hyper_param_search:
-            loss = f", loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-            tqdm.write(f"{name_of(state.global_step, state.epoch)}: {shown}{loss}")
+            is_best = self._has_ended and args.load_best_model_at_end
+            name = f"Best, step {state.best_global_step}" if is_best else name_of(state.global_step, state.epoch)
+            tqdm.write(f"{name}: {shown}, loss {metrics['eval_loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_ended = True
 
 
 def predict(trainer: Trainer, rows: Dataset, split: str, task: Task, directory: Path) -> dict[str, float]:
@@ -233,14 +239,20 @@ def scores_in(metrics: dict[str, float], task: Task, prefix: str = "eval") -> st
 
 
 def evaluations_in(log_history: list[dict[str, float]], task: Task) -> list[dict[str, float]]:
-    """Return the evaluations that a run has logged, one for each step: the last of it."""
-    by_step = {logs["step"]: logs for logs in log_history if f"eval_{task.scores[0]}" in logs}
+    """Return the evaluations that a run has logged, one for each step: the first, before a best model was loaded."""
+    by_step: dict[float, dict[str, float]] = {}
+    for logs in log_history:
+        if f"eval_{task.scores[0]}" in logs:
+            by_step.setdefault(logs["step"], logs)
     return list(by_step.values())
 
 
-def show_scores(log_history: list[dict[str, float]], task: Task, console: Console | None = None) -> None:
-    """Print the evaluations of a run as a table that marks the best; nothing if there were fewer than two."""
-    evaluations = evaluations_in(log_history, task)
+def show_scores(state: TrainerState, task: Task, console: Console | None = None) -> None:
+    """Print the evaluations of a run as a table that marks the best; nothing if there were fewer than two.
+
+    The best is the checkpoint that Trainer has chosen, if it did, else the first of the highest score.
+    """
+    evaluations = evaluations_in(state.log_history, task)
     if len(evaluations) < 2:
         return
     console = console or Console()
@@ -248,8 +260,8 @@ def show_scores(log_history: list[dict[str, float]], task: Task, console: Consol
     for column in ("", *task.scores, "loss", ""):
         table.add_column(column, justify="right" if column else "left")
     main = f"eval_{task.scores[0]}"
-    best = max((logs[main] for logs in evaluations if math.isfinite(logs[main])), default=None)
-    first_best = next((logs for logs in evaluations if logs[main] == best), None)
+    finite = [logs for logs in evaluations if math.isfinite(logs[main])]
+    best = state.best_global_step or next(iter(sorted(finite, key=lambda logs: -logs[main])), {"step": None})["step"]
     for logs in evaluations:
         scores = [f"{logs[f'eval_{name}']:.4f}" for name in task.scores]
         loss = logs.get("eval_loss")
@@ -257,7 +269,7 @@ def show_scores(log_history: list[dict[str, float]], task: Task, console: Consol
             name_of(int(logs["step"]), logs.get("epoch")),
             *scores,
             "" if loss is None else f"{loss:.4f}",
-            "best" if logs is first_best else "",
+            "best" if logs["step"] == best else "",
         )
     console.print(table)
 

@@ -97,7 +97,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
     )
     if trainer.is_world_process_zero():
         if args.do_train:
-            show_scores(trainer.state.log_history, task)
+            show_scores(trainer.state, task)
         reached = score_lines(trainer.state.log_history, results, task)
         print("", *reached, *cost_lines(trainer.ledger, Path(args.output_dir).resolve()), sep="\n")
     push_result(trainer)
