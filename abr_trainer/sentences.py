@@ -89,7 +89,8 @@ class SentenceArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.task_name is None and not self.files:
+        says_nothing = self.sentence_columns is None and self.classes is None and self.regression is None
+        if self.task_name is None and says_nothing and not self.files:
             self.task_name = "mrpc"
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
@@ -141,7 +142,8 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
         ValueError: A split, a column or a label is missing or cannot be right; the message names flag, row and value.
     """
     wanted = {*splits, "validation"} if arguments.merge_validation and "train" in splits else set(splits)
-    loaded = _load_files(arguments, wanted) if arguments.files else _load_from_hub(arguments, wanted)
+    from_files = arguments.files or arguments.task_name is None
+    loaded = _load_files(arguments, wanted) if from_files else _load_from_hub(arguments, wanted)
     for split in wanted:
         if split not in loaded:
             raise ValueError(f"There are no {split} rows: give --{split}_file.")

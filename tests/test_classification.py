@@ -70,7 +70,7 @@ def test_a_classifier_is_evaluated_before_and_after_each_epoch_and_ends_with_the
     evaluations = [logs for logs in log_of(output) if "eval_accuracy" in logs]
     assert [logs["step"] for logs in evaluations] == [0, 16, 32, 32]
     assert all({"eval_f1", "eval_loss"} <= logs.keys() for logs in evaluations)
-    assert evaluations[0]["eval_accuracy"] < 0.8
+    assert results["eval_accuracy"] > evaluations[0]["eval_accuracy"]
     assert results["eval_accuracy"] == max(logs["eval_accuracy"] for logs in evaluations[1:]) > 0.9
     assert results["test_accuracy"] > 0.9
 
@@ -98,7 +98,6 @@ def test_only_the_adapter_and_the_head_are_trained_and_saved(finished):
         16,
         0.1,
     )
-    assert adapter["modules_to_save"] == ["score"]
     config = json.loads((output / "config.json").read_text())
     assert config["id2label"] == {"0": "report", "1": "tale"}
     assert config["pad_token_id"] == AutoTokenizer.from_pretrained(output).pad_token_id is not None
@@ -217,7 +216,9 @@ def test_a_model_of_another_kind_is_trained_as_well(files, tmp_path):
     tokenizer.save_pretrained(tmp_path / "bert")
     flags = ["--model_name_or_path", str(tmp_path / "bert"), "--do_train", "--max_steps", "2"]
     run(tmp_path / "run", *files, *flags)
-    assert json.loads((tmp_path / "run/adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in saved
+    assert any("query.lora_A" in name for name in saved)
 
 
 def test_all_weights_can_be_trained_and_found_again(files, tmp_path):
@@ -238,6 +239,7 @@ def first_losses(output):
 
 def test_what_a_rule_sees_does_not_depend_on_accumulation(files, tmp_path):
     flags = [*files, "--do_train", "--max_steps", "6", "--lora_dropout", "0", "--repeat_scheduler", "fixed"]
+    flags += ["--learning_rate", "1e-3"]
     for name, rows, parts in (("whole", "8", "1"), ("parts", "2", "4")):
         accumulation = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", parts]
         run(tmp_path / name, *flags, *accumulation)
@@ -326,7 +328,7 @@ def test_what_is_not_finite_is_not_judged(caplog):
             "Unknown --task_name 'mrcp'. Did you mean 'mrpc'? Choose from: cola, ",
         ),
         (["--do_train", "--label_column", "gold"], "has no column gold; it has sentence, label. See --label_column."),
-        (["--do_train", "--classes", "no", "yes"], "is 'report'; it must be 0 to 1 or no, yes."),
+        (["--do_train", "--classes", "no", "yes"], "is 'tale'; it must be 0 to 1 or no, yes."),
         (["--do_train", "--merge_validation", "--do_eval"], "--merge_validation trains on the validation rows"),
         (["--do_train", "--prompt", "perfekt"], "--prompt perfekt: did you mean perfect?"),
         (["--do_train", "--max_seq_length", "9999"], "--max_seq_length 9999 exceeds the model's context of 256"),
@@ -342,17 +344,19 @@ def test_bad_input_gives_one_line_before_a_model_is_loaded(files, tmp_path, monk
     assert not (tmp_path / "run").exists(), "nothing may be half-written"
 
 
-def test_an_adapter_for_texts_is_no_classifier(finished, tmp_path):
+def test_an_adapter_for_texts_is_no_classifier(finished, files, tmp_path):
     _, output, _ = finished
     changed = tmp_path / "adapter_config.json"
     config = json.loads((output / "adapter_config.json").read_text())
     changed.write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
     with pytest.raises(SystemExit, match="is an adapter for CAUSAL_LM, not for a sequence classifier."):
-        eval_glue.main(["--adapter_name_or_path", str(tmp_path), "--use_cpu"])
+        eval_glue.main(["--adapter_name_or_path", str(tmp_path), *files, "--use_cpu"])
     with pytest.raises(SystemExit, match="is an adapter, not a model: give the model that it was trained on"):
-        eval_glue.main(["--model_name_or_path", str(output), "--use_cpu"])
+        eval_glue.main(["--model_name_or_path", str(output), *files, "--use_cpu"])
     with pytest.raises(SystemExit, match="Give --adapter_name_or_path or --model_name_or_path: what is to be"):
         eval_glue.main(["--use_cpu"])
+    with pytest.raises(SystemExit, match=r"There are no test rows: give --test_file."):
+        eval_glue.main(["--adapter_name_or_path", str(output), "--use_cpu"])
 
 
 def test_help_explains_the_defaults(capsys):
