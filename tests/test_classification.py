@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -373,3 +374,17 @@ def test_help_explains_the_defaults(capsys):
         42,
     )
     assert (args.optim, args.lr_scheduler_type, args.warmup_steps) == ("adamw_bnb_8bit", "linear", 0.06)
+
+
+def test_a_run_goes_on_from_a_checkpoint_to_the_same_scores(finished, files, tmp_path):
+    kind, output, results = finished
+    again = shutil.copytree(output, tmp_path / "run")
+    flags = ["--do_train", "--do_eval", "--do_predict", "--num_train_epochs", "2", "--load_best_model_at_end"]
+    flags += [*MODELS[kind], "--prompt", "Is it a tale?"]
+    resumed = run(again, *files, *flags, "--resume_from_checkpoint", str(again / "checkpoint-16"))
+    assert resumed["test_loss"] == results["test_loss"]
+    trained = load_file(again / "checkpoint-32" / "adapter_model.safetensors")
+    assert all(
+        torch.equal(tensor, trained[name])
+        for name, tensor in load_file(output / "checkpoint-32" / "adapter_model.safetensors").items()
+    )

@@ -19,9 +19,10 @@ import run_clm_abr
 from abr_trainer import hub as hub_module
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.model_card import MARKER, text_of, with_what_was_written
-from scripts import push_adapter
+from scripts import eval_glue, push_adapter, run_glue_abr
 from tests.conftest import RUN, tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN
+from tests.sentence_rows import QUICK, tales_and_reports, write_rows
 
 PUSH = ["--push_to_hub", "--hub_model_id", "me/adapter", "--hub_base_model", "demo-org/base"]
 
@@ -461,3 +462,26 @@ MINE = ("my/corpus", "my/corpus", None)
 def test_numbers_are_said_to_be_of_their_text(arguments, validation, test):
     assert text_of(arguments, "validation") == validation
     assert text_of(arguments, "test") == test
+
+
+def test_a_classifier_on_the_hub_tells_scores_labels_and_what_it_was_asked(hub, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", tales_and_reports(21))
+    flags = ["--train_file", rows, "--validation_file", rows, "--do_train", "--do_eval", "--prompt", "Is it a tale?"]
+    flags += ["--max_steps", "4", *PUSH, "--hub_strategy", "end", "--output_dir", str(tmp_path / "run")]
+    results = run_glue_abr.main([*QUICK, *flags])
+    files = hub.repository("me/adapter").files("main")
+    assert "task.json" in files
+    card = ModelCard(files["README.md"].decode())
+    card.validate()
+    assert card.data.pipeline_tag == "text-classification"
+    measured = {each.metric_name: each.metric_value for each in card.data.eval_results}
+    assert measured["accuracy, validation"] == pytest.approx(results["eval_accuracy"], abs=1e-6)
+    assert "input: `Is it a tale? Sentence: {sentence}`" in card.text
+    assert f"| validation | f1 | {results['eval_f1']:.4f} |" in card.text
+    assert "perplexity" not in card.text.lower()
+    names = {}
+    loading = re.search(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
+    exec(loading.replace("demo-org/base", str(DEMO_MODEL)), names)
+    assert names["model"].base_model.model.score.modules_to_save["default"].weight.shape[0] == 2
+    again = ["--adapter", "me/adapter", "--model_name_or_path", "demo", "--test_file", rows, "--use_cpu"]
+    assert eval_glue.main(again)["test_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
