@@ -3,7 +3,7 @@
     python scripts/run_glue_abr.py --model_name_or_path demo --train_file train.jsonl --validation_file dev.jsonl \
         --do_train --do_eval --use_cpu --output_dir runs/mine
     python scripts/run_glue_abr.py --model_name_or_path meta-llama/Meta-Llama-3-8B --task_name mrpc --prompt perfect \
-        --load_in_4bit --bf16 --activation_checkpointing --load_best_model_at_end \
+        --load_in_4bit --bf16 --gradient_checkpointing --load_best_model_at_end \
         --do_train --do_eval --do_predict --output_dir runs/mrpc
     torchrun --nproc_per_node 8 scripts/run_glue_abr.py config.yaml --prompt "Do these two agree?"
 """

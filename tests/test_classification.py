@@ -35,7 +35,7 @@ from scripts import eval_glue, run_glue_abr
 from tests.conftest import ROOT, run_module
 from tests.sentence_rows import QUICK, tales_and_reports, write_rows
 
-MODELS = {"quantised": ["--load_in_4bit", "--bf16", "--activation_checkpointing"], "plain": []}
+MODELS = {"quantised": ["--load_in_4bit", "--bf16", "--gradient_checkpointing"], "plain": []}
 
 
 @pytest.fixture(scope="module")
