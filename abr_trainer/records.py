@@ -15,6 +15,9 @@ COMPARISON = "comparison.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 TRACE_NAME = "abr_trace.jsonl"
+CONFIGS = ("config.json", "quant_config.json", "adapter_config.json")
+"""What describes the model of a run."""
+
 HISTORY_NAME = "perplexity_history.json"
 
 SUMMARY_NAME = "abr_summary.json"
