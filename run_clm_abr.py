@@ -9,31 +9,23 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import default_data_collator, set_seed
 
-from abr_trainer.callbacks import last_evaluation, summarise
+from abr_trainer.callbacks import summarise
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.engines import leave_ranks
-from abr_trainer.errors import one_line, one_line_errors
-from abr_trainer.hub import PushError
+from abr_trainer.errors import one_line_errors
+from abr_trainer.job import carry_out, command_of, push_result, wanted_splits
 from abr_trainer.measurement import EvaluationArguments, prepare_measurement
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.run_directory import (
-    check_output_dir,
-    find_checkpoint,
-    replacing_previous_run,
-    set_aside_later_checkpoints,
-    write_provenance,
-)
+from abr_trainer.run_directory import check_output_dir, find_checkpoint
 from abr_trainer.tracking import PerplexityCallback, show_history
-from abr_trainer.trainer import ABRTrainer, TooManySkips
+from abr_trainer.trainer import ABRTrainer
 
 ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments, ABRConfig)
 """What the command line is parsed into."""
@@ -48,14 +40,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
         model_args, data_args, eval_args, args = parse_arguments(ARGUMENTS, argv)
-        work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
         if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
             args.metric_for_best_model = eval_args.metric
         if eval_args.eval_definition and not args.do_eval:
             raise ValueError("--eval_definition needs --do_eval.")
-        splits = [split for split, wanted in work.items() if wanted]
-        if not splits:
-            raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+        splits = wanted_splits(args)
         if args.do_train and data_args.is_streamed and args.max_steps <= 0:
             raise ValueError("A streamed data set has no epochs: give --max_steps or --max_passes.")
         if args.do_train and data_args.primer_file:
@@ -88,47 +77,19 @@ def run(argv: list[str] | None) -> dict[str, float]:
             callbacks=[PerplexityCallback(f"eval_{eval_args.metric}")],
             eval_measurement=measurement,
         )
-    results: dict[str, float] = {}
-    with replacing_previous_run(args), one_line_errors(TooManySkips):
-        if trainer.is_world_process_zero():
-            command = sys.argv if argv is None else ["run_clm_abr.py", *argv]
-            write_provenance(args, command, model_args, data_args, eval_args)
-            print(*describe_model(model, model_args.adapter_name_or_path), sep="\n", flush=True)
-            if args.scale_with_batch_size:
-                print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)
-        if checkpoint is not None:
-            set_aside_later_checkpoints(args, checkpoint)
-        if args.do_train:
-            results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-            trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated
-            trainer.save_metrics("train", results)
-    if args.do_eval:
-        metrics = last_evaluation(trainer.state) if args.do_train and not args.load_best_model_at_end else None
-        metrics = metrics or trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-        results |= metrics
-    if args.do_train:
-        trainer.save_state()  # with the last evaluation in its log
-        trainer.write_summary()
-    if args.do_predict:
-        metrics = trainer.evaluate(blocks["test"], metric_key_prefix="test")
-        trainer.save_metrics("test", metrics)
-        results |= metrics
+    command = command_of(argv, "run_clm_abr.py")
+    described = describe_model(model, model_args.adapter_name_or_path)
 
+    def test() -> dict[str, float]:
+        return trainer.evaluate(blocks["test"], metric_key_prefix="test")
+
+    results = carry_out(trainer, checkpoint, command, (model_args, data_args, eval_args), described, test)
     if trainer.is_world_process_zero():
+        output_dir = Path(args.output_dir)
         if args.do_train:
-            show_history(Path(args.output_dir))
-        print(
-            "",
-            *summarise(trainer.state.log_history, trainer.ledger, results, Path(args.output_dir).resolve()),
-            sep="\n",
-        )
-    if args.push_to_hub:
-        try:
-            trainer.push_to_hub()
-        except PushError as error:
-            later = f"python scripts/push_adapter.py {shlex.quote(str(args.output_dir))}"
-            raise SystemExit(f"error: trained, but not pushed: {one_line(error)}\nFinish it with: {later}") from error
+            show_history(output_dir)
+        print("", *summarise(trainer.state.log_history, trainer.ledger, results, output_dir.resolve()), sep="\n")
+    push_result(trainer)
     return results
 
 

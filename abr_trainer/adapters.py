@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,22 +19,25 @@ logger = logging.get_logger(__name__)
 
 FLAG = "--adapter_name_or_path"
 
+MODELS = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}
+"""What the models are called that adapters of a kind are for."""
+
 WRAPPED = ("base_layer", "original_module")
 """Names of modules in which an adapter keeps those of the base."""
 
 
-def read_adapter(adapter: str) -> PeftConfig:
+def read_adapter(adapter: str, task: TaskType = TaskType.CAUSAL_LM) -> PeftConfig:
     """Return the configuration of an adapter, in a directory or on the Hub.
 
     Raises:
-        ValueError: There is none, or it is not for a causal language model.
+        ValueError: There is none, or it is not for models of this task.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{FLAG} {adapter} holds no adapter: {one_line(error)}") from error
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{FLAG} {adapter} is an adapter for {config.task_type}, not for a causal language model.")
+    if config.task_type not in (None, task):
+        raise ValueError(f"{FLAG} {adapter} is an adapter for {config.task_type}, not for {MODELS[task]}.")
     return config
 
 
@@ -50,7 +53,12 @@ def base_of(adapter: str, config: PeftConfig) -> str:
 
 
 def load_adapter(
-    model: PreTrainedModel, adapter: str, name: str, is_trainable: bool = False, dropout: float | None = None
+    model: PreTrainedModel,
+    adapter: str,
+    name: str,
+    is_trainable: bool = False,
+    dropout: float | None = None,
+    task: TaskType = TaskType.CAUSAL_LM,
 ) -> PeftModel:
     """Attach a trained adapter, and say so where it names another base than this model.
 
@@ -64,7 +72,7 @@ def load_adapter(
     Raises:
         ValueError: There is no adapter there, or it does not fit the model.
     """
-    config = read_adapter(adapter)
+    config = read_adapter(adapter, task)
     base = config.base_model_name_or_path or "a model that it does not name"
     if dropout is not None:
         config.lora_dropout = dropout  # type: ignore[attr-defined]

@@ -206,7 +206,13 @@ def last_evaluation(state: TrainerState) -> dict[str, float] | None:
 def summarise(
     log_history: list[dict[str, float]], ledger: ComputeLedger, results: dict[str, float], output_dir: Path
 ) -> list[str]:
-    """Return a line each on what a run reached, what it spent, and where its files are."""
+    """Return a line each on the perplexity that a run reached, what it spent, and where its files are."""
+    return [*perplexity_lines(log_history, ledger, results), *cost_lines(ledger, output_dir)]
+
+
+def perplexity_lines(
+    log_history: list[dict[str, float]], ledger: ComputeLedger, results: dict[str, float]
+) -> list[str]:
     lines = []
     evaluations = [logs for logs in log_history if "eval_perplexity" in logs]
     if evaluations:
@@ -220,13 +226,18 @@ def summarise(
             lines.append(f"evaluation  perplexity {last:.2f}; {tokens}")
     if "test_perplexity" in results:
         lines.append(f"test        perplexity {results['test_perplexity']:.2f}")
-    if ledger.batches:
-        lines += [
-            f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
-            f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
-            f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
-            f"model       {output_dir}",
-            f"trace       {output_dir / TRACE_NAME}",
-            *(f"TensorBoard tensorboard --logdir {logs}" for logs in output_dir.glob("runs")),
-        ]
     return lines
+
+
+def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
+    """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates."""
+    if not ledger.batches:
+        return []
+    return [
+        f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
+        f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
+        f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
+        f"model       {output_dir}",
+        f"trace       {output_dir / TRACE_NAME}",
+        *(f"TensorBoard tensorboard --logdir {logs}" for logs in output_dir.glob("runs")),
+    ]

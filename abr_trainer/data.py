@@ -367,7 +367,7 @@ def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[
         ValueError: They cannot be read, or hold no text.
     """
     if arguments.text_file is not None:
-        loaded = _load_file(flag or "text_file", arguments.text_file, streaming=False)
+        loaded = load_file(flag or "text_file", arguments.text_file, streaming=False)
     else:
         named = DataArguments(dataset_name=arguments.dataset_name, dataset_config_name=arguments.dataset_config_name)
         splits = _load_named(named, SPLIT_ALIASES, flag or "dataset_name")
@@ -393,19 +393,24 @@ def _load_files(arguments: DataArguments, splits: Collection[str]) -> dict[str, 
     """Load the files of these splits, and the training file where validation rows may have to come from it."""
     wanted = {*splits, "train"} if "validation" in splits and arguments.validation_file is None else splits
     return {
-        split: _load_file(f"{split}_file", path, arguments.streaming and split == "train")
+        split: load_file(f"{split}_file", path, arguments.streaming and split == "train")
         for split in wanted
         if (path := getattr(arguments, f"{split}_file")) is not None
     }
 
 
-def _load_file(flag: str, path: str, streaming: bool) -> Rows:
+def load_file(flag: str, path: str, streaming: bool) -> Rows:
+    """Load the rows of a file; one of a suffix that is not of a table is text, a row a line.
+
+    Raises:
+        ValueError: It is empty, or cannot be read.
+    """
     builder = BUILDERS.get(Path(path).suffix.lower(), "text")
     options = {"keep_linebreaks": True} if builder == "text" else {}
     origin = f"--{flag} {path}"
     if Path(path).stat().st_size == 0:
         raise ValueError(f"{origin} is empty.")
-    rows = _load(
+    rows = load_or_refuse(
         origin, builder, data_files={"train": glob.escape(path)}, split="train", streaming=streaming, **options
     )
     return Rows(rows, origin, rows_are_lines=builder == "text")
@@ -426,7 +431,7 @@ def _load_named(arguments: DataArguments, splits: Collection[str], flag: str = "
     if _is_saved_to_disk(Path(name)):
         found = load_from_disk(name)
     else:
-        found = _load(origin, corpus.path, config, revision=corpus.revision, streaming=streaming)
+        found = load_or_refuse(origin, corpus.path, config, revision=corpus.revision, streaming=streaming)
     if not isinstance(found, DatasetDict | IterableDatasetDict):
         found = {"train": found}
     return {
@@ -441,7 +446,15 @@ def _is_saved_to_disk(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _load(origin: str, *args: Any, **kwargs: Any) -> Any:
+def load_or_refuse(origin: str, *args: Any, **kwargs: Any) -> Any:
+    """Return what `datasets.load_dataset` does.
+
+    Args:
+        origin: The flag that named it.
+
+    Raises:
+        ValueError: It cannot be found, or cannot be read.
+    """
     try:
         return load_dataset(*args, **kwargs)
     except DatasetGenerationError as error:

@@ -58,6 +58,17 @@ def refuse_missing_files(arguments: object, *flags: str) -> None:
             raise ValueError(f"--{flag} {path} does not exist.")
 
 
+def refuse_missing_directory(arguments: object, flag: str) -> None:
+    """Refuse a flag that names a file to write, in a directory which is not there.
+
+    Raises:
+        ValueError: It does.
+    """
+    path = getattr(arguments, flag)
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--{flag} {path}: its directory does not exist.")
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iterator[None]:
     """End the program with the message of an exception of these kinds, on one line, instead of a traceback.

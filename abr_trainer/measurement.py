@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .adapters import embeddings_in, load_adapter
 from .data import DataArguments, TextArguments, fit_context, load_texts, parse_mix
 from .definitions import DEFINITIONS, Definition, Text, find_definition
-from .errors import refuse_below
+from .errors import refuse_below, refuse_missing_directory
 from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
 from .provenance import versions_and_machine
@@ -62,8 +62,7 @@ class MeasureArguments:
             raise ValueError(
                 f"--max_windows would cut a text, of which --definition {definition.name} needs all: give --max_rows."
             )
-        if self.output_file is not None and not Path(self.output_file).absolute().parent.is_dir():
-            raise ValueError(f"--output_file {self.output_file}: its directory does not exist.")
+        refuse_missing_directory(self, "output_file")
 
 
 @dataclass

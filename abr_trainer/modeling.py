@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model, prep
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -28,13 +30,24 @@ from .demo import DEMO_MODEL
 from .errors import one_line, refuse_below
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
+
+
+AUTO_CLASSES: dict[TaskType, Any] = {
+    TaskType.CAUSAL_LM: AutoModelForCausalLM,
+    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
+}
 
 
 @dataclass
 class LoadArguments:
-    """Which model to load, and in what form."""
+    """Which model to load, and in what form.
+
+    Attributes:
+        task: What it is to be a model for.
+    """
+
+    task: ClassVar[TaskType] = TaskType.CAUSAL_LM
 
     model_name_or_path: str = field(
         default="",
@@ -114,7 +127,7 @@ class AdaptedArguments(LoadArguments):
 
     def __post_init__(self) -> None:
         if self.adapter_name_or_path is not None:
-            adapter = read_adapter(self.adapter_name_or_path)
+            adapter = read_adapter(self.adapter_name_or_path, self.task)
             if not self.model_name_or_path:
                 self.model_name_or_path = base_of(self.adapter_name_or_path, adapter)
                 if adapter.revision and self.model_revision == "main":
@@ -125,6 +138,9 @@ class AdaptedArguments(LoadArguments):
 @dataclass
 class ModelArguments(AdaptedArguments):
     """Which model to fine-tune, and how. What is None of LoRA becomes that of the adapter, or the default."""
+
+    lora_defaults: ClassVar[dict[str, Any]] = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
+    usual_targets: ClassVar[tuple[str, ...]] = LLAMA_PROJECTIONS
 
     use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter on the frozen model."})
     lora_r: int | None = field(
@@ -156,7 +172,7 @@ class ModelArguments(AdaptedArguments):
             raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
         if self.adapter_name_or_path is not None:
             self._follow(self.adapter_name_or_path)
-        for flag, default in LORA_DEFAULTS.items():
+        for flag, default in self.lora_defaults.items():
             if getattr(self, flag) is None:
                 setattr(self, flag, default)
         if not 0 <= (self.lora_dropout or 0) < 1:
@@ -169,7 +185,7 @@ class ModelArguments(AdaptedArguments):
         Raises:
             ValueError: It is not of LoRA, or a flag contradicts it.
         """
-        config = read_adapter(adapter)
+        config = read_adapter(adapter, self.task)
         if not self.use_lora:
             raise ValueError(
                 f"--use_lora false would train all weights beside {FLAG} {adapter}. Make them one model with "
@@ -197,18 +213,22 @@ class ModelArguments(AdaptedArguments):
             self.lora_dropout = config.lora_dropout
 
 
-def load_config(arguments: LoadArguments) -> PreTrainedConfig:
-    """Load the model's configuration: cheap, and enough to check the data against."""
+def load_config(arguments: LoadArguments, **settings: Any) -> PreTrainedConfig:
+    """Load the model's configuration: cheap, and enough to check the data against.
+
+    Args:
+        settings: What is to be otherwise in it.
+    """
     flag, name = _named(arguments, "config_name")
+    if Path(name, "adapter_config.json").exists() and not list(Path(name).glob("model*.safetensors")):
+        raise ValueError(
+            f"{flag} {name} is an adapter, not a model: give the model that it was trained on, and this as {FLAG}."
+        )
     try:
-        return AutoConfig.from_pretrained(name, **arguments.hub_options)
+        return AutoConfig.from_pretrained(name, **arguments.hub_options, **settings)
     except (OSError, ValueError) as error:
-        if Path(name, "adapter_config.json").exists():
-            raise ValueError(
-                f"{flag} {name} is an adapter, not a model: give the model that it was trained on, and this as {FLAG}."
-            ) from error
         adapter = getattr(arguments, "adapter_name_or_path", None)
-        if adapter is not None and name == read_adapter(adapter).base_model_name_or_path:
+        if adapter is not None and name == read_adapter(adapter, arguments.task).base_model_name_or_path:
             name += f", which {FLAG} {adapter} was trained on,"
         raise ValueError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
 
@@ -256,11 +276,14 @@ def load_model(
     if adapter is None and len(tokenizer) > embeddings_in(model):
         # Only then: an adapter trained on resized embeddings carries the whole table.
         model.resize_token_embeddings(len(tokenizer))
-    for settings in (model.config, model.generation_config):
+    for settings in (model.config, getattr(model, "generation_config", None)):
         if settings is not None:
             settings.pad_token_id = tokenizer.pad_token_id
     if not arguments.use_lora:
         return model
+    heads = heads_in(model, arguments.task)
+    for head in heads:
+        compute_in_fp32(model.get_submodule(head))
     if getattr(model, "is_quantized", False) and not is_sharded:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
@@ -268,9 +291,9 @@ def load_model(
     if adapter is None:
         # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
         return get_peft_model(
-            model, lora_config(arguments, model), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+            model, lora_config(arguments, model, heads), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
         )
-    adapted = load_adapter(model, adapter, arguments.model_name_or_path, True, arguments.lora_dropout)
+    adapted = load_adapter(model, adapter, arguments.model_name_or_path, True, arguments.lora_dropout, arguments.task)
     if embeddings_in(adapted) < len(tokenizer):
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, but {FLAG} {adapter} and its "
@@ -291,12 +314,18 @@ def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | 
     if is_deepspeed_zero3_enabled() and arguments.load_in_4bit:
         raise ValueError("--load_in_4bit weights are sharded by FSDP2, not by ZeRO-3. Use FSDP2, ZeRO-2 or DDP.")
     has_own_device = arguments.is_quantised and not is_sharded
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    auto_class = AUTO_CLASSES[arguments.task]
+    kept: list[str] = []
+    if arguments.is_quantised and arguments.task is TaskType.SEQ_CLS:
+        with torch.device("meta"):
+            outline = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
+        kept = heads_in(outline, arguments.task)
+    model: PreTrainedModel = auto_class.from_pretrained(
         arguments.model_name_or_path,
         config=config,
         dtype=arguments.torch_dtype,
         attn_implementation=arguments.attn_implementation,
-        quantization_config=quantization_config(arguments, config if is_sharded else None),
+        quantization_config=quantization_config(arguments, config if is_sharded else None, kept),
         device_map=arguments.device_map or ({"": device} if has_own_device else None),
         **arguments.hub_options,
     )
@@ -305,23 +334,44 @@ def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | 
     return model
 
 
+def heads_in(model: PreTrainedModel, task: TaskType) -> list[str]:
+    """Return what a classifier has beside its base: made anew, so it must be trained, saved, and never be quantised.
+
+    A language model has none: its head was trained with the others.
+    """
+    if task is TaskType.CAUSAL_LM:
+        return []
+    beside = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+    return [name for name, child in beside if any(True for _ in child.parameters())]
+
+
+def compute_in_fp32(head: torch.nn.Module) -> None:
+    """Let a head that is trained as a whole have its weights, its input and its output in fp32."""
+    head.to(torch.float32)
+    head.register_forward_pre_hook(lambda _head, inputs: tuple(each.to(torch.float32) for each in inputs))
+
+
 def shards_weights() -> bool:
     """Tell whether FSDP or ZeRO-3 will split the weights over ranks."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled()
 
 
 def quantization_config(
-    arguments: LoadArguments, sharded: PreTrainedConfig | None = None
+    arguments: LoadArguments, sharded: PreTrainedConfig | None = None, kept: Sequence[str] = ()
 ) -> BitsAndBytesConfig | None:
     """Return how bitsandbytes shall quantise.
 
     Args:
         sharded: Configuration of a model that FSDP or ZeRO-3 will split. They split floats only: its four-bit weights
             are packed into the dtype of the others.
+        kept: Modules to leave as they are, beside the output layer of a language model.
     """
+    skipped = list(kept) or None
     if arguments.load_in_8bit:
         return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=arguments.llm_int8_enable_fp32_cpu_offload
+            load_in_8bit=True,
+            llm_int8_enable_fp32_cpu_offload=arguments.llm_int8_enable_fp32_cpu_offload,
+            llm_int8_skip_modules=skipped,
         )
     if arguments.load_in_4bit:
         dtype = arguments.torch_dtype if arguments.torch_dtype != "auto" else getattr(sharded, "dtype", None)
@@ -329,6 +379,7 @@ def quantization_config(
             raise ValueError("--load_in_4bit under FSDP needs --torch_dtype: the model's configuration names none.")
         return BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=skipped,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, arguments.bnb_4bit_compute_dtype),
@@ -348,16 +399,18 @@ def keep_packing(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def lora_config(arguments: ModelArguments, model: PreTrainedModel) -> LoraConfig:
+def lora_config(arguments: ModelArguments, model: PreTrainedModel, heads: Sequence[str] = ()) -> LoraConfig:
     settings: Any = arguments  # in which nothing of LoRA is None any more, but the targets
     targets = settings.lora_target_modules
     if targets is None:
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        targets = list(LLAMA_PROJECTIONS) if names.issuperset(LLAMA_PROJECTIONS) else "all-linear"
+        usual = arguments.usual_targets
+        targets = list(usual) if names.issuperset(usual) else "all-linear"
     elif targets == ["all-linear"]:
         targets = "all-linear"
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=arguments.task,
+        modules_to_save=list(heads) or None,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,

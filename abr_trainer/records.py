@@ -22,6 +22,12 @@ HISTORY_NAME = "perplexity_history.json"
 
 SUMMARY_NAME = "abr_summary.json"
 
+TASK_NAME = "task.json"
+"""What a classifier was trained to do: the flags that its predictions depend on."""
+
+QUANT_CONFIG_NAME = "quant_config.json"
+PREDICTIONS_NAME = "{split}_predictions.jsonl"
+
 SKIPPED_NAME = "_skipped_batches.jsonl"
 REPORT_FOLDER = "_report"
 """These hold text of the training set: `Trainer` pushes nothing from the output directory that begins with `_`."""

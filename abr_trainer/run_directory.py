@@ -18,10 +18,13 @@ from .provenance import versions_and_machine
 from .records import (
     CHECKPOINT_PREFIX,
     HISTORY_NAME,
+    PREDICTIONS_NAME,
     PROVENANCE,
+    QUANT_CONFIG_NAME,
     REPORT_FOLDER,
     SKIPPED_NAME,
     SUMMARY_NAME,
+    TASK_NAME,
     TRACE_NAME,
     TRAINER_STATE,
     is_complete,
@@ -36,6 +39,7 @@ RUN_FILES = (
     *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
     *("_push*", TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, REPORT_FOLDER),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
+    *(TASK_NAME, QUANT_CONFIG_NAME, PREDICTIONS_NAME.format(split="*")),
 )
 """What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
 

@@ -1,0 +1,379 @@
+"""A classifier of sentences: how it is loaded, trained, judged, and found again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from peft import TaskType
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from .adapters import FLAG
+from .config import ABRConfig
+from .errors import refuse_below, refuse_missing_directory
+from .flags import expand_flags_file, given_flags
+from .glue import Task, judge, judge_by_evaluate, predictions_of
+from .modeling import ModelArguments
+from .perplexity import without_adapter
+from .records import PREDICTIONS_NAME, QUANT_CONFIG_NAME, TASK_NAME, read_json, read_lines, write_whole
+from .sentences import SentenceArguments, Sentences
+from .tracking import name_of
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_LENGTH = 512
+
+TOLD = (
+    *("task_name", "sentence_columns", "label_column", "classes", "regression", "prompt", "max_seq_length"),
+    *("torch_dtype", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype", "use_lora"),
+    *("bf16", "fp16", "per_device_eval_batch_size"),
+)
+"""Flags of the training that predictions depend on: the defaults of an evaluation later."""
+
+
+@dataclass
+class ClassifierArguments(ModelArguments):
+    """Which model to fine-tune as a classifier, and how."""
+
+    task: ClassVar[TaskType] = TaskType.SEQ_CLS
+    lora_defaults: ClassVar[dict[str, Any]] = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
+    usual_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
+
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={
+            "help": "Scale of the adapter: its output counts alpha / r times. Default: 16, or that of "
+            "--adapter_name_or_path."
+        },
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: those of "
+            "--adapter_name_or_path, else q_proj and v_proj of LLaMA-like models, all-linear of others."
+        },
+    )
+
+
+@dataclass
+class ClassifierConfig(ABRConfig):
+    """`ABRConfig` with the defaults below, which suit a classifier of sentences."""
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the first batch after warm-up."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch, on each device."})
+    num_train_epochs: float = field(default=10, metadata={"help": "How often to go over the training rows."})
+    warmup_steps: float = field(
+        default=0.06, metadata={"help": "Batches until the learning rate is reached; below 1, a share of the run."}
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
+    )
+    optim: str = field(
+        default="adamw_bnb_8bit", metadata={"help": "The optimizer: adamw_bnb_8bit, adamw_torch, ... as of Trainer."}
+    )
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate a trained classifier on, and where the predictions go."""
+
+    split: str = field(
+        default="test", metadata={"help": "Rows to evaluate on.", "choices": ["test", "validation", "train"]}
+    )
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows at a time, on each device."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bf16 where the model's layers can."})
+    fp16: bool = field(default=False, metadata={"help": "Compute in fp16 where the model's layers can."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "Write a line for each row: prediction, label, logits, as JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        refuse_below(self, {"per_device_eval_batch_size": 1})
+        refuse_missing_directory(self, "output_file")
+
+    def as_training_arguments(self, scratch: str) -> TrainingArguments:
+        """Return these as the arguments of a Trainer that only predicts.
+
+        Args:
+            scratch: A directory, of which it makes no use.
+        """
+        return TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            bf16=self.bf16,
+            fp16=self.fp16,
+            use_cpu=self.use_cpu,
+            report_to="none",
+        )
+
+
+# ---- Judging ----
+
+
+class Judge:
+    """Turn what a Trainer has evaluated into the scores of a task.
+
+    Where the model gives no finite numbers there is nothing to judge: all scores are not a number, and
+    `non_finite_rows` says of how many rows.
+
+    Args:
+        arguments: Which task it is, and who computes the scores.
+    """
+
+    def __init__(self, task: Task, arguments: SentenceArguments) -> None:
+        self._task = task
+        self._name = arguments.task_name
+        self._by_evaluate = arguments.metrics_from == "evaluate"
+
+    def __call__(self, evaluated: EvalPrediction) -> dict[str, float]:
+        logits = logits_of(evaluated.predictions)
+        labels = np.asarray(evaluated.label_ids)
+        broken = int((~np.isfinite(logits)).any(axis=-1).sum())
+        if broken:
+            logger.warning(f"{broken} of {len(logits)} rows got a logit that is not finite: so no score is a number.")
+            return {**dict.fromkeys(self._task.scores, math.nan), "non_finite_rows": broken}
+        predictions = predictions_of(logits, self._task)
+        if self._by_evaluate:
+            return judge_by_evaluate(self._name, self._task, predictions, labels)
+        return judge(self._task, predictions, labels)
+
+
+def logits_of(predictions: Any) -> np.ndarray:
+    """Return the logits `(rows, labels)` among what a model has returned."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions, dtype=np.float64)
+
+
+class ClassifierCallback(TrainerCallback):
+    """Say at each evaluation what has been reached, and keep beside the weights what a classifier needs to be found
+    again: `task.json`, `config.json` and, if it is quantised, `quant_config.json`.
+
+    Args:
+        arguments: The dataclasses of the command line.
+    """
+
+    def __init__(self, task: Task, arguments: Sequence[Any]) -> None:
+        self._task = task
+        self._arguments = arguments
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not state.is_hyper_param_search:
+            remember_task(Path(args.output_dir), self._task, self._arguments)
+            remember_model(Path(args.output_dir), without_adapter(model))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        shown = scores_in(metrics or {}, self._task)
+        if shown and state.is_world_process_zero and not state.is_hyper_param_search:
+            loss = f", loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
+            tqdm.write(f"{name_of(state.global_step, state.epoch)}: {shown}{loss}")
+
+
+def predict(trainer: Trainer, rows: Dataset, split: str, task: Task, directory: Path) -> dict[str, float]:
+    """Write the predictions on a split to `{split}_predictions.jsonl`, and return its metrics."""
+    found = trainer.predict(rows, metric_key_prefix=split)
+    if trainer.is_world_process_zero():
+        path = directory / PREDICTIONS_NAME.format(split=split)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_predictions(path, task, found)
+    return dict(found.metrics or {})
+
+
+def labels_in_config(task: Task) -> dict[str, Any]:
+    """Return what the configuration of a model says of the labels of a task."""
+    if not task.labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {name: index for index, name in enumerate(task.labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def describe_rows(sentences: Sentences) -> list[str]:
+    """Return a line on how many rows there are, and one on what saying the same of all of them would reach."""
+    rows = ", ".join(f"{len(rows):,} {split}" for split, rows in sentences.splits.items())
+    lines = [f"rows: {rows}"]
+    judged = next((split for split in ("validation", "test") if "label" in _columns(sentences, split)), None)
+    if judged is not None and "accuracy" in sentences.task.scores:
+        label, count = Counter(sentences.splits[judged]["label"]).most_common(1)[0]
+        share = count / len(sentences.splits[judged])
+        lines.append(f"always saying {sentences.task.labels[label]!r} is {share:.4f} accurate on the {judged} rows")
+    return lines
+
+
+def _columns(sentences: Sentences, split: str) -> list[str]:
+    return sentences.splits[split].column_names if split in sentences.splits else []
+
+
+def scores_in(metrics: dict[str, float], task: Task, prefix: str = "eval") -> str:
+    """Return the scores among the metrics of an evaluation, in words.
+
+    >>> from .glue import own_task
+    >>> scores_in({"eval_accuracy": 0.75, "eval_f1": 0.8, "eval_loss": 0.5}, own_task(["text"], ["a", "b"]))
+    'accuracy 0.7500, f1 0.8000'
+    """
+    found = {name: metrics.get(f"{prefix}_{name}") for name in task.scores}
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
+
+
+def evaluations_in(log_history: list[dict[str, float]], task: Task) -> list[dict[str, float]]:
+    """Return the evaluations that a run has logged, one for each step: the last of it."""
+    by_step = {logs["step"]: logs for logs in log_history if f"eval_{task.scores[0]}" in logs}
+    return list(by_step.values())
+
+
+def show_scores(log_history: list[dict[str, float]], task: Task, console: Console | None = None) -> None:
+    """Print the evaluations of a run as a table that marks the best; nothing if there were fewer than two."""
+    evaluations = evaluations_in(log_history, task)
+    if len(evaluations) < 2:
+        return
+    console = console or Console()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
+    for column in ("", *task.scores, "loss", ""):
+        table.add_column(column, justify="right" if column else "left")
+    main = f"eval_{task.scores[0]}"
+    best = max((logs[main] for logs in evaluations if math.isfinite(logs[main])), default=None)
+    first_best = next((logs for logs in evaluations if logs[main] == best), None)
+    for logs in evaluations:
+        scores = [f"{logs[f'eval_{name}']:.4f}" for name in task.scores]
+        loss = logs.get("eval_loss")
+        table.add_row(
+            name_of(int(logs["step"]), logs.get("epoch")),
+            *scores,
+            "" if loss is None else f"{loss:.4f}",
+            "best" if logs is first_best else "",
+        )
+    console.print(table)
+
+
+def score_lines(log_history: list[dict[str, float]], results: dict[str, float], task: Task) -> Iterator[str]:
+    """Yield a line each on what a run has reached."""
+    evaluations = evaluations_in(log_history, task)
+    if evaluations and evaluations[0]["step"] == 0 and len(evaluations) > 1:
+        yield f"before      {scores_in(evaluations[0], task)}"
+    for what, prefix in {"evaluation": "eval", "mismatched": "eval_mm", "test": "test"}.items():
+        if shown := scores_in(results, task, prefix):
+            yield f"{what:<11} {shown}"
+
+
+# ---- What is kept beside the weights ----
+
+
+def remember_task(directory: Path, task: Task, arguments: Sequence[Any]) -> None:
+    """Write `task.json`: the flags that predictions depend on, as a later evaluation needs them.
+
+    Args:
+        arguments: The dataclasses of the command line.
+    """
+    values = {name: getattr(each, name) for each in arguments for name in TOLD if hasattr(each, name)}
+    if values["task_name"] is None:
+        values |= {"sentence_columns": list(task.columns), "regression": not task.labels}
+        values["classes"] = list(task.labels) or None
+    flags = {name: values[name] for name in TOLD if values[name] is not None}
+    write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
+
+
+def remember_model(directory: Path, model: Any) -> None:
+    """Write the configuration of a model as `config.json`, and how it is quantised, if it is, on its own as well."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    write_whole(directory / "config.json", config.to_json_string())
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        settings = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        write_whole(directory / QUANT_CONFIG_NAME, json.dumps(settings, indent=1, default=str) + "\n")
+
+
+def recall_task(name: str) -> dict[str, Any]:
+    """Return the flags that a classifier was trained with, by what its directory, the one above it, or the Hub has."""
+    places = [Path(name, TASK_NAME), Path(name).parent / TASK_NAME]
+    found = next((content for place in places if (content := read_json(place)) is not None), None)
+    if found is None and not Path(name).exists():
+        path = cached_file(
+            name,
+            TASK_NAME,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        found = read_json(Path(path)) if path else None
+    flags = found.get("flags", {}) if isinstance(found, dict) else {}
+    return {flag: flags[flag] for flag in TOLD if flag in flags}
+
+
+def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that a classifier was trained with as defaults, by the command line that names it.
+
+    Args:
+        classes: Dataclasses that the command line is parsed into.
+        argv: The command line; None for that of this process.
+    """
+    given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
+    if "--help" in given or "-h" in (sys.argv if argv is None else argv):
+        return {}
+    names = [given[flag][-1] for flag in (FLAG, "--adapter", "--model_name_or_path") if given.get(flag)]
+    if not names:
+        raise ValueError(f"Give {FLAG} or --model_name_or_path: what is to be evaluated.")
+    told = recall_task(names[0])
+    if not told:
+        logger.warning(f"{names[0]} has no {TASK_NAME}: task, prompt and quantisation are what the flags say.")
+    known = {each.name for kind in classes for each in fields(kind)}
+    of_task = {"task_name", "sentence_columns", "classes", "regression"}
+    if any(f"--{flag}" in given for flag in of_task):
+        told = {flag: value for flag, value in told.items() if flag not in of_task}
+    return {flag: value for flag, value in told.items() if flag in known}
+
+
+def predictions_file(model: str, split: str) -> Path:
+    """Return where the predictions of a run are, by its output directory or that of one of its checkpoints."""
+    return Path(model, PREDICTIONS_NAME.format(split=split))
+
+
+def write_predictions(path: Path, task: Task, found: PredictionOutput) -> None:
+    """Write a line for each row: `row` from 1, `prediction`, `label` where it is known, and `logits`."""
+    logits = logits_of(found.predictions)
+    labels = None if found.label_ids is None else np.asarray(found.label_ids)
+    said = predictions_of(logits, task)
+    lines = []
+    for row, values in enumerate(logits.reshape(len(logits), -1)):
+        line: dict[str, Any] = {"row": row + 1, "prediction": named(said[row], task)}
+        if labels is not None:
+            line["label"] = named(labels[row], task)
+        line["logits"] = [float(value) if math.isfinite(value) else None for value in values]
+        lines.append(json.dumps(line) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def named(value: Any, task: Task) -> str | float | None:
+    if task.labels:
+        return task.labels[int(value)]
+    return float(value) if math.isfinite(value) else None
+
+
+def beside_earlier(path: Path, logits: np.ndarray, task: Task) -> str | None:
+    """Say how many predictions are those that `write_predictions` wrote; None where it was of other rows."""
+    earlier = list(read_lines(path)) if path.exists() else []
+    if len(earlier) != len(logits) or any(None in line["logits"] for line in earlier):
+        return None
+    before = np.array([line["logits"] for line in earlier])
+    if before.shape != logits.reshape(len(logits), -1).shape:
+        return None
+    same = int((predictions_of(before, task) == predictions_of(logits, task)).sum())
+    apart = float(np.abs(before - logits.reshape(before.shape)).max())
+    return f"{same:,} of {len(logits):,} predictions as in {path}; logits differ by at most {apart:.1e}"

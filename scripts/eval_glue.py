@@ -1,0 +1,96 @@
+"""Evaluate a classifier that scripts/run_glue_abr.py has trained: adapter or whole model, in a directory or on the Hub.
+
+    python scripts/eval_glue.py --adapter_name_or_path runs/mrpc
+    python scripts/eval_glue.py --adapter_name_or_path runs/mrpc/checkpoint-459 --split validation
+    python scripts/eval_glue.py --adapter_name_or_path me/mrpc --test_file mine.jsonl --output_file predictions.jsonl
+    torchrun --nproc_per_node 8 scripts/eval_glue.py --model_name_or_path runs/whole
+
+Task, prompt, length, quantisation and precision are those of the training, which `task.json` beside the weights tells;
+a flag wins over it. Files that were trained or tested on are not remembered: rows come from the Hub unless given.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import DataCollatorWithPadding, Trainer
+
+from abr_trainer.classification import (
+    DEFAULT_LENGTH,
+    ClassifierArguments,
+    EvaluateArguments,
+    Judge,
+    beside_earlier,
+    labels_in_config,
+    logits_of,
+    predictions_file,
+    recalled_flags,
+    scores_in,
+    write_predictions,
+)
+from abr_trainer.command_line import parse_arguments
+from abr_trainer.data import fit_context
+from abr_trainer.engines import leave_ranks
+from abr_trainer.errors import one_line_errors
+from abr_trainer.modeling import load_config, load_model, load_tokenizer
+from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
+
+ARGUMENTS = (ClassifierArguments, SentenceArguments, EvaluateArguments)
+"""What the command line is parsed into."""
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    results = run(argv)
+    leave_ranks()
+    return results
+
+
+def run(argv: list[str] | None) -> dict[str, float]:
+    with (
+        one_line_errors(
+            ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing kept"
+        ),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        model_args, data_args, eval_args = parse_arguments(ARGUMENTS, argv, recalled_flags(ARGUMENTS, argv))
+        args = eval_args.as_training_arguments(scratch)
+        with args.main_process_first(desc="preparing the data"):
+            sentences = load_sentences(data_args, [eval_args.split])
+        task = sentences.task
+        config, tokenizer = load_config(model_args, **labels_in_config(task)), load_tokenizer(model_args)
+        length = fit_context("max_seq_length", data_args.max_seq_length, DEFAULT_LENGTH, config)
+        rows = tokenize_sentences(sentences, tokenizer, length)
+        trainer = Trainer(
+            model=load_model(model_args, config, tokenizer, args.device),
+            args=args,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=Judge(task, data_args),
+        )
+        results: dict[str, float] = {}
+        for split in rows:
+            found = trainer.predict(rows[split], metric_key_prefix=split)
+            results |= found.metrics or {}
+            if not trainer.is_world_process_zero():
+                continue
+            logits = logits_of(found.predictions)
+            scores = scores_in(results, task, split) or "no labels, so no scores"
+            print(f"{split:<11} {scores}, of {len(logits):,} rows")
+            earlier = predictions_file(model_args.adapter_name_or_path or model_args.model_name_or_path, split)
+            if told := beside_earlier(earlier, logits, task):
+                print(f"again       {told}")
+            if eval_args.output_file is not None:
+                output = Path(eval_args.output_file)
+                write_predictions(
+                    output if split == eval_args.split else output.with_stem(f"{output.stem}_mm"),
+                    task,
+                    logits,
+                    found.label_ids,
+                )
+    return results
+
+
+if __name__ == "__main__":
+    main()

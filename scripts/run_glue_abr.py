@@ -1,0 +1,107 @@
+"""Fine-tune a classifier of sentences with adaptive batch repetition: MRPC, the rest of GLUE, or files of your own.
+
+    python scripts/run_glue_abr.py --model_name_or_path demo --train_file train.jsonl --validation_file dev.jsonl \
+        --do_train --do_eval --use_cpu --output_dir runs/mine
+    python scripts/run_glue_abr.py --model_name_or_path meta-llama/Meta-Llama-3-8B --task_name mrpc --prompt perfect \
+        --load_in_4bit --bf16 --activation_checkpointing --load_best_model_at_end \
+        --do_train --do_eval --do_predict --output_dir runs/mrpc
+    torchrun --nproc_per_node 8 scripts/run_glue_abr.py config.yaml --prompt "Do these two agree?"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import DataCollatorWithPadding, set_seed
+
+from abr_trainer.callbacks import cost_lines
+from abr_trainer.classification import (
+    DEFAULT_LENGTH,
+    ClassifierArguments,
+    ClassifierCallback,
+    ClassifierConfig,
+    Judge,
+    describe_rows,
+    labels_in_config,
+    predict,
+    score_lines,
+    show_scores,
+)
+from abr_trainer.command_line import parse_arguments
+from abr_trainer.config import checkpoints_activations
+from abr_trainer.data import fit_context
+from abr_trainer.engines import leave_ranks
+from abr_trainer.errors import one_line_errors
+from abr_trainer.job import carry_out, command_of, push_result, wanted_splits
+from abr_trainer.modeling import describe_model, load_config, load_model, load_tokenizer
+from abr_trainer.run_directory import check_output_dir, find_checkpoint
+from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
+from abr_trainer.trainer import ABRTrainer
+
+ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
+"""What the command line is parsed into."""
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    results = run(argv)
+    leave_ranks()
+    return results
+
+
+def run(argv: list[str] | None) -> dict[str, float]:
+    with one_line_errors(ValueError):
+        model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
+        splits = wanted_splits(args)
+        if data_args.merge_validation and args.do_eval:
+            raise ValueError("--merge_validation trains on the validation rows: leave --do_eval out.")
+        checkpoint = find_checkpoint(args) if args.do_train else None
+        check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)
+        with args.main_process_first(desc="preparing the data"):
+            sentences = load_sentences(data_args, splits)
+        task = sentences.task
+        config, tokenizer = load_config(model_args, **labels_in_config(task)), load_tokenizer(model_args)
+        data_args.max_seq_length = fit_context("max_seq_length", data_args.max_seq_length, DEFAULT_LENGTH, config)
+        rows = tokenize_sentences(sentences, tokenizer, data_args.max_seq_length)
+        if args.metric_for_best_model == "loss":
+            args.metric_for_best_model, args.greater_is_better = task.scores[0], True
+
+    set_seed(args.seed)
+    with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
+        model = load_model(model_args, config, tokenizer, args.device, checkpoints_activations(args))
+        trainer = ABRTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows.get("train"),
+            eval_dataset=rows.get("validation"),
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=Judge(task, data_args),
+            callbacks=[ClassifierCallback(task, (model_args, data_args, args))],
+        )
+
+    def test() -> dict[str, float]:
+        output_dir = Path(args.output_dir)
+        found = [predict(trainer, rows[split], split, task, output_dir) for split in rows if split.startswith("test")]
+        return {name: value for metrics in found for name, value in metrics.items()}
+
+    results = carry_out(
+        trainer,
+        checkpoint,
+        command_of(argv, "scripts/run_glue_abr.py"),
+        (model_args, data_args),
+        [*describe_model(model, model_args.adapter_name_or_path), *describe_rows(sentences)],
+        test,
+        {f"eval{split.removeprefix('validation')}": rows[split] for split in rows if split == "validation_mm"},
+    )
+    if trainer.is_world_process_zero():
+        if args.do_train:
+            show_scores(trainer.state.log_history, task)
+        reached = score_lines(trainer.state.log_history, results, task)
+        print("", *reached, *cost_lines(trainer.ledger, Path(args.output_dir).resolve()), sep="\n")
+    push_result(trainer)
+    return results
+
+
+if __name__ == "__main__":
+    main()
