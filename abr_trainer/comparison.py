@@ -161,6 +161,7 @@ def read_run(run: Run, results: dict[str, float], root: Path, metric: str = "eva
         "argv": provenance["argv"],
         "resumed": len(provenance.get("resumed", [])),
         **{name: provenance[name] for name in ("versions", "git", "machine")},
+        **({"prompt": provenance.get("arguments", {}).get("prompt_text")} if run.varied == "prompt" else {}),
         "metrics": {name: _finite(results[name]) for name in metrics_in(results, run.varied)},
         "cost": {name: results[f"train_{name}"] for name in COSTS},
         "curve": learning_curve(run.directory, batches, results, metric, CLOCKS[run.varied]),

@@ -29,7 +29,7 @@ from .progress import Progress
 from .records import PROVENANCE, RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, write_whole
 from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
 
-OF_A_RUN = ("command_line", "config", "data", "modeling", "trainer")
+OF_A_RUN = ("command_line", "classification", "job", "measurement", "modeling", "sentences", "tracking", "trainer")
 OF_THE_SCRIPT = ("comparing",)  # a fork imports the main module anew
 STACK = [f"abr_trainer.{name}" for name in (*OF_A_RUN, *OF_THE_SCRIPT)]
 """What a process is to have imported before runs are forked from it: all that takes long."""

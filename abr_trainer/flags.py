@@ -41,8 +41,10 @@ EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 
 WITHOUT_TEST_SPLIT = (["c4"], ["allenai/c4"])
 
-WITH_TEST_LABELS = (["mrpc"],)
-"""Tasks of GLUE of which the Hub has the labels of the test split; those of the others are hidden."""
+WITH_TEST_LABELS = "mrpc"
+"""The task of GLUE of which the Hub has the labels of the test split; those of the others are hidden. It is the one
+that is taken where none is named.
+"""
 
 
 def is_flags_file(argument: str) -> bool:
@@ -190,7 +192,8 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
     refuse(rest, "", shared=(), varied="prompt")
     added = _what_to_do(given)
     has_files = not {"--train_file", "--validation_file"}.isdisjoint(given)
-    has_test = "--test_file" in given or (not has_files and given.get("--task_name") in WITH_TEST_LABELS)
+    task = given.get("--task_name", [WITH_TEST_LABELS])
+    has_test = "--test_file" in given or (not has_files and task[-1:] == [WITH_TEST_LABELS])
     if "--do_predict" not in given and has_test:
         added.append("--do_predict")
     saves = not given.keys().isdisjoint(SAVING)

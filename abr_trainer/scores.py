@@ -43,6 +43,7 @@ OF_CLASSIFIERS = (
     Score("matthews_correlation", "Matthews correlation"),
     Score("pearson", "Pearson correlation"),
     Score("f1", "F1"),
+    Score("f1_macro", "macro F1"),
     Score("spearmanr", "Spearman correlation"),
 )
 

@@ -619,12 +619,19 @@ def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     ]
     launcher = shlex.split(data["launcher"]) or ["python"]
     return (
+        *([prompt_table(arms, data["runs"])] if what_varies(data) == "prompt" else []),
         *([f"Controls, which look at nothing: {'; '.join(controls)}."] if controls else []),
         Commands("The comparison", (shlex.join(["python", *data["argv"]]),)),
         Commands("Each run", tuple(shlex.join([*launcher, *run["argv"]]) for run in data["runs"])),
         run_table(data),
         machine_table(data["runs"]),
     )
+
+
+def prompt_table(arms: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Table:
+    texts = {run["arm"]: run["prompt"] for run in runs}
+    rows = tuple((arm["name"], texts[arm["name"]] or DASH) for arm in arms)
+    return Table("What stands before each row", ("prompt", "text"), rows)
 
 
 def run_table(data: dict[str, Any]) -> Table:
