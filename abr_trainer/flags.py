@@ -35,6 +35,7 @@ SHARED = (
 )
 """How long a run is and what it is judged by: the same for all runs of a comparison."""
 
+ORDER = "--train_sampling_strategy"
 SAVING = ("--save_strategy", "--save_steps", "--save_passes", "--save_total_limit")
 EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 
@@ -192,6 +193,8 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
     refuse(rest, "", shared=(), varied="prompt")
     added = _what_to_do(given)
     has_files = not {"--train_file", "--validation_file"}.isdisjoint(given)
+    if given.get(ORDER, [])[-1:] == ["group_by_length"]:
+        raise ValueError(f"{ORDER} group_by_length: the prompt changes lengths, and so the order of the rows.")
     task = given.get("--task_name", [WITH_TEST_LABELS])
     has_test = "--test_file" in given or (not has_files and task[-1:] == [WITH_TEST_LABELS])
     if "--do_predict" not in given and has_test:

@@ -56,7 +56,9 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
     sections = [
         Section("What was reached", reached(data, arms)),
         Section("On the way", on_the_way(data, arms)),
-        *([Section(f"What the {varied}s did", behaviour(arms))] if varied == "scheduler" else []),
+        Section("What the schedulers did", behaviour(arms))
+        if varied == "scheduler"
+        else Section("What the prompts say", (prompt_table(arms, data["runs"]),)),
         Section("What it cost", (cost_table(arms, data["jobs"], varied),)),
         *([Section("What was tuned", tuned(data, arms))] if any(arm["tuning"] for arm in arms) else []),
         Section("How it was done", method(data, arms)),
@@ -121,6 +123,7 @@ def circumstances(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]
         shares = [f"{quoted(arm['name'])} {arm['cost']['skips'] / arm['cost']['batches']:.1%}" for arm in arms]
         texts.append(
             f"Skipped as outliers, which `--skip_outliers none` turns off: {', '.join(shares)} of the batches."
+            + " Which ones depends on the loss, and so on the prompt." * (what_varies(data) == "prompt")
         )
     chosen = [
         f"{quoted(arm['name'])} {', '.join(f'{name} {value}' for name, value in arm['tuning']['chosen'].items())}"
@@ -619,7 +622,6 @@ def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     ]
     launcher = shlex.split(data["launcher"]) or ["python"]
     return (
-        *([prompt_table(arms, data["runs"])] if what_varies(data) == "prompt" else []),
         *([f"Controls, which look at nothing: {'; '.join(controls)}."] if controls else []),
         Commands("The comparison", (shlex.join(["python", *data["argv"]]),)),
         Commands("Each run", tuple(shlex.join([*launcher, *run["argv"]]) for run in data["runs"])),
