@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
@@ -32,6 +32,7 @@ from .glue import Task, judge, judge_by_evaluate, predictions_of
 from .modeling import ModelArguments
 from .perplexity import without_adapter
 from .records import PREDICTIONS_NAME, QUANT_CONFIG_NAME, TASK_NAME, read_json, read_lines, write_whole
+from .schedulers import OUTLIER_RULES
 from .sentences import SentenceArguments, Sentences
 from .tracking import name_of
 
@@ -80,6 +81,14 @@ class ClassifierConfig(ABRConfig):
     num_train_epochs: float = field(default=10, metadata={"help": "How often to go over the training rows."})
     warmup_steps: float = field(
         default=0.06, metadata={"help": "Batches until the learning rate is reached; below 1, a share of the run."}
+    )
+    skip_outliers: str = field(
+        default="none",
+        metadata={
+            "help": "Skip batches whose first-pass loss stands out: 'robust', 'classic' or 'none'. The losses "
+            "of few rows scatter widely, so that good batches are skipped as well, on MRPC one in 70.",
+            "choices": [*sorted(OUTLIER_RULES), "none"],
+        },
     )
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
@@ -171,17 +180,23 @@ class ClassifierCallback(TrainerCallback):
     def __init__(self, task: Task, arguments: Sequence[Any]) -> None:
         self._task = task
         self._arguments = arguments
+        self._has_ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._has_ended = False
         if state.is_world_process_zero and not state.is_hyper_param_search:
-            remember_task(Path(args.output_dir), self._task, self._arguments)
+            remember_task(Path(args.output_dir), self._arguments)
             remember_model(Path(args.output_dir), without_adapter(model))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         shown = scores_in(metrics or {}, self._task)
         if shown and state.is_world_process_zero and not state.is_hyper_param_search:
-            loss = f", loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-            tqdm.write(f"{name_of(state.global_step, state.epoch)}: {shown}{loss}")
+            is_best = self._has_ended and args.load_best_model_at_end
+            name = f"Best, step {state.best_global_step}" if is_best else name_of(state.global_step, state.epoch)
+            tqdm.write(f"{name}: {shown}, loss {metrics['eval_loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_ended = True
 
 
 def predict(trainer: Trainer, rows: Dataset, split: str, task: Task, directory: Path) -> dict[str, float]:
@@ -233,14 +248,20 @@ def scores_in(metrics: dict[str, float], task: Task, prefix: str = "eval") -> st
 
 
 def evaluations_in(log_history: list[dict[str, float]], task: Task) -> list[dict[str, float]]:
-    """Return the evaluations that a run has logged, one for each step: the last of it."""
-    by_step = {logs["step"]: logs for logs in log_history if f"eval_{task.scores[0]}" in logs}
+    """Return the evaluations that a run has logged, one for each step: the first, before a best model was loaded."""
+    by_step: dict[float, dict[str, float]] = {}
+    for logs in log_history:
+        if f"eval_{task.scores[0]}" in logs:
+            by_step.setdefault(logs["step"], logs)
     return list(by_step.values())
 
 
-def show_scores(log_history: list[dict[str, float]], task: Task, console: Console | None = None) -> None:
-    """Print the evaluations of a run as a table that marks the best; nothing if there were fewer than two."""
-    evaluations = evaluations_in(log_history, task)
+def show_scores(state: TrainerState, task: Task, console: Console | None = None) -> None:
+    """Print the evaluations of a run as a table that marks the best; nothing if there were fewer than two.
+
+    The best is the checkpoint that Trainer has chosen, if it did, else the first of the highest score.
+    """
+    evaluations = evaluations_in(state.log_history, task)
     if len(evaluations) < 2:
         return
     console = console or Console()
@@ -248,8 +269,8 @@ def show_scores(log_history: list[dict[str, float]], task: Task, console: Consol
     for column in ("", *task.scores, "loss", ""):
         table.add_column(column, justify="right" if column else "left")
     main = f"eval_{task.scores[0]}"
-    best = max((logs[main] for logs in evaluations if math.isfinite(logs[main])), default=None)
-    first_best = next((logs for logs in evaluations if logs[main] == best), None)
+    finite = [logs for logs in evaluations if math.isfinite(logs[main])]
+    best = state.best_global_step or next(iter(sorted(finite, key=lambda logs: -logs[main])), {"step": None})["step"]
     for logs in evaluations:
         scores = [f"{logs[f'eval_{name}']:.4f}" for name in task.scores]
         loss = logs.get("eval_loss")
@@ -257,7 +278,7 @@ def show_scores(log_history: list[dict[str, float]], task: Task, console: Consol
             name_of(int(logs["step"]), logs.get("epoch")),
             *scores,
             "" if loss is None else f"{loss:.4f}",
-            "best" if logs is first_best else "",
+            "best" if logs["step"] == best else "",
         )
     console.print(table)
 
@@ -275,16 +296,13 @@ def score_lines(log_history: list[dict[str, float]], results: dict[str, float], 
 # ---- What is kept beside the weights ----
 
 
-def remember_task(directory: Path, task: Task, arguments: Sequence[Any]) -> None:
+def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
     """Write `task.json`: the flags that predictions depend on, as a later evaluation needs them.
 
     Args:
         arguments: The dataclasses of the command line.
     """
     values = {name: getattr(each, name) for each in arguments for name in TOLD if hasattr(each, name)}
-    if values["task_name"] is None:
-        values |= {"sentence_columns": list(task.columns), "regression": not task.labels}
-        values["classes"] = list(task.labels) or None
     flags = {name: values[name] for name in TOLD if values[name] is not None}
     write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
 

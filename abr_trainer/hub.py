@@ -33,6 +33,7 @@ from .records import (
     HISTORY_NAME,
     RESULTS,
     SUMMARY_NAME,
+    TASK_NAME,
     TRACE_NAME,
     is_complete,
     read_json,
@@ -172,7 +173,7 @@ def stage(run: Path, target: Target, checkpoint: Path | None = None, kept_as: st
             (folder / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             keep(path, folder / path.relative_to(source))
         results = () if checkpoint is not None else (RESULTS,)  # they are of finished runs
-        for name in (*results, SUMMARY_NAME, HISTORY_NAME):
+        for name in (*results, SUMMARY_NAME, HISTORY_NAME, TASK_NAME):
             if (run / name).exists():
                 shutil.copy2(run / name, folder / name)
         _make_portable(folder, target.base)

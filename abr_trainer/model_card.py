@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .data import find_corpus, parse_mix
 from .definitions import DEFINITIONS, Definition
+from .glue import GLUE, SCORES, TASKS, ask
 from .records import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
 
 PICTURES = {
@@ -68,7 +69,11 @@ def write_card(
         tags=[*([kind] if kind else []), "adaptive-batch-repetition", *given.get("tags", [])],
         datasets=[*dict.fromkeys([*given.get("datasets", []), *datasets_on_the_hub(arguments)])] or None,
         model_name=name,
-        eval_results=list(evaluation_results(measured, summary, arguments)) or None,
+        eval_results=[
+            *evaluation_results(measured, summary, arguments),
+            *classification_results(results, arguments),
+        ]
+        or None,
         ignore_metadata_errors=True,
     )
     what = f"An adapter ({kind}) for" if adapter else "Fine-tuned from"
@@ -77,7 +82,9 @@ def write_card(
         MARKER,
         f"# {name}\n\n{what} {known_base}, trained with adaptive batch repetition.",
         "## How to load it\n\n```python\n"
-        + "\n".join(loading_lines(auto_class, repository, revision, base, rows, adapter is not None))
+        + "\n".join(
+            loading_lines(auto_class, repository, revision, base, rows, adapter is not None, labels_of(arguments))
+        )
         + "\n```",
         *sections(measured, summary, results, provenance, adapter, folder),
     ]
@@ -85,7 +92,13 @@ def write_card(
 
 
 def loading_lines(
-    auto_class: str, repository: str, revision: str | None, base: str | None, rows: int | None, is_adapter: bool
+    auto_class: str,
+    repository: str,
+    revision: str | None,
+    base: str | None,
+    rows: int | None,
+    is_adapter: bool,
+    labels: int | None = None,
 ) -> Iterator[str]:
     branch = f', revision="{revision}"' if revision else ""
     if not is_adapter:
@@ -94,11 +107,14 @@ def loading_lines(
     else:
         yield "from peft import PeftModel"
         yield f"from transformers import {auto_class}, AutoTokenizer"
-        yield f'base = {auto_class}.from_pretrained("{base or "PATH/OF/THE/BASE"}", dtype="auto")'
+        counted = "" if labels is None else f", num_labels={labels}"
+        yield f'base = {auto_class}.from_pretrained("{base or "PATH/OF/THE/BASE"}"{counted}, dtype="auto")'
         if rows is not None:
             yield f"base.resize_token_embeddings({rows})"
         yield f'model = PeftModel.from_pretrained(base, "{repository}"{branch})'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{branch})'
+    if labels is not None:
+        yield "model.config.pad_token_id = tokenizer.pad_token_id"
 
 
 def auto_class_of(model: str) -> tuple[str, str | None]:
@@ -171,6 +187,39 @@ def evaluation_results(
         )
 
 
+def labels_of(arguments: dict[str, Any]) -> int | None:
+    """Return how many outputs a classifier has, by the arguments of its run; None for any other model."""
+    if "prompt_text" not in arguments:
+        return None
+    task = TASKS.get(arguments.get("task_name") or "")
+    return max(1, len(task.labels if task else arguments.get("classes") or ()))
+
+
+def classification_scores(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield split, score and value of what a classifier has reached in the end."""
+    for split, prefix in {"validation": "eval", "validation, mismatched": "eval_mm", "test": "test"}.items():
+        for score in SCORES:
+            value = results.get(f"{prefix}_{score}")
+            if isinstance(value, float) and math.isfinite(value):
+                yield split, score, value
+
+
+def classification_results(results: dict[str, Any], arguments: dict[str, Any]) -> Iterator[EvalResult]:
+    task = arguments.get("task_name")
+    for split, score, value in classification_scores(results):
+        file = arguments.get(f"{split}_file")
+        yield EvalResult(
+            task_type="text-classification",
+            dataset_type=GLUE if task and not file else "custom",
+            dataset_name=PurePath(file).name if file else task or "a file of their own",
+            dataset_config=task if task and not file else None,
+            dataset_split=split.partition(",")[0],
+            metric_type=score,
+            metric_name=f"{score}, {split}",
+            metric_value=round(value, 6),
+        )
+
+
 def definition_of(summary: dict[str, Any], split: str) -> Definition:
     """Return the definition that a run was followed by; the test split is measured token by token."""
     metric = summary.get("perplexity", {}).get("metric")
@@ -206,6 +255,8 @@ def id_on_the_hub(name: str) -> str | None:
 
 
 def datasets_on_the_hub(arguments: dict[str, Any]) -> list[str]:
+    if arguments.get("task_name") and not arguments.get("train_file"):
+        return [GLUE]
     return [path for name in names_of_data_sets(arguments) if (path := id_on_the_hub(name))]
 
 
@@ -235,6 +286,10 @@ def sections(
             + " ".join(f"`{name}` is {says}." for name, says in said.items())
             + " Compare with numbers of the same tokenizer, text and definition only."
         )
+    if scores := list(classification_scores(results)):
+        yield "## Scores\n\n| split | score | value |\n|---|---|---|\n" + "\n".join(
+            f"| {split} | {score} | {value:.4f} |" for split, score, value in scores
+        )
     pictures = [name for name in PICTURES if (folder / "plots" / f"{name}.png").exists()]
     if pictures:
         yield "\n\n".join(f"![{PICTURES[name]}](plots/{name}.png)" for name in pictures)
@@ -262,21 +317,35 @@ def sections(
         yield f"```bash\n{lines}\n```"
     versions = provenance.get("versions") or summary.get("versions", {})
     yield "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+    what = (
+        "The perplexity says how well the model predicts that text, and nothing of what it writes"
+        if labels_of(arguments) is None
+        else "The scores are those of rows like the ones it was trained on, asked in the same words"
+    )
     yield (
-        "## Limits\n\nThe perplexity says how well the model predicts that text, and nothing of what it writes: it "
-        "was not tested for truth, bias or safety, and has the limits of its base model. Whether repeating batches "
-        "was worth its compute one run cannot show; that takes a comparison at equal cost."
+        f"## Limits\n\n{what}: it was not tested for truth, bias or safety, and has the limits of its base model. "
+        "Whether repeating batches was worth its compute one run cannot show; that takes a comparison at equal cost."
     )
 
 
-def training_lines(
-    summary: dict[str, Any], arguments: dict[str, Any], adapter: dict[str, Any] | None
-) -> Iterator[str]:
+def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
+    if labels_of(arguments) is not None:
+        file, task = arguments.get("train_file"), arguments.get("task_name")
+        yield f"data: {PurePath(file).name if file else f'{GLUE} ({task})'}"
+        columns = TASKS[task].columns if task else arguments["sentence_columns"]
+        yield f"input: `{ask(arguments['prompt_text'], [f'{{{column}}}' for column in columns])}`"
+        return
     source = arguments.get("dataset_mix") or arguments.get("train_file") or arguments.get("dataset_name")
     if source:
         is_file = arguments.get("train_file") or (not arguments.get("dataset_mix") and id_on_the_hub(source) is None)
         config = f" ({arguments['dataset_config_name']})" if arguments.get("dataset_config_name") else ""
         yield f"data: {PurePath(source).name if is_file else source}{config}"
+
+
+def training_lines(
+    summary: dict[str, Any], arguments: dict[str, Any], adapter: dict[str, Any] | None
+) -> Iterator[str]:
+    yield from data_lines(arguments)
     if summary.get("repeat_scheduler"):
         yield f"repeat scheduler: `{summary['repeat_scheduler']}`"
     if adapter and adapter.get("peft_type") == "LORA":

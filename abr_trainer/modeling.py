@@ -30,6 +30,8 @@ from .demo import DEMO_MODEL
 from .errors import one_line, refuse_below
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEADS_OF_PEFT = ("classifier", "score")
+"""Heads that PEFT trains and saves by itself where an adapter is for classification."""
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 
 
@@ -410,7 +412,7 @@ def lora_config(arguments: ModelArguments, model: PreTrainedModel, heads: Sequen
         targets = "all-linear"
     return LoraConfig(
         task_type=arguments.task,
-        modules_to_save=list(heads) or None,
+        modules_to_save=[head for head in heads if head not in HEADS_OF_PEFT] or None,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,

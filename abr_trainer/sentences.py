@@ -89,7 +89,8 @@ class SentenceArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.task_name is None and not self.files:
+        says_nothing = self.sentence_columns is None and self.classes is None and self.regression is None
+        if self.task_name is None and says_nothing and not self.files:
             self.task_name = "mrpc"
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
@@ -108,6 +109,12 @@ class SentenceArguments:
         refuse_missing_files(self, "train_file", "validation_file", "test_file")
         refuse_below(self, {"max_seq_length": 8, "max_train_samples": 1, "max_eval_samples": 1})
         self.prompt_text = find_prompt(self.prompt)
+
+    def settle(self, task: Task) -> None:
+        """Fill in what was found out of a task of one's own, so that it is written down."""
+        if self.task_name is None:
+            self.sentence_columns, self.regression = list(task.columns), not task.labels
+            self.classes = list(task.labels) or None
 
     @property
     def files(self) -> dict[str, str]:
@@ -135,7 +142,8 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
         ValueError: A split, a column or a label is missing or cannot be right; the message names flag, row and value.
     """
     wanted = {*splits, "validation"} if arguments.merge_validation and "train" in splits else set(splits)
-    loaded = _load_files(arguments, wanted) if arguments.files else _load_from_hub(arguments, wanted)
+    from_files = arguments.files or arguments.task_name is None
+    loaded = _load_files(arguments, wanted) if from_files else _load_from_hub(arguments, wanted)
     for split in wanted:
         if split not in loaded:
             raise ValueError(f"There are no {split} rows: give --{split}_file.")

@@ -1,4 +1,4 @@
-"""Evaluate a classifier that scripts/run_glue_abr.py has trained: adapter or whole model, in a directory or on the Hub.
+"""Evaluate a classifier that run_glue_abr.py has trained: adapter or whole model, in a directory or on the Hub.
 
     python scripts/eval_glue.py --adapter_name_or_path runs/mrpc
     python scripts/eval_glue.py --adapter_name_or_path runs/mrpc/checkpoint-459 --split validation
@@ -83,12 +83,8 @@ def run(argv: list[str] | None) -> dict[str, float]:
                 print(f"again       {told}")
             if eval_args.output_file is not None:
                 output = Path(eval_args.output_file)
-                write_predictions(
-                    output if split == eval_args.split else output.with_stem(f"{output.stem}_mm"),
-                    task,
-                    logits,
-                    found.label_ids,
-                )
+                second = output.with_stem(f"{output.stem}_mm")
+                write_predictions(output if split == eval_args.split else second, task, found)
     return results
 
 

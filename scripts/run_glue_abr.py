@@ -60,6 +60,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         with args.main_process_first(desc="preparing the data"):
             sentences = load_sentences(data_args, splits)
         task = sentences.task
+        data_args.settle(task)
         config, tokenizer = load_config(model_args, **labels_in_config(task)), load_tokenizer(model_args)
         data_args.max_seq_length = fit_context("max_seq_length", data_args.max_seq_length, DEFAULT_LENGTH, config)
         rows = tokenize_sentences(sentences, tokenizer, data_args.max_seq_length)
@@ -96,7 +97,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
     )
     if trainer.is_world_process_zero():
         if args.do_train:
-            show_scores(trainer.state.log_history, task)
+            show_scores(trainer.state, task)
         reached = score_lines(trainer.state.log_history, results, task)
         print("", *reached, *cost_lines(trainer.ledger, Path(args.output_dir).resolve()), sep="\n")
     push_result(trainer)

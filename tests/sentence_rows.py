@@ -1,0 +1,30 @@
+"""Rows of sentences that a tiny model learns to tell apart in seconds: tales and reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from abr_trainer.demo import passages
+
+QUICK = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--learning_rate", "2e-2", "--max_seq_length"]
+QUICK += ["24", "--per_device_train_batch_size", "4"]
+"""Flags of a quick run of run_glue_abr.py."""
+
+
+def tales_and_reports(count: int, seed: int = 1) -> list[dict[str, Any]]:
+    """Return `count` rows, a tale and a report in turn."""
+    tales = list(passages("tale", count // 2 + 1, seed=seed))
+    reports = list(passages("report", count // 2 + 1, seed=seed))
+    rows = [
+        {"sentence": text, "label": label}
+        for pair in zip(tales, reports, strict=True)
+        for text, label in zip(pair, ("tale", "report"), strict=True)
+    ]
+    return rows[:count]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)

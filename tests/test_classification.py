@@ -1,0 +1,375 @@
+"""Classifiers of sentences, as a user trains, evaluates and finds them again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    EvalPrediction,
+    LlamaConfig,
+)
+
+from abr_trainer.classification import ClassifierArguments, Judge
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.glue import TASKS
+from abr_trainer.modeling import heads_in, load_config, load_model, load_tokenizer, lora_config
+from abr_trainer.records import read_lines
+from abr_trainer.schedulers import SCHEDULERS
+from abr_trainer.sentences import SentenceArguments
+from scripts import eval_glue, run_glue_abr
+from tests.conftest import ROOT, run_module
+from tests.sentence_rows import QUICK, tales_and_reports, write_rows
+
+MODELS = {"quantised": ["--load_in_4bit", "--bf16", "--activation_checkpointing"], "plain": []}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Flags that name 64 training rows, 22 to evaluate on and 37 for the test: no multiple of a batch."""
+    folder = tmp_path_factory.mktemp("rows")
+    sizes = {"train": 64, "validation": 22, "test": 37}
+    flags = []
+    for seed, (split, size) in enumerate(sizes.items()):
+        flags += [f"--{split}_file", write_rows(folder / f"{split}.jsonl", tales_and_reports(size, seed))]
+    return flags
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def finished(request, files, tmp_path_factory):
+    """The kind of model, the output directory, and what the run returned."""
+    output = tmp_path_factory.mktemp(request.param) / "run"
+    flags = ["--do_train", "--do_eval", "--do_predict", "--num_train_epochs", "2", "--load_best_model_at_end"]
+    results = run(output, *files, *flags, *MODELS[request.param], "--prompt", "Is it a tale?")
+    return request.param, output, results
+
+
+def run(output, *flags):
+    return run_glue_abr.main([*QUICK, "--output_dir", str(output), *flags])
+
+
+def log_of(output):
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_classifier_is_evaluated_before_and_after_each_epoch_and_ends_with_the_best(finished):
+    _, output, results = finished
+    evaluations = [logs for logs in log_of(output) if "eval_accuracy" in logs]
+    assert [logs["step"] for logs in evaluations] == [0, 16, 32, 32]
+    assert all({"eval_f1", "eval_loss"} <= logs.keys() for logs in evaluations)
+    assert results["eval_accuracy"] > evaluations[0]["eval_accuracy"]
+    assert results["eval_accuracy"] == max(logs["eval_accuracy"] for logs in evaluations[1:]) > 0.9
+    assert results["test_accuracy"] > 0.9
+
+
+def test_scores_are_those_of_the_predictions_row_by_row(finished, files):
+    _, output, results = finished
+    lines = list(read_lines(output / "test_predictions.jsonl"))
+    rows = list(read_lines(files[files.index("--test_file") + 1]))
+    assert [line["label"] for line in lines] == [row["label"] for row in rows], "every row once, in order"
+    said, right = zip(*((line["prediction"], line["label"]) for line in lines), strict=True)
+    assert results["test_accuracy"] == pytest.approx(accuracy_score(right, said))
+    assert results["test_f1"] == pytest.approx(f1_score(right, said, pos_label="tale"))
+
+
+def test_only_the_adapter_and_the_head_are_trained_and_saved(finished):
+    kind, output, _ = finished
+    saved = load_file(output / "adapter_model.safetensors")
+    assert {name for name in saved if "lora_" not in name} == {"base_model.model.score.weight"}
+    assert all(re.search(r"\.(q_proj|v_proj)\.lora_[AB]\.weight$", name) for name in saved if "lora_" in name)
+    assert saved["base_model.model.score.weight"].dtype == torch.float32
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert (adapter["task_type"], adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (
+        "SEQ_CLS",
+        8,
+        16,
+        0.1,
+    )
+    config = json.loads((output / "config.json").read_text())
+    assert config["id2label"] == {"0": "report", "1": "tale"}
+    assert config["pad_token_id"] == AutoTokenizer.from_pretrained(output).pad_token_id is not None
+    assert (output / "quant_config.json").exists() == (kind == "quantised")
+    if kind == "quantised":
+        quantisation = json.loads((output / "quant_config.json").read_text())
+        assert quantisation["bnb_4bit_quant_type"] == "nf4"
+        assert quantisation["bnb_4bit_use_double_quant"] is True
+        assert quantisation["llm_int8_skip_modules"] == ["score"]
+
+
+@pytest.mark.slow
+def test_a_fresh_process_predicts_the_same(finished, files, tmp_path):
+    """Of 37 rows on two processes, the last batches are filled up with rows that must not count twice."""
+    kind, output, _results = finished
+    ranks = 1 if kind == "quantised" else 2
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2"] if ranks == 2 else []
+    script = str(ROOT / "scripts" / "eval_glue.py") if ranks == 2 else "scripts.eval_glue"
+    again = tmp_path / "again.jsonl"
+    flags = ["--adapter_name_or_path", str(output), *files[-2:], "--use_cpu", "--output_file", str(again)]
+    run_module(*launcher, script, *flags, timeout=300)
+    before, after = (list(read_lines(path)) for path in (output / "test_predictions.jsonl", again))
+    if ranks == 1:
+        assert after == before, "to the last bit"
+    assert [line["prediction"] for line in after] == [line["prediction"] for line in before]
+    assert [line["label"] for line in after] == [line["label"] for line in before]
+    logits = [np.array([line["logits"] for line in lines]) for lines in (before, after)]
+    assert logits[1] == pytest.approx(logits[0], abs=1e-4)
+
+
+def test_an_evaluation_knows_task_prompt_and_precision(finished, files, capsys):
+    kind, output, results = finished
+    found = eval_glue.main(["--adapter", str(output), *files, "--split", "validation", "--use_cpu"])
+    assert found["validation_accuracy"] == results["eval_accuracy"]
+    told = json.loads((output / "task.json").read_text())["flags"]
+    expected = {"prompt": "Is it a tale?", "classes": ["report", "tale"], "sentence_columns": ["sentence"]}
+    assert told.items() >= {**expected, "max_seq_length": 24, "load_in_4bit": kind == "quantised"}.items()
+    checkpoint = min(output.glob("checkpoint-*"))
+    assert eval_glue.main(["--adapter", str(checkpoint), *files, "--use_cpu"])["test_loss"] > 0
+    flags = ["--adapter", str(output), *files, "--use_cpu", "--prompt", "none"]
+    assert eval_glue.main(flags)["test_loss"] != results["test_loss"], "a flag wins"
+    assert "37 of 37 predictions as in" not in capsys.readouterr().out.partition("again")[0]
+
+
+def test_plain_peft_finds_the_same(finished):
+    kind, output, _ = finished
+    if kind == "quantised":
+        pytest.skip("the unquantised base has other logits")
+    base = AutoModelForSequenceClassification.from_pretrained(DEMO_MODEL, num_labels=2)
+    model = PeftModel.from_pretrained(base, output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    text = "Is it a tale? Sentence: " + tales_and_reports(37, seed=2)[0]["sentence"]
+    with torch.no_grad():
+        logits = model(**tokenizer([text], truncation=True, max_length=24, return_tensors="pt")).logits[0]
+    line = next(read_lines(output / "test_predictions.jsonl"))
+    assert logits.tolist() == pytest.approx(line["logits"], abs=1e-4)
+
+
+def test_padding_changes_no_prediction(finished, files):
+    kind, output, results = finished
+    flags = ["--adapter", str(output), *files, "--use_cpu", "--per_device_eval_batch_size"]
+    tolerance = 1e-5 if kind == "plain" else 5e-2  # bf16
+    for rows in ("1", "16"):
+        assert eval_glue.main([*flags, rows])["test_loss"] == pytest.approx(results["test_loss"], rel=tolerance)
+
+
+def test_the_parameters_that_llama_3_8b_trains():
+    """q_proj 8 x (4096 + 4096), v_proj 8 x (4096 + 1024), in 32 layers, and a head of 2 x 4096."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_labels=2,
+    )
+    arguments = ClassifierArguments()
+    with torch.device("meta"):
+        base = AutoModelForSequenceClassification.from_config(config)
+        model = get_peft_model(base, lora_config(arguments, base, heads_in(base, arguments.task)))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == 32 * 8 * (4096 + 4096 + 4096 + 1024) + 2 * 4096 == 3_416_064
+    assert 7.5e9 < total < 7.6e9
+
+
+@pytest.mark.parametrize(("flag", "layer"), [("load_in_4bit", Linear4bit), ("load_in_8bit", Linear8bitLt)])
+def test_the_head_is_never_quantised(flag, layer):
+    arguments = ClassifierArguments(**{flag: True})
+    model = load_model(arguments, load_config(arguments, num_labels=3), load_tokenizer(arguments), "cpu")
+    inside = model.base_model.model
+    assert isinstance(inside.model.layers[0].mlp.up_proj, layer)
+    head = inside.score.modules_to_save["default"]
+    assert type(head) is torch.nn.Linear
+    assert head.weight.dtype == torch.float32
+    assert head.weight.shape[0] == 3
+
+
+def test_a_model_in_bf16_has_its_head_in_fp32():
+    arguments = ClassifierArguments(torch_dtype="bfloat16")
+    model = load_model(arguments, load_config(arguments, num_labels=2), load_tokenizer(arguments), "cpu")
+    logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert logits.dtype == torch.float32
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("score" in name for name in trained)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_a_model_of_another_kind_is_trained_as_well(files, tmp_path):
+    """BERT: other names of layers, a head that is called classifier."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    flags = ["--model_name_or_path", str(tmp_path / "bert"), "--do_train", "--max_steps", "2"]
+    run(tmp_path / "run", *files, *flags)
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in saved
+    assert any("query.lora_A" in name for name in saved)
+
+
+def test_all_weights_can_be_trained_and_found_again(files, tmp_path):
+    whole = tmp_path / "whole"
+    flags = ["--do_train", "--do_predict", "--use_lora", "false", "--max_steps", "3", "--learning_rate", "1e-3"]
+    results = run(whole, *files, *flags)
+    assert (whole / "model.safetensors").exists()
+    found = eval_glue.main(["--model_name_or_path", str(whole), *files, "--use_cpu"])
+    assert found["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6)
+
+
+# ---- Adaptive batch repetition ----
+
+
+def first_losses(output):
+    return [batch["loss"] for batch in read_lines(output / "abr_trace.jsonl")]
+
+
+def test_what_a_rule_sees_does_not_depend_on_accumulation(files, tmp_path):
+    flags = [*files, "--do_train", "--max_steps", "6", "--lora_dropout", "0", "--repeat_scheduler", "fixed"]
+    flags += ["--learning_rate", "1e-3"]
+    for name, rows, parts in (("whole", "8", "1"), ("parts", "2", "4")):
+        accumulation = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", parts]
+        run(tmp_path / name, *flags, *accumulation)
+    assert first_losses(tmp_path / "parts") == pytest.approx(first_losses(tmp_path / "whole"), rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", SCHEDULERS)
+def test_every_rule_decides_about_classifications(rule, files, tmp_path):
+    results = run(tmp_path / rule, *files, "--do_train", "--max_passes", "12", "--repeat_scheduler", rule)
+    assert 11 < results["train_passes"] <= 12
+    trace = list(read_lines(tmp_path / rule / "abr_trace.jsonl"))
+    assert trace[0]["loss"] == pytest.approx(math.log(2), abs=0.4), "a mean over rows, not their sum"
+
+
+def test_mislabelled_batches_are_skipped(tmp_path):
+    """Batches 40 and 50 of 60 have the labels of the other kind, when the model knows better."""
+    rows = tales_and_reports(240)
+    for batch in (40, 50):
+        for row in rows[4 * batch : 4 * batch + 4]:
+            row["label"] = {"tale": "report", "report": "tale"}[row["label"]]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    flags = ["--train_file", train, "--do_train", "--num_train_epochs", "1", "--learning_rate", "5e-3"]
+    run(tmp_path / "run", *flags, "--skip_outliers", "robust", "--train_sampling_strategy", "sequential")
+    trace = list(read_lines(tmp_path / "run" / "abr_trace.jsonl"))
+    assert [batch["step"] - 1 for batch in trace if batch["repeats"] == 0] == [40, 50]
+
+
+# ---- Other tasks ----
+
+
+def test_numbers_are_said_as_well(tmp_path):
+    rows = [{"text": row["sentence"], "label": 4.5 * (row["label"] == "tale") + 0.25} for row in tales_and_reports(48)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = ["--train_file", path, "--validation_file", path, "--do_train", "--do_eval", "--num_train_epochs", "2"]
+    results = run(tmp_path / "run", *flags)
+    assert results["eval_pearson"] > 0.8
+    assert results["eval_loss"] < 4, "squared error, below that of always saying the mean"
+
+
+def test_both_validation_splits_of_mnli_are_evaluated_and_hidden_labels_predicted(tmp_path, monkeypatch):
+    texts = [row["sentence"][:40] for row in tales_and_reports(9)]
+    folder = tmp_path / "nyu-mll" / "glue"
+    folder.mkdir(parents=True)
+    files = []
+    for split in ("train", *(f"{kind}_{half}matched" for kind in ("validation", "test") for half in ("", "mis"))):
+        rows = [{"premise": text, "hypothesis": text, "label": i % 3} for i, text in enumerate(texts)]
+        hidden = [{**row, "label": -1} for row in rows]
+        Dataset.from_list(hidden if "test" in split else rows).to_parquet(folder / f"{split}.parquet")
+        files.append({"split": split, "path": f"{split}.parquet"})
+    card = {"configs": [{"config_name": "mnli", "data_files": files}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    monkeypatch.chdir(tmp_path)
+    results = run(tmp_path / "run", "--task_name", "mnli", "--do_eval", "--do_predict")
+    assert results["eval_accuracy"] == results["eval_mm_accuracy"]
+    assert "test_accuracy" not in results
+    for name in ("test", "test_mm"):
+        lines = list(read_lines(tmp_path / "run" / f"{name}_predictions.jsonl"))
+        assert [line["row"] for line in lines] == list(range(1, 10))
+        assert all(line["prediction"] in TASKS["mnli"].labels and len(line["logits"]) == 3 for line in lines)
+
+
+def test_validation_rows_are_trained_on_where_that_is_asked_for(files, tmp_path, capsys):
+    flags = ["--do_train", "--do_predict", "--max_steps", "1", "--merge_validation"]
+    assert "test_accuracy" in run(tmp_path / "run", *files, *flags)
+    assert "rows: 86 train, 37 test" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_not_judged(caplog):
+    logits = np.array([[0.5, 0.1], [math.nan, 0.3], [0.2, 0.9]])
+    judged = Judge(TASKS["mrpc"], SentenceArguments())(EvalPrediction(logits, np.array([0, 1, 1])))
+    assert math.isnan(judged["accuracy"])
+    assert math.isnan(judged["f1"])
+    assert judged["non_finite_rows"] == 1
+    assert "1 of 3 rows got a logit that is not finite" in caplog.text
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "Nothing to do: give --do_train, --do_eval or --do_predict."),
+        (
+            ["--do_train", "--task_name", "mrcp"],
+            "Unknown --task_name 'mrcp'. Did you mean 'mrpc'? Choose from: cola, ",
+        ),
+        (["--do_train", "--label_column", "gold"], "has no column gold; it has sentence, label. See --label_column."),
+        (["--do_train", "--classes", "no", "yes"], "is 'tale'; it must be 0 to 1 or no, yes."),
+        (["--do_train", "--merge_validation", "--do_eval"], "--merge_validation trains on the validation rows"),
+        (["--do_train", "--prompt", "perfekt"], "--prompt perfekt: did you mean perfect?"),
+        (["--do_train", "--max_seq_length", "9999"], "--max_seq_length 9999 exceeds the model's context of 256"),
+        (["--do_train", "--load_in_4bit", "--use_lora", "false"], "Quantised weights cannot be trained"),
+        (["--do_train", "--model_name_or_path", "no/where"], "--model_name_or_path no/where cannot be loaded"),
+    ],
+)
+def test_bad_input_gives_one_line_before_a_model_is_loaded(files, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(run_glue_abr, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
+        run(tmp_path / "run", *files, *flags)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists(), "nothing may be half-written"
+
+
+def test_an_adapter_for_texts_is_no_classifier(finished, files, tmp_path):
+    _, output, _ = finished
+    changed = tmp_path / "adapter_config.json"
+    config = json.loads((output / "adapter_config.json").read_text())
+    changed.write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    with pytest.raises(SystemExit, match="is an adapter for CAUSAL_LM, not for a sequence classifier."):
+        eval_glue.main(["--adapter_name_or_path", str(tmp_path), *files, "--use_cpu"])
+    with pytest.raises(SystemExit, match="is an adapter, not a model: give the model that it was trained on"):
+        eval_glue.main(["--model_name_or_path", str(output), *files, "--use_cpu"])
+    with pytest.raises(SystemExit, match="Give --adapter_name_or_path or --model_name_or_path: what is to be"):
+        eval_glue.main(["--use_cpu"])
+    with pytest.raises(SystemExit, match=r"There are no test rows: give --test_file."):
+        eval_glue.main(["--adapter_name_or_path", str(output), "--use_cpu"])
+
+
+def test_help_explains_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        run_glue_abr.main(["--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--task_name", "--prompt", "--merge_validation", "--max_passes", "--load_in_4bit"):
+        assert flag in shown
+    args = run_glue_abr.parse_arguments(run_glue_abr.ARGUMENTS, ["--use_cpu"])[-1]
+    assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs, args.seed) == (
+        3e-4,
+        8,
+        10,
+        42,
+    )
+    assert (args.optim, args.lr_scheduler_type, args.warmup_steps) == ("adamw_bnb_8bit", "linear", 0.06)
