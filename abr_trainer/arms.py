@@ -1,4 +1,4 @@
-"""The alternatives of a comparison: a rule, its parameters, and flags of the script."""
+"""The alternatives of a comparison: a repeat scheduler or a prompt, and flags of the script."""
 
 from __future__ import annotations
 
@@ -25,44 +25,49 @@ class Arm:
 
     Attributes:
         name: As typed; stands in tables and pictures.
-        rule: What `--repeat_scheduler` gets.
+        rule: What `--repeat_scheduler` gets; empty to leave that to the flags that all runs share.
         parameters: Of the rule, as JSON; empty for none.
         flags: What else it adds to the command line.
     """
 
     name: str
-    rule: str
+    rule: str = ""
     parameters: str = ""
     flags: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
+        rule = ["--repeat_scheduler", self.rule] if self.rule else []
         parameters = ["--repeat_scheduler_kwargs", self.parameters] if self.parameters else []
-        return ["--repeat_scheduler", self.rule, *parameters, *self.flags]
+        return [*rule, *parameters, *self.flags]
 
     @property
     def folder(self) -> str:
-        return re.sub(r"[^\w.=-]+", "-", self.name).strip("-")
+        """A name for a directory. A digest tells texts apart that would go by the same one."""
+        safe = re.sub(r"[^\w.=-]+", "-", self.name).strip("-")
+        if self.rule or re.fullmatch(r"\w{1,40}", self.name):
+            return safe
+        return f"{safe[:40].strip('.-')}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}".lstrip("-")
 
     @property
     def fingerprint(self) -> str:
         """A digest of the file that holds a rule of one's own; empty for the rules of this package."""
-        if self.rule in SCHEDULERS:
+        if not self.rule or self.rule in SCHEDULERS:
             return ""
         file = inspect.getsourcefile(find_repeat_scheduler(self.rule))
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
     @property
     def decides(self) -> bool:
-        """Whether the rule looks at a batch before it says how often to train on it."""
-        return self.rule not in ("baseline", "fixed", "random")
+        """Whether its rule looks at a batch before it says how often to train on it."""
+        return self.rule not in ("", "baseline", "fixed", "random")
 
     def leaves_open(self, flag: str) -> bool:
         """Tell whether a flag of the script, given without dashes, changes anything about this arm."""
         own = json.loads(self.parameters or "{}")
         if flag in own or f"--{flag}" in given_flags(self.flags):
             return False
-        if flag not in OF_RULES:
+        if not self.rule or flag not in OF_RULES:
             return True
         return reads_flag(self.rule, flag) and not (self.rule == "fixed" and "repeats" in own)
 
@@ -112,6 +117,29 @@ def parse_arm(text: str) -> Arm:
     if parameters:
         get_repeat_scheduler(rule, **parameters)
     return Arm(text, rule, json.dumps(parameters) if parameters else "", tuple(flags))
+
+
+def prompt_arm(text: str) -> Arm:
+    """Return the arm that puts this prompt before each row: the name of one that the script knows, or any text.
+
+    Raises:
+        ValueError: There is no text.
+
+    >>> prompt_arm("none").folder, prompt_arm("Same meaning?").folder, prompt_arm("Same meaning!").folder
+    ('none', 'Same-meaning-1ae089a4', 'Same-meaning-3ce8dbcf')
+    """
+    if not text.strip():
+        raise ValueError("--prompts: an empty prompt is called none.")
+    return Arm(text, flags=("--prompt", text))
+
+
+def quoted(name: str) -> str:
+    """Put a name of several words into quotation marks, for a sentence.
+
+    >>> print(quoted("none"), quoted("Same meaning?"))
+    none "Same meaning?"
+    """
+    return f'"{name}"' if re.search(r"\s", name) else name
 
 
 def _as_json(text: str) -> Any:

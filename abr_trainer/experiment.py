@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import runpy
 import shlex
 import shutil
 import statistics
@@ -20,15 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .arms import Arm
+from .arms import Arm, quoted
 from .errors import refuse_below
 from .flags import BUDGET, given_flags, is_on, refuse
 from .processes import Forked, Launched, Process, start_quietly
 from .progress import Progress
 from .records import PROVENANCE, RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, write_whole
+from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
 
-OF_A_RUN = ("command_line", "config", "data", "modeling", "trainer")
-OF_THE_SCRIPT = ("comparison", "report.files", "report.of_comparison")  # a fork imports the main module anew
+OF_A_RUN = ("command_line", "classification", "job", "measurement", "modeling", "sentences", "tracking", "trainer")
+OF_THE_SCRIPT = ("comparing",)  # a fork imports the main module anew
 STACK = [f"abr_trainer.{name}" for name in (*OF_A_RUN, *OF_THE_SCRIPT)]
 """What a process is to have imported before runs are forked from it: all that takes long."""
 
@@ -48,6 +50,7 @@ class Run:
 
     Attributes:
         argv: What the script gets; `--output_dir` and what resumes it come on top.
+        varied: What the comparison varies.
     """
 
     arm: Arm
@@ -55,19 +58,22 @@ class Run:
     directory: Path
     argv: tuple[str, ...]
     tuned: Values = ()
+    varied: str = "scheduler"
 
     @property
     def title(self) -> str:
-        return " ".join([self.arm.name, *(f"{name} {value}" for name, value in self.tuned), f"seed {self.seed}"])
+        return " ".join(
+            [quoted(self.arm.name), *(f"{name} {value}" for name, value in self.tuned), f"seed {self.seed}"]
+        )
 
     @property
     def log(self) -> Path:
         return self.directory.with_name(self.directory.name + ".log")
 
     @property
-    def wanted_metrics(self) -> list[str]:
-        wanted = ["train_passes", "eval_perplexity"]
-        return [*wanted, "test_perplexity"] if is_on("--do_predict", given_flags(self.argv)) else wanted
+    def parts(self) -> list[str]:
+        """What it does, as its results begin: a test split may come without labels, and so without a score."""
+        return ["train_passes", "eval_", *(["test_"] if is_on("--do_predict", given_flags(self.argv)) else [])]
 
     def results(self) -> dict[str, float] | None:
         """Return what the finished run has reached, or None if it is not finished.
@@ -87,9 +93,9 @@ class Run:
             )
         results: dict[str, float] = read_json(self.directory / RESULTS) or {}
         is_finished = (self.directory / TRAINER_STATE).exists() and all(
-            name in results for name in self.wanted_metrics
+            any(name.startswith(part) for name in results) for part in self.parts
         )
-        return results if is_finished else None
+        return results if is_finished and metrics_in(results, self.varied) else None
 
     def arguments(self) -> list[str]:
         """Return the whole command line of the script, to begin the run or to go on with it."""
@@ -118,8 +124,10 @@ class Experiment:
         out: Directory of all runs and of the report.
         script: The script that each run is.
         flags: Arguments of the script that all runs share, complete.
+        varied: What the arms differ in: "scheduler" or "prompt".
         match: What the runs have in common: "passes" or "batches".
-        reference: Name of the arm that the others are compared with; empty for the baseline, or the first.
+        reference: Name of the arm that the others are compared with; empty for the one that leaves out what is varied
+            (baseline, none), or the first.
         tune: Values to try, by flag without dashes.
         tune_seeds: Seeds to choose the values by.
         launcher: What starts the script, e.g. `accelerate launch`; empty for one process.
@@ -136,6 +144,7 @@ class Experiment:
     arms: list[Arm]
     seeds: list[int]
     flags: list[str]
+    varied: str = "scheduler"
     match: str = "passes"
     reference: str = ""
     tune: dict[str, list[str]] = field(default_factory=dict)
@@ -150,16 +159,18 @@ class Experiment:
     def __post_init__(self) -> None:
         names = [arm.folder for arm in self.arms]
         if twice := next((arm.name for arm in self.arms if names.count(arm.folder) > 1), None):
-            raise ValueError(f"--schedulers {twice} stands there twice, or goes by the same directory as another one.")
-        for arm in self.arms:
-            self._refuse(arm.flags, f"--schedulers {arm.name}: ")
+            raise ValueError(
+                f"{self.option} {twice} stands there twice, or goes by the same directory as another one."
+            )
+        for arm in self.arms if self.varied == "scheduler" else []:
+            self._refuse(arm.flags, f"{self.option} {arm.name}: ")
         for name, values in self.tune.items():
             for value in values:
                 self._refuse([f"--{name}", value], "--tune: ")
         if self.reference and self.reference not in [arm.name for arm in self.arms]:
-            raise ValueError(f"--reference {self.reference} is none of --schedulers.")
+            raise ValueError(f"--reference {self.reference} is none of {self.option}.")
         if not self.reference:
-            self.reference = next((arm.name for arm in self.arms if arm.rule == "baseline"), self.arms[0].name)
+            self.reference = next((arm.name for arm in self.arms if self._is_plain(arm)), self.arms[0].name)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must be one number above 0, or several different ones, got {self.seeds}.")
         refuse_below(self, {"jobs": 1})
@@ -169,9 +180,17 @@ class Experiment:
             raise ValueError("--tune_seeds must be at least 1.")
         self._seen: set[Path] = set()
 
+    @property
+    def option(self) -> str:
+        return f"--{self.varied}s"
+
+    def _is_plain(self, arm: Arm) -> bool:
+        return arm.name == "none" if self.varied == "prompt" else arm.rule == "baseline"
+
     def _refuse(self, flags: Iterable[str], where: str) -> None:
         """Refuse flags that are not for an arm to set; a budget of its own may be lower than that of the others."""
-        refuse(flags, where, budget=given_flags(self.flags).get(BUDGET) if self.match == "passes" else None)
+        budget = given_flags(self.flags).get(BUDGET) if self.match == "passes" else None
+        refuse(flags, where, budget=budget, varied=self.varied)
 
     # ---- What is to run, and what it has shown ----
 
@@ -190,6 +209,7 @@ class Experiment:
             self.out.joinpath("runs", arm.folder, *folder, f"seed-{seed}"),
             (*argv, "--seed", str(seed)),
             tuned,
+            self.varied,
         )
 
     def results(self, run: Run) -> dict[str, float] | None:
@@ -201,22 +221,30 @@ class Experiment:
         tried = [(arm, tuned) for arm in arms for tuned in self.candidates(arm) if tuned]
         return [self.run_of(arm, seed, tuned) for seed in self.tune_seeds for arm, tuned in tried]
 
+    def score(self, runs: Iterable[Run]) -> Score:
+        """Return what these runs are judged by: the first of the scores that the finished ones have."""
+        return score_of(main_metric({name for run in runs for name in self.results(run) or ()}, self.varied))
+
     def tried(self, arm: Arm) -> dict[Values, float]:
-        """Return the mean validation perplexity of each candidate: infinite if a run of it is missing or diverged."""
+        """Return the mean validation score of each candidate: the worst there is if a run of it is missing or
+        diverged.
+        """
+        runs = {tuned: [self.run_of(arm, seed, tuned) for seed in self.tune_seeds] for tuned in self.candidates(arm)}
+        score = self.score(run for some in runs.values() for run in some)
         means = {}
-        for tuned in self.candidates(arm):
-            reached = [self.results(self.run_of(arm, seed, tuned)) for seed in self.tune_seeds]
-            values = [math.inf if results is None else results["eval_perplexity"] for results in reached]
-            means[tuned] = statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
+        for tuned, some in runs.items():
+            values = [(self.results(run) or {}).get(f"eval_{score.name}", score.worst) for run in some]
+            means[tuned] = statistics.fmean(values) if all(map(math.isfinite, values)) else score.worst
         return means
 
     def chosen(self, arm: Arm) -> Values:
-        """Return the candidate of the lowest mean validation perplexity."""
+        """Return the candidate of the best mean validation score."""
         first, *others = self.candidates(arm)
         if not others:
             return first
         tried = self.tried(arm)
-        return min(tried, key=tried.__getitem__)
+        best = min if SCORES[self.varied][0].lower_is_better else max
+        return best(tried, key=tried.__getitem__)
 
     def final_runs(self, arms: Iterable[Arm]) -> list[Run]:
         """Return the runs that the comparison is made of, one seed of all arms after the other."""
@@ -300,7 +328,7 @@ class Experiment:
         ]
         start_quietly()
         receiver, sender = self._stack.Pipe(duplex=False)
-        process = self._stack.Process(target=_parse_all, args=(arguments, sender), daemon=True)
+        process = self._stack.Process(target=_parse_all, args=(self.script, arguments, sender), daemon=True)
         process.start()
         sender.close()
         try:
@@ -401,10 +429,11 @@ class Experiment:
             self.failures[run] = reason
             return reason
         self._tidy(run)
-        names = {"eval_perplexity": "validation", "test_perplexity": "test"}
-        metrics = [f"{names[name]} {results[name]:.3f}" for name in run.wanted_metrics[1:]]
+        score = score_of(main_metric(results, self.varied))
+        names = {f"{split}_{score.name}": words for split, words in SPLITS.items()}
+        metrics = [f"{words} {results[name]:.3f}" for name, words in names.items() if name in results]
         spent = f"{results['train_passes']:g} passes, {results['train_updates']:g} updates, {seconds:.0f} s"
-        return f"{run.title}: perplexity {', '.join(metrics)}; {spent}"
+        return f"{run.title}: {score.words} {', '.join(metrics)}; {spent}"
 
     def _tidy(self, run: Run) -> None:
         """Remove the checkpoints of a finished run, if they were there to resume by."""
@@ -413,20 +442,18 @@ class Experiment:
                 shutil.rmtree(checkpoint)
 
 
-def _parse_all(arguments: list[list[str]], sender: Any) -> None:
+def _parse_all(script: Path, arguments: list[list[str]], sender: Any) -> None:
     """Parse these command lines as the script does, and send what the first of them asks for, or what is wrong.
 
-    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`.
+    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`. The script names the
+    dataclasses of its arguments in `ARGUMENTS`, the last one an `ABRConfig`.
     """
     from .command_line import parse_arguments
-    from .config import ABRConfig
-    from .data import DataArguments
-    from .modeling import ModelArguments
 
+    argument_classes = runpy.run_path(str(script))["ARGUMENTS"]
     found: dict[str, Any] | ValueError
     try:
-        parsed = [parse_arguments((ModelArguments, DataArguments, ABRConfig), argv)[-1] for argv in arguments]
-        first: ABRConfig = parsed[0]
+        first, *_ = [parse_arguments(argument_classes, argv)[-1] for argv in arguments]
         found = {
             "device": first.device.type,
             "devices": _visible_gpus(),

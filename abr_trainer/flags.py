@@ -1,4 +1,4 @@
-"""Command lines of `run_clm_abr.py`, read and completed without running it; no torch, no transformers."""
+"""Command lines of the training scripts, read and completed without running them; no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ import yaml
 
 from .errors import one_line
 
+VARIED = {
+    "scheduler": {
+        "--repeat_scheduler": "--schedulers",
+        "--repeat_scheduler_kwargs": "--schedulers name:parameter=value",
+    },
+    "prompt": {"--prompt": "--prompts"},
+}
+"""Flags of the script that are what a comparison varies, and what to use instead."""
+
 OF_THE_COMPARISON = {
-    "--repeat_scheduler": "--schedulers",
-    "--repeat_scheduler_kwargs": "--schedulers name:parameter=value",
     "--seed": "--seeds",
     "--output_dir": "--out",
     "--resume_from_checkpoint": "the same command once more, which resumes by itself",
@@ -24,15 +31,21 @@ BUDGET = "--max_passes"
 
 SHARED = (
     *(BUDGET, "--max_steps", "--num_train_epochs", "--do_train", "--do_eval", "--do_predict"),
-    *("--validation_file", "--test_file", "--max_eval_samples", "--block_size"),
+    *("--validation_file", "--test_file", "--max_eval_samples", "--block_size", "--task_name"),
 )
 """How long a run is and what it is judged by: the same for all runs of a comparison."""
 
+ORDER = "--train_sampling_strategy"
 SAVING = ("--save_strategy", "--save_steps", "--save_passes", "--save_total_limit")
 EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 
 
 WITHOUT_TEST_SPLIT = (["c4"], ["allenai/c4"])
+
+WITH_TEST_LABELS = "mrpc"
+"""The task of GLUE of which the Hub has the labels of the test split; those of the others are hidden. It is the one
+that is taken where none is named.
+"""
 
 
 def is_flags_file(argument: str) -> bool:
@@ -107,7 +120,11 @@ def asks_to_save(rest: Sequence[str]) -> bool:
 
 
 def refuse(
-    flags: Iterable[str], where: str, shared: Sequence[str] = SHARED, budget: Sequence[str] | None = None
+    flags: Iterable[str],
+    where: str,
+    shared: Sequence[str] = SHARED,
+    budget: Sequence[str] | None = None,
+    varied: str = "scheduler",
 ) -> None:
     """Refuse flags that the comparison sets itself, or that make runs incomparable.
 
@@ -115,12 +132,13 @@ def refuse(
         where: What the flags come from, for the message.
         shared: Flags that must not stand there.
         budget: The passes that each run may spend: one that stops earlier may say so.
+        varied: What the comparison varies: "scheduler" or "prompt".
 
     Raises:
         ValueError: One of them is there.
     """
     for flag, values in given_flags(flags).items():
-        if instead := OF_THE_COMPARISON.get(flag):
+        if instead := (VARIED[varied] | OF_THE_COMPARISON).get(flag):
             raise ValueError(f"{where}{flag} is not for the runs to decide. Use {instead}.")
         if flag == BUDGET and budget:
             if not all(value.isdigit() and int(value) <= int(budget[-1]) for value in values):
@@ -150,20 +168,57 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
     if other_clock in given:
         raise ValueError(f"--match {match} leaves no room for {other_clock}: runs would end before what is matched.")
     refuse(rest, "", shared=())
-    for flag in ("--do_train", "--do_eval"):
-        if flag in given and not is_on(flag, given):
-            raise ValueError(f"{flag} {' '.join(given[flag])}: a comparison trains and evaluates every run.")
-    added = [flag for flag in ("--do_train", "--do_eval") if flag not in given]
+    added = _what_to_do(given)
     has_test = "--test_file" in given or not {"--train_file", "--validation_file"} & given.keys()
     if "--do_predict" not in given and has_test and given.get("--dataset_name") not in WITHOUT_TEST_SPLIT:
         added.append("--do_predict")
     evaluating, saving = _when_to_evaluate_and_save(given, match, evaluations)
     added += evaluating
     added += [] if "--eval_on_start" in given else ["--eval_on_start"]
-    added += saving
-    added += [] if "--report_to" in given else ["--report_to", "none"]
-    added += [] if "--disable_tqdm" in given else ["--disable_tqdm", "true"]
-    return [*rest, *added]
+    return [*rest, *added, *saving, *_quietly(given)]
+
+
+def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
+    """Return the flags that all runs of a comparison of prompts share: those given, and what it needs beside them.
+
+    When to evaluate is left to the script: before training, after every epoch and at the end.
+
+    Args:
+        rest: Arguments of `run_glue_abr.py`, a file of flags expanded.
+
+    Raises:
+        ValueError: An argument is not for one run to decide.
+    """
+    given = given_flags(rest)
+    refuse(rest, "", shared=(), varied="prompt")
+    added = _what_to_do(given)
+    has_files = not {"--train_file", "--validation_file"}.isdisjoint(given)
+    if given.get(ORDER, [])[-1:] == ["group_by_length"]:
+        raise ValueError(f"{ORDER} group_by_length: the prompt changes lengths, and so the order of the rows.")
+    task = given.get("--task_name", [WITH_TEST_LABELS])
+    has_test = "--test_file" in given or (not has_files and task[-1:] == [WITH_TEST_LABELS])
+    if "--do_predict" not in given and has_test:
+        added.append("--do_predict")
+    saves = not given.keys().isdisjoint(SAVING)
+    saving = [] if saves else ["--save_strategy", "epoch", "--save_total_limit", "1"]
+    return [*rest, *added, *saving, *_quietly(given)]
+
+
+def _what_to_do(given: dict[str, list[str]]) -> list[str]:
+    """Return the flags that make every run train and evaluate, as far as they are not given.
+
+    Raises:
+        ValueError: One of them is given and off.
+    """
+    for flag in ("--do_train", "--do_eval"):
+        if flag in given and not is_on(flag, given):
+            raise ValueError(f"{flag} {' '.join(given[flag])}: a comparison trains and evaluates every run.")
+    return [flag for flag in ("--do_train", "--do_eval") if flag not in given]
+
+
+def _quietly(given: dict[str, list[str]]) -> list[str]:
+    reporting = [] if "--report_to" in given else ["--report_to", "none"]
+    return [*reporting, *([] if "--disable_tqdm" in given else ["--disable_tqdm", "true"])]
 
 
 def _when_to_evaluate_and_save(

@@ -23,6 +23,9 @@ TASK_NAME = "task.json"
 """What a classifier was trained to do: the flags that its predictions depend on."""
 
 QUANT_CONFIG_NAME = "quant_config.json"
+CONFIGS = ("config.json", QUANT_CONFIG_NAME, "adapter_config.json")
+"""What describes the model of a run."""
+
 PREDICTIONS_NAME = "{split}_predictions.jsonl"
 
 SKIPPED_NAME = "_skipped_batches.jsonl"

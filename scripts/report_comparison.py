@@ -17,7 +17,7 @@ from abr_trainer.report.of_comparison import report_on_comparison, summary_lines
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="--out of compare_schedulers.py")
+    parser.add_argument("directory", type=Path, help="--out of compare_schedulers.py or compare_prompts.py")
     args = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
         data = read_comparison(args.directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 
@@ -9,7 +10,9 @@ import pytest
 
 from abr_trainer.comparison import (
     find_mismatches,
+    find_other_configs,
     learning_curve,
+    loss_curve,
     mean_curve,
     over_loss,
     over_passes,
@@ -20,6 +23,7 @@ from abr_trainer.comparison import (
     summarise_arm,
     verdict,
 )
+from abr_trainer.scores import score_of
 
 
 def test_the_t_interval_is_that_of_the_textbook():
@@ -202,3 +206,90 @@ def test_a_directory_without_a_comparison_is_told_apart_from_a_damaged_one(tmp_p
     (tmp_path / "comparison.json").write_text('{"format": 7}')
     with pytest.raises(ValueError, match="format that this version does not read"):
         read_comparison(tmp_path)
+
+
+# ---- Scores of which more is better ----
+
+ACCURACY = score_of("test_accuracy")
+
+
+def test_more_is_better_of_an_accuracy():
+    # Mean 0.02, deviation 0.01, standard error 0.01 / sqrt(5) = 0.004472; t(0.975, 4) = 2.7764: margin 0.012416.
+    gained = [0.01, 0.01, 0.02, 0.03, 0.03]
+    found = paired(gained, lower_is_better=False)
+    assert (found["wins"], found["mean"]) == (5, pytest.approx(0.02))
+    assert (found["t_low"], found["t_high"]) == (pytest.approx(0.007584, abs=1e-6), pytest.approx(0.032416, abs=1e-6))
+    assert verdict(found, 5, lower_is_better=False) == "better"
+    assert (paired(gained)["wins"], verdict(paired(gained), 5)) == (0, "worse"), "of a perplexity"
+    lost = paired([-gain for gain in gained], lower_is_better=False)
+    assert (lost["wins"], verdict(lost, 5, lower_is_better=False)) == (0, "worse")
+    unsure = paired([0.02, -0.01, 0.0], lower_is_better=False)
+    assert (unsure["wins"], verdict(unsure, 3, lower_is_better=False)) == (1, "no evidence")
+
+
+def scored(seed, accuracy, **others):
+    return run(seed, 1.0, **{"metrics": {"test_accuracy": accuracy}, **others})
+
+
+def test_the_same_number_of_rows_is_the_same_difference_whatever_floats_make_of_it():
+    assert 0.7 - 0.6 != 0.8 - 0.7
+    arm, reference = [scored(0, 0.7), scored(1, 0.8)], [scored(0, 0.6), scored(1, 0.7)]
+    entry = summarise_arm(arm, reference, ["test_accuracy"], planned=2)["test_accuracy"]
+    assert entry["difference"]["deviation"] == 0
+    assert entry["verdict"] == "no verdict: the seeds do not differ", "an interval of no width would be a sure gain"
+
+
+def test_an_accuracy_is_compared_by_differences_and_interpolated_as_it_is():
+    curves, reference = {0: [[0, 0.5], [1, 0.75]]}, {0: [[0, 0.5], [2, 0.7]]}
+    first, second = relative_curve(curves, reference, ACCURACY, "epoch")  # after 1 epoch the reference has 0.6
+    assert (first["epoch"], first["mean"], second["epoch"], second["mean"]) == (0, 0, 1, pytest.approx(0.15))
+    assert relative_curve({0: [[3, 0.9]]}, reference, ACCURACY, "epoch") == [], "the reference was never that far"
+    (point,) = mean_curve([[[1, 0.5]], [[1, 0.7]]], ACCURACY, "epoch")
+    assert (point["epoch"], point["mean"]) == (1, pytest.approx(0.6))
+
+
+def test_a_learning_curve_over_epochs_ends_with_what_was_reached(tmp_path):
+    log = [{"step": 0, "eval_accuracy": 0.5}, {"step": 4, "epoch": 1.0, "eval_accuracy": 0.9}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [*log, {"step": 8, "epoch": 2.0}]}))
+    batches = [{"step": step, "epoch": step / 4, "passes": step} for step in range(1, 9)]
+    results = {"eval_accuracy": 0.8, "train_passes": 8.0}  # of the best checkpoint, say
+    curve = learning_curve(tmp_path, batches, results, "eval_accuracy", "epoch")
+    assert curve == [[0.0, 0.5], [1.0, 0.9], [2.0, 0.8]]
+
+
+def test_the_training_loss_is_that_of_equal_parts_of_the_run():
+    batches = [{"epoch": (i + 1) / 20, "loss": float(i)} for i in range(40)]
+    points = loss_curve(batches)
+    assert len(points) == 20
+    assert points[0] == [pytest.approx(0.075), 0.5]
+    assert points[-1] == [pytest.approx(1.975), 38.5]
+
+
+def test_what_speaks_against_a_comparison_of_prompts_is_said():
+    same = {"git": "a", "versions": {}, "machine": {}}
+    none, perfect = scored(0, 0.5, **same), scored(0, 0.6, **same)
+    none["arm"], perfect["arm"] = "none", "Same meaning?"
+    perfect |= {"first_loss": 0.8, "cost": {**perfect["cost"], "tokens": 9.0, "flops": 9.0}}
+    assert find_mismatches([none, perfect], "batches", "prompt") == [], (
+        "its loss and its costs are those of the prompt"
+    )
+    ignored = {**none, "arm": "Same meaning?"}
+    (told,) = find_mismatches([none, ignored], "batches", "prompt")
+    assert told == 'none and "Same meaning?" gave the same run with seed 0: their prompts have not reached the model.'
+    perfect["cost"]["batches"] = 2.0
+    assert find_mismatches([none, perfect], "batches", "prompt") == ["The runs did not see the same: 1 to 2 batches."]
+
+
+def test_models_that_differ_in_more_than_paths_and_seeds_are_told_apart(tmp_path):
+    runs = [{"directory": f"seed-{seed}"} for seed in (0, 1)]
+    for seed, modules in enumerate((["q_proj", "v_proj"], ["v_proj", "q_proj"])):
+        (tmp_path / f"seed-{seed}").mkdir()
+        config = {"base_model_name_or_path": f"/models/{seed}", "seed": seed, "r": 8, "target_modules": modules}
+        (tmp_path / f"seed-{seed}" / "adapter_config.json").write_text(json.dumps(config))
+    assert find_other_configs(tmp_path, runs) == []
+    (tmp_path / "seed-1" / "adapter_config.json").write_text(json.dumps({**config, "r": 16}))
+    (tmp_path / "seed-1" / "quant_config.json").write_text('{"bits": 4}')
+    assert find_other_configs(tmp_path, runs) == [
+        "quant_config.json differs between the runs in bits.",
+        "adapter_config.json differs between the runs in r.",
+    ]

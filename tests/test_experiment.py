@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from abr_trainer.arms import parse_arm
 from abr_trainer.comparison import COSTS, collect, tuning_of
+from abr_trainer.demo import demo_texts
 from abr_trainer.experiment import Experiment, last_words
 from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.progress import share_done
@@ -24,17 +25,6 @@ from abr_trainer.report.of_comparison import circumstances, shortcomings
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "compare_schedulers.py"
-QUICK = [
-    "--dataset_name",
-    "demo",
-    "--block_size",
-    "64",
-    "--per_device_train_batch_size",
-    "4",
-    "--learning_rate",
-    "2e-3",
-]
-QUICK += ["--max_eval_samples", "8", "--use_cpu", "--max_passes", "12"]
 EXPERIMENT = {"out": Path("out"), "script": Path("run_clm_abr.py"), "seeds": [0, 1], "flags": ["--max_passes", "12"]}
 
 
@@ -358,16 +348,28 @@ def test_the_share_that_is_done_is_read_off_the_trace(tmp_path):
 # ---- Real comparisons ----
 
 
-def compare(out, *options, schedulers=("baseline", "abr:loss_threshold=0.8"), rest=QUICK):
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Flags of runs that take a second or two: on a part of the demo, which takes a second to make."""
+    directory = tmp_path_factory.mktemp("texts")
+    flags = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]
+    for split, passages in {"train": 120, "validation": 16, "test": 16}.items():
+        path = directory / f"{split}.txt"
+        path.write_text("\n".join(demo_texts(split)[:passages]))
+        flags += [f"--{split}_file", str(path)]
+    return [*flags, "--max_eval_samples", "8", "--max_passes", "12"]
+
+
+def compare(out, rest, *options, schedulers=("baseline", "abr:loss_threshold=0.8")):
     main = runpy.run_path(str(SCRIPT))["main"]
     return main(["--schedulers", *schedulers, "--out", str(out), *options, "--", *rest])
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick):
     """A comparison with controls, and what it returned."""
     out = tmp_path_factory.mktemp("compare") / "cmp"
-    return out, compare(out, "--seeds", "2", "--controls", "--jobs", "2", "--evaluations", "3")
+    return out, compare(out, quick, "--seeds", "2", "--controls", "--jobs", "2", "--evaluations", "3")
 
 
 @pytest.mark.slow
@@ -404,15 +406,18 @@ def test_controls_spend_the_mean_repeats_of_the_rule(finished):
 def test_every_run_is_evaluated_at_the_same_compute(finished):
     _, data = finished
     for arm in data["arms"]:
-        assert [point["passes"] for point in arm["curve"]] == pytest.approx([0, 4, 8, 12], abs=1.5)
+        most = 1 if arm["name"] == "baseline" else 5  # passes over the batch after which it is evaluated
+        *evaluated, last = (point["passes"] for point in arm["curve"])
+        assert [0 <= passes - due < most for passes, due in zip(evaluated, (0, 3.99, 7.99), strict=True)] == [True] * 3
+        assert last == pytest.approx(12, abs=0.6)
         assert arm["curve"][0]["mean"] == data["arms"][0]["curve"][0]["mean"], "an untrained adapter changes nothing"
 
 
 @pytest.mark.slow
-def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, capfd):
+def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, quick, capfd):
     out, data = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("all_results.json")}
-    again = compare(out, "--seeds", "3", "--evaluations", "3")
+    again = compare(out, quick, "--seeds", "3", "--evaluations", "3")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(again["runs"]) == 6
     assert "4 finished runs are kept" in capfd.readouterr().out
@@ -422,17 +427,18 @@ def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, capfd)
 
 
 @pytest.mark.slow
-def test_other_arguments_in_the_same_directory_are_refused(finished):
+def test_other_arguments_in_the_same_directory_are_refused(finished, quick):
     out, _ = finished
+    rest = ["1e-3" if flag == "2e-3" else flag for flag in quick]
     with pytest.raises(SystemExit, match=r"other arguments \(--learning_rate: 2e-3 -> 1e-3\)"):
-        compare(out, "--seeds", "2", "--evaluations", "3", rest=["1e-3" if flag == "2e-3" else flag for flag in QUICK])
+        compare(out, rest, "--seeds", "2", "--evaluations", "3")
 
 
 @pytest.mark.slow
-def test_another_launcher_in_the_same_directory_is_refused(finished):
+def test_another_launcher_in_the_same_directory_is_refused(finished, quick):
     out, _ = finished
     with pytest.raises(SystemExit, match=r"--launcher torchrun: the runs in .* were started with none"):
-        compare(out, "--seeds", "2", "--evaluations", "3", "--launcher", "torchrun")
+        compare(out, quick, "--seeds", "2", "--evaluations", "3", "--launcher", "torchrun")
 
 
 @pytest.mark.slow
@@ -464,18 +470,18 @@ def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finish
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_path):
+def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, quick, tmp_path):
     _, data = finished
     options = ["--schedulers", "baseline", "abr:loss_threshold=0.8", "--seeds", "1", "--evaluations", "3"]
     for attempt in range(4):  # on a busy machine, a run may have ended before it was seen to have a checkpoint
         out = tmp_path / f"cmp-{attempt}"
         directory = out / "runs" / "baseline" / "seed-0"  # after its first checkpoint ten batches are still to come
-        command = [sys.executable, str(SCRIPT), *options, "--out", str(out), "--", *QUICK]
+        command = [sys.executable, str(SCRIPT), *options, "--out", str(out), "--", *quick]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while process.poll() is None and not last_complete_checkpoint(directory):
             if (directory / "all_results.json").exists():
                 break
-            time.sleep(0.005)
+            time.sleep(0.02)
         if process.poll() is None and not (directory / "all_results.json").exists():
             process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
@@ -490,7 +496,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, tmp_pat
     time.sleep(1)
     assert trace.read_text() == batches, "no process is left behind"
 
-    resumed = compare(out, "--seeds", "1", "--evaluations", "3")
+    resumed = compare(out, quick, "--seeds", "1", "--evaluations", "3")
     expected = {(run["arm"], run["seed"]): run["metrics"] for run in data["runs"]}
     assert {run["arm"]: run["resumed"] for run in resumed["runs"]} == {"baseline": 1, "abr:loss_threshold=0.8": 0}
     for run in resumed["runs"]:
@@ -507,20 +513,20 @@ class Failing(RepeatScheduler):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_no_result(tmp_path, monkeypatch, capfd):
+def test_a_run_that_fails_is_no_result(quick, tmp_path, monkeypatch, capfd):
     (tmp_path / "failing_rule.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
     schedulers = ["failing_rule:Failing", "baseline"]
     with pytest.raises(
         SystemExit, match=r"failing_rule:Failing seed 0 failed with exit status 1: .*this rule has a bug"
     ) as stopped:
-        compare(tmp_path / "cmp", "--seeds", "1", schedulers=schedulers)
+        compare(tmp_path / "cmp", quick, "--seeds", "1", schedulers=schedulers)
     log = Path(str(stopped.value).partition("Its log: ")[2].partition(".log")[0] + ".log")
     assert "this rule has a bug" in log.read_text()
     assert not (tmp_path / "cmp" / "comparison.json").exists()
 
     with pytest.raises(SystemExit) as ended:
-        compare(tmp_path / "cmp", "--seeds", "1", "--keep-going", schedulers=schedulers)
+        compare(tmp_path / "cmp", quick, "--seeds", "1", "--keep-going", schedulers=schedulers)
     assert ended.value.code == 1
     data = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
     assert [run["arm"] for run in data["runs"]] == ["baseline"]
@@ -533,28 +539,28 @@ def test_a_run_that_fails_is_no_result(tmp_path, monkeypatch, capfd):
     with pytest.raises(
         SystemExit, match=r"The code of failing_rule:Failing has changed\. Give another --out, or remove"
     ):
-        compare(tmp_path / "cmp", "--seeds", "1", schedulers=schedulers)
+        compare(tmp_path / "cmp", quick, "--seeds", "1", schedulers=schedulers)
 
 
 @pytest.mark.slow
-def test_flags_are_checked_before_anything_is_run(tmp_path):
+def test_flags_are_checked_before_anything_is_run(quick, tmp_path):
     with pytest.raises(SystemExit, match="error: Unknown flag --lerning_rate. Did you mean --learning_rate?"):
-        compare(tmp_path / "cmp", rest=[*QUICK, "--lerning_rate", "1"])
+        compare(tmp_path / "cmp", [*quick, "--lerning_rate", "1"])
     assert not (tmp_path / "cmp" / "runs").exists()
 
 
 @pytest.mark.slow
-def test_two_comparisons_do_not_work_in_one_directory(tmp_path):
+def test_two_comparisons_do_not_work_in_one_directory(quick, tmp_path):
     experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("baseline")])
     with experiment.locked(), pytest.raises(SystemExit, match="Another comparison, or a run that one has started"):
-        compare(tmp_path)
+        compare(tmp_path, quick)
 
 
 @pytest.mark.slow
-def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hides(tmp_path):
-    rest = [*QUICK[:-2], "--max_steps", "4", "--logging_steps", "1"]
+def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hides(quick, tmp_path):
+    rest = [*quick[:-2], "--max_steps", "4", "--logging_steps", "1"]
     options = ["--match", "batches", "--seeds", "1", "--evaluations", "2"]
-    data = compare(tmp_path / "cmp", *options, schedulers=["baseline", "fixed:2"], rest=rest)
+    data = compare(tmp_path / "cmp", rest, *options, schedulers=["baseline", "fixed:2"])
     once, twice = (arm["cost"] for arm in data["arms"])
     assert (once["batches"], once["updates"], twice["batches"], twice["updates"]) == (4, 4, 4, 8)
     assert [point["passes"] for point in data["arms"][1]["curve"]] == [0, 4, 8]
@@ -565,10 +571,10 @@ def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hi
 
 
 @pytest.mark.slow
-def test_each_scheduler_is_reported_at_the_value_that_validation_chose(tmp_path):
-    rest = [flag for flag in QUICK if flag not in ("--learning_rate", "2e-3")]
+def test_each_scheduler_is_reported_at_the_value_that_validation_chose(quick, tmp_path):
+    rest = [*(flag for flag in quick if flag not in ("--learning_rate", "2e-3")), "--max_passes", "6"]
     options = ["--seeds", "2", "--evaluations", "1", "--tune", "learning_rate", "1e-9", "2e-3", "--tune_seeds", "1"]
-    data = compare(tmp_path / "cmp", *options, schedulers=["baseline"], rest=rest)
+    data = compare(tmp_path / "cmp", rest, *options, schedulers=["baseline"])
     assert [(run["seed"], run["tuned"]) for run in data["runs"]] == [
         (seed, {"learning_rate": "2e-3"}) for seed in (0, 1)
     ]
@@ -579,10 +585,10 @@ def test_each_scheduler_is_reported_at_the_value_that_validation_chose(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_launcher_starts_each_run_on_all_ranks(tmp_path, monkeypatch):
+def test_a_launcher_starts_each_run_on_all_ranks(quick, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
     options = ["--seeds", "1", "--evaluations", "1", "--launcher", launcher]
-    data = compare(tmp_path / "cmp", *options, schedulers=["baseline"])
+    data = compare(tmp_path / "cmp", [*quick, "--max_passes", "2"], *options, schedulers=["baseline"])
     (run,) = data["runs"]
     assert run["machine"]["processes"] == 2

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..arms import quoted
+from ..scores import Score, metrics_in, score_of, sentence_case, words_for
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .text import DASH, number
 
-METRIC_NAMES = {"eval_perplexity": "validation perplexity", "test_perplexity": "test perplexity"}
+MOST_LETTERS = 80
+"""Of a name in a figure."""
+
+TITLES = {
+    "scheduler": "Does it pay? {others} against {reference}",
+    "prompt": "Does the prompt matter? {others} against {reference}",
+}
 
 PROTOCOLS = {
     "passes": "All runs had the same compute, {passes} passes (forward-backwards over a batch), over which the "
@@ -18,43 +28,88 @@ PROTOCOLS = {
     "batches": "All runs saw the same batches, whatever they spent on them. This is the published protocol: a "
     "scheduler that repeats has more compute than one that does not, see the costs. It cannot show that repeating "
     "pays.",
+    "prompts": "All runs saw the same rows, {epochs:g} epoch{s} of them. Only the prompt before each row differs, and "
+    "with it the number of tokens: see the costs.",
 }
 
-FILES = {"report": "report.html", "Markdown": "report.md", "data": "comparison.json", "TensorBoard": "tensorboard"}
+FILES = {
+    "report": "report.html",
+    "Markdown": "report.md",
+    "data": "comparison.json",
+    "TensorBoard": "tensorboard",
+    "model": "config.json",
+    "quantised": "quant_config.json",
+    "adapter": "adapter_config.json",
+}
+
+UNITS = "Differences are in units of the score: +0.01 of an accuracy is one row in a hundred more."
 
 KINDS: dict[str, Any] = {"better": "good", "worse": "bad"}
 
 
 def report_on_comparison(data: dict[str, Any]) -> Report:
     """Build the report on what `abr_trainer.comparison.collect` returned."""
+    varied = what_varies(data)
     arms = [arm for arm in data["arms"] if arm["seeds"]]
     names = tuple(arm["name"] for arm in data["arms"])
     warnings = [Notice("warning", text) for text in shortcomings(data)]
     sections = [
         Section("What was reached", reached(data, arms)),
-        Section("On the way", (curves(arms), relative_curves(arms, data["reference"]))),
-        Section("What the schedulers did", behaviour(arms)),
-        Section("What it cost", (cost_table(arms, data["jobs"]),)),
-        *([Section("What was tuned", tuned(arms))] if any(arm["tuning"] for arm in arms) else []),
+        Section("On the way", on_the_way(data, arms)),
+        Section("What the schedulers did", behaviour(arms))
+        if varied == "scheduler"
+        else Section("What the prompts say", (prompt_table(arms, data["runs"]),)),
+        Section("What it cost", (cost_table(arms, data["jobs"], varied),)),
+        *([Section("What was tuned", tuned(data, arms))] if any(arm["tuning"] for arm in arms) else []),
         Section("How it was done", method(data, arms)),
     ]
-    others = [name for name in names if name != data["reference"]]
-    who = ", ".join(others) if len(others) < 4 else f"{len(others)} schedulers"
-    return Report(
-        f"Does it pay? {who} against {data['reference']}",
-        (describe_protocol(data), *circumstances(data, arms), *warnings, *verdicts(data, arms)),
-        tuple(sections),
-        names,
+    others = [quoted(name) for name in names if name != data["reference"]]
+    who = ", ".join(others) if len(others) < 4 else f"{len(others)} {varied}s"
+    return shortened(
+        Report(
+            TITLES[varied].format(others=who, reference=quoted(data["reference"])),
+            (describe_protocol(data), *circumstances(data, arms), *warnings, *verdicts(data, arms)),
+            tuple(sections),
+            names,
+        )
     )
+
+
+def what_varies(data: dict[str, Any]) -> str:
+    """Return what the arms differ in. Before prompts were compared, data did not tell."""
+    varied: str = data.get("varied", "scheduler")
+    return varied
+
+
+def shortened(report: Report) -> Report:
+    """Cut names that are too long for a figure, as far as what is left of them differs."""
+    short = {name: textwrap.shorten(name, MOST_LETTERS, placeholder=" ...") for name in report.names}
+    short = {name: text for name, text in short.items() if list(short.values()).count(text) == 1}
+
+    def cut(block: Any) -> Any:
+        if not isinstance(block, Figure):
+            return block
+        return replace(
+            block, series=tuple(replace(each, name=short.get(each.name, each.name)) for each in block.series)
+        )
+
+    sections = tuple(replace(each, blocks=tuple(map(cut, each.blocks))) for each in report.sections)
+    return replace(report, sections=sections, names=tuple(short.get(name, name) for name in report.names))
 
 
 # ---- In words ----
 
 
 def describe_protocol(data: dict[str, Any]) -> str:
+    seeds = f"{len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
+    if what_varies(data) == "prompt":
+        epochs = max((at for run in data["runs"] for at, _ in run["curve"]), default=0)
+        return (
+            f"{PROTOCOLS['prompts'].format(epochs=epochs, s='s' * (epochs != 1))} {seeds.capitalize()}, paired: for "
+            "each, all prompts begin with the same weights of adapter and head, and the rows come in the same order."
+        )
     passes = [run["cost"]["passes"] for run in data["runs"]]
     protocol = PROTOCOLS[data["match"]].format(passes=f"{max(passes, default=0):g}")
-    seeds = f"{len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
     return (
         f"{protocol} {seeds.capitalize()}, paired: for each, all schedulers begin with the same weights and see the "
         "data in the same order."
@@ -65,29 +120,34 @@ def circumstances(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]
     """Return what to know beside the verdicts: what was skipped, and what was chosen."""
     texts = []
     if any(arm["cost"]["skips"] for arm in arms):
-        shares = [f"{arm['name']} {arm['cost']['skips'] / arm['cost']['batches']:.1%}" for arm in arms]
+        shares = [f"{quoted(arm['name'])} {arm['cost']['skips'] / arm['cost']['batches']:.1%}" for arm in arms]
         texts.append(
             f"Skipped as outliers, which `--skip_outliers none` turns off: {', '.join(shares)} of the batches."
+            + " Which ones depends on the loss, and so on the prompt." * (what_varies(data) == "prompt")
         )
     chosen = [
-        f"{arm['name']} {', '.join(f'{name} {value}' for name, value in arm['tuning']['chosen'].items())}"
+        f"{quoted(arm['name'])} {', '.join(f'{name} {value}' for name, value in arm['tuning']['chosen'].items())}"
         for arm in arms
         if arm["tuning"]
     ]
-    return [*texts, f"Chosen by validation perplexity: {'; '.join(chosen)}."] if chosen else texts
+    return [*texts, f"Chosen by {validation(data)}: {'; '.join(chosen)}."] if chosen else texts
+
+
+def validation(data: dict[str, Any]) -> str:
+    return words_for(f"eval_{score_of(data['metric']).name}")
 
 
 def shortcomings(data: dict[str, Any]) -> list[str]:
     missing = data["missing"]
     texts = [f"Not finished and left out: {', '.join(missing)}."] if missing else []
-    if data["metric"] != "test_perplexity" and any(arm["tuning"] for arm in data["arms"]):
+    if not data["metric"].startswith("test_") and any(arm["tuning"] for arm in data["arms"]):
         texts.append(
-            "There is no test split: what is reported is the validation perplexity that values were chosen by. It "
-            "flatters, and the scheduler with the most values to choose from the most."
+            f"There is no test split: what is reported is the {validation(data)} that values were chosen by. It "
+            f"flatters, and the {what_varies(data)} with the most values to choose from the most."
         )
     texts += [
-        f"{arm['name']}: the best {name}, {arm['tuning']['chosen'][name]}, lies at an end of what was tried. Try "
-        "further values."
+        f"{quoted(arm['name'])}: the best {name}, {arm['tuning']['chosen'][name]}, lies at an end of what was tried. "
+        "Try further values."
         for arm in data["arms"]
         if arm["tuning"]
         for name in arm["tuning"]["at_edge"]
@@ -102,7 +162,7 @@ def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
     for arm in arms:
         if arm["name"] != data["reference"] and metric in arm:
             kind = kind_of(arm[metric]["verdict"])
-            if data["match"] == "batches" and kind != "warning":
+            if what_varies(data) == "scheduler" and data["match"] == "batches" and kind != "warning":
                 kind = "neutral"  # what took more compute has won nothing by being better
             sentence = verdict_sentence(arm, data["reference"], metric)
             ratio = passes[arm["name"]] / passes.get(data["reference"], passes[arm["name"]])
@@ -131,26 +191,27 @@ def kind_of(verdict: str) -> Any:
 
 def verdict_sentence(arm: dict[str, Any], reference: str, metric: str, remark: str = "") -> str:
     """Say what the difference of an arm to the reference is, and how sure that is."""
-    entry = arm[metric]
+    entry, score, reference = arm[metric], score_of(metric), quoted(reference)
     found = entry["difference"]
-    name, words = f"{arm['name']} {remark}".strip(), entry["verdict"]
+    name, words = f"{quoted(arm['name'])} {remark}".strip(), entry["verdict"]
     if words == "no difference":
-        return f"{name}: every run equals that of {reference}."
+        equal = "every run equals" if score.in_logs else f"with every seed, {words_for(metric)} equals"
+        return f"{name}: {equal} that of {reference}."
     sentence = f"{name}: {words}."
     if words.endswith("pairs"):
         sentence += f" The other runs of it or of {reference} diverged, failed or are not finished."
     if not found["seeds"]:
         return sentence
-    size = f"{signed(found['mean'])} ({percent(found['mean'], found)})"
-    sentence += f" {METRIC_NAMES[metric].capitalize()} {size} against {reference}"
+    sentence += f" {sentence_case(words_for(metric))} {difference(found, score)} against {reference}"
     if "t_low" not in found:
         return f"{sentence}."
     interval = f"95 % interval {signed(found['t_low'])} to {signed(found['t_high'])}"
-    sentence += f", {interval}, lower in {found['wins']} of {found['seeds']} seeds."
+    sentence += f", {interval}, {score.direction} in {found['wins']} of {found['seeds']} seeds."
     if words == "no evidence":
+        share = f" ({percent(found['detectable'], found).lstrip('+')})" if score.in_logs else ""
         sentence += (
-            f" With {found['seeds']} seeds that scatter like these, a difference of {number(found['detectable'], 3)} "
-            f"({percent(found['detectable'], found).lstrip('+')}) would have been found four times in five."
+            f" With {found['seeds']} seeds that scatter like these, a difference of "
+            f"{number(found['detectable'], 3)}{share} would have been found four times in five."
         )
     return sentence
 
@@ -160,7 +221,7 @@ def summary_lines(data: dict[str, Any], out: Path) -> list[str]:
     arms = [arm for arm in data["arms"] if arm["seeds"]]
     return [
         "",
-        *([describe_protocol(data)] if data["match"] == "batches" else []),
+        *([describe_protocol(data)] if what_varies(data) == "scheduler" and data["match"] == "batches" else []),
         *circumstances(data, arms),
         *(f"warning: {text}" for text in shortcomings(data)),
         *(notice.text for notice in verdicts(data, arms)),
@@ -173,6 +234,12 @@ def summary_lines(data: dict[str, Any], out: Path) -> list[str]:
 
 def signed(value: float | None) -> str:
     return DASH if value is None else f"{value:+.3g}"
+
+
+def difference(found: dict[str, Any], score: Score) -> str:
+    """Write the mean of paired differences: in units of the score, and in percent where ratios count."""
+    share = f" ({percent(found['mean'], found)})" if score.in_logs else ""
+    return f"{signed(found['mean'])}{share}"
 
 
 def percent(value: float, found: dict[str, Any]) -> str:
@@ -191,12 +258,19 @@ def mean_and_deviation(entry: dict[str, Any]) -> str:
 
 def reached(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     metric, reference = data["metric"], data["reference"]
-    return (result_table(data, arms), final_figure(arms, metric), difference_figure(arms, metric, reference))
+    varied = what_varies(data)
+    return (
+        result_table(data, arms),
+        final_figure(arms, metric, varied),
+        difference_figure(arms, metric, reference, varied),
+    )
 
 
 def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
-    metric, reference = data["metric"], data["reference"]
-    metrics = [name for name in METRIC_NAMES if any(name in arm for arm in arms)]
+    metric, reference, varied = data["metric"], data["reference"], what_varies(data)
+    score = score_of(metric)
+    metrics = metrics_in((name for arm in arms for name in arm), varied)
+    scores = " and ".join(dict.fromkeys(score_of(name).words for name in metrics))
     rows = []
     for arm in arms:
         entry = arm.get(metric, {})
@@ -206,24 +280,28 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
             cells += [DASH, "reference" if arm["name"] == reference else entry.get("verdict", DASH), *[DASH] * 4]
         else:
             cells += [
-                f"{signed(found['mean'])} ({percent(found['mean'], found)})",
+                difference(found, score),
                 entry["verdict"],
                 *(interval(found, kind) for kind in ("t", "bootstrap")),
                 f"{found['wins']} of {found['seeds']}",
                 number(found.get("detectable"), 2),
             ]
-        rows.append((*cells, number(arm["cost"]["repeats"], 3), f"{arm['cost']['flops']:.3g}"))
+        spent = number(arm["cost"]["repeats"], 3) if varied == "scheduler" else f"{arm['cost']['tokens']:,.0f}"
+        rows.append((*cells, spent, f"{arm['cost']['flops']:.3g}"))
     return Table(
-        f"Perplexity, mean ± standard deviation over seeds; difference in {METRIC_NAMES[metric]} to {reference}",
+        f"{sentence_case(scores)}, mean ± standard deviation over seeds; difference in {words_for(metric)} to "
+        f"{quoted(reference)}",
         (
-            *("scheduler", *(METRIC_NAMES[name] for name in metrics), "difference", "verdict"),
-            *("95 % interval (t)", "95 % interval (bootstrap)", "wins", "detectable", "repeats", "FLOPs"),
+            *(varied, *map(words_for, metrics), "difference", "verdict"),
+            *("95 % interval (t)", "95 % interval (bootstrap)", "wins", "detectable"),
+            *("repeats" if varied == "scheduler" else "tokens", "FLOPs"),
         ),
         tuple(rows),
         (
             "The verdict rests on the t interval over paired seeds; the bootstrap of few seeds is too narrow. "
             "Detectable is the difference that this many seeds, scattering as they do, would have shown in four cases "
             "of five.",
+            *([] if score.in_logs else [UNITS]),
         ),
         tuple(i for i, arm in enumerate(arms) if arm["name"] == reference),
     )
@@ -233,7 +311,11 @@ def interval(found: dict[str, Any], kind: str) -> str:
     return f"{signed(found[f'{kind}_low'])} to {signed(found[f'{kind}_high'])}" if f"{kind}_low" in found else DASH
 
 
-def final_figure(arms: list[dict[str, Any]], metric: str) -> Figure:
+def better_side(metric: str) -> str:
+    return "Left" if score_of(metric).lower_is_better else "Right"
+
+
+def final_figure(arms: list[dict[str, Any]], metric: str, varied: str) -> Figure:
     series = tuple(
         Series(
             arm["name"],
@@ -247,18 +329,18 @@ def final_figure(arms: list[dict[str, Any]], metric: str) -> Figure:
     )
     return Figure(
         "final",
-        f"{METRIC_NAMES[metric].capitalize()} at the end",
-        "Mean over seeds with its 95 % t interval, and each seed. Left is better. The scatter between seeds is shared "
-        "by all schedulers: the next figure takes it out.",
+        f"{sentence_case(words_for(metric))} at the end",
+        f"Mean over seeds with its 95 % t interval, and each seed. {better_side(metric)} is better. The scatter "
+        f"between seeds is shared by all {varied}s: the next figure takes it out.",
         "intervals",
-        METRIC_NAMES[metric],
-        "scheduler",
+        words_for(metric),
+        varied,
         series,
         range_label="95 % t interval",
     )
 
 
-def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str) -> Figure:
+def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str, varied: str) -> Figure:
     before: dict[str, Any] = {}
     for arm in arms:
         if arm["name"] == reference:
@@ -286,12 +368,12 @@ def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str) -
         )
     return Figure(
         "difference",
-        f"Difference in {METRIC_NAMES[metric]} to {reference}",
-        "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). Left of 0 "
-        f"is better than {reference}; an interval across 0 is no evidence.",
+        f"Difference in {words_for(metric)} to {quoted(reference)}",
+        "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). "
+        f"{better_side(metric)} of 0 is better than {quoted(reference)}; an interval across 0 is no evidence.",
         "intervals",
-        f"{METRIC_NAMES[metric]} minus that of {reference}",
-        "scheduler",
+        f"{words_for(metric)} minus that of {quoted(reference)}",
+        varied,
         tuple(series),
         reference=0.0,
         range_label="95 % t interval",
@@ -321,6 +403,54 @@ def lines(arms: list[dict[str, Any]], key: str, x: str, y: str, band: bool = Fal
     )
 
 
+def on_the_way(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    if what_varies(data) == "scheduler":
+        return curves(arms), relative_curves(arms, data["reference"])
+    return score_curves(data, arms), difference_curves(data, arms), loss_curves(arms)
+
+
+def score_curves(data: dict[str, Any], arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "curves",
+        f"{sentence_case(validation(data))} over epochs",
+        "Mean over seeds and one standard deviation around it.",
+        "lines",
+        "epochs",
+        validation(data),
+        lines(arms, "curve", "epoch", "mean", band=True),
+        range_label="one standard deviation",
+    )
+
+
+def difference_curves(data: dict[str, Any], arms: list[dict[str, Any]]) -> Figure:
+    reference = quoted(data["reference"])
+    return Figure(
+        "relative_curves",
+        f"Difference in {validation(data)} to {reference} over epochs",
+        f"Mean over paired seeds with its 95 % t interval. Above 0 is better than {reference} at that time.",
+        "lines",
+        "epochs",
+        f"{validation(data)} minus that of {reference}",
+        lines([arm for arm in arms if arm["name"] != data["reference"]], "relative_curve", "epoch", "mean", band=True),
+        reference=0.0,
+        range_label="95 % t interval",
+    )
+
+
+def loss_curves(arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "loss",
+        "Training loss over epochs",
+        "First-pass loss of the batches in equal parts of the run: mean over seeds and one standard deviation around "
+        "it.",
+        "lines",
+        "epochs",
+        "first-pass loss",
+        lines(arms, "loss_curve", "epoch", "mean", band=True),
+        range_label="one standard deviation",
+    )
+
+
 def curves(arms: list[dict[str, Any]]) -> Figure:
     return Figure(
         "curves",
@@ -329,7 +459,7 @@ def curves(arms: list[dict[str, Any]]) -> Figure:
         "same.",
         "lines",
         "passes spent",
-        METRIC_NAMES["eval_perplexity"],
+        words_for("eval_perplexity"),
         lines(arms, "curve", "passes", "mean", band=True),
         y_log=True,
         range_label="one standard deviation",
@@ -422,36 +552,36 @@ COST_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def cost_table(arms: list[dict[str, Any]], jobs: int) -> Table:
+def cost_table(arms: list[dict[str, Any]], jobs: int, varied: str) -> Table:
     shared = f"; with --jobs {jobs}, up to {jobs} runs share that machine" if jobs > 1 else ""
     return Table(
         "Mean over seeds of what a run has spent",
-        ("scheduler", *(heading for heading, _ in COST_COLUMNS.values())),
+        (varied, *(heading for heading, _ in COST_COLUMNS.values())),
         tuple((arm["name"], *(form(arm["cost"][key]) for key, (_, form) in COST_COLUMNS.items())) for arm in arms),
         (
             "A pass is a forward-backward over a batch; a skip costs its forward. Tokens are those of all forwards. "
             "Seconds are those of batches alone, without evaluation, logging and checkpoints, on the machine named "
             f"below{shared}.",
+            *(["The prompt is part of each row: a longer one is more tokens and more FLOPs."] * (varied == "prompt")),
         ),
     )
 
 
-def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+def tuned(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    varied, metric = what_varies(data), f"eval_{score_of(data['metric']).name}"
     names = sorted({name for arm in arms if arm["tuning"] for name in arm["tuning"]["chosen"]})
     rows, series = [], []
     for arm in (arm for arm in arms if arm["tuning"]):
         for candidate in arm["tuning"]["tried"]:
             is_chosen = candidate["values"] == arm["tuning"]["chosen"]
             values = [candidate["values"].get(name, DASH) for name in names]
-            rows.append((arm["name"], *values, number(candidate["eval_perplexity"]), "chosen" if is_chosen else ""))
+            rows.append((arm["name"], *values, number(candidate[metric]), "chosen" if is_chosen else ""))
         if len(names) == 1 and all(_is_number(each["values"][names[0]]) for each in arm["tuning"]["tried"]):
-            tried = sorted(
-                (float(each["values"][names[0]]), each["eval_perplexity"]) for each in arm["tuning"]["tried"]
-            )
+            tried = sorted((float(each["values"][names[0]]), each[metric]) for each in arm["tuning"]["tried"])
             series.append(Series(arm["name"], x=tuple(x for x, _ in tried), y=tuple(y for _, y in tried)))
     table = Table(
-        "Validation perplexity of each value, mean over the seeds it was chosen by",
-        ("scheduler", *names, METRIC_NAMES["eval_perplexity"], "choice"),
+        f"{sentence_case(words_for(metric))} of each value, mean over the seeds it was chosen by",
+        (varied, *names, words_for(metric), "choice"),
         tuple(rows),
         ("What is reported are runs with the values chosen on the validation split. A test split has no say.",),
     )
@@ -459,11 +589,11 @@ def tuned(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         return (table,)
     figure = Figure(
         "tuning",
-        f"Validation perplexity against {names[0]}",
-        "Each scheduler is compared at its own best value.",
+        f"{sentence_case(words_for(metric))} against {names[0]}",
+        f"Each {varied} is compared at its own best value.",
         "lines",
         names[0],
-        METRIC_NAMES["eval_perplexity"],
+        words_for(metric),
         tuple(series),
         x_log=all(x > 0 for each in series for x in each.x),
     )
@@ -500,8 +630,15 @@ def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     )
 
 
+def prompt_table(arms: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Table:
+    texts = {run["arm"]: run["prompt"] for run in runs}
+    rows = tuple((arm["name"], texts[arm["name"]] or DASH) for arm in arms)
+    return Table("What stands before each row", ("prompt", "text"), rows)
+
+
 def run_table(data: dict[str, Any]) -> Table:
-    metrics = [name for name in METRIC_NAMES if any(name in run["metrics"] for run in data["runs"])]
+    varied = what_varies(data)
+    metrics = metrics_in((name for run in data["runs"] for name in run["metrics"]), varied)
     rows = [
         (
             run["arm"],
@@ -513,7 +650,7 @@ def run_table(data: dict[str, Any]) -> Table:
         for run in data["runs"]
     ]
     headings = (heading for heading, _ in COST_COLUMNS.values())
-    columns = ("scheduler", "seed", *(METRIC_NAMES[name] for name in metrics), *headings, "directory")
+    columns = (varied, "seed", *map(words_for, metrics), *headings, "directory")
     return Table("Every run", columns, tuple(rows))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..records import TRACE_NAME, TRAINER_STATE, read_lines
+from ..scores import score_of
 
 FOLDER = "tensorboard"
 
 OF_BATCHES = ("loss", "repeats", "learning_rate")
-OF_EVALUATIONS = ("loss", "perplexity")
 
 
 def write_events(data: dict[str, Any], out: Path) -> None:
@@ -25,19 +25,20 @@ def write_events(data: dict[str, Any], out: Path) -> None:
 
     shutil.rmtree(out / FOLDER, ignore_errors=True)
     flags = {arm["name"]: arm["flags"] for arm in data["arms"]}
+    scores = list(dict.fromkeys(score_of(metric).name for run in data["runs"] for metric in run["metrics"]))
     for run in data["runs"]:
         directory = out / run["directory"]
         folder = out / FOLDER / Path(run["directory"]).relative_to("runs")
         with SummaryWriter(str(folder)) as writer:
-            for tag, value, passes in scalars(directory):
+            for tag, value, passes in scalars(directory, ["loss", *scores]):
                 writer.add_scalar(tag, value, passes)
-            settings = {"scheduler": run["arm"], "seed": run["seed"], "flags": " ".join(flags[run["arm"]])}
+            settings = {data["varied"]: run["arm"], "seed": run["seed"], "flags": " ".join(flags[run["arm"]])}
             final = {f"final/{name}": value for name, value in run["metrics"].items() if value is not None}
             costs = {f"cost/{name}": value for name, value in run["cost"].items()}
             writer.add_hparams({**settings, **run["tuned"]}, {**final, **costs}, run_name=".")
 
 
-def scalars(directory: Path) -> Iterator[tuple[str, float, int]]:
+def scalars(directory: Path, of_evaluations: list[str]) -> Iterator[tuple[str, float, int]]:
     """Yield `(tag, value, passes)` for each batch and each evaluation of a run."""
     spent = {0: 0}
     for batch in read_lines(directory / TRACE_NAME):
@@ -46,5 +47,5 @@ def scalars(directory: Path) -> Iterator[tuple[str, float, int]]:
         yield from ((f"train/{name}", value, passes) for name, value in values.items() if value is not None)
     log = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
     for logs in (logs for logs in log if logs["step"] in spent):
-        names = (name for name in OF_EVALUATIONS if f"eval_{name}" in logs)
+        names = (name for name in of_evaluations if f"eval_{name}" in logs)
         yield from ((f"eval/{name}", logs[f"eval_{name}"], spent[logs["step"]]) for name in names)
