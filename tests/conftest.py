@@ -41,6 +41,8 @@ RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate",
 """Flags of a run of the script that takes a second or two."""
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""For processes of their own: a thread each, and no GPU."""
 
 
 class Scripted(RepeatScheduler):
@@ -139,8 +141,7 @@ def run_module(*arguments: str, timeout: float, environment: dict[str, str] | No
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
+        env=os.environ | ON_CPU | (environment or {}),
         capture_output=True,
         text=True,
         timeout=timeout,

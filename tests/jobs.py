@@ -8,7 +8,9 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -338,8 +340,6 @@ def without_compiled_communication() -> None:
 
 def engines(output_dir: str, *names: str) -> None:
     """Run scenarios one after the other in this rank; write the weights and numbers of each."""
-    shards_on_cpu()
-    without_compiled_communication()
     for name in names:
         directory = Path(output_dir, name)
         directory.mkdir(exist_ok=True)
@@ -356,6 +356,36 @@ def engines(output_dir: str, *names: str) -> None:
     Path(output_dir, f"measured-{state.process_index}.json").write_text(json.dumps(nlls))
     del trainer
     leave_ranks()
+
+
+def ranks() -> None:
+    """Run scenarios in as many ranks as a line of the input asks for, and answer with a line of what went wrong.
+
+    A rank is forked from this process: to import everything takes longer than most scenarios.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # ranks print too
+    shards_on_cpu()
+    without_compiled_communication()
+    for line in sys.stdin:
+        count, *arguments = json.loads(line)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        try:
+            options = {"nprocs": count, "daemon": True, "start_method": "fork"}
+            torch.multiprocessing.start_processes(engines_of_rank, (count, port, arguments), **options)
+            answer = ""
+        except torch.multiprocessing.ProcessException:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def engines_of_rank(rank: int, count: int, port: int, arguments: list[str]) -> None:
+    """Be a rank, as torchrun tells it to be one."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    engines(*arguments)
 
 
 def some_windows() -> list[Window]:
@@ -386,4 +416,4 @@ def scripts(plans: str) -> None:
 
 
 if __name__ == "__main__":
-    {"resumable": resumable, "engines": engines, "scripts": scripts}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "ranks": ranks, "scripts": scripts}[sys.argv[1]](*sys.argv[2:])
