@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import re
 import runpy
@@ -43,6 +44,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 """For processes of their own: a thread each, and no GPU."""
+
+
+def pytest_collection_finish() -> None:
+    """Let nobody look for garbage among what was imported: each training does, and that takes longer than most."""
+    gc.collect()
+    gc.freeze()
 
 
 class Scripted(RepeatScheduler):

@@ -416,4 +416,5 @@ def scripts(plans: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # each training looks for garbage, and longest among what was imported
     {"resumable": resumable, "ranks": ranks, "scripts": scripts}[sys.argv[1]](*sys.argv[2:])
