@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import re
@@ -21,7 +22,7 @@ from accelerate.utils import AutocastKwargs
 from huggingface_hub import HfApi, close_session, constants
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler, data
 from tests.hub_server import Hub
 
 VOCABULARY = 64
@@ -197,6 +198,14 @@ def log_without_times(trainer: Any) -> list[dict[str, float]]:
     """The log, without what a clock put into it."""
     timed = ("runtime", "per_second", "seconds", "preparation_time")
     return [{k: v for k, v in logs.items() if not k.endswith(timed)} for logs in trainer.state.log_history]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_texts_are_made_once():
+    """They are the same each time, which their own tests say, and making them takes as long as a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "demo_texts", functools.cache(data.demo_texts))
+        yield
 
 
 @pytest.fixture
