@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, T
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
-from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler, data
 from abr_trainer.engines import leave_ranks
 from abr_trainer.measurement import nlls_over_ranks
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
@@ -56,7 +57,7 @@ def resumable(output_dir: str, kill_after: str = "0", resume: bool = False) -> A
             output_dir=output_dir,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=2,
-            max_passes=150,
+            max_passes=75,  # one and a half rounds
             repeat_scheduler="abr",
             loss_threshold=3.0,
             outlier_sigmas=1.0,
@@ -403,6 +404,7 @@ def scripts(plans: str) -> None:
     """Run run_clm_abr.py as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
     shards_on_cpu()
     without_compiled_communication()
+    data.demo_texts = functools.cache(data.demo_texts)
     for environment, flags in json.loads(Path(plans).read_text()):
         before = dict(os.environ)
         os.environ.update(environment)
