@@ -47,6 +47,12 @@ ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES
 """For processes of their own: a thread each, and no GPU."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let files with slow tests go first: a worker that took one of them last would be at it alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Let nobody look for garbage among what was imported: each training does, and that takes longer than most."""
     gc.collect()
