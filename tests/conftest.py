@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import os
 import re
 import runpy
@@ -20,7 +22,7 @@ from accelerate.utils import AutocastKwargs
 from huggingface_hub import HfApi, close_session, constants
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler, data
 from tests.hub_server import Hub
 
 VOCABULARY = 64
@@ -41,6 +43,20 @@ RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate",
 """Flags of a run of the script that takes a second or two."""
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""For processes of their own: a thread each, and no GPU."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let files with slow tests go first: a worker that took one of them last would be at it alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Let nobody look for garbage among what was imported: each training does, and that takes longer than most."""
+    gc.collect()
+    gc.freeze()
 
 
 class Scripted(RepeatScheduler):
@@ -139,8 +155,7 @@ def run_module(*arguments: str, timeout: float, environment: dict[str, str] | No
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
+        env=os.environ | ON_CPU | (environment or {}),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -189,6 +204,14 @@ def log_without_times(trainer: Any) -> list[dict[str, float]]:
     """The log, without what a clock put into it."""
     timed = ("runtime", "per_second", "seconds", "preparation_time")
     return [{k: v for k, v in logs.items() if not k.endswith(timed)} for logs in trainer.state.log_history]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_texts_are_made_once():
+    """They are the same each time, which their own tests say, and making them takes as long as a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "demo_texts", functools.cache(data.demo_texts))
+        yield
 
 
 @pytest.fixture

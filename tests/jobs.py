@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
 import math
 import os
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, T
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
-from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler, data
 from abr_trainer.engines import leave_ranks
 from abr_trainer.measurement import nlls_over_ranks
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
@@ -54,7 +57,7 @@ def resumable(output_dir: str, kill_after: str = "0", resume: bool = False) -> A
             output_dir=output_dir,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=2,
-            max_passes=150,
+            max_passes=75,  # one and a half rounds
             repeat_scheduler="abr",
             loss_threshold=3.0,
             outlier_sigmas=1.0,
@@ -338,8 +341,6 @@ def without_compiled_communication() -> None:
 
 def engines(output_dir: str, *names: str) -> None:
     """Run scenarios one after the other in this rank; write the weights and numbers of each."""
-    shards_on_cpu()
-    without_compiled_communication()
     for name in names:
         directory = Path(output_dir, name)
         directory.mkdir(exist_ok=True)
@@ -358,6 +359,36 @@ def engines(output_dir: str, *names: str) -> None:
     leave_ranks()
 
 
+def ranks() -> None:
+    """Run scenarios in as many ranks as a line of the input asks for, and answer with a line of what went wrong.
+
+    A rank is forked from this process: to import everything takes longer than most scenarios.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # ranks print too
+    shards_on_cpu()
+    without_compiled_communication()
+    for line in sys.stdin:
+        count, *arguments = json.loads(line)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        try:
+            options = {"nprocs": count, "daemon": True, "start_method": "fork"}
+            torch.multiprocessing.start_processes(engines_of_rank, (count, port, arguments), **options)
+            answer = ""
+        except torch.multiprocessing.ProcessException:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def engines_of_rank(rank: int, count: int, port: int, arguments: list[str]) -> None:
+    """Be a rank, as torchrun tells it to be one."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    engines(*arguments)
+
+
 def some_windows() -> list[Window]:
     """Seven windows of 4 to 10 tokens: they divide among no number of ranks."""
     rows = [row["input_ids"].tolist() for row in token_rows(7)]
@@ -373,6 +404,7 @@ def scripts(plans: str) -> None:
     """Run run_clm_abr.py as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
     shards_on_cpu()
     without_compiled_communication()
+    data.demo_texts = functools.cache(data.demo_texts)
     for environment, flags in json.loads(Path(plans).read_text()):
         before = dict(os.environ)
         os.environ.update(environment)
@@ -386,4 +418,5 @@ def scripts(plans: str) -> None:
 
 
 if __name__ == "__main__":
-    {"resumable": resumable, "engines": engines, "scripts": scripts}[sys.argv[1]](*sys.argv[2:])
+    gc.freeze()  # each training looks for garbage, and longest among what was imported
+    {"resumable": resumable, "ranks": ranks, "scripts": scripts}[sys.argv[1]](*sys.argv[2:])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from abr_trainer.perplexity import window_nlls
 from abr_trainer.records import read_lines
-from tests.conftest import run_module, tiny_llama
+from tests.conftest import ON_CPU, ROOT, tiny_llama
 from tests.jobs import RESUMED, SCENARIOS, numbers_of, some_windows, train_scenario, whole_weights
 
 pytestmark = pytest.mark.slow
@@ -27,28 +30,39 @@ ONE_PROCESS_CAN = [
 ]
 
 
-def launch(directory: Path, ranks: int, names: list[str]) -> Path:
-    """Run scenarios in `ranks` processes over gloo."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    run_module(*launcher, "-m", "tests.jobs", "engines", str(directory), *names, timeout=560)
-    return directory
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Run scenarios in some processes over gloo, which are forked from one that has imported everything."""
+    command = [sys.executable, "-m", "tests.jobs", "ranks"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, **pipes) as process:
+
+        def launch(ranks: int, names: list[str]) -> Path:
+            directory = tmp_path_factory.mktemp("ranks")
+            print(json.dumps([ranks, str(directory), *names]), file=process.stdin, flush=True)
+            error = json.loads(process.stdout.readline() or '"The process that ranks are forked from has ended."')
+            assert not error, error
+            return directory
+
+        yield launch
+        process.terminate()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"), 2, OTHERS)
+def two_ranks(launch):
+    return launch(2, OTHERS)
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("four"), 4, ["one micro-batch", "four micro-batches"])
+def four_ranks(launch):
+    return launch(4, ["one micro-batch", "four micro-batches"])
 
 
 @pytest.fixture(scope="module")
-def two_ranks_of_deepspeed(tmp_path_factory):
+def two_ranks_of_deepspeed(launch):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    return launch(tmp_path_factory.mktemp("deepspeed"), 2, ZERO)
+    return launch(2, ZERO)
 
 
 def agreed(directory: Path, name: str, ranks: int = 2) -> tuple[torch.Tensor, dict]:

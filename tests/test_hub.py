@@ -19,6 +19,7 @@ import run_clm_abr
 from abr_trainer import hub as hub_module
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.model_card import MARKER, text_of, with_what_was_written
+from abr_trainer.report import pictures
 from scripts import eval_glue, push_adapter, run_glue_abr
 from tests.conftest import RUN, tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN
@@ -30,6 +31,22 @@ PUSH = ["--push_to_hub", "--hub_model_id", "me/adapter", "--hub_base_model", "de
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(hub_module, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures_are_drawn_once():
+    """Most pushes here are of runs with the same numbers, and drawing them takes longer than pushing them."""
+    draw, drawn = pictures._render, {}
+
+    def render(figure, look_of):
+        key = figure, *look_of.items()
+        if key not in drawn:
+            drawn[key] = draw(figure, look_of)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "_render", render)
+        yield
 
 
 def run_script(output, *flags):
