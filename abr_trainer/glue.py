@@ -35,9 +35,6 @@ class Task:
     test: tuple[str, ...] = ("test",)
 
 
-SCORES = ("accuracy", "f1", "f1_macro", "matthews_correlation", "pearson", "spearmanr")
-"""All numbers that classifiers are judged by; the more the better."""
-
 PAIR = ("sentence1", "sentence2")
 ENTAILS = ("entailment", "not_entailment")
 

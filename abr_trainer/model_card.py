@@ -14,8 +14,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .data import find_corpus, parse_mix
 from .definitions import DEFINITIONS, Definition
-from .glue import GLUE, SCORES, TASKS, ask
+from .glue import GLUE, TASKS, ask
 from .records import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
+from .scores import OF_CLASSIFIERS
 
 PICTURES = {
     "perplexity": "Validation perplexity over the passes spent",
@@ -198,10 +199,10 @@ def labels_of(arguments: dict[str, Any]) -> int | None:
 def classification_scores(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Yield split, score and value of what a classifier has reached in the end."""
     for split, prefix in {"validation": "eval", "validation, mismatched": "eval_mm", "test": "test"}.items():
-        for score in SCORES:
-            value = results.get(f"{prefix}_{score}")
+        for score in OF_CLASSIFIERS:
+            value = results.get(f"{prefix}_{score.name}")
             if isinstance(value, float) and math.isfinite(value):
-                yield split, score, value
+                yield split, score.name, value
 
 
 def classification_results(results: dict[str, Any], arguments: dict[str, Any]) -> Iterator[EvalResult]:

@@ -16,8 +16,7 @@ from typing import Any
 from abr_trainer.arms import prompt_arm
 from abr_trainer.comparing import add_arguments, compare
 from abr_trainer.flags import complete_prompt_flags
-
-PROMPTS = ("none", "perfect", "conflicting", "insufficient")
+from abr_trainer.glue import PROMPTS
 
 
 def asked(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def asked(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    named = f"{', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}, or any text in quotation marks; default: these four"
+    named = f"{', '.join(PROMPTS)}, or any text in quotation marks; default: these four"
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), metavar="PROMPT", help=named)
     parser.add_argument("--reference", help="what the others are compared with; default: none, or the first")
     add_arguments(parser)

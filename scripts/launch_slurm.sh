@@ -19,7 +19,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -d "${ABR_VENV:-.venv}" ]; then source "${ABR_VENV:-.venv}/bin/activate"; fi
 
 export MASTER_ADDR MASTER_PORT
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-1}

@@ -82,7 +82,8 @@ def flags_of(script):
 def test_every_flag_of_a_command_is_one_of_its_script(script, words):
     own, _, passed_on = " ".join(words).partition(" -- ")
     assert flags_in(own) <= flags_of(script)
-    assert flags_in(passed_on) <= flags_of("run_clm_abr.py")
+    passed_to = "scripts/run_glue_abr.py" if "compare_prompts" in script else "run_clm_abr.py"
+    assert flags_in(passed_on) <= flags_of(passed_to)
 
 
 def test_every_flag_is_one_of_a_script():
