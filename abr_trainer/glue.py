@@ -56,6 +56,11 @@ TASKS = {
     "wnli": Task(PAIR, ("not_entailment", "entailment"), ("accuracy",)),
 }
 
+DEMO = "demo"
+"""A task that is made on the spot and needs no network."""
+
+BY_NAME = {**TASKS, DEMO: Task(("sentence",), ("plain", "involved"), ("accuracy", "f1"))}
+
 PROMPTS = {
     "none": "",
     "perfect": "Does sentence 1 mean the same as sentence 2?",

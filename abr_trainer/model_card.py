@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .data import find_corpus, parse_mix
 from .definitions import DEFINITIONS, Definition
-from .glue import GLUE, TASKS, ask
+from .glue import BY_NAME, GLUE, TASKS, ask
 from .records import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
 from .scores import OF_CLASSIFIERS
 
@@ -192,7 +192,7 @@ def labels_of(arguments: dict[str, Any]) -> int | None:
     """Return how many outputs a classifier has, by the arguments of its run; None for any other model."""
     if "prompt_text" not in arguments:
         return None
-    task = TASKS.get(arguments.get("task_name") or "")
+    task = BY_NAME.get(arguments.get("task_name") or "")
     return max(1, len(task.labels if task else arguments.get("classes") or ()))
 
 
@@ -209,11 +209,12 @@ def classification_results(results: dict[str, Any], arguments: dict[str, Any]) -
     task = arguments.get("task_name")
     for split, score, value in classification_scores(results):
         file = arguments.get(f"{split}_file")
+        is_on_the_hub = task in TASKS and not file
         yield EvalResult(
             task_type="text-classification",
-            dataset_type=GLUE if task and not file else "custom",
+            dataset_type=GLUE if is_on_the_hub else "custom",
             dataset_name=PurePath(file).name if file else task or "a file of their own",
-            dataset_config=task if task and not file else None,
+            dataset_config=task if is_on_the_hub else None,
             dataset_split=split.partition(",")[0],
             metric_type=score,
             metric_name=f"{score}, {split}",
@@ -256,7 +257,7 @@ def id_on_the_hub(name: str) -> str | None:
 
 
 def datasets_on_the_hub(arguments: dict[str, Any]) -> list[str]:
-    if arguments.get("task_name") and not arguments.get("train_file"):
+    if arguments.get("task_name") in TASKS and not arguments.get("train_file"):
         return [GLUE]
     return [path for name in names_of_data_sets(arguments) if (path := id_on_the_hub(name))]
 
@@ -332,8 +333,9 @@ def sections(
 def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
     if labels_of(arguments) is not None:
         file, task = arguments.get("train_file"), arguments.get("task_name")
-        yield f"data: {PurePath(file).name if file else f'{GLUE} ({task})'}"
-        columns = TASKS[task].columns if task else arguments["sentence_columns"]
+        named = f"{GLUE} ({task})" if task in TASKS else task
+        yield f"data: {PurePath(file).name if file else named}"
+        columns = BY_NAME[task].columns if task else arguments["sentence_columns"]
         yield f"input: `{ask(arguments['prompt_text'], [f'{{{column}}}' for column in columns])}`"
         return
     source = arguments.get("dataset_mix") or arguments.get("train_file") or arguments.get("dataset_name")

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .data import BUILDERS, load_file, load_or_refuse
+from .demo import demo_rows
 from .errors import find_named, refuse_below, refuse_missing_files
-from .glue import GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
+from .glue import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +35,8 @@ class SentenceArguments:
     task_name: str | None = field(
         default=None,
         metadata={
-            "help": f"A task of GLUE: {', '.join(TASKS)}; read from the Hub, or from files that have its columns. "
-            "Default: mrpc, unless files are given: then a task of your own."
+            "help": f"A task of GLUE: {', '.join(TASKS)}; read from the Hub, or from files that have its columns. Or "
+            "demo, made on the spot. Default: mrpc, unless files are given: then a task of your own."
         },
     )
     train_file: str | None = field(
@@ -94,7 +95,7 @@ class SentenceArguments:
             self.task_name = "mrpc"
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
-            task = find_named("--task_name", self.task_name, TASKS)
+            task = find_named("--task_name", self.task_name, BY_NAME)
             own = {"sentence_columns": self.sentence_columns, "classes": self.classes}
             for flag, value in own.items():
                 if value is not None:
@@ -143,7 +144,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     """
     wanted = {*splits, "validation"} if arguments.merge_validation and "train" in splits else set(splits)
     from_files = arguments.files or arguments.task_name is None
-    loaded = _load_files(arguments, wanted) if from_files else _load_from_hub(arguments, wanted)
+    loaded = _load_files(arguments, wanted) if from_files else _load_named(arguments, wanted)
     for split in wanted:
         if split not in loaded:
             raise ValueError(f"There are no {split} rows: give --{split}_file.")
@@ -177,9 +178,11 @@ def _load_files(arguments: SentenceArguments, splits: Collection[str]) -> Loaded
     return loaded
 
 
-def _load_from_hub(arguments: SentenceArguments, splits: Collection[str]) -> Loaded:
+def _load_named(arguments: SentenceArguments, splits: Collection[str]) -> Loaded:
     name = arguments.task_name or ""
     origin = f"--task_name {name}"
+    if name == DEMO:
+        return {split: (Dataset.from_list(demo_rows(split)), origin) for split in splits}
     found = load_or_refuse(origin, GLUE, name)
     task = TASKS[name]
     names = {"train": ("train",), "validation": task.validation, "test": task.test}
@@ -193,7 +196,7 @@ def _load_from_hub(arguments: SentenceArguments, splits: Collection[str]) -> Loa
 def _task_of(arguments: SentenceArguments, loaded: Loaded) -> Task:
     """Return the task, one's own made from flags and from what the training rows hold."""
     if arguments.task_name is not None:
-        return TASKS[arguments.task_name]
+        return BY_NAME[arguments.task_name]
     rows, origin = loaded.get("train") or next(iter(loaded.values()))
     columns = arguments.sentence_columns or next(
         (each for each in USUAL_COLUMNS if set(each) <= set(rows.column_names)), None

@@ -111,6 +111,19 @@ def test_a_task_on_the_hub_has_all_its_splits(on_the_hub):
     assert "label" not in found.splits["test_mm"].column_names
 
 
+def test_the_demo_needs_no_file_and_no_network():
+    found = load_sentences(SentenceArguments(task_name="demo"), ["train", "validation", "test"])
+    assert {split: len(rows) for split, rows in found.splits.items()} == {"train": 640, "validation": 160, "test": 160}
+    texts = [text for rows in found.splits.values() for text in rows["text"]]
+    assert len(set(texts)) == len(texts)
+    words = {label: [] for label in (0, 1)}
+    for text, label in zip(found.splits["test"]["text"], found.splits["test"]["label"], strict=True):
+        words[label].append(len(text.split()))
+    assert 40 < len(words[1]) < 120
+    assert sum(words[1]) / len(words[1]) > 1.3 * sum(words[0]) / len(words[0]), "what is involved takes more words"
+    assert load_sentences(SentenceArguments(task_name="demo"), ["test"]).splits["test"]["text"][:] == texts[-160:]
+
+
 def test_long_rows_are_cut_and_counted(tmp_path, caplog):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     rows = [{"text": "Rain. " * count, "label": count % 2} for count in (1, 50, 80)]

@@ -4,11 +4,12 @@ network.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 from .prose import Register, passages
 
-__all__ = ["DEMO_MODEL", "SPLITS", "Register", "demo_texts", "passages"]
+__all__ = ["DEMO_MODEL", "SPLITS", "Register", "demo_rows", "demo_texts", "passages"]
 
 DEMO_MODEL = Path(__file__).parent / "model"
 """A `LlamaForCausalLM` of half a million parameters with its tokenizer, made by `scripts/build_demo_model.py` from
@@ -25,3 +26,19 @@ def demo_texts(split: str) -> list[str]:
     """Return the passages of one split. Only the training split has broken ones."""
     seed, count, broken = SPLITS[split]
     return list(passages("report", count, seed=seed, broken=broken))
+
+
+ROWS = {"train": (1, 640), "validation": (2, 160), "test": (3, 160)}
+"""Seed and number of rows of each split of the task `demo`."""
+
+
+def demo_rows(split: str) -> list[dict[str, str | int]]:
+    """Return the rows of one split of the task `demo`: a report, and whether it is plain (0) or involved (1).
+
+    The label is the half that the difficulty of the passage lies in. Near the middle nobody could tell.
+    """
+    seed, count = ROWS[split]
+    rng = random.Random(seed)
+    levels = [rng.random() for _ in range(count)]
+    texts = (next(passages("report", 1, seed=1000 * seed + i, difficulty=level)) for i, level in enumerate(levels))
+    return [{"sentence": text, "label": int(level > 0.5)} for text, level in zip(texts, levels, strict=True)]
