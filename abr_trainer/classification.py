@@ -335,6 +335,15 @@ def recall_task(name: str) -> dict[str, Any]:
     return {flag: flags[flag] for flag in TOLD if flag in flags}
 
 
+def warn_of_another_question(adapter: str, arguments: SentenceArguments) -> None:
+    """Say where an adapter was trained on another task, or was asked in other words."""
+    told = recall_task(adapter)
+    for flag in ("task_name", "prompt"):
+        given = getattr(arguments, flag)
+        if flag in told and told[flag] != given:
+            logger.warning(f"{FLAG} {adapter} was trained with --{flag} {told[flag]}; this run has {given}.")
+
+
 def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None) -> dict[str, Any]:
     """Return the flags that a classifier was trained with as defaults, by the command line that names it.
 

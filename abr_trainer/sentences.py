@@ -22,6 +22,8 @@ logger = logging.get_logger(__name__)
 USUAL_COLUMNS = (PAIR, ("premise", "hypothesis"), ("question1", "question2"), ("sentence",), ("text",))
 """Columns of sentences that are taken where none are named, the first that are there."""
 
+SPLITS = ("train", "validation", "test")
+
 LENGTH = "_length"
 
 HIDDEN = -1
@@ -142,19 +144,23 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     Raises:
         ValueError: A split, a column or a label is missing or cannot be right; the message names flag, row and value.
     """
-    wanted = {*splits, "validation"} if arguments.merge_validation and "train" in splits else set(splits)
+    merges = arguments.merge_validation and "train" in splits
+    wanted = [split for split in SPLITS if split in splits or (merges and split == "validation")]
     from_files = arguments.files or arguments.task_name is None
-    loaded = _load_files(arguments, wanted) if from_files else _load_named(arguments, wanted)
+    # The training rows also tell which labels a task of one's own has.
+    loaded = _load_files(arguments, ["train", *wanted]) if from_files else _load_named(arguments, wanted)
     for split in wanted:
         if split not in loaded:
             raise ValueError(f"There are no {split} rows: give --{split}_file.")
     task = _task_of(arguments, loaded)
     checked = {}
     for split, (rows, origin) in loaded.items():
+        if split == "train" and split not in wanted:
+            continue
         limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
         first = rows if limit is None else rows.select(range(min(limit, len(rows))))
         checked[split] = _checked(first, origin, task, arguments, may_hide=split.startswith("test"))
-    if arguments.merge_validation and "train" in checked:
+    if merges:
         checked["train"] = concatenate_datasets([checked["train"], checked.pop("validation")])
         checked.pop("validation_mm", None)
     if arguments.prompt == "perfect" and len(task.columns) == 1:

@@ -27,6 +27,7 @@ from abr_trainer.classification import (
     predict,
     score_lines,
     show_scores,
+    warn_of_another_question,
 )
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import checkpoints_activations
@@ -53,6 +54,8 @@ def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
         model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
         splits = wanted_splits(args)
+        if model_args.adapter_name_or_path is not None:
+            warn_of_another_question(model_args.adapter_name_or_path, data_args)
         if data_args.merge_validation and args.do_eval:
             raise ValueError("--merge_validation trains on the validation rows: leave --do_eval out.")
         checkpoint = find_checkpoint(args) if args.do_train else None

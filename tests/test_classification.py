@@ -143,6 +143,19 @@ def test_an_evaluation_knows_task_prompt_and_precision(finished, files, capsys):
     assert "37 of 37 predictions as in" not in capsys.readouterr().out.partition("again")[0]
 
 
+def test_an_adapter_is_trained_further_and_other_words_are_told(finished, files, tmp_path, caplog):
+    kind, output, results = finished
+    if kind == "quantised":
+        pytest.skip("loading is the same")
+    flags = [*files, "--adapter_name_or_path", str(output)]
+    assert run(tmp_path / "evaluated", *flags, "--do_eval", "--prompt", "Is it a tale?")["eval_loss"] == pytest.approx(
+        results["eval_loss"], rel=1e-6
+    )
+    assert "was trained with" not in caplog.text
+    run(tmp_path / "further", *flags, "--do_train", "--max_steps", "1")
+    assert f"{output} was trained with --prompt Is it a tale?; this run has none." in caplog.text
+
+
 def test_plain_peft_finds_the_same(finished):
     kind, output, _ = finished
     if kind == "quantised":
