@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import default_data_collator, set_seed
+from transformers import default_data_collator
 
 from abr_trainer.callbacks import summarise
 from abr_trainer.command_line import parse_arguments
@@ -20,7 +20,7 @@ from abr_trainer.config import ABRConfig, checkpoints_activations
 from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
-from abr_trainer.job import carry_out, command_of, push_result, wanted_splits
+from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_splits
 from abr_trainer.measurement import EvaluationArguments, prepare_measurement
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import check_output_dir, find_checkpoint
@@ -61,9 +61,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
                 eval_args, data_args, tokenizer, block_size, args.eval_batch_size, args.distributed_state
             )
 
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # no causal language model leaves any out, and looking for them costs
-    set_seed(args.seed)
+    begin(args)
     with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
         model = load_model(model_args, config, tokenizer, args.device, checkpoints_activations(args))
         trainer = ABRTrainer(

@@ -1,37 +1,29 @@
-"""A classifier of sentences: how it is loaded, trained, judged, and found again."""
+"""A classifier of sentences: the flags it takes, how it is judged, and what is said of it."""
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset
 from peft import TaskType
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PredictionOutput
+from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
-from .adapters import FLAG
+from .classifier_records import remember_model, remember_task
 from .config import ABRConfig
 from .errors import refuse_below, refuse_missing_directory
-from .flags import expand_flags_file, given_flags
-from .glue import Task, judge, judge_by_evaluate, predictions_of
+from .glue import Task, judge, judge_by_evaluate, logits_of, predictions_of
 from .modeling import ModelArguments
 from .perplexity import without_adapter
-from .records import PREDICTIONS_NAME, QUANT_CONFIG_NAME, TASK_NAME, read_json, read_lines, write_whole
 from .schedulers import OUTLIER_RULES
 from .sentences import SentenceArguments, Sentences
 from .tracking import name_of
@@ -39,13 +31,6 @@ from .tracking import name_of
 logger = logging.get_logger(__name__)
 
 DEFAULT_LENGTH = 512
-
-TOLD = (
-    *("task_name", "sentence_columns", "label_column", "classes", "regression", "prompt", "max_seq_length"),
-    *("torch_dtype", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype", "use_lora"),
-    *("bf16", "fp16", "per_device_eval_batch_size"),
-)
-"""Flags of the training that predictions depend on: the defaults of an evaluation later."""
 
 
 @dataclass
@@ -164,11 +149,6 @@ class Judge:
         return judge(self._task, predictions, labels)
 
 
-def logits_of(predictions: Any) -> np.ndarray:
-    """Return the logits `(rows, labels)` among what a model has returned."""
-    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions, dtype=np.float64)
-
-
 class ClassifierCallback(TrainerCallback):
     """Say at each evaluation what has been reached, and keep beside the weights what a classifier needs to be found
     again: `task.json`, `config.json` and, if it is quantised, `quant_config.json`.
@@ -197,16 +177,6 @@ class ClassifierCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._has_ended = True
-
-
-def predict(trainer: Trainer, rows: Dataset, split: str, task: Task, directory: Path) -> dict[str, float]:
-    """Write the predictions on a split to `{split}_predictions.jsonl`, and return its metrics."""
-    found = trainer.predict(rows, metric_key_prefix=split)
-    if trainer.is_world_process_zero():
-        path = directory / PREDICTIONS_NAME.format(split=split)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_predictions(path, task, found)
-    return dict(found.metrics or {})
 
 
 def labels_in_config(task: Task) -> dict[str, Any]:
@@ -291,116 +261,3 @@ def score_lines(log_history: list[dict[str, float]], results: dict[str, float], 
     for what, prefix in {"evaluation": "eval", "mismatched": "eval_mm", "test": "test"}.items():
         if shown := scores_in(results, task, prefix):
             yield f"{what:<11} {shown}"
-
-
-# ---- What is kept beside the weights ----
-
-
-def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
-    """Write `task.json`: the flags that predictions depend on, as a later evaluation needs them.
-
-    Args:
-        arguments: The dataclasses of the command line.
-    """
-    values = {name: getattr(each, name) for each in arguments for name in TOLD if hasattr(each, name)}
-    flags = {name: values[name] for name in TOLD if values[name] is not None}
-    write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
-
-
-def remember_model(directory: Path, model: Any) -> None:
-    """Write the configuration of a model as `config.json`, and how it is quantised, if it is, on its own as well."""
-    config: PreTrainedConfig = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    write_whole(directory / "config.json", config.to_json_string())
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        settings = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-        write_whole(directory / QUANT_CONFIG_NAME, json.dumps(settings, indent=1, default=str) + "\n")
-
-
-def recall_task(name: str) -> dict[str, Any]:
-    """Return the flags that a classifier was trained with, by what its directory, the one above it, or the Hub has."""
-    places = [Path(name, TASK_NAME), Path(name).parent / TASK_NAME]
-    found = next((content for place in places if (content := read_json(place)) is not None), None)
-    if found is None and not Path(name).exists():
-        path = cached_file(
-            name,
-            TASK_NAME,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        found = read_json(Path(path)) if path else None
-    flags = found.get("flags", {}) if isinstance(found, dict) else {}
-    return {flag: flags[flag] for flag in TOLD if flag in flags}
-
-
-def warn_of_another_question(adapter: str, arguments: SentenceArguments) -> None:
-    """Say where an adapter was trained on another task, or was asked in other words."""
-    told = recall_task(adapter)
-    for flag in ("task_name", "prompt"):
-        given = getattr(arguments, flag)
-        if flag in told and told[flag] != given:
-            logger.warning(f"{FLAG} {adapter} was trained with --{flag} {told[flag]}; this run has {given}.")
-
-
-def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the flags that a classifier was trained with as defaults, by the command line that names it.
-
-    Args:
-        classes: Dataclasses that the command line is parsed into.
-        argv: The command line; None for that of this process.
-    """
-    given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
-    if "--help" in given or "-h" in (sys.argv if argv is None else argv):
-        return {}
-    names = [given[flag][-1] for flag in (FLAG, "--adapter", "--model_name_or_path") if given.get(flag)]
-    if not names:
-        raise ValueError(f"Give {FLAG} or --model_name_or_path: what is to be evaluated.")
-    told = recall_task(names[0])
-    if not told:
-        logger.warning(f"{names[0]} has no {TASK_NAME}: task, prompt and quantisation are what the flags say.")
-    known = {each.name for kind in classes for each in fields(kind)}
-    of_task = {"task_name", "sentence_columns", "classes", "regression"}
-    if any(f"--{flag}" in given for flag in of_task):
-        told = {flag: value for flag, value in told.items() if flag not in of_task}
-    return {flag: value for flag, value in told.items() if flag in known}
-
-
-def predictions_file(model: str, split: str) -> Path:
-    """Return where the predictions of a run are, by its output directory or that of one of its checkpoints."""
-    return Path(model, PREDICTIONS_NAME.format(split=split))
-
-
-def write_predictions(path: Path, task: Task, found: PredictionOutput) -> None:
-    """Write a line for each row: `row` from 1, `prediction`, `label` where it is known, and `logits`."""
-    logits = logits_of(found.predictions)
-    labels = None if found.label_ids is None else np.asarray(found.label_ids)
-    said = predictions_of(logits, task)
-    lines = []
-    for row, values in enumerate(logits.reshape(len(logits), -1)):
-        line: dict[str, Any] = {"row": row + 1, "prediction": named(said[row], task)}
-        if labels is not None:
-            line["label"] = named(labels[row], task)
-        line["logits"] = [float(value) if math.isfinite(value) else None for value in values]
-        lines.append(json.dumps(line) + "\n")
-    write_whole(path, "".join(lines))
-
-
-def named(value: Any, task: Task) -> str | float | None:
-    if task.labels:
-        return task.labels[int(value)]
-    return float(value) if math.isfinite(value) else None
-
-
-def beside_earlier(path: Path, logits: np.ndarray, task: Task) -> str | None:
-    """Say how many predictions are those that `write_predictions` wrote; None where it was of other rows."""
-    earlier = list(read_lines(path)) if path.exists() else []
-    if len(earlier) != len(logits) or any(None in line["logits"] for line in earlier):
-        return None
-    before = np.array([line["logits"] for line in earlier])
-    if before.shape != logits.reshape(len(logits), -1).shape:
-        return None
-    same = int((predictions_of(before, task) == predictions_of(logits, task)).sum())
-    apart = float(np.abs(before - logits.reshape(before.shape)).max())
-    return f"{same:,} of {len(logits):,} predictions as in {path}; logits differ by at most {apart:.1e}"

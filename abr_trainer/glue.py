@@ -112,6 +112,11 @@ def ask(prompt: str, sentences: Sequence[str]) -> str:
 # ---- Judging ----
 
 
+def logits_of(predictions: Any) -> np.ndarray:
+    """Return the logits `(rows, labels)` among what a model has returned."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions, dtype=np.float64)
+
+
 def predictions_of(logits: np.ndarray, task: Task) -> np.ndarray:
     """Return the label that each row of logits `(rows, labels)` is for, or the number that it says."""
     return logits.argmax(axis=-1) if task.labels else logits.reshape(-1)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from transformers import set_seed
+
 from .callbacks import last_evaluation
 from .config import ABRConfig
 from .errors import one_line, one_line_errors
@@ -26,6 +28,13 @@ def wanted_splits(args: ABRConfig) -> list[str]:
     if not splits:
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     return splits
+
+
+def begin(args: ABRConfig) -> None:
+    """Seed everything; what follows is the same from run to run, and on all ranks."""
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # our models leave none out, and looking for them costs
+    set_seed(args.seed)
 
 
 def carry_out(

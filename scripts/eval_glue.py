@@ -22,18 +22,15 @@ from abr_trainer.classification import (
     ClassifierArguments,
     EvaluateArguments,
     Judge,
-    beside_earlier,
     labels_in_config,
-    logits_of,
-    predictions_file,
-    recalled_flags,
     scores_in,
-    write_predictions,
 )
+from abr_trainer.classifier_records import beside_earlier, predictions_file, recalled_flags, write_predictions
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.data import fit_context
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
+from abr_trainer.glue import logits_of
 from abr_trainer.modeling import load_config, load_model, load_tokenizer
 from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import DataCollatorWithPadding
 
 from abr_trainer.callbacks import cost_lines
 from abr_trainer.classification import (
@@ -24,17 +24,16 @@ from abr_trainer.classification import (
     Judge,
     describe_rows,
     labels_in_config,
-    predict,
     score_lines,
     show_scores,
-    warn_of_another_question,
 )
+from abr_trainer.classifier_records import predict, warn_of_another_question
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import checkpoints_activations
 from abr_trainer.data import fit_context
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
-from abr_trainer.job import carry_out, command_of, push_result, wanted_splits
+from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_splits
 from abr_trainer.modeling import describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import check_output_dir, find_checkpoint
 from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
@@ -70,7 +69,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         if args.metric_for_best_model == "loss":
             args.metric_for_best_model, args.greater_is_better = task.scores[0], True
 
-    set_seed(args.seed)
+    begin(args)
     with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
         model = load_model(model_args, config, tokenizer, args.device, checkpoints_activations(args))
         trainer = ABRTrainer(
@@ -85,8 +84,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         )
 
     def test() -> dict[str, float]:
-        output_dir = Path(args.output_dir)
-        found = [predict(trainer, rows[split], split, task, output_dir) for split in rows if split.startswith("test")]
+        found = [predict(trainer, rows[split], split, task) for split in rows if split.startswith("test")]
         return {name: value for metrics in found for name, value in metrics.items()}
 
     results = carry_out(

@@ -23,8 +23,10 @@ from transformers import (
     EvalPrediction,
     LlamaConfig,
 )
+from transformers.trainer_utils import PredictionOutput
 
 from abr_trainer.classification import ClassifierArguments, Judge
+from abr_trainer.classifier_records import write_predictions
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.glue import TASKS
 from abr_trainer.modeling import heads_in, load_config, load_model, load_tokenizer, lora_config
@@ -319,6 +321,16 @@ def test_validation_rows_are_trained_on_where_that_is_asked_for(files, tmp_path,
     flags = ["--do_train", "--do_predict", "--max_steps", "1", "--merge_validation"]
     assert "test_accuracy" in run(tmp_path / "run", *files, *flags)
     assert "rows: 86 train, 37 test" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_predicts_nothing(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    logits = np.array([[0.5, 0.1], [math.nan, 0.3]])
+    write_predictions(path, TASKS["mrpc"], PredictionOutput(logits, np.array([0, 1]), {}))
+    assert list(read_lines(path)) == [
+        {"row": 1, "prediction": "not_equivalent", "label": "not_equivalent", "logits": [0.5, 0.1]},
+        {"row": 2, "prediction": None, "label": "equivalent", "logits": [None, 0.3]},
+    ]
 
 
 def test_what_is_not_finite_is_not_judged(caplog):

@@ -1,0 +1,151 @@
+"""What is kept of a classifier beside its weights, so that it can be found again: its task, and its predictions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from huggingface_hub import hf_hub_download
+from transformers import PreTrainedConfig, Trainer
+from transformers.trainer_utils import PredictionOutput
+from transformers.utils import logging
+
+from .adapters import FLAG
+from .flags import expand_flags_file, given_flags
+from .glue import Task, logits_of, predictions_of
+from .records import PREDICTIONS_NAME, QUANT_CONFIG_NAME, TASK_NAME, read_json, read_lines, write_whole
+from .sentences import SentenceArguments
+
+logger = logging.get_logger(__name__)
+
+TOLD = (
+    *("task_name", "sentence_columns", "label_column", "classes", "regression", "prompt", "max_seq_length"),
+    *("torch_dtype", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype", "use_lora"),
+    *("bf16", "fp16", "per_device_eval_batch_size"),
+)
+"""Flags of the training that predictions depend on: the defaults of an evaluation later."""
+
+
+def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
+    """Write `task.json`: the flags that predictions depend on, as a later evaluation needs them.
+
+    Args:
+        arguments: The dataclasses of the command line.
+    """
+    values = {name: getattr(each, name) for each in arguments for name in TOLD if hasattr(each, name)}
+    flags = {name: values[name] for name in TOLD if values[name] is not None}
+    write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
+
+
+def remember_model(directory: Path, model: Any) -> None:
+    """Write the configuration of a model as `config.json`, and how it is quantised, if it is, on its own as well."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    write_whole(directory / "config.json", config.to_json_string())
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        settings = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        write_whole(directory / QUANT_CONFIG_NAME, json.dumps(settings, indent=1, default=str) + "\n")
+
+
+def recall_task(name: str) -> dict[str, Any]:
+    """Return the flags that a classifier was trained with, by what its directory, the one above it, or the Hub has."""
+    places = [Path(name, TASK_NAME), Path(name).parent / TASK_NAME]
+    found = next((content for place in places if (content := read_json(place)) is not None), None)
+    if found is None and not Path(name).exists():
+        with contextlib.suppress(OSError, ValueError):  # no such repository, no such file in it, no network
+            found = read_json(Path(hf_hub_download(name, TASK_NAME)))
+    flags = found.get("flags", {}) if isinstance(found, dict) else {}
+    return {flag: flags[flag] for flag in TOLD if flag in flags}
+
+
+def warn_of_another_question(adapter: str, arguments: SentenceArguments) -> None:
+    """Say where an adapter was trained on another task, or was asked in other words."""
+    told = recall_task(adapter)
+    for flag in ("task_name", "prompt"):
+        given = getattr(arguments, flag)
+        if flag in told and told[flag] != given:
+            logger.warning(f"{FLAG} {adapter} was trained with --{flag} {told[flag]}; this run has {given}.")
+
+
+def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that a classifier was trained with as defaults, by the command line that names it.
+
+    Args:
+        classes: Dataclasses that the command line is parsed into.
+        argv: The command line; None for that of this process.
+    """
+    given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
+    if "--help" in given or "-h" in (sys.argv if argv is None else argv):
+        return {}
+    names = [given[flag][-1] for flag in (FLAG, "--adapter", "--model_name_or_path") if given.get(flag)]
+    if not names:
+        raise ValueError(f"Give {FLAG} or --model_name_or_path: what is to be evaluated.")
+    told = recall_task(names[0])
+    if not told:
+        logger.warning(f"{names[0]} has no {TASK_NAME}: task, prompt and quantisation are what the flags say.")
+    known = {each.name for kind in classes for each in fields(kind)}
+    of_task = {"task_name", "sentence_columns", "classes", "regression"}
+    if any(f"--{flag}" in given for flag in of_task):
+        told = {flag: value for flag, value in told.items() if flag not in of_task}
+    return {flag: value for flag, value in told.items() if flag in known}
+
+
+def predict(trainer: Trainer, rows: Dataset, split: str, task: Task) -> dict[str, float]:
+    """Write the predictions on a split into the output directory, and return its metrics."""
+    found = trainer.predict(rows, metric_key_prefix=split)
+    if trainer.is_world_process_zero():
+        path = predictions_file(trainer.args.output_dir, split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_predictions(path, task, found)
+    return dict(found.metrics or {})
+
+
+def predictions_file(directory: str | None, split: str) -> Path:
+    """Return where a run keeps its predictions on a split."""
+    return Path(directory or "", PREDICTIONS_NAME.format(split=split))
+
+
+def write_predictions(path: Path, task: Task, found: PredictionOutput) -> None:
+    """Write a line for each row: `row` from 1, `prediction`, `label` where it is known, and `logits`.
+
+    A logit that is not finite is written as null, and so is what it would predict.
+    """
+    logits = logits_of(found.predictions)
+    labels = None if found.label_ids is None else np.asarray(found.label_ids)
+    said = predictions_of(logits, task)
+    lines = []
+    for row, values in enumerate(logits.reshape(len(logits), -1)):
+        prediction = named(said[row], task) if np.isfinite(values).all() else None
+        line: dict[str, Any] = {"row": row + 1, "prediction": prediction}
+        if labels is not None:
+            line["label"] = named(labels[row], task)
+        line["logits"] = [float(value) if math.isfinite(value) else None for value in values]
+        lines.append(json.dumps(line) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def named(value: Any, task: Task) -> str | float:
+    return task.labels[int(value)] if task.labels else float(value)
+
+
+def beside_earlier(path: Path, logits: np.ndarray, task: Task) -> str | None:
+    """Say how many predictions are those that `write_predictions` wrote; None where it was of other rows."""
+    earlier = list(read_lines(path)) if path.exists() else []
+    if len(earlier) != len(logits) or any(None in line["logits"] for line in earlier):
+        return None
+    before = np.array([line["logits"] for line in earlier])
+    if before.shape != logits.reshape(len(logits), -1).shape:
+        return None
+    same = int((predictions_of(before, task) == predictions_of(logits, task)).sum())
+    apart = float(np.abs(before - logits.reshape(before.shape)).max())
+    return f"{same:,} of {len(logits):,} predictions as in {path}; logits differ by at most {apart:.1e}"
