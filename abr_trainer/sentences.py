@@ -307,7 +307,16 @@ def _number_of(value: Any, task: Task, where: str) -> float:
 
 
 def tokenize_sentences(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Dataset]:
-    """Turn rows into `input_ids`, `attention_mask` and `labels`. How many rows had to be cut is said."""
+    """Turn rows into `input_ids`, `attention_mask` and `labels`. How many rows had to be cut is said.
+
+    Raises:
+        ValueError: Rows of unequal length could not be filled up.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path} has no pad token, and no end-of-text token to take for it: "
+            "give another --tokenizer_name."
+        )
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         whole = tokenizer(batch["text"], verbose=False)

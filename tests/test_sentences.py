@@ -133,6 +133,13 @@ def test_long_rows_are_cut_and_counted(tmp_path, caplog):
     assert "2 of 3 train rows are longer than --max_seq_length 16" in caplog.text
 
 
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="has no pad token, and no end-of-text token"):
+        tokenize_sentences(load(tmp_path, [PAIR], task_name="mrpc"), tokenizer, 16)
+
+
 def bad(path, line):
     return line.replace("FILE", f"--train_file {path}")
 
