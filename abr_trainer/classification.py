@@ -6,31 +6,39 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from peft import TaskType
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .classifier_records import remember_model, remember_task
 from .config import ABRConfig
-from .errors import refuse_below, refuse_missing_directory
-from .glue import Task, judge, judge_by_evaluate, logits_of, predictions_of
+from .errors import find_named, refuse_below, refuse_missing_directory
+from .glue import Task, evaluate_judge, judge, logits_of, predictions_of
 from .modeling import ModelArguments
 from .perplexity import without_adapter
 from .schedulers import OUTLIER_RULES
 from .sentences import SentenceArguments, Sentences
 from .tracking import name_of
+from .trainer import ABRTrainer
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_LENGTH = 512
+
+MAIN_SCORE = "main_score"
+"""Stands for the first score of a task, as long as that is not known."""
 
 
 @dataclass
@@ -82,6 +90,51 @@ class ClassifierConfig(ABRConfig):
         default="adamw_bnb_8bit", metadata={"help": "The optimizer: adamw_bnb_8bit, adamw_torch, ... as of Trainer."}
     )
 
+    def __post_init__(self) -> None:
+        looks_for_best = self.load_best_model_at_end or self.early_stopping_patience or self.save_strategy == "best"
+        if looks_for_best and self.metric_for_best_model is None:
+            self.metric_for_best_model = MAIN_SCORE
+        super().__post_init__()
+
+    def settle(self, task: Task) -> None:
+        """Say by which score the best checkpoint is chosen, if one is, and refuse what does not go with the task.
+
+        Raises:
+            ValueError: Something does not.
+        """
+        if self.metric_for_best_model == MAIN_SCORE:
+            self.metric_for_best_model = task.scores[0]
+        elif self.metric_for_best_model is not None:
+            known = ("loss", *task.scores)
+            find_named(
+                "--metric_for_best_model", self.metric_for_best_model.removeprefix("eval_"), dict.fromkeys(known)
+            )
+        if self.prediction_loss_only:
+            raise ValueError("--prediction_loss_only leaves nothing to judge.")
+        if self.label_smoothing_factor and not task.labels:
+            raise ValueError("--label_smoothing_factor is for labels; here a number is to be said.")
+
+
+class ClassifierTrainer(ABRTrainer):
+    """An `ABRTrainer` whose losses are means over rows, whatever the accumulation and the number of ranks.
+
+    Stock Trainer takes models for classification for such that divide by the number of targets of the whole batch,
+    which they do not: their loss and gradient would grow with both. The loss of an evaluation is that of all rows,
+    each once.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics: dict[str, float] = output.metrics or {}
+        name = next((name for name in metrics if name.endswith("_loss")), None)
+        if name is not None and output.label_ids is not None and self.label_smoother is None:
+            metrics[name] = mean_loss(logits_of(output.predictions), np.asarray(output.label_ids))
+        return output
+
 
 @dataclass
 class EvaluateArguments:
@@ -121,6 +174,18 @@ class EvaluateArguments:
 # ---- Judging ----
 
 
+def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean over rows of the cross-entropy, or, of labels that are no whole numbers, of the squared error.
+
+    >>> mean_loss(np.array([[0.0, 0.0]]), np.array([1])), mean_loss(np.array([[1.0], [2.0]]), np.array([1.0, 4.0]))
+    (0.6931471805599453, 2.0)
+    """
+    said, right = torch.from_numpy(logits), torch.from_numpy(labels)
+    if right.is_floating_point():
+        return float(functional.mse_loss(said.reshape(-1), right.to(said.dtype).reshape(-1)))
+    return float(functional.cross_entropy(said, right))
+
+
 class Judge:
     """Turn what a Trainer has evaluated into the scores of a task.
 
@@ -133,8 +198,8 @@ class Judge:
 
     def __init__(self, task: Task, arguments: SentenceArguments) -> None:
         self._task = task
-        self._name = arguments.task_name
-        self._by_evaluate = arguments.metrics_from == "evaluate"
+        by_evaluate = arguments.metrics_from == "evaluate"
+        self._judge = evaluate_judge(arguments.task_name, task) if by_evaluate else partial(judge, task)
 
     def __call__(self, evaluated: EvalPrediction) -> dict[str, float]:
         logits = logits_of(evaluated.predictions)
@@ -144,9 +209,7 @@ class Judge:
             logger.warning(f"{broken} of {len(logits)} rows got a logit that is not finite: so no score is a number.")
             return {**dict.fromkeys(self._task.scores, math.nan), "non_finite_rows": broken}
         predictions = predictions_of(logits, self._task)
-        if self._by_evaluate:
-            return judge_by_evaluate(self._name, self._task, predictions, labels)
-        return judge(self._task, predictions, labels)
+        return self._judge(predictions, labels)
 
 
 class ClassifierCallback(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import sys
@@ -22,17 +23,34 @@ from transformers.utils import logging
 from .adapters import FLAG
 from .flags import expand_flags_file, given_flags
 from .glue import Task, logits_of, predictions_of
-from .records import PREDICTIONS_NAME, QUANT_CONFIG_NAME, TASK_NAME, read_json, read_lines, write_whole
-from .sentences import SentenceArguments
+from .records import (
+    CHECKPOINT_PREFIX,
+    PREDICTIONS_NAME,
+    QUANT_CONFIG_NAME,
+    TASK_NAME,
+    read_json,
+    read_lines,
+    write_whole,
+)
 
 logger = logging.get_logger(__name__)
 
 TOLD = (
     *("task_name", "sentence_columns", "label_column", "classes", "regression", "prompt", "max_seq_length"),
-    *("torch_dtype", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype", "use_lora"),
+    *(
+        "config_name",
+        "attn_implementation",
+        "torch_dtype",
+        "load_in_8bit",
+        "load_in_4bit",
+        "bnb_4bit_compute_dtype",
+        "use_lora",
+    ),
     *("bf16", "fp16", "per_device_eval_batch_size"),
 )
 """Flags of the training that predictions depend on: the defaults of an evaluation later."""
+
+OF_TASK = ("task_name", "sentence_columns", "classes", "regression")
 
 
 def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
@@ -58,8 +76,10 @@ def remember_model(directory: Path, model: Any) -> None:
 
 
 def recall_task(name: str) -> dict[str, Any]:
-    """Return the flags that a classifier was trained with, by what its directory, the one above it, or the Hub has."""
-    places = [Path(name, TASK_NAME), Path(name).parent / TASK_NAME]
+    """Return the flags that a classifier was trained with, by what its directory, that of the run, or the Hub has."""
+    places = [Path(name, TASK_NAME)]
+    if Path(name).name.startswith(CHECKPOINT_PREFIX):
+        places.append(Path(name).parent / TASK_NAME)
     found = next((content for place in places if (content := read_json(place)) is not None), None)
     if found is None and not Path(name).exists():
         with contextlib.suppress(OSError, ValueError):  # no such repository, no such file in it, no network
@@ -68,36 +88,38 @@ def recall_task(name: str) -> dict[str, Any]:
     return {flag: flags[flag] for flag in TOLD if flag in flags}
 
 
-def warn_of_another_question(adapter: str, arguments: SentenceArguments) -> None:
-    """Say where an adapter was trained on another task, or was asked in other words."""
-    told = recall_task(adapter)
-    for flag in ("task_name", "prompt"):
-        given = getattr(arguments, flag)
-        if flag in told and told[flag] != given:
-            logger.warning(f"{FLAG} {adapter} was trained with --{flag} {told[flag]}; this run has {given}.")
-
-
-def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the flags that a classifier was trained with as defaults, by the command line that names it.
+def recalled_flags(
+    classes: Sequence[Any], argv: Sequence[str] | None, names: Sequence[str] = (FLAG, "--adapter")
+) -> dict[str, Any]:
+    """Return the flags that a classifier was trained with as defaults for a command line that names it.
 
     Args:
         classes: Dataclasses that the command line is parsed into.
         argv: The command line; None for that of this process.
+        names: Flags that name a classifier, the first that is given counts.
+
+    Raises:
+        ValueError: The command line gives its classes another order.
     """
     given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
-    if "--help" in given or "-h" in (sys.argv if argv is None else argv):
+    found = next((given[name][-1] for name in names if given.get(name)), None)
+    if found is None:
         return {}
-    names = [given[flag][-1] for flag in (FLAG, "--adapter", "--model_name_or_path") if given.get(flag)]
-    if not names:
-        raise ValueError(f"Give {FLAG} or --model_name_or_path: what is to be evaluated.")
-    told = recall_task(names[0])
+    told = recall_task(found)
     if not told:
-        logger.warning(f"{names[0]} has no {TASK_NAME}: task, prompt and quantisation are what the flags say.")
+        logger.warning(f"{found} has no {TASK_NAME}: task, prompt and quantisation are what the flags say.")
+    before, now = told.get("classes"), given.get("--classes")
+    if before and now and sorted(before) == sorted(now) and before != now:
+        raise ValueError(f"--classes {' '.join(now)}: {found} was trained with them in the order {' '.join(before)}.")
+    replaced = {
+        "--task_name": OF_TASK,
+        "--sentence_columns": ("task_name",),
+        "--classes": ("task_name", "regression"),
+        "--regression": ("task_name", "classes"),
+    }
+    gone = [flag for name, flags in replaced.items() if name in given for flag in flags]
     known = {each.name for kind in classes for each in fields(kind)}
-    of_task = {"task_name", "sentence_columns", "classes", "regression"}
-    if any(f"--{flag}" in given for flag in of_task):
-        told = {flag: value for flag, value in told.items() if flag not in of_task}
-    return {flag: value for flag, value in told.items() if flag in known}
+    return {flag: value for flag, value in told.items() if flag in known and flag not in gone}
 
 
 def predict(trainer: Trainer, rows: Dataset, split: str, task: Task) -> dict[str, float]:
@@ -106,7 +128,7 @@ def predict(trainer: Trainer, rows: Dataset, split: str, task: Task) -> dict[str
     if trainer.is_world_process_zero():
         path = predictions_file(trainer.args.output_dir, split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_predictions(path, task, found)
+        write_predictions(path, task, found, rows)
     return dict(found.metrics or {})
 
 
@@ -115,8 +137,9 @@ def predictions_file(directory: str | None, split: str) -> Path:
     return Path(directory or "", PREDICTIONS_NAME.format(split=split))
 
 
-def write_predictions(path: Path, task: Task, found: PredictionOutput) -> None:
-    """Write a line for each row: `row` from 1, `prediction`, `label` where it is known, and `logits`.
+def write_predictions(path: Path, task: Task, found: PredictionOutput, rows: Dataset) -> None:
+    """Write a line for each row: `row` from 1, `prediction`, `label` where it is known, `logits`, and a digest of the
+    `input`.
 
     A logit that is not finite is written as null, and so is what it would predict.
     """
@@ -124,12 +147,13 @@ def write_predictions(path: Path, task: Task, found: PredictionOutput) -> None:
     labels = None if found.label_ids is None else np.asarray(found.label_ids)
     said = predictions_of(logits, task)
     lines = []
-    for row, values in enumerate(logits.reshape(len(logits), -1)):
+    for row, (values, digest) in enumerate(zip(logits.reshape(len(logits), -1), digests(rows), strict=True)):
         prediction = named(said[row], task) if np.isfinite(values).all() else None
         line: dict[str, Any] = {"row": row + 1, "prediction": prediction}
         if labels is not None:
             line["label"] = named(labels[row], task)
         line["logits"] = [float(value) if math.isfinite(value) else None for value in values]
+        line["input"] = digest
         lines.append(json.dumps(line) + "\n")
     write_whole(path, "".join(lines))
 
@@ -138,14 +162,17 @@ def named(value: Any, task: Task) -> str | float:
     return task.labels[int(value)] if task.labels else float(value)
 
 
-def beside_earlier(path: Path, logits: np.ndarray, task: Task) -> str | None:
+def digests(rows: Dataset) -> list[str]:
+    """Return eight letters for each row that tell its tokens from others."""
+    return [hashlib.sha256(str(ids).encode()).hexdigest()[:8] for ids in rows["input_ids"][:]]
+
+
+def beside_earlier(path: Path, logits: np.ndarray, task: Task, rows: Dataset) -> str | None:
     """Say how many predictions are those that `write_predictions` wrote; None where it was of other rows."""
     earlier = list(read_lines(path)) if path.exists() else []
-    if len(earlier) != len(logits) or any(None in line["logits"] for line in earlier):
+    if [line.get("input") for line in earlier] != digests(rows) or any(None in line["logits"] for line in earlier):
         return None
     before = np.array([line["logits"] for line in earlier])
-    if before.shape != logits.reshape(len(logits), -1).shape:
-        return None
     same = int((predictions_of(before, task) == predictions_of(logits, task)).sum())
     apart = float(np.abs(before - logits.reshape(before.shape)).max())
     return f"{same:,} of {len(logits):,} predictions as in {path}; logits differ by at most {apart:.1e}"

@@ -191,7 +191,7 @@ class ABRConfig(TrainingArguments):
         metadata={
             "help": "Stop when so many evaluations in a row are not better than the best by more than "
             "--early_stopping_threshold, and load the best checkpoint, by --metric_for_best_model (default in the "
-            "script: perplexity). Evaluates whenever --save_strategy saves."
+            "scripts: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves."
         },
     )
     early_stopping_threshold: float = field(

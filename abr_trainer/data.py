@@ -406,7 +406,8 @@ def load_file(flag: str, path: str, streaming: bool) -> Rows:
         ValueError: It is empty, or cannot be read.
     """
     builder = BUILDERS.get(Path(path).suffix.lower(), "text")
-    options = {"keep_linebreaks": True} if builder == "text" else {}
+    # A cell that reads NA or None is text, too.
+    options = {"text": {"keep_linebreaks": True}, "csv": {"keep_default_na": False}}.get(builder, {})
     origin = f"--{flag} {path}"
     if Path(path).stat().st_size == 0:
         raise ValueError(f"{origin} is empty.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,21 +144,34 @@ def judge(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, 
         return {name: float(known[name](labels, predictions)) for name in task.scores}
 
 
-def judge_by_evaluate(name: str | None, task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the scores of a task as `evaluate` computes them, with code that it fetches from the Hub.
+def evaluate_judge(name: str | None, task: Task) -> Callable[[Any, Any], dict[str, float]]:
+    """Return what computes the scores of a task as `judge` does, by `evaluate`, with code that it gets from the Hub.
 
     Args:
         name: Of the task, None for one of one's own.
+
+    Raises:
+        OSError: The code cannot be had.
     """
     import evaluate  # here, because it takes seconds to import
 
-    answers: dict[str, Any] = {"predictions": predictions, "references": labels}
-    if name is not None:
-        found = evaluate.load("glue", name).compute(**answers)
-    else:
+    if name in TASKS:
+        whole = evaluate.load("glue", name)
+
+        def by_task(predictions: Any, labels: Any) -> dict[str, float]:
+            found = whole.compute(predictions=predictions, references=labels)
+            return {score: float(found[score]) for score in task.scores}
+
+        return by_task
+    known = {"f1_macro": "f1", "pearson": "pearsonr"}
+    metrics = {score: evaluate.load(known.get(score, score)) for score in task.scores}
+
+    def one_by_one(predictions: Any, labels: Any) -> dict[str, float]:
         found = {}
-        for score in task.scores:
+        for score, metric in metrics.items():
             options = {"average": "macro"} if score == "f1_macro" else {}
-            metric = {"f1_macro": "f1", "pearson": "pearsonr"}.get(score, score)
-            found[score] = next(iter(evaluate.load(metric).compute(**answers, **options).values()))
-    return {score: float(found[score]) for score in task.scores}
+            answer = metric.compute(predictions=predictions, references=labels, **options)
+            found[score] = float(next(iter(answer.values())))
+        return found
+
+    return one_by_one

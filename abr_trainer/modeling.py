@@ -54,7 +54,7 @@ class LoadArguments:
     model_name_or_path: str = field(
         default="",
         metadata={
-            "help": "A causal language model on the Hub or in a directory, or 'demo', the tiny one in this package. "
+            "help": "A model on the Hub or in a directory, or 'demo', the tiny LLaMA in this package. "
             "Default: what the adapter was trained on, if one is given; else demo."
         },
     )
@@ -189,10 +189,9 @@ class ModelArguments(AdaptedArguments):
         """
         config = read_adapter(adapter, self.task)
         if not self.use_lora:
-            raise ValueError(
-                f"--use_lora false would train all weights beside {FLAG} {adapter}. Make them one model with "
-                "scripts/export_adapter.py, and give that as --model_name_or_path."
-            )
+            advice = "" if self.task is TaskType.SEQ_CLS else ". Make them one model with scripts/export_adapter.py, "
+            advice += "and give that as --model_name_or_path" if advice else ""
+            raise ValueError(f"--use_lora false would train all weights beside {FLAG} {adapter}{advice}.")
         if not isinstance(config, LoraConfig):
             raise ValueError(
                 f"{FLAG} {adapter} is of the kind {PeftType(config.peft_type).value}; only LoRA is trained on."
@@ -293,7 +292,10 @@ def load_model(
     if adapter is None:
         # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
         return get_peft_model(
-            model, lora_config(arguments, model, heads), autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+            model,
+            lora_config(arguments, model, heads),
+            autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
+            revision=None if arguments.model_revision == "main" else arguments.model_revision,
         )
     adapted = load_adapter(model, adapter, arguments.model_name_or_path, True, arguments.lora_dropout, arguments.task)
     if embeddings_in(adapted) < len(tokenizer):
@@ -348,9 +350,20 @@ def heads_in(model: PreTrainedModel, task: TaskType) -> list[str]:
 
 
 def compute_in_fp32(head: torch.nn.Module) -> None:
-    """Let a head that is trained as a whole have its weights, its input and its output in fp32."""
+    """Let a head that is trained as a whole have its weights, its input and its output in fp32, autocast or not."""
     head.to(torch.float32)
-    head.register_forward_pre_hook(lambda _head, inputs: tuple(each.to(torch.float32) for each in inputs))
+    head.register_forward_pre_hook(_leave_autocast)
+    head.register_forward_hook(_return_to_autocast, always_call=True)
+
+
+def _leave_autocast(head: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    head.left_autocast = torch.autocast(inputs[0].device.type, enabled=False)
+    head.left_autocast.__enter__()
+    return tuple(each.to(torch.float32) for each in inputs)
+
+
+def _return_to_autocast(head: Any, _inputs: Any, _output: Any) -> None:
+    head.left_autocast.__exit__(None, None, None)
 
 
 def shards_weights() -> bool:

@@ -242,6 +242,8 @@ def _names_of(values: Sequence[Any], origin: str, column: str) -> list[str]:
         names = [str(number) for number in numbers]
     else:
         shown = ", ".join(repr(value) for value in values[:5])
+        if all(isinstance(value, float) for value in values):
+            raise ValueError(f"Labels in column {column} of {origin} are numbers with fractions, no classes: {shown}.")
         raise ValueError(f"Labels in column {column} of {origin} are neither all texts nor all numbers: {shown}.")
     if len(names) < 2:
         raise ValueError(f"All labels in column {column} of {origin} are {names[0]}: there is nothing to learn.")
@@ -260,17 +262,18 @@ def _checked(rows: Dataset, origin: str, task: Task, arguments: SentenceArgument
     flag = "--task_name" if arguments.task_name else "--sentence_columns"
     for column in task.columns:
         _refuse_without(column, rows, origin, flag)
-        for index, value in enumerate(rows[column]):
+        for index, value in enumerate(rows[column][:]):
             if not isinstance(value, str):
                 raise ValueError(f"Column {column} of {origin} must hold text; row {index + 1} holds {value!r}.")
     texts = [
-        ask(arguments.prompt_text, sentences) for sentences in zip(*(rows[each] for each in task.columns), strict=True)
+        ask(arguments.prompt_text, sentences)
+        for sentences in zip(*(rows[each][:] for each in task.columns), strict=True)
     ]
     column = arguments.label_column
     if may_hide and column not in rows.column_names:
         return Dataset.from_dict({"text": texts})
     _refuse_without(column, rows, origin, "--label_column")
-    values = list(rows[column])
+    values = rows[column][:]
     if may_hide and all(value in (HIDDEN, None) for value in values):
         return Dataset.from_dict({"text": texts})
     label = _number_of if not task.labels else _index_of

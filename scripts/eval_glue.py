@@ -15,11 +15,12 @@ import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import DataCollatorWithPadding, Trainer
+from transformers import DataCollatorWithPadding
 
 from abr_trainer.classification import (
     DEFAULT_LENGTH,
     ClassifierArguments,
+    ClassifierTrainer,
     EvaluateArguments,
     Judge,
     labels_in_config,
@@ -28,6 +29,7 @@ from abr_trainer.classification import (
 from abr_trainer.classifier_records import beside_earlier, predictions_file, recalled_flags, write_predictions
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.data import fit_context
+from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
 from abr_trainer.glue import logits_of
@@ -36,6 +38,9 @@ from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_se
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, EvaluateArguments)
 """What the command line is parsed into."""
+
+NAMES = ("--adapter_name_or_path", "--adapter", "--model_name_or_path")
+"""Flags that name what is evaluated."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -51,7 +56,10 @@ def run(argv: list[str] | None) -> dict[str, float]:
         ),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        model_args, data_args, eval_args = parse_arguments(ARGUMENTS, argv, recalled_flags(ARGUMENTS, argv))
+        told = recalled_flags(ARGUMENTS, argv, NAMES)
+        model_args, data_args, eval_args = parse_arguments(ARGUMENTS, argv, told)
+        if model_args.adapter_name_or_path is None and model_args.model_name_or_path == str(DEMO_MODEL):
+            raise ValueError(f"Give {NAMES[0]} or {NAMES[-1]}: what is to be evaluated.")
         args = eval_args.as_training_arguments(scratch)
         with args.main_process_first(desc="preparing the data"):
             sentences = load_sentences(data_args, [eval_args.split])
@@ -59,7 +67,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
         config, tokenizer = load_config(model_args, **labels_in_config(task)), load_tokenizer(model_args)
         length = fit_context("max_seq_length", data_args.max_seq_length, DEFAULT_LENGTH, config)
         rows = tokenize_sentences(sentences, tokenizer, length)
-        trainer = Trainer(
+        trainer = ClassifierTrainer(
             model=load_model(model_args, config, tokenizer, args.device),
             args=args,
             processing_class=tokenizer,
@@ -76,12 +84,12 @@ def run(argv: list[str] | None) -> dict[str, float]:
             scores = scores_in(results, task, split) or "no labels, so no scores"
             print(f"{split:<11} {scores}, of {len(logits):,} rows")
             earlier = predictions_file(model_args.adapter_name_or_path or model_args.model_name_or_path, split)
-            if told := beside_earlier(earlier, logits, task):
+            if told := beside_earlier(earlier, logits, task, rows[split]):
                 print(f"again       {told}")
             if eval_args.output_file is not None:
                 output = Path(eval_args.output_file)
                 second = output.with_stem(f"{output.stem}_mm")
-                write_predictions(output if split == eval_args.split else second, task, found)
+                write_predictions(output if split == eval_args.split else second, task, found, rows[split])
     return results
 
 

@@ -21,13 +21,14 @@ from abr_trainer.classification import (
     ClassifierArguments,
     ClassifierCallback,
     ClassifierConfig,
+    ClassifierTrainer,
     Judge,
     describe_rows,
     labels_in_config,
     score_lines,
     show_scores,
 )
-from abr_trainer.classifier_records import predict, warn_of_another_question
+from abr_trainer.classifier_records import predict, recalled_flags
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import checkpoints_activations
 from abr_trainer.data import fit_context
@@ -37,7 +38,6 @@ from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_sp
 from abr_trainer.modeling import describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.run_directory import check_output_dir, find_checkpoint
 from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
-from abr_trainer.trainer import ABRTrainer
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
 """What the command line is parsed into."""
@@ -51,28 +51,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
-        model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
+        model_args, data_args, args = parse_arguments(ARGUMENTS, argv, recalled_flags(ARGUMENTS, argv))
         splits = wanted_splits(args)
-        if model_args.adapter_name_or_path is not None:
-            warn_of_another_question(model_args.adapter_name_or_path, data_args)
-        if data_args.merge_validation and args.do_eval:
-            raise ValueError("--merge_validation trains on the validation rows: leave --do_eval out.")
+        if data_args.merge_validation and (args.do_eval or not args.do_train):
+            raise ValueError("--merge_validation trains on the validation rows: give --do_train, and not --do_eval.")
         checkpoint = find_checkpoint(args) if args.do_train else None
         check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)
         with args.main_process_first(desc="preparing the data"):
             sentences = load_sentences(data_args, splits)
         task = sentences.task
         data_args.settle(task)
+        args.settle(task)
         config, tokenizer = load_config(model_args, **labels_in_config(task)), load_tokenizer(model_args)
         data_args.max_seq_length = fit_context("max_seq_length", data_args.max_seq_length, DEFAULT_LENGTH, config)
         rows = tokenize_sentences(sentences, tokenizer, data_args.max_seq_length)
-        if args.metric_for_best_model == "loss":
-            args.metric_for_best_model, args.greater_is_better = task.scores[0], True
 
     begin(args)
     with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
         model = load_model(model_args, config, tokenizer, args.device, checkpoints_activations(args))
-        trainer = ABRTrainer(
+        trainer = ClassifierTrainer(
             model=model,
             args=args,
             train_dataset=rows.get("train"),

@@ -8,7 +8,7 @@ import evaluate
 import numpy as np
 import pytest
 
-from abr_trainer.glue import PROMPTS, TASKS, ask, find_prompt, judge, judge_by_evaluate, own_task, predictions_of
+from abr_trainer.glue import PROMPTS, TASKS, ask, evaluate_judge, find_prompt, judge, own_task, predictions_of
 
 RNG = np.random.default_rng(0)
 
@@ -91,7 +91,37 @@ def test_evaluate_finds_the_same_numbers(name, tmp_path, monkeypatch):
     else:
         labels = RNG.uniform(0, 5, 50).astype(np.float32)
         predictions = labels + RNG.normal(size=50).astype(np.float32)
-    assert judge_by_evaluate(name, task, predictions, labels) == pytest.approx(judge(task, predictions, labels))
+    assert evaluate_judge(name, task)(predictions, labels) == pytest.approx(judge(task, predictions, labels))
+
+
+ONE = '''
+import datasets
+import evaluate
+from sklearn import metrics
+
+
+class One(evaluate.Metric):
+    """A number by the name of the file."""
+
+    def _info(self):
+        features = datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")})
+        return evaluate.MetricInfo(description="", citation="", features=features, format="numpy")
+
+    def _compute(self, predictions, references, **options):
+        return {"SCORE": float(metrics.SCORE_score(references, predictions, **options))}
+'''
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_evaluate_judges_tasks_of_ones_own_score_by_score(labels, tmp_path, monkeypatch):
+    for score in ("accuracy", "f1"):
+        (tmp_path / f"{score}.py").write_text(ONE.replace("SCORE", score))
+    load = evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda metric: load(str(tmp_path / f"{metric}.py")))
+    task = own_task(["text"], "abc"[:labels])
+    right = RNG.integers(0, labels, 40)
+    said = np.where(RNG.random(40) < 0.6, right, 0)
+    assert evaluate_judge(None, task)(said, right) == pytest.approx(judge(task, said, right))
 
 
 def test_logits_say_a_label_or_a_number():

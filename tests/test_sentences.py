@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.glue import GLUE, TASKS
+from abr_trainer.modeling import LoadArguments, load_tokenizer
 from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
 from tests.conftest import SHARED
 from tests.sentence_rows import write_rows
@@ -36,9 +37,10 @@ def test_mrpc_is_the_default_and_files_are_a_task_of_ones_own(tmp_path):
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_tables_are_read(tmp_path, suffix):
     path = tmp_path / f"train.{suffix}"
-    getattr(Dataset.from_list([PAIR, {**PAIR, "label": 0}]), f"to_{suffix}")(path)
+    getattr(Dataset.from_list([PAIR, {**PAIR, "sentence1": "NA", "label": 0}]), f"to_{suffix}")(path)
     found = load_sentences(SentenceArguments(task_name="mrpc", train_file=str(path)), ["train"])
     assert found.splits["train"]["label"][:] == [1, 0]
+    assert found.splits["train"]["text"][1] == "Sentence 1: NA Sentence 2: It rained."
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,8 @@ def on_the_hub(tmp_path, monkeypatch):
     card = {"configs": [{"config_name": "mnli", "data_files": files}]}
     (tmp_path / GLUE / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     monkeypatch.chdir(tmp_path)
+    # `datasets` knows a directory of this name again by its name, whatever has become of its files.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def test_a_task_on_the_hub_has_all_its_splits(on_the_hub):
@@ -125,7 +129,7 @@ def test_the_demo_needs_no_file_and_no_network():
 
 
 def test_long_rows_are_cut_and_counted(tmp_path, caplog):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer = load_tokenizer(LoadArguments())
     rows = [{"text": "Rain. " * count, "label": count % 2} for count in (1, 50, 80)]
     found = tokenize_sentences(load(tmp_path, rows), tokenizer, 16)["train"]
     assert max(map(len, found["input_ids"])) == 16
@@ -135,7 +139,6 @@ def test_long_rows_are_cut_and_counted(tmp_path, caplog):
 
 def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.pad_token = None
     with pytest.raises(ValueError, match="has no pad token, and no end-of-text token"):
         tokenize_sentences(load(tmp_path, [PAIR], task_name="mrpc"), tokenizer, 16)
 
@@ -177,6 +180,11 @@ def test_bad_rows_are_named(tmp_path, row, options, line):
         ([PAIR], {"task_name": "mrcp"}, "Unknown --task_name 'mrcp'. Did you mean 'mrpc'?"),
         ([PAIR], {"task_name": "mrpc", "classes": ["a", "b"]}, "--classes is for a task of your own;"),
         ([PAIR], {"task_name": "stsb", "regression": False}, "--task_name stsb has a number."),
+        (
+            [{"text": "Rain.", "label": 0.5}],
+            {"regression": False},
+            "are numbers with fractions, no classes: 0.5.",
+        ),
         ([PAIR], {"sentence_columns": ["a", "b", "c"]}, "--sentence_columns takes one or two, got a b c."),
         ([PAIR], {"classes": ["a"]}, "--classes takes two or more different names"),
         ([PAIR], {"train_file": "missing.jsonl"}, "--train_file missing.jsonl does not exist."),
