@@ -22,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     EvalPrediction,
     LlamaConfig,
+    LlamaForCausalLM,
 )
 from transformers.trainer_utils import PredictionOutput
 
@@ -263,6 +264,18 @@ def test_a_model_of_another_kind_is_trained_as_well(files, tmp_path):
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert "base_model.model.classifier.weight" in saved
     assert any("query.lora_A" in name for name in saved)
+
+
+def test_a_llama_of_random_weights_goes_all_the_way_in_4_bit(files, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "random")
+    tokenizer.save_pretrained(tmp_path / "random")
+    flags = ["--model_name_or_path", str(tmp_path / "random"), "--load_in_4bit", "--do_train", "--do_eval"]
+    results = run(tmp_path / "run", *files, *flags, "--do_predict", "--max_steps", "4")
+    assert results["train_updates"] == 4
+    found = eval_glue.main(["--adapter_name_or_path", str(tmp_path / "run"), *files, "--use_cpu"])
+    assert found["test_loss"] == results["test_loss"]
 
 
 def test_all_weights_can_be_trained_and_found_again(files, tmp_path):
