@@ -42,9 +42,9 @@ EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 
 WITHOUT_TEST_SPLIT = (["c4"], ["allenai/c4"])
 
-WITH_TEST_LABELS = "mrpc"
-"""The task of GLUE of which the Hub has the labels of the test split; those of the others are hidden. It is the one
-that is taken where none is named.
+WITH_TEST_LABELS = ("mrpc", "demo")
+"""The tasks of which the labels of the test split are known: those of the rest of GLUE are hidden. The first is taken
+where none is named.
 """
 
 
@@ -195,8 +195,8 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
     has_files = not {"--train_file", "--validation_file"}.isdisjoint(given)
     if given.get(ORDER, [])[-1:] == ["group_by_length"]:
         raise ValueError(f"{ORDER} group_by_length: the prompt changes lengths, and so the order of the rows.")
-    task = given.get("--task_name", [WITH_TEST_LABELS])
-    has_test = "--test_file" in given or (not has_files and task[-1:] == [WITH_TEST_LABELS])
+    task = "".join(given.get("--task_name", WITH_TEST_LABELS[:1])[-1:])
+    has_test = "--test_file" in given or (not has_files and task in WITH_TEST_LABELS)
     if "--do_predict" not in given and has_test:
         added.append("--do_predict")
     saves = not given.keys().isdisjoint(SAVING)

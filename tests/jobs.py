@@ -30,6 +30,7 @@ from abr_trainer.measurement import nlls_over_ranks
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity import Window
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler
+from scripts import run_glue_abr
 from tests.conftest import QUIET, VOCABULARY, tiny_llama, token_rows, weights
 
 
@@ -401,14 +402,15 @@ def nll_of_windows(model: torch.nn.Module) -> dict[str, float]:
 
 
 def scripts(plans: str) -> None:
-    """Run run_clm_abr.py as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
+    """Run training scripts as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
     shards_on_cpu()
     without_compiled_communication()
     data.demo_texts = functools.cache(data.demo_texts)
-    for environment, flags in json.loads(Path(plans).read_text()):
+    known = {"run_clm_abr": run_clm_abr, "run_glue_abr": run_glue_abr}
+    for environment, script, flags in json.loads(Path(plans).read_text()):
         before = dict(os.environ)
         os.environ.update(environment)
-        run_clm_abr.run(flags)
+        known[script].run(flags)
         Path(flags[-1], "engine").write_text(AcceleratorState().distributed_type)
         gc.collect()
         for name in environment.keys() - before.keys():

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, run_module
+from tests.hub_server import Hub
 
 CONFIGURATIONS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
@@ -35,11 +37,17 @@ def test_accelerate_takes_the_configuration(path):
 
 
 IN_4_BIT = ["--load_in_4bit", "--torch_dtype", "float32", "--bnb_4bit_compute_dtype", "float32"]
-PUSH = ["--push_to_hub", "--hub_strategy", "end", "--hub_base_model", "demo-org/base"]
 LAUNCHES = {
-    **{path.stem: (path, [*PUSH, *(IN_4_BIT if "qlora" in path.stem else [])]) for path in CONFIGURATIONS},
+    **{path.stem: (path, IN_4_BIT if "qlora" in path.stem else []) for path in CONFIGURATIONS},
     "ddp_4_bit": (ROOT / "configs" / "accelerate" / "ddp.yaml", IN_4_BIT),
 }
+PUSH = ["--push_to_hub", "--hub_strategy", "end", "--hub_base_model", "demo-org/base"]
+BOTH = ["--do_train", "--do_eval", "--lora_dropout", "0", "--use_cpu", "--report_to", "none"]
+TEXTS = [*BOTH, "--dataset_name", "demo", "--max_eval_samples", "16", "--block_size", "64", "--max_passes", "4"]
+TEXTS += ["--gradient_accumulation_steps", "2", "--skip_outliers", "none"]
+CLASSES = [*BOTH, "--task_name", "demo", "--model_name_or_path", "demo", "--max_train_samples", "24", "--do_predict"]
+CLASSES += ["--max_eval_samples", "21", "--max_seq_length", "24", "--per_device_train_batch_size", "2"]
+CLASSES += ["--max_steps", "3", "--learning_rate", "1e-3", "--optim", "adamw_torch"]
 
 
 def environment_of(path, monkeypatch):
@@ -51,25 +59,38 @@ def environment_of(path, monkeypatch):
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
-@pytest.mark.slow
-def test_every_configuration_trains_to_the_perplexity_of_ddp(hub, tmp_path, monkeypatch):
-    """On two CPU processes instead of eight GPUs, and in fp32; all in the same two processes, which saves minutes.
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The runs of both scripts under each configuration, and the Hub that they pushed to.
 
-    Each pushes its adapter, once: the other rank has nothing to do with the Hub.
+    On two CPU processes instead of eight GPUs, and in fp32; all in the same two processes, which saves minutes.
     """
-    flags = ["--dataset_name", "demo", "--max_eval_samples", "16", "--block_size", "64", "--lora_dropout", "0"]
-    flags += ["--do_train", "--do_eval", "--max_passes", "4", "--gradient_accumulation_steps", "2", "--use_cpu"]
-    flags += ["--skip_outliers", "none", "--report_to", "none"]
-    plans = {
-        name: (environment_of(path, monkeypatch), [*flags, *more, "--output_dir", str(tmp_path / name)])
-        for name, (path, more) in LAUNCHES.items()
-        if "deepspeed" not in name or find_spec("deepspeed") is not None
-    }
-    (tmp_path / "plans.json").write_text(json.dumps(list(plans.values())))
-    launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS[0]), "--num_processes", "2"]
-    launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "scripts"]
-    run_module(*launcher, str(tmp_path / "plans.json"), timeout=400, environment=hub.environment)
-    results = {name: json.loads((tmp_path / name / "all_results.json").read_text()) for name in plans}
+    folder = tmp_path_factory.mktemp("launched")
+    plans = []
+    with pytest.MonkeyPatch.context() as patch, Hub(folder / "of_hub_clients") as hub:
+        for name, (path, more) in LAUNCHES.items():
+            if "deepspeed" in name and find_spec("deepspeed") is None:
+                continue
+            environment = environment_of(path, patch)
+            pushes = [] if name == "ddp_4_bit" else PUSH
+            for script, flags in (("run_clm_abr", [*TEXTS, *pushes]), ("run_glue_abr", CLASSES)):
+                output = folder / script / name
+                plans.append((environment, script, [*flags, *more, "--output_dir", str(output)]))
+        (folder / "plans.json").write_text(json.dumps(plans))
+        launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS[0]), "--num_processes", "2"]
+        launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "scripts"]
+        run_module(*launcher, str(folder / "plans.json"), timeout=500, environment=hub.environment)
+        yield folder, hub
+
+
+def results_in(folder):
+    return {path.name: json.loads((path / "all_results.json").read_text()) for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_every_configuration_trains_to_the_perplexity_of_ddp(launched):
+    folder, hub = launched
+    results = results_in(folder / "run_clm_abr")
     for name, result in results.items():
         expected = results["ddp_4_bit" if "qlora" in name else "ddp"]
         if name != "ddp_4_bit":
@@ -77,14 +98,26 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(hub, tmp_path, monk
             assert result["train_flops"] == pytest.approx(expected["train_flops"], rel=1e-3)
         assert result["train_updates"] == 4
         engine = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[name.partition("_")[0]]
-        assert (tmp_path / name / "engine").read_text() == engine
-        if name != "ddp_4_bit":
+        assert (folder / "run_clm_abr" / name / "engine").read_text() == engine
+        if name != "ddp_4_bit":  # each pushes its adapter, once: the other rank has nothing to do with the Hub
             pushed = hub.repository(f"me/{name}")
             assert [commit.title for commit in pushed.commits[1:]] == ["End of training"]
-            weights = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+            weights = (folder / "run_clm_abr" / name / "adapter_model.safetensors").read_bytes()
             assert pushed.files("main")["adapter_model.safetensors"] == weights
     created = [request for request in hub.requests if request.path.startswith("/api/repos/create")]
     assert len(created) == 2 * (len(results) - 1), "at the start and at the end of each run"
+
+
+@pytest.mark.slow
+def test_every_configuration_trains_a_classifier_as_ddp_does(launched):
+    folder, _ = launched
+    results = results_in(folder / "run_glue_abr")
+    for name, result in results.items():
+        expected = results["ddp_4_bit" if "qlora" in name or "4_bit" in name else "ddp"]
+        for metric in ("train_loss", "eval_loss", "eval_accuracy", "test_loss"):
+            assert result[metric] == pytest.approx(expected[metric], rel=1e-4), (name, metric)
+        saved = load_file(folder / "run_glue_abr" / name / "adapter_model.safetensors")
+        assert saved["base_model.model.score.weight"].shape == (2, 96)
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def test_what_a_comparison_of_prompts_decides_is_refused_to_the_runs():
     [
         ([], True),  # mrpc
         (["--task_name", "mrpc"], True),
+        (["--task_name", "demo"], True),
         (["--task_name", "rte"], False),
         (["--task_name", "mrpc", "--train_file", "a", "--validation_file", "b"], False),
         (["--task_name", "rte", "--train_file", "a", "--validation_file", "b", "--test_file", "c"], True),
