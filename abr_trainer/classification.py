@@ -119,8 +119,8 @@ class ClassifierTrainer(ABRTrainer):
     """An `ABRTrainer` whose losses are means over rows, whatever the accumulation and the number of ranks.
 
     Stock Trainer takes models for classification for such that divide by the number of targets of the whole batch,
-    which they do not: their loss and gradient would grow with both. The loss of an evaluation is that of all rows,
-    each once.
+    which they do not: their loss and gradient would grow with both. Of a batch, micro-batches count the same, the
+    short last one of an epoch, too. The loss of an evaluation is that of all rows, each once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -131,8 +131,9 @@ class ClassifierTrainer(ABRTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         metrics: dict[str, float] = output.metrics or {}
         name = next((name for name in metrics if name.endswith("_loss")), None)
-        if name is not None and output.label_ids is not None and self.label_smoother is None:
-            metrics[name] = mean_loss(logits_of(output.predictions), np.asarray(output.label_ids))
+        if name is not None and output.label_ids is not None:
+            logits, labels = logits_of(output.predictions), np.asarray(output.label_ids)
+            metrics[name] = mean_loss(logits, labels, self.args.label_smoothing_factor)
         return output
 
 
@@ -174,7 +175,7 @@ class EvaluateArguments:
 # ---- Judging ----
 
 
-def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+def mean_loss(logits: np.ndarray, labels: np.ndarray, label_smoothing: float = 0.0) -> float:
     """Return the mean over rows of the cross-entropy, or, of labels that are no whole numbers, of the squared error.
 
     >>> mean_loss(np.array([[0.0, 0.0]]), np.array([1])), mean_loss(np.array([[1.0], [2.0]]), np.array([1.0, 4.0]))
@@ -183,7 +184,7 @@ def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     said, right = torch.from_numpy(logits), torch.from_numpy(labels)
     if right.is_floating_point():
         return float(functional.mse_loss(said.reshape(-1), right.to(said.dtype).reshape(-1)))
-    return float(functional.cross_entropy(said, right))
+    return float(functional.cross_entropy(said, right, label_smoothing=label_smoothing))
 
 
 class Judge:

@@ -60,6 +60,8 @@ def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
         arguments: The dataclasses of the command line.
     """
     values = {name: getattr(each, name) for each in arguments for name in TOLD if hasattr(each, name)}
+    if values["config_name"] is not None and Path(values["config_name"]).exists():
+        values["config_name"] = None  # a path of this machine
     flags = {name: values[name] for name in TOLD if values[name] is not None}
     write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
 
@@ -116,6 +118,10 @@ def recalled_flags(
         "--sentence_columns": ("task_name",),
         "--classes": ("task_name", "regression"),
         "--regression": ("task_name", "classes"),
+        "--bf16": ("fp16",),
+        "--fp16": ("bf16",),
+        "--load_in_8bit": ("load_in_4bit",),
+        "--load_in_4bit": ("load_in_8bit",),
     }
     gone = [flag for name, flags in replaced.items() if name in given for flag in flags]
     known = {each.name for kind in classes for each in fields(kind)}

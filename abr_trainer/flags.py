@@ -195,7 +195,7 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
     has_files = not {"--train_file", "--validation_file"}.isdisjoint(given)
     if given.get(ORDER, [])[-1:] == ["group_by_length"]:
         raise ValueError(f"{ORDER} group_by_length: the prompt changes lengths, and so the order of the rows.")
-    task = "".join(given.get("--task_name", WITH_TEST_LABELS[:1])[-1:])
+    task = "".join(given.get("--task_name", WITH_TEST_LABELS[:1])[-1:]).lower()
     has_test = "--test_file" in given or (not has_files and task in WITH_TEST_LABELS)
     if "--do_predict" not in given and has_test:
         added.append("--do_predict")

@@ -350,7 +350,10 @@ def heads_in(model: PreTrainedModel, task: TaskType) -> list[str]:
 
 
 def compute_in_fp32(head: torch.nn.Module) -> None:
-    """Let a head that is trained as a whole have its weights, its input and its output in fp32, autocast or not."""
+    """Let a head that is trained as a whole have its weights, its input and its output in fp32, autocast or not.
+
+    An engine or an evaluation that casts whole models to halves casts it, too, and then it computes in these.
+    """
     head.to(torch.float32)
     head.register_forward_pre_hook(_leave_autocast)
     head.register_forward_hook(_return_to_autocast, always_call=True)
@@ -359,7 +362,8 @@ def compute_in_fp32(head: torch.nn.Module) -> None:
 def _leave_autocast(head: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     head.left_autocast = torch.autocast(inputs[0].device.type, enabled=False)
     head.left_autocast.__enter__()
-    return tuple(each.to(torch.float32) for each in inputs)
+    dtype = next(head.parameters()).dtype
+    return tuple(each.to(dtype) for each in inputs)
 
 
 def _return_to_autocast(head: Any, _inputs: Any, _output: Any) -> None:

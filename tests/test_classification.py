@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
-from abr_trainer.classification import ClassifierArguments, Judge
+from abr_trainer.classification import ClassifierArguments, Judge, mean_loss
 from abr_trainer.classifier_records import write_predictions
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.glue import TASKS
@@ -250,6 +250,25 @@ def test_a_model_in_bf16_has_its_head_in_fp32(autocast):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("score" in name for name in trained)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_an_evaluation_in_halves_casts_the_head_too(files, tmp_path):
+    flags = ["--do_train", "--do_predict", "--max_steps", "2", "--bf16_full_eval"]
+    assert run(tmp_path / "run", *files, *flags)["test_loss"] > 0
+
+
+def test_a_flag_wins_over_what_it_excludes(finished, files):
+    kind, output, _ = finished
+    if kind == "plain":
+        pytest.skip("nothing was excluded")
+    flags = ["--adapter", str(output), *files, "--use_cpu", "--max_eval_samples", "2", "--bf16", "false"]
+    assert eval_glue.main([*flags, "--load_in_8bit"])["test_loss"] > 0
+
+
+def test_label_smoothing_is_part_of_the_loss_as_in_training():
+    """Of logits 0 and ln 3, label 1: probabilities 1/4 and 3/4; with 0.2: 0.9 ln 4/3 + 0.1 ln 4."""
+    found = mean_loss(np.array([[0.0, math.log(3)]]), np.array([1]), 0.2)
+    assert found == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4))
 
 
 def test_a_model_of_another_kind_is_trained_as_well(files, tmp_path):

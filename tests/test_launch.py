@@ -50,11 +50,11 @@ CLASSES += ["--max_eval_samples", "21", "--max_seq_length", "24", "--per_device_
 CLASSES += ["--max_steps", "3", "--learning_rate", "1e-3", "--optim", "adamw_torch"]
 
 
-def environment_of(path, monkeypatch):
+def environment_of(path, monkeypatch, precision="no"):
     """Return the variables that `accelerate launch` gives to the processes of this configuration."""
     found = {}
     monkeypatch.setattr("torch.distributed.run.run", lambda args: found.update(os.environ))
-    flags = ["--config_file", str(path), "--num_processes", "2", "--mixed_precision", "no", "script.py"]
+    flags = ["--config_file", str(path), "--num_processes", "2", "--mixed_precision", precision, "script.py"]
     launch.launch_command(launch.launch_command_parser().parse_args(flags))
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
@@ -76,6 +76,9 @@ def launched(tmp_path_factory):
             for script, flags in (("run_clm_abr", [*TEXTS, *pushes]), ("run_glue_abr", CLASSES)):
                 output = folder / script / name
                 plans.append((environment, script, [*flags, *more, "--output_dir", str(output)]))
+                if script == "run_glue_abr" and "zero2" in name:
+                    in_bf16 = [*flags, *more, "--bf16", "--output_dir", f"{output}_bf16"]
+                    plans.append((environment_of(path, patch, "bf16"), script, in_bf16))
         (folder / "plans.json").write_text(json.dumps(plans))
         launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS[0]), "--num_processes", "2"]
         launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "scripts"]
@@ -114,8 +117,10 @@ def test_every_configuration_trains_a_classifier_as_ddp_does(launched):
     results = results_in(folder / "run_glue_abr")
     for name, result in results.items():
         expected = results["ddp_4_bit" if "qlora" in name or "4_bit" in name else "ddp"]
-        for metric in ("train_loss", "eval_loss", "eval_accuracy", "test_loss"):
-            assert result[metric] == pytest.approx(expected[metric], rel=1e-4), (name, metric)
+        in_halves = name.endswith("bf16")  # a head among them, which is in fp32 elsewhere
+        for metric in ("train_loss", "eval_loss", "test_loss"):
+            assert result[metric] == pytest.approx(expected[metric], rel=0.1 if in_halves else 1e-4), (name, metric)
+        assert in_halves or result["eval_accuracy"] == expected["eval_accuracy"]
         saved = load_file(folder / "run_glue_abr" / name / "adapter_model.safetensors")
         assert saved["base_model.model.score.weight"].shape == (2, 96)
 

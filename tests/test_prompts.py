@@ -88,7 +88,7 @@ def test_what_a_comparison_of_prompts_decides_is_refused_to_the_runs():
     ("rest", "predicts"),
     [
         ([], True),  # mrpc
-        (["--task_name", "mrpc"], True),
+        (["--task_name", "MRPC"], True),
         (["--task_name", "demo"], True),
         (["--task_name", "rte"], False),
         (["--task_name", "mrpc", "--train_file", "a", "--validation_file", "b"], False),
