@@ -1,6 +1,6 @@
 """Evaluate a classifier that run_glue_abr.py has trained: adapter or whole model, in a directory or on the Hub.
 
-    python scripts/eval_glue.py --adapter_name_or_path runs/mrpc
+    python scripts/eval_glue.py --adapter_name_or_path runs/reports
     python scripts/eval_glue.py --adapter_name_or_path runs/mrpc/checkpoint-459 --split validation
     python scripts/eval_glue.py --adapter_name_or_path me/mrpc --test_file mine.jsonl --output_file predictions.jsonl
     torchrun --nproc_per_node 8 scripts/eval_glue.py --model_name_or_path runs/whole

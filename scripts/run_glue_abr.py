@@ -1,7 +1,7 @@
 """Fine-tune a classifier of sentences with adaptive batch repetition: MRPC, the rest of GLUE, or files of your own.
 
-    python scripts/run_glue_abr.py --model_name_or_path demo --train_file train.jsonl --validation_file dev.jsonl \
-        --do_train --do_eval --use_cpu --output_dir runs/mine
+    python scripts/run_glue_abr.py --model_name_or_path demo --task_name demo --num_train_epochs 2 \
+        --learning_rate 3e-3 --use_cpu --do_train --do_eval --do_predict --output_dir runs/reports
     python scripts/run_glue_abr.py --model_name_or_path meta-llama/Meta-Llama-3-8B --task_name mrpc --prompt perfect \
         --load_in_4bit --bf16 --gradient_checkpointing --load_best_model_at_end \
         --do_train --do_eval --do_predict --output_dir runs/mrpc
