@@ -304,7 +304,7 @@ def show_scores(state: TrainerState, task: Task, console: Console | None = None)
         table.add_column(column, justify="right" if column else "left")
     main = f"eval_{task.scores[0]}"
     finite = [logs for logs in evaluations if math.isfinite(logs[main])]
-    best = state.best_global_step or next(iter(sorted(finite, key=lambda logs: -logs[main])), {"step": None})["step"]
+    best = state.best_global_step or max(finite, key=lambda logs: logs[main], default={"step": math.nan})["step"]
     for logs in evaluations:
         scores = [f"{logs[f'eval_{name}']:.4f}" for name in task.scores]
         loss = logs.get("eval_loss")

@@ -175,7 +175,9 @@ def digests(rows: Dataset) -> list[str]:
 
 def beside_earlier(path: Path, logits: np.ndarray, task: Task, rows: Dataset) -> str | None:
     """Say how many predictions are those that `write_predictions` wrote; None where it was of other rows."""
-    earlier = list(read_lines(path)) if path.exists() else []
+    if not path.exists():
+        return None
+    earlier = list(read_lines(path))
     if [line.get("input") for line in earlier] != digests(rows) or any(None in line["logits"] for line in earlier):
         return None
     before = np.array([line["logits"] for line in earlier])

@@ -434,9 +434,10 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
         name: [read_run(run, results, experiment.out, f"eval_{score.name}") for run, results in some]
         for name, some in finished.items()
     }
-    losses_of = {
-        name: mean_curve([loss_curve(run["batches"]) for run in read], clock="epoch") for name, read in runs.items()
-    }
+    of_prompts: dict[str, dict[str, Any]] = {name: {} for name in runs}
+    if experiment.varied == "prompt":
+        for name, read in runs.items():
+            of_prompts[name]["loss_curve"] = mean_curve([loss_curve(run["batches"]) for run in read], clock="epoch")
     batches = {name: [batch for run in read for batch in run.pop("batches")] for name, read in runs.items()}
     curves = {name: {run["seed"]: run["curve"] for run in read} for name, read in runs.items()}
     everything = [run for read in runs.values() for run in read]
@@ -455,7 +456,7 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
             **against(arm.name, experiment.reference),
             "curve": mean_curve([run["curve"] for run in runs[arm.name]], score, clock),
             "relative_curve": relative_curve(curves[arm.name], curves[experiment.reference], score, clock),
-            **({"loss_curve": losses_of[arm.name]} if experiment.varied == "prompt" else {}),
+            **of_prompts[arm.name],
             "over_time": over_time(batches[arm.name], end),
             "over_loss": over_loss(batches[arm.name], min(losses), max(losses)),
             "over_passes": over_passes(batches[arm.name]),

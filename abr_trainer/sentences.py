@@ -146,9 +146,11 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     """
     merges = arguments.merge_validation and "train" in splits
     wanted = [split for split in SPLITS if split in splits or (merges and split == "validation")]
-    from_files = arguments.files or arguments.task_name is None
-    # The training rows also tell which labels a task of one's own has.
-    loaded = _load_files(arguments, ["train", *wanted]) if from_files else _load_named(arguments, wanted)
+    if arguments.files or arguments.task_name is None:
+        says_labels = arguments.task_name or arguments.classes or arguments.regression
+        loaded = _load_files(arguments, wanted if says_labels else ["train", *wanted])
+    else:
+        loaded = _load_named(arguments, wanted)
     for split in wanted:
         if split not in loaded:
             raise ValueError(f"There are no {split} rows: give --{split}_file.")
@@ -156,7 +158,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     checked = {}
     for split, (rows, origin) in loaded.items():
         if split == "train" and split not in wanted:
-            continue
+            continue  # it was there to tell the labels
         limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
         first = rows if limit is None else rows.select(range(min(limit, len(rows))))
         checked[split] = _checked(first, origin, task, arguments, may_hide=split.startswith("test"))

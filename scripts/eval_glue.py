@@ -84,8 +84,8 @@ def run(argv: list[str] | None) -> dict[str, float]:
             scores = scores_in(results, task, split) or "no labels, so no scores"
             print(f"{split:<11} {scores}, of {len(logits):,} rows")
             earlier = predictions_file(model_args.adapter_name_or_path or model_args.model_name_or_path, split)
-            if told := beside_earlier(earlier, logits, task, rows[split]):
-                print(f"again       {told}")
+            if again := beside_earlier(earlier, logits, task, rows[split]):
+                print(f"again       {again}")
             if eval_args.output_file is not None:
                 output = Path(eval_args.output_file)
                 second = output.with_stem(f"{output.stem}_mm")

@@ -36,7 +36,7 @@ from abr_trainer.schedulers import SCHEDULERS
 from abr_trainer.sentences import SentenceArguments
 from scripts import eval_glue, run_glue_abr
 from tests.conftest import ROOT, run_module
-from tests.sentence_rows import QUICK, tales_and_reports, write_rows
+from tests.sentence_rows import QUICK, lay_out_as_on_the_hub, tales_and_reports, write_rows
 
 MODELS = {"quantised": ["--load_in_4bit", "--bf16", "--gradient_checkpointing"], "plain": []}
 
@@ -362,20 +362,12 @@ def test_numbers_are_said_as_well(tmp_path):
 
 def test_both_validation_splits_of_mnli_are_evaluated_and_hidden_labels_predicted(tmp_path, monkeypatch):
     texts = [row["sentence"][:40] for row in tales_and_reports(9)]
-    folder = tmp_path / "nyu-mll" / "glue"
-    folder.mkdir(parents=True)
-    files = []
+    splits = {}
     for split in ("train", *(f"{kind}_{half}matched" for kind in ("validation", "test") for half in ("", "mis"))):
         shift = "mis" in split
         rows = [{"premise": text, "hypothesis": text, "label": (i + shift) % 3} for i, text in enumerate(texts)]
-        hidden = [{**row, "label": -1} for row in rows]
-        Dataset.from_list(hidden if "test" in split else rows).to_parquet(folder / f"{split}.parquet")
-        files.append({"split": split, "path": f"{split}.parquet"})
-    card = {"configs": [{"config_name": "mnli", "data_files": files}]}
-    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
-    monkeypatch.chdir(tmp_path)
-    # `datasets` knows a directory of this name again by its name, whatever has become of its files.
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        splits[split] = [{**row, "label": -1} for row in rows] if "test" in split else rows
+    lay_out_as_on_the_hub(tmp_path, "mnli", splits, monkeypatch)
     results = run(tmp_path / "run", "--task_name", "mnli", "--do_eval", "--do_predict")
     assert results["eval_loss"] != results["eval_mm_loss"]
     assert {"eval_accuracy", "eval_mm_accuracy"} <= results.keys()

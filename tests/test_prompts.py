@@ -19,6 +19,7 @@ from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison, shortcomings
 from abr_trainer.scores import OF_CLASSIFIERS
 from tests.conftest import ROOT
+from tests.sentence_rows import write_rows
 
 SCRIPT = ROOT / "scripts" / "compare_prompts.py"
 ASKED = "Same, you think?"
@@ -248,9 +249,7 @@ def sentence_files(directory):
             }
             for i in range(count)
         ]
-        path = directory / f"{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        flags += [f"--{split}_file", str(path)]
+        flags += [f"--{split}_file", write_rows(directory / f"{split}.jsonl", rows)]
     return flags
 
 

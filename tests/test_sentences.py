@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -10,11 +9,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.glue import GLUE, TASKS
+from abr_trainer.glue import TASKS
 from abr_trainer.modeling import LoadArguments, load_tokenizer
 from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
 from tests.conftest import SHARED
-from tests.sentence_rows import write_rows
+from tests.sentence_rows import lay_out_as_on_the_hub, write_rows
 
 PAIR = {"sentence1": "Rain fell.", "sentence2": "It rained.", "label": 1}
 
@@ -94,17 +93,12 @@ def test_validation_rows_can_be_trained_on(tmp_path):
 def on_the_hub(tmp_path, monkeypatch):
     """MNLI, laid out in a directory as the repository on the Hub is."""
     splits = ["train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"]
-    (tmp_path / GLUE).mkdir(parents=True)
-    for number, split in enumerate(splits):
-        label = -1 if split.startswith("test") else 2
-        row = {"premise": f"Rain {number}.", "hypothesis": "It rained.", "label": label}
-        Dataset.from_list([row] * (number + 1)).to_parquet(tmp_path / GLUE / f"mnli-{split}.parquet")
-    files = [{"split": split, "path": f"mnli-{split}.parquet"} for split in splits]
-    card = {"configs": [{"config_name": "mnli", "data_files": files}]}
-    (tmp_path / GLUE / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
-    monkeypatch.chdir(tmp_path)
-    # `datasets` knows a directory of this name again by its name, whatever has become of its files.
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    labels = [-1 if split.startswith("test") else 2 for split in splits]
+    rows = {
+        split: [{"premise": f"Rain {number}.", "hypothesis": "It rained.", "label": label}] * (number + 1)
+        for number, (split, label) in enumerate(zip(splits, labels, strict=True))
+    }
+    lay_out_as_on_the_hub(tmp_path, "mnli", rows, monkeypatch)
 
 
 def test_a_task_on_the_hub_has_all_its_splits(on_the_hub):
