@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .corpora import CORPORA, find_corpus, parse_mix
 from .definitions import C4_DOCUMENTS
 from .demo import demo_texts
 from .errors import one_line, refuse_below, refuse_missing_files
@@ -131,33 +131,6 @@ class DataArguments:
         return self.streaming or any(find_corpus(name).streaming for name in names)
 
 
-def parse_mix(mix: str) -> dict[str, float]:
-    """Return the probability of each data set of a `--dataset_mix`.
-
-    >>> parse_mix("wikitext=0.7,my/texts.jsonl=0.3")
-    {'wikitext': 0.7, 'my/texts.jsonl': 0.3}
-
-    Raises:
-        ValueError: A part is no `name=probability`, a name stands twice, or they do not sum to 1.
-    """
-    shares: dict[str, float] = {}
-    for part in mix.split(","):
-        name, _, share = part.strip().rpartition("=")
-        try:
-            value = float(share)
-        except ValueError:
-            value = math.nan
-        if not name or not 0 < value < 1 or name in shares:
-            raise ValueError(
-                f"--dataset_mix {mix}: {part.strip()!r} is not a name of its own with a probability between 0 and 1, "
-                "as in wikitext=0.5,c4=0.5."
-            )
-        shares[name] = value
-    if abs(sum(shares.values()) - 1) > 1e-6:
-        raise ValueError(f"--dataset_mix {mix}: the probabilities sum to {sum(shares.values()):g}, not to 1.")
-    return shares
-
-
 @dataclass
 class TextArguments:
     """What to measure a perplexity on."""
@@ -221,35 +194,6 @@ class OptionalTextArguments(TextArguments):
     @property
     def is_given(self) -> bool:
         return self.dataset_name is not None or self.text_file is not None
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A data set on the Hub that goes by a short name.
-
-    Attributes:
-        rows_are_lines: A row is a line of a longer text, and nothing marks its end.
-    """
-
-    path: str
-    config: str | None = None
-    revision: str | None = None
-    streaming: bool = False
-    rows_are_lines: bool = False
-
-
-CORPORA = {
-    "wikitext": Corpus("Salesforce/wikitext", config="wikitext-2-raw-v1", rows_are_lines=True),
-    # The data set is a loading script, which `datasets` no longer runs: read what the Hub converted it to.
-    "dailydialog": Corpus("li2017dailydialog/daily_dialog", revision="refs/convert/parquet"),
-    "c4": Corpus("allenai/c4", config="en", streaming=True),
-}
-
-
-def find_corpus(name: str) -> Corpus:
-    """Return the corpus of this short name or path; any other name stands for itself."""
-    by_path = {corpus.path: corpus for corpus in CORPORA.values()}
-    return CORPORA.get(name) or by_path.get(name) or Corpus(name)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import embeddings_in, load_adapter
-from .data import DataArguments, TextArguments, fit_context, load_texts, parse_mix
+from .corpora import parse_mix
+from .data import DataArguments, TextArguments, fit_context, load_texts
 from .definitions import DEFINITIONS, Definition, Text, find_definition
 from .errors import refuse_below, refuse_missing_directory
 from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer

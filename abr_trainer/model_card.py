@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .data import find_corpus, parse_mix
+from .corpora import find_corpus, parse_mix
 from .definitions import DEFINITIONS, Definition
 from .glue import BY_NAME, GLUE, TASKS, ask
 from .records import PROVENANCE, RESULTS, SUMMARY_NAME, read_json

@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer, LlamaConfig
 
-from abr_trainer.data import Corpus, DataArguments, choose_block_size, find_corpus, load_blocks
+from abr_trainer.corpora import Corpus, find_corpus
+from abr_trainer.data import DataArguments, choose_block_size, load_blocks
 from abr_trainer.demo import DEMO_MODEL
 from tests.conftest import SHARED
 
