@@ -14,32 +14,27 @@ the table shows it with its quartiles. Adds its rows to --json, and prints the t
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import platform
-import resource
 import shutil
 import statistics
 import tempfile
-import threading
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from turns import ON_GPU, BatchTimes, paired_ratios, peak_memory, reset_peak_memory
 
 from abr_trainer import ABRConfig, ABRTrainer, ConstantScheduler, RepeatScheduler
 from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_GPU = torch.cuda.is_available()
 SIZES = {
     "gpu": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "cpu": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -61,54 +56,6 @@ class EveryOther(RepeatScheduler):
 
     def decide(self, observation: Any) -> int:
         return 1 - observation.batch % 2
-
-
-class Turns:
-    """Let two threads go on one at a time."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.turn = 0
-        self.done: set[int] = set()
-
-    def wait(self, me: int) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.turn == me)
-
-    def hand_over(self, me: int) -> None:
-        with self.changed:
-            if 1 - me not in self.done:
-                self.turn = 1 - me
-                self.changed.notify_all()
-                self.changed.wait_for(lambda: self.turn == me)
-
-    def finish(self, me: int) -> None:
-        with self.changed:
-            self.done.add(me)
-            self.turn = 1 - me
-            self.changed.notify_all()
-
-
-class BatchTimes(TrainerCallback):
-    """Wall-clock seconds from the start of each batch to the end of its last update, each batch in its turn."""
-
-    def __init__(self, turns: Turns, me: int) -> None:
-        self.turns, self.me = turns, me
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.turns.hand_over(self.me)
-        synchronise()
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronise()
-        self.seconds.append(time.perf_counter() - self.started)
-
-
-def synchronise() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def build_model(options: dict[str, Any], directory: Path) -> Any:
@@ -163,44 +110,18 @@ def build_trainer(variant: str, options: dict[str, Any], batches: int, directory
     return trainer
 
 
-def reset_peak_memory() -> None:
-    gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float:
-    """Peak memory in bytes since the reset: of the GPU, or of the process."""
-    if ON_GPU:
-        return float(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if status.exists():
-        return float(next(line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line)) * 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
 def in_turns(variant: str, options: dict[str, Any], batches: int, directory: Path) -> list[float]:
     """Train with stock Trainer and with ours, batch by batch in turns; return the ratio of each pair of times."""
-    turns = Turns()
 
-    def train(me: int, kind: str) -> list[float]:
-        try:
-            turns.wait(me)
+    def training(kind: str) -> Callable[[BatchTimes], object]:
+        def train(times: BatchTimes) -> None:
             trainer = build_trainer(kind, options, batches + WARM_UP, directory)
-            times = BatchTimes(turns, me)
             trainer.add_callback(times)
             trainer.train()
-            return times.seconds[WARM_UP:]
-        finally:
-            turns.finish(me)
 
-    with ThreadPoolExecutor(2) as threads:
-        stock, ours = (threads.submit(train, me, kind) for me, kind in enumerate(("stock", variant)))
-        return [mine / theirs for mine, theirs in zip(ours.result(), stock.result(), strict=True)]
+        return train
+
+    return paired_ratios(training("stock"), training(variant), WARM_UP)
 
 
 def alone(variant: str, options: dict[str, Any], batches: int, directory: Path) -> dict[str, Any]:

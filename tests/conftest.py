@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import importlib.util
 import os
 import re
 import runpy
@@ -22,7 +23,7 @@ from accelerate.utils import AutocastKwargs
 from huggingface_hub import HfApi, close_session, constants
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler, data
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from tests.hub_server import Hub
 
 VOCABULARY = 64
@@ -48,7 +49,14 @@ ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let files with slow tests go first: a worker that took one of them last would be at it alone."""
+    """Skip what needs a GPU where there is none, and let files with slow tests go first.
+
+    A worker that took one of them last would be at it alone.
+    """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -209,6 +217,11 @@ def log_without_times(trainer: Any) -> list[dict[str, float]]:
 @pytest.fixture(scope="session", autouse=True)
 def demo_texts_are_made_once():
     """They are the same each time, which their own tests say, and making them takes as long as a short run."""
+    if importlib.util.find_spec("datasets") is None:  # as where only the tests that need a GPU are run
+        yield
+        return
+    from abr_trainer import data
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "demo_texts", functools.cache(data.demo_texts))
         yield
