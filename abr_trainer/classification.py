@@ -22,11 +22,12 @@ from transformers import EvalPrediction, TrainerCallback, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .classifier_records import remember_model, remember_task
+from .classifier_records import classes_in, differ_in_order, remember_model, remember_task
 from .config import ABRConfig
 from .errors import find_named, refuse_below, refuse_missing_directory
 from .glue import Task, evaluate_judge, judge, logits_of, predictions_of
-from .modeling import ModelArguments
+from .labels import shown
+from .modeling import ModelArguments, load_config
 from .perplexity import without_adapter
 from .schedulers import OUTLIER_RULES
 from .sentences import SentenceArguments, Sentences
@@ -254,10 +255,34 @@ def labels_in_config(task: Task) -> dict[str, Any]:
     }
 
 
+def check_order(arguments: ClassifierArguments, task: Task, trains: bool) -> None:
+    """Look whether a model that is a classifier already has the classes of a task in another order.
+
+    Args:
+        trains: Whether its head will be trained for this order. That is said only.
+
+    Raises:
+        ValueError: It has, and its predictions would be taken for those of other classes.
+    """
+    if arguments.adapter_name_or_path is not None:
+        return  # its head comes with its own record of the classes
+    config = load_config(arguments)
+    is_classifier = any("ForSequenceClassification" in name for name in config.architectures or [])
+    names = classes_in(config.id2label) if is_classifier else []
+    if not differ_in_order(names, task.labels):
+        return
+    what = f"--model_name_or_path {arguments.model_name_or_path} has the classes {shown(names)}, in this order"
+    if not trains:
+        raise ValueError(f"{what}; here they are {shown(task.labels)}. Give --classes {' '.join(names)}.")
+    logger.warning(f"{what}: its head is trained anew for the order {shown(task.labels)}.")
+
+
 def describe_rows(sentences: Sentences) -> list[str]:
-    """Return a line on how many rows there are, and one on what saying the same of all of them would reach."""
+    """Return lines on how many rows there are, which classes, and what saying the same of all of them would reach."""
     rows = ", ".join(f"{len(rows):,} {split}" for split, rows in sentences.splits.items())
-    lines = [f"rows: {rows}"]
+    labels = sentences.task.labels
+    kind = f"{len(labels)} classes, in this order: {shown(labels)}" if labels else "numbers to be said"
+    lines = [f"rows: {rows}", f"labels: {kind}"]
     judged = next((split for split in ("validation", "test") if "label" in _columns(sentences, split)), None)
     if judged is not None and "accuracy" in sentences.task.scores:
         label, count = Counter(sentences.splits[judged]["label"]).most_common(1)[0]

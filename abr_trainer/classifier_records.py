@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from .adapters import FLAG
-from .flags import expand_flags_file, given_flags
-from .glue import Task, logits_of, predictions_of
+from .flags import expand_flags_file, given_flags, is_on
+from .glue import BY_NAME, Task, logits_of, predictions_of
+from .labels import key_of, shown
 from .records import (
     CHECKPOINT_PREFIX,
     PREDICTIONS_NAME,
@@ -32,6 +33,7 @@ from .records import (
     read_lines,
     write_whole,
 )
+from .sentences import SentenceArguments
 
 logger = logging.get_logger(__name__)
 
@@ -79,15 +81,61 @@ def remember_model(directory: Path, model: Any) -> None:
 
 def recall_task(name: str) -> dict[str, Any]:
     """Return the flags that a classifier was trained with, by what its directory, that of the run, or the Hub has."""
-    places = [Path(name, TASK_NAME)]
+    flags = _recall(name, TASK_NAME).get("flags", {})
+    return {flag: flags[flag] for flag in TOLD if flag in flags}
+
+
+def _recall(name: str, file: str) -> dict[str, Any]:
+    """Return what a JSON file of a classifier holds; nothing if there is none."""
+    places = [Path(name, file)]
     if Path(name).name.startswith(CHECKPOINT_PREFIX):
-        places.append(Path(name).parent / TASK_NAME)
+        places.append(Path(name).parent / file)
     found = next((content for place in places if (content := read_json(place)) is not None), None)
     if found is None and not Path(name).exists():
         with contextlib.suppress(OSError, ValueError):  # no such repository, no such file in it, no network
-            found = read_json(Path(hf_hub_download(name, TASK_NAME)))
-    flags = found.get("flags", {}) if isinstance(found, dict) else {}
-    return {flag: flags[flag] for flag in TOLD if flag in flags}
+            found = read_json(Path(hf_hub_download(name, file)))
+    return found if isinstance(found, dict) else {}
+
+
+def classes_in(config: Mapping[Any, Any] | None) -> list[str]:
+    """Return the names of classes, in order, by the `id2label` of a model; none if it has only numbered them.
+
+    >>> classes_in({1: "pos", 0: "neg"}), classes_in({0: "LABEL_0", 1: "LABEL_1"})
+    (['neg', 'pos'], [])
+    """
+    by_index = {int(index): str(name) for index, name in (config or {}).items()}
+    names = [by_index[index] for index in sorted(by_index)]
+    return [] if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+def classes_told(flags: Mapping[str, Any]) -> list[str]:
+    """Return the classes that recorded flags are about, in order."""
+    task = BY_NAME.get(flags.get("task_name") or "")
+    return list(task.labels) if task is not None else flags.get("classes") or []
+
+
+def differ_in_order(before: Sequence[str], now: Sequence[str]) -> bool:
+    """Tell whether these are the same classes in another order."""
+    keys = [list(map(key_of, names)) for names in (before, now)]
+    return keys[0] != keys[1] and sorted(keys[0]) == sorted(keys[1])
+
+
+def take_up_classes(arguments: SentenceArguments, checkpoint: str) -> None:
+    """Let a run that goes on from a checkpoint have the classes that it was begun with.
+
+    Raises:
+        ValueError: The command line gives others.
+    """
+    told = recall_task(checkpoint)
+    if arguments.task_name is None and arguments.classes is None and not arguments.regression:
+        arguments.classes = told.get("classes")
+        if arguments.regression is None:
+            arguments.regression = told.get("regression")
+    before, now = classes_told(told), classes_told(vars(arguments))
+    if before and now and before != now:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} was trained with the classes {shown(before)}, not {shown(now)}."
+        )
 
 
 def recalled_flags(
@@ -109,15 +157,25 @@ def recalled_flags(
         return {}
     told = recall_task(found)
     if not told:
-        logger.warning(f"{found} has no {TASK_NAME}: task, prompt and quantisation are what the flags say.")
-    before, now = told.get("classes"), given.get("--classes")
-    if before and now and sorted(before) == sorted(now) and before != now:
-        raise ValueError(f"--classes {' '.join(now)}: {found} was trained with them in the order {' '.join(before)}.")
+        of_model = classes_in(_recall(found, "config.json").get("id2label"))
+        told = {"classes": of_model} if len(of_model) > 1 else {}
+        which = f"classes are those of its config.json, {shown(of_model)}; " if told else ""
+        logger.warning(f"{found} has no {TASK_NAME}: {which}task, prompt and quantisation are what the flags say.")
+    before = classes_told(told)
+    for flag in ("--classes", "--task_name"):
+        values = given.get(flag, [])
+        now = values if flag == "--classes" else classes_told({"task_name": " ".join(values).lower()})
+        if differ_in_order(before, now):
+            raise ValueError(
+                f"{flag} {' '.join(values)}: {found} was trained with them in the order {' '.join(before)}."
+            )
+    if "--sentence_columns" in given and "task_name" in told:
+        told |= {"classes": before} if before else {"regression": True}  # columns are others, labels are not
     replaced = {
         "--task_name": OF_TASK,
         "--sentence_columns": ("task_name",),
         "--classes": ("task_name", "regression"),
-        "--regression": ("task_name", "classes"),
+        "--regression": ("task_name", "classes") if is_on("--regression", given) else (),
         "--bf16": ("fp16",),
         "--fp16": ("bf16",),
         "--load_in_8bit": ("load_in_4bit",),

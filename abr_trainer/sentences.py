@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, concatenate_datasets
+import pandas as pd
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .data import BUILDERS, load_file, load_or_refuse
 from .demo import demo_rows
-from .errors import find_named, refuse_below, refuse_missing_files
+from .errors import find_named, one_line, refuse_below, refuse_missing_files
 from .glue import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
+from .labels import (
+    Classes,
+    LabelColumn,
+    Order,
+    find_classes,
+    indices_of,
+    is_number,
+    numbers_of,
+    read_labels,
+    refuse_two_orders,
+    shortened,
+    warn_of_sorted,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -25,9 +38,6 @@ USUAL_COLUMNS = (PAIR, ("premise", "hypothesis"), ("question1", "question2"), ("
 SPLITS = ("train", "validation", "test")
 
 LENGTH = "_length"
-
-HIDDEN = -1
-"""The label of the rows of a test split whose labels are kept secret."""
 
 
 @dataclass
@@ -62,7 +72,8 @@ class SentenceArguments:
     regression: bool | None = field(
         default=None,
         metadata={
-            "help": "Labels are numbers to be said. Default: where those of --train_file have fractions.",
+            "help": "Labels are numbers to be said; false: whole numbers are classes. Default: true where those of "
+            "--train_file have fractions; more than four whole numbers, or others than 0 to n-1, are asked about.",
             "nargs": "?",  # as for a flag whose default is no None
             "const": True,
         },
@@ -107,6 +118,12 @@ class SentenceArguments:
                 raise ValueError(f"--regression {self.regression}: --task_name {self.task_name} has {kind}.")
         if self.sentence_columns is not None and not 1 <= len(self.sentence_columns) <= 2:
             raise ValueError(f"--sentence_columns takes one or two, got {' '.join(self.sentence_columns)}.")
+        columns = self.sentence_columns or (BY_NAME[self.task_name].columns if self.task_name else ())
+        if self.label_column in columns or len(set(columns)) < len(columns):
+            raise ValueError(
+                f"The sentences are in {' and '.join(columns)}, the label in {self.label_column}: give different columns "
+                "as --sentence_columns and --label_column."
+            )
         if self.classes is not None and (self.regression or len(set(self.classes)) < 2):
             raise ValueError("--classes takes two or more different names, and is not for --regression.")
         refuse_missing_files(self, "train_file", "validation_file", "test_file")
@@ -154,14 +171,30 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     for split in wanted:
         if split not in loaded:
             raise ValueError(f"There are no {split} rows: give --{split}_file.")
-    task = _task_of(arguments, loaded)
+    labels = {
+        split: read_labels(each.rows, arguments.label_column, each.origin, each.are_cells)
+        for split, each in loaded.items()
+        if arguments.label_column in each.rows.column_names
+    }
+    task, classes = _task_of(arguments, loaded, labels)
+    if arguments.label_column in task.columns:
+        raise ValueError(
+            f"--label_column {arguments.label_column} is a column of sentences, too: it tells the answer."
+        )
+    if classes is not None:
+        refuse_two_orders(list(labels.values()), classes)
     checked = {}
-    for split, (rows, origin) in loaded.items():
-        if split == "train" and split not in wanted:
+    for split, found in loaded.items():
+        if split not in {*wanted, *(f"{each}_mm" for each in wanted)}:
             continue  # it was there to tell the labels
-        limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
-        first = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        checked[split] = _checked(first, origin, task, arguments, may_hide=split.startswith("test"))
+        flag = "max_train_samples" if split == "train" else "max_eval_samples"
+        column, limit = labels.get(split), getattr(arguments, flag)
+        if limit is not None and limit < len(found.rows):
+            if column is not None:
+                warn_of_sorted(column, limit, f"--{flag}", are_classes=classes is not None)
+                column = column.first(limit)
+            found = replace(found, rows=found.rows.select(range(limit)))
+        checked[split] = _checked(found, column, task, classes, arguments, may_hide=split.startswith("test"))
     if merges:
         checked["train"] = concatenate_datasets([checked["train"], checked.pop("validation")])
         checked.pop("validation_mm", None)
@@ -170,145 +203,164 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     return Sentences(task, checked)
 
 
-Loaded = dict[str, tuple[Dataset, str]]
-"""Rows, and the flag that names them, by split."""
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one split, as loaded.
+
+    Attributes:
+        origin: The flag that named them, for messages.
+        are_cells: All values are texts, as they stand in a .csv.
+    """
+
+    rows: Dataset
+    origin: str
+    are_cells: bool = False
 
 
-def _load_files(arguments: SentenceArguments, splits: Collection[str]) -> Loaded:
-    loaded: Loaded = {}
+def _load_files(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:
+    loaded: dict[str, Loaded] = {}
     for split, path in arguments.files.items():
         if split not in splits:
             continue
-        if Path(path).suffix.lower() not in BUILDERS:
+        suffix = Path(path).suffix.lower()
+        if suffix not in BUILDERS:
             raise ValueError(f"--{split}_file {path} has no columns: it must be one of {', '.join(BUILDERS)}.")
-        rows = load_file(f"{split}_file", path, streaming=False)
-        loaded[split] = rows.rows, rows.origin
+        if suffix == ".csv":
+            loaded[split] = _load_cells(f"--{split}_file {path}", path)
+        else:
+            found = load_file(f"{split}_file", path, streaming=False)
+            loaded[split] = Loaded(found.rows, found.origin)
     return loaded
 
 
-def _load_named(arguments: SentenceArguments, splits: Collection[str]) -> Loaded:
+def _load_cells(origin: str, path: str) -> Loaded:
+    """Load a .csv, all cells as texts: what stands in a column nobody asks for does not matter then.
+
+    Raises:
+        ValueError: It is empty, or cannot be read.
+    """
+    try:
+        cells = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{origin} is empty.") from error
+    except ValueError as error:
+        raise ValueError(f"{origin} cannot be read: {one_line(error)}") from error
+    if not isinstance(cells.index, pd.RangeIndex):  # or the first cells of rows that are too long become their names
+        raise ValueError(
+            f"{origin} cannot be read: its rows have more cells than its header. Quote cells with commas."
+        )
+    return Loaded(Dataset.from_pandas(cells, preserve_index=False), origin, are_cells=True)
+
+
+def _load_named(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:
     name = arguments.task_name or ""
     origin = f"--task_name {name}"
     if name == DEMO:
-        return {split: (Dataset.from_list(demo_rows(split)), origin) for split in splits}
+        return {split: Loaded(Dataset.from_list(demo_rows(split)), origin) for split in splits}
     found = load_or_refuse(origin, GLUE, name)
     task = TASKS[name]
     names = {"train": ("train",), "validation": task.validation, "test": task.test}
-    loaded: Loaded = {}
+    loaded: dict[str, Loaded] = {}
     for split in splits:
         for suffix, alias in zip(("", "_mm"), names[split], strict=False):
-            loaded[split + suffix] = found[alias], f"{origin}, {alias} split"
+            loaded[split + suffix] = Loaded(found[alias], f"{origin}, {alias} split")
     return loaded
 
 
-def _task_of(arguments: SentenceArguments, loaded: Loaded) -> Task:
-    """Return the task, one's own made from flags and from what the training rows hold."""
+def _task_of(
+    arguments: SentenceArguments, loaded: Mapping[str, Loaded], labels: Mapping[str, LabelColumn]
+) -> tuple[Task, Classes | None]:
+    """Return the task, one's own made from flags and from what the training rows hold, and its classes, if any."""
     if arguments.task_name is not None:
-        return BY_NAME[arguments.task_name]
-    rows, origin = loaded.get("train") or next(iter(loaded.values()))
+        task = BY_NAME[arguments.task_name]
+        source = f"--task_name {arguments.task_name}"
+        return task, Classes(task.labels, Order.TASK, source) if task.labels else None
+    found = loaded.get("train") or next(iter(loaded.values()))
+    names = found.rows.column_names
     columns = arguments.sentence_columns or next(
-        (each for each in USUAL_COLUMNS if set(each) <= set(rows.column_names)), None
+        (each for each in USUAL_COLUMNS if set(each) <= {*names} - {arguments.label_column}), None
     )
     if columns is None:
         raise ValueError(
-            f"Which columns of {origin} are the sentences? Choose with --sentence_columns from "
-            f"{', '.join(rows.column_names)}."
+            f"Which columns of {found.origin} are the sentences? Choose with --sentence_columns from "
+            f"{', '.join(names)}."
         )
     if arguments.classes is not None:
-        return own_task(columns, arguments.classes)
+        return own_task(columns, arguments.classes), Classes(tuple(arguments.classes), Order.FLAG, "--classes")
     if arguments.regression:
-        return own_task(columns, ())
+        return own_task(columns, ()), None
     if "train" not in loaded:
         raise ValueError("Which labels are there? Give --classes, --regression true, or --train_file.")
-    _refuse_without(arguments.label_column, rows, origin, "--label_column")
-    feature = rows.features[arguments.label_column]
-    if isinstance(feature, ClassLabel):
-        return own_task(columns, feature.names)
-    values = rows.unique(arguments.label_column)
-    if arguments.regression is None and any(isinstance(value, float) and value % 1 for value in values):
-        return own_task(columns, ())
-    return own_task(columns, _names_of(values, origin, arguments.label_column))
+    _refuse_empty(found)
+    if "train" not in labels:
+        raise _lacks(arguments.label_column, found, "--label_column")
+    others = [column for split, column in labels.items() if split != "train"]
+    classes = find_classes(labels["train"], others, arguments.regression)
+    return own_task(columns, () if classes is None else classes.names), classes
 
 
-def _names_of(values: Sequence[Any], origin: str, column: str) -> list[str]:
-    """Return the names of labels: themselves, sorted, or 0 to n-1 where they are whole numbers."""
-    if all(isinstance(value, str) for value in values):
-        names = sorted(values)
-    elif all(map(_is_whole, values)):
-        numbers = sorted({int(value) for value in values})
-        if numbers != list(range(len(numbers))):
-            raise ValueError(
-                f"Labels out of range: whole numbers in column {column} of {origin} must be 0 to n-1 without gaps, "
-                f"found {', '.join(map(str, numbers[:10]))}. Are they numbers to be said? Then add --regression true."
-            )
-        names = [str(number) for number in numbers]
-    else:
-        shown = ", ".join(repr(value) for value in values[:5])
-        if all(isinstance(value, float) for value in values):
-            raise ValueError(f"Labels in column {column} of {origin} are numbers with fractions, no classes: {shown}.")
-        raise ValueError(f"Labels in column {column} of {origin} are neither all texts nor all numbers: {shown}.")
-    if len(names) < 2:
-        raise ValueError(f"All labels in column {column} of {origin} are {names[0]}: there is nothing to learn.")
-    return names
+def _refuse_empty(found: Loaded) -> None:
+    if len(found.rows) == 0:
+        raise ValueError(f"{found.origin} is empty.")
 
 
-def _refuse_without(column: str, rows: Dataset, origin: str, flag: str) -> None:
-    if column not in rows.column_names:
-        raise ValueError(f"{origin} has no column {column}; it has {', '.join(rows.column_names)}. See {flag}.")
+def _lacks(column: str, found: Loaded, flag: str) -> ValueError:
+    """Return the error of rows that have no such column."""
+    return ValueError(
+        f"{found.origin} has no column {column}; it has {', '.join(found.rows.column_names)}. See {flag}."
+    )
 
 
-def _checked(rows: Dataset, origin: str, task: Task, arguments: SentenceArguments, may_hide: bool) -> Dataset:
+def _checked(
+    found: Loaded,
+    labels: LabelColumn | None,
+    task: Task,
+    classes: Classes | None,
+    arguments: SentenceArguments,
+    may_hide: bool,
+) -> Dataset:
     """Return the rows with `text` and, if they have labels, `label`, an index or a number."""
-    if len(rows) == 0:
-        raise ValueError(f"{origin} is empty.")
+    _refuse_empty(found)
     flag = "--task_name" if arguments.task_name else "--sentence_columns"
-    for column in task.columns:
-        _refuse_without(column, rows, origin, flag)
-        for index, value in enumerate(rows[column][:]):
-            if not isinstance(value, str):
-                raise ValueError(f"Column {column} of {origin} must hold text; row {index + 1} holds {value!r}.")
-    texts = [
-        ask(arguments.prompt_text, sentences)
-        for sentences in zip(*(rows[each][:] for each in task.columns), strict=True)
-    ]
-    column = arguments.label_column
-    if may_hide and column not in rows.column_names:
+    columns = [_sentences_in(found, column, flag) for column in task.columns]
+    texts = [ask(arguments.prompt_text, sentences) for sentences in zip(*columns, strict=True)]
+    if may_hide and (labels is None or labels.is_hidden(task.labels)):
         return Dataset.from_dict({"text": texts})
-    _refuse_without(column, rows, origin, "--label_column")
-    values = rows[column][:]
-    if may_hide and all(value in (HIDDEN, None) for value in values):
-        return Dataset.from_dict({"text": texts})
-    label = _number_of if not task.labels else _index_of
-    labels = [label(value, task, f"row {i + 1}, column {column} of {origin}") for i, value in enumerate(values)]
-    return Dataset.from_dict({"text": texts, "label": labels})
+    if labels is None:
+        raise _lacks(arguments.label_column, found, "--label_column")
+    label = indices_of(labels, classes) if classes is not None else numbers_of(labels, task.span)
+    return Dataset.from_dict({"text": texts, "label": label})
 
 
-def _index_of(value: Any, task: Task, where: str) -> int:
-    """Return the index of a label that is given by it, or by name."""
-    names = task.labels
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if _is_whole(value) and 0 <= value < len(names):
-        return int(value)
-    known = f"0 to {len(names) - 1}" + ("" if names[0] == "0" else f" or {', '.join(names)}")
-    hidden = " (hidden labels cannot be trained or evaluated on)" if value == HIDDEN else ""
-    raise ValueError(f"Label out of range: {where} is {value!r}{hidden}; it must be {known}.")
+def _sentences_in(found: Loaded, column: str, flag: str) -> list[str]:
+    """Return the sentences in a column. How many of them are empty is said.
 
+    Args:
+        flag: What chooses the column.
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value == int(value)
-
-
-def _number_of(value: Any, task: Task, where: str) -> float:
-    low, high = task.span or (-math.inf, math.inf)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and low <= number <= high):
-        between = f" between {low:g} and {high:g}" if task.span else ""
-        raise ValueError(f"Label out of range: {where} is {value!r}; it must be a number{between}.")
-    return number
+    Raises:
+        ValueError: There is no such column, or it holds something else.
+    """
+    if column not in found.rows.column_names:
+        raise _lacks(column, found, flag)
+    values: list[str] = found.rows[column][:]
+    # A .csv does not tell numbers from texts: there, a column of nothing but numbers holds no sentences.
+    are_numbers = found.are_cells and all(map(is_number, values))
+    bad = [index for index, value in enumerate(values) if are_numbers or not isinstance(value, str)]
+    if bad:
+        value = values[bad[0]]
+        more = f" ({len(bad):,} of {len(values):,} rows hold no text)" if len(bad) > 1 else ""
+        raise ValueError(
+            f"Column {column} of {found.origin} must hold text; row {bad[0] + 1} holds {shortened(value)}{more}. "
+            f"See {flag}."
+        )
+    empty = [index for index, value in enumerate(values) if not value.strip()]
+    if empty:
+        logger.warning(
+            f"Column {column} of {found.origin} is empty in {len(empty):,} of {len(values):,} rows, the first is row "
+            f"{empty[0] + 1}."
+        )
+    return values
 
 
 def tokenize_sentences(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Dataset]:

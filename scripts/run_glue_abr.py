@@ -23,12 +23,13 @@ from abr_trainer.classification import (
     ClassifierConfig,
     ClassifierTrainer,
     Judge,
+    check_order,
     describe_rows,
     labels_in_config,
     score_lines,
     show_scores,
 )
-from abr_trainer.classifier_records import predict, recalled_flags
+from abr_trainer.classifier_records import predict, recalled_flags, take_up_classes
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import checkpoints_activations
 from abr_trainer.data import fit_context
@@ -57,11 +58,14 @@ def run(argv: list[str] | None) -> dict[str, float]:
             raise ValueError("--merge_validation trains on the validation rows: give --do_train, and not --do_eval.")
         checkpoint = find_checkpoint(args) if args.do_train else None
         check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)
+        if checkpoint is not None:
+            take_up_classes(data_args, checkpoint)
         with args.main_process_first(desc="preparing the data"):
             sentences = load_sentences(data_args, splits)
         task = sentences.task
         data_args.settle(task)
         args.settle(task)
+        check_order(model_args, task, args.do_train)
         config, tokenizer = load_config(model_args, **labels_in_config(task)), load_tokenizer(model_args)
         data_args.max_seq_length = fit_context("max_seq_length", data_args.max_seq_length, DEFAULT_LENGTH, config)
         rows = tokenize_sentences(sentences, tokenizer, data_args.max_seq_length)

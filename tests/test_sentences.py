@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoTokenizer
 
 from abr_trainer.demo import DEMO_MODEL
@@ -56,6 +58,268 @@ def test_labels_are_found_in_the_training_rows(tmp_path, labels, names, indices)
     found = load(tmp_path, [{"text": "Rain.", "label": label} for label in labels])
     assert found.task.labels == names
     assert found.splits["train"]["label"][:] == indices
+
+
+# ---- Names win over positions ----
+
+
+def write_labels(path, labels, names=None):
+    """Write rows with these labels, as the suffix says; a `ClassLabel` with these names, if they are given."""
+    rows = {"text": [f"Rain {index}." for index in range(len(labels))], "label": labels}
+    if path.suffix == ".jsonl":
+        return write_rows(path, [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
+    if path.suffix == ".csv":
+        lines = [",".join(rows), *(f"{text},{label}" for text, label in zip(*rows.values(), strict=True))]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)}) if names else None
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+    return str(path)
+
+
+def load_labels(folder, splits, **options):
+    """Load splits, each given by a suffix, its labels and the names of its `ClassLabel`, if it has one."""
+    files = {
+        f"{split}_file": write_labels(folder / f"{split}.{suffix}", *labels)
+        for split, (suffix, *labels) in splits.items()
+    }
+    return load_sentences(SentenceArguments(**files, **options), splits)
+
+
+TO_TEN = list(range(11))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "indices"),
+    [
+        (("parquet", [0, 1], ["neg", "pos"]), ("parquet", [0, 1], ["pos", "neg"]), "neg pos", [1, 0]),
+        (("csv", ["pos", "neg"]), ("parquet", [0, 1], ["pos", "neg"]), "neg pos", [1, 0]),
+        (("parquet", [0, 1], ["pos", "neg"]), ("jsonl", ["neg", "pos"]), "pos neg", [1, 0]),
+        (("jsonl", list(map(str, TO_TEN))), ("csv", TO_TEN), "0 1 2 3 4 5 6 7 8 9 10", TO_TEN),
+        (("csv", TO_TEN), ("jsonl", list(map(str, TO_TEN))), "0 1 2 3 4 5 6 7 8 9 10", TO_TEN),
+        (("jsonl", ["3", "1", "2"]), ("csv", [1, 2, 3]), "1 2 3", [0, 1, 2]),
+        (("jsonl", ["01", "02"]), ("csv", ["02", "01"]), "01 02", [1, 0]),
+        (("csv", ["0.0", "1.0"]), ("jsonl", [1, 0]), "0 1", [1, 0]),
+        (("csv", ["True", "False"]), ("jsonl", [True, False]), "False True", [1, 0]),
+        (("jsonl", [True, False]), ("csv", ["TRUE", "FALSE"]), "0 1", [1, 0]),
+        (("jsonl", ["pos", "neg ", " pos"]), ("csv", [" neg", "pos"]), "neg pos", [0, 1]),
+        (("jsonl", ["na\u00efve", "wise"]), ("csv", ["nai\u0308ve", "wise"]), "na\u00efve wise", [0, 1]),
+        (("csv", ["pos", "neg"]), ("jsonl", ["Pos", "NEG"]), "neg pos", [1, 0]),
+        (("parquet", [0, 1], ["neg", "pos"]), ("csv", [1, 0]), "neg pos", [1, 0]),
+        (("csv", [1, 0]), ("parquet", [0, 1], ["neg", "pos"]), "0 1", [0, 1]),
+    ],
+)
+def test_a_class_is_the_same_in_every_split(tmp_path, train, validation, names, indices):
+    found = load_labels(tmp_path, {"train": train, "validation": validation})
+    assert found.task.labels == tuple(names.split())
+    assert found.splits["validation"]["label"][:] == indices
+
+
+def test_names_of_a_known_task_win_too(tmp_path):
+    rows = {"sentence": ["Rain.", "Sun."], "label": [0, 1]}
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["positive", "negative"])})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    arguments = SentenceArguments(task_name="sst2", train_file=str(tmp_path / "train.parquet"))
+    assert load_sentences(arguments, ["train"]).splits["train"]["label"][:] == [1, 0]
+
+
+def test_numbers_are_names_where_classes_are_called_so(tmp_path):
+    found = load_labels(tmp_path, {"train": ("csv", [1, 2])}, classes=["1", "2", "3"])
+    assert found.splits["train"]["label"][:] == [0, 1]
+    with pytest.raises(ValueError, match=r"row 1, column label of .* is 0; it must be one of 1, 2, 3\."):
+        load_labels(tmp_path, {"train": ("csv", [0, 2])}, classes=["1", "2", "3"])
+
+
+def test_what_is_read_by_position_is_said(tmp_path, caplog):
+    load_labels(tmp_path, {"train": ("parquet", [0, 1], ["neg", "pos"]), "validation": ("csv", [1, 0])})
+    assert "validation.csv are read by their position among the classes: 0 as neg, 1 as pos." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            {"train": ("csv", ["entails", "neutral"]), "validation": ("csv", [0, 1])},
+            "validation.csv are whole numbers, but names in column label of --train_file FOLDER/train.csv: entails, ",
+        ),
+        (
+            {"train": ("csv", [0, 1]), "validation": ("csv", ["neg", "pos"])},
+            "validation.csv are names, but whole numbers in column label of --train_file FOLDER/train.csv: 0, 1. Give",
+        ),
+        (
+            {"train": ("parquet", [0, 1], ["1", "0"]), "validation": ("csv", [0, 1])},
+            "Is 0 the name of a class or its position? Labels in column label of --validation_file FOLDER/validation",
+        ),
+        (
+            {"train": ("csv", [0, 1])}
+            | {split: ("parquet", [0, 1], names.split()) for split, names in (("validation", "a b"), ("test", "b a"))},
+            "are a, b in column label of --validation_file FOLDER/validation.parquet, but b, a in column label of --t",
+        ),
+        (
+            {"train": ("csv", ["a", "b"]), "validation": ("csv", ["a", "c", "c"])},
+            "row 2, column label of --validation_file FOLDER/validation.csv is 'c'; it must be one of a, b.",
+        ),
+        (
+            {"train": ("jsonl", ["Pos", "pos", "pos", "neg"])},
+            "Are 'Pos' (1 rows) and 'pos' (2 rows) in column label of --train_file FOLDER/train.jsonl one class?",
+        ),
+        ({"train": ("jsonl", ["1", "01", "2"])}, "Are '1' (1 rows) and '01' (1 rows)"),
+        ({"train": ("csv", ["0", "1", "nan"])}, "neither all texts nor all numbers: row 1 holds 0, row 3 'nan'."),
+        ({"train": ("parquet", [0, 0], ["a"])}, "FOLDER/train.parquet are a: there is nothing to learn."),
+    ],
+)
+def test_labels_that_may_mean_two_things_are_refused(tmp_path, splits, message):
+    with pytest.raises(ValueError, match=re.escape(message.replace("FOLDER", str(tmp_path)))) as caught:
+        load_labels(tmp_path, splits)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "labels"),
+    [
+        ("csv", [0, "", 1, ""]),
+        ("csv", ["neg", " ", "pos", ""]),
+        ("csv", [0.5, "", 1.5, ""]),
+        ("jsonl", ["neg", None, "pos", ""]),
+        ("parquet", [0.0, math.nan, 1.0, None]),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_label_that_is_missing_is_no_class(tmp_path, suffix, labels, split):
+    splits = {"train": (suffix, [label for label in labels if label in (0, 0.5, 1, 1.5, "neg", "pos")])}
+    line = (
+        rf"Labels are missing: row 2, column label of --{split}_file .*{split}\.{suffix} has none, and so have 1 more"
+    )
+    with pytest.raises(ValueError, match=line):
+        load_labels(tmp_path, splits | {split: (suffix, labels)})
+
+
+def test_a_test_split_may_have_all_its_labels_or_none(tmp_path):
+    train = {"train": ("csv", [0, 1])}
+    assert load_labels(tmp_path, {**train, "test": ("csv", ["", ""])}).splits["test"].column_names == ["text"]
+    with pytest.raises(ValueError, match=r"Labels are missing: row 2, column label of --test_file .* has none\. Fill"):
+        load_labels(tmp_path, {**train, "test": ("csv", [1, ""])})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("labels", [[1, 2, 3], [0, 1, 2, 3, 4], [0, 4], [-1, 1]])
+def test_whole_numbers_that_may_be_scores_are_asked_about(tmp_path, suffix, labels):
+    with pytest.raises(
+        ValueError, match=r"Are labels classes or scores\? .* Add --regression false if each is a class"
+    ):
+        load_labels(tmp_path, {"train": (suffix, labels)})
+    classes = load_labels(tmp_path, {"train": (suffix, labels)}, regression=False)
+    assert classes.task.labels == tuple(map(str, labels))
+    assert classes.splits["train"]["label"][:] == list(range(len(labels)))
+    scores = load_labels(tmp_path, {"train": (suffix, labels)}, regression=True)
+    assert scores.splits["train"]["label"][:] == labels
+
+
+def test_fractions_are_scores_but_are_asked_about_as_texts(tmp_path):
+    assert load_labels(tmp_path, {"train": ("csv", [0.5, 1])}).splits["train"]["label"][:] == [0.5, 1.0]
+    with pytest.raises(ValueError, match="they are texts that are numbers: 0.5, 1. Add --regression false"):
+        load_labels(tmp_path, {"train": ("jsonl", ["0.5", "1"])})
+
+
+def test_scores_are_the_names_of_a_class_label(tmp_path):
+    found = load_labels(tmp_path, {"train": ("parquet", [0, 1, 0], ["5", "3"])}, regression=True)
+    assert found.splits["train"]["label"][:] == [5.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"task_name": "sst2", "label_column": "label"}])
+@pytest.mark.parametrize(
+    ("label", "shown"), [([0], "[0]"), ({"a": 1}, "{'a': 1}"), (["x" * 99], "['" + "x" * 58 + "...")]
+)
+def test_a_label_is_a_text_or_a_number(tmp_path, label, shown, options):
+    rows = [{"sentence": "Rain.", "label": label}] * 2
+    line = bad(
+        tmp_path / "train.jsonl", f"must be a text or a number: row 1, column label of FILE is {shown}. See --l"
+    )
+    with pytest.raises(ValueError, match=re.escape(line)):
+        load(tmp_path, rows, **options)
+
+
+# ---- Columns and rows ----
+
+
+def test_a_column_that_nobody_asks_for_does_not_matter(tmp_path):
+    """An empty cell among numbers, in the second ten thousand rows; texts among numbers; a structure."""
+    path = tmp_path / "train.csv"
+    rows = (f"Rain {index}.,{index % 2},{'' if index == 10_040 else index}" for index in range(10_050))
+    path.write_text("\n".join(["text,label,length", *rows]) + "\n")
+    found = load_sentences(SentenceArguments(train_file=str(path)), ["train"])
+    assert found.splits["train"]["label"][:] == [0, 1] * 5_025
+    rows = [{"text": "Rain.", "label": i % 2, "other": other} for i, other in enumerate((1, "a", [2], None, {"b": 1}))]
+    assert load(tmp_path, rows).splits["train"]["label"][:] == [0, 1, 0, 1, 0]
+
+
+def test_a_label_that_is_missing_late_in_a_long_table_is_named(tmp_path):
+    labels = ["" if index == 10_040 else index % 2 for index in range(10_050)]
+    with pytest.raises(ValueError, match=r"Labels are missing: row 10041, column label of --train_file"):
+        load_labels(tmp_path, {"train": ("csv", labels)})
+
+
+def test_numbers_are_no_sentences(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label,number\n7,0,1\nRain.,1,2\n")
+    found = load_sentences(SentenceArguments(train_file=str(path)), ["train"])
+    assert found.splits["train"]["text"][0] == "Sentence: 7", "one number is a sentence as good as any"
+    message = (
+        r"Column number of .* must hold text; row 1 holds '1' \(2 of 2 rows hold no text\)\. See --sentence_columns"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_sentences(SentenceArguments(train_file=str(path), sentence_columns=["number"]), ["train"])
+
+
+def test_sentences_without_words_are_counted(tmp_path, caplog):
+    rows = [{"text": text, "label": index % 2} for index, text in enumerate(["Rain.", "", "  "])]
+    assert len(load(tmp_path, rows).splits["train"]) == 3
+    assert "train.jsonl is empty in 2 of 3 rows, the first is row 2." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("text,label\n", "is empty."),
+        ("\n", "is empty."),
+        ("text,label\nRain, and sun,0\n", "its rows have more cells than its header."),
+        ("text,label\nRain.,0\nRain, and sun,1\n", "cannot be read: "),
+        ("text,label\nRain.,0\nRain.\n", "Labels are missing: row 2, "),
+    ],
+)
+def test_a_table_that_is_damaged_gives_one_line(tmp_path, table, message):
+    (tmp_path / "train.csv").write_text(table)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_sentences(SentenceArguments(train_file=str(tmp_path / "train.csv")), ["train"])
+    assert str(tmp_path / "train.csv") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---- The first rows ----
+
+
+def test_the_first_rows_of_a_sorted_file_are_counted_by_class(tmp_path, caplog):
+    labels = ["a"] * 60 + ["b"] * 40
+    load_labels(tmp_path, {"train": ("csv", labels)}, max_train_samples=60)
+    assert "--max_train_samples 60: the first rows of column label of" in caplog.text
+    assert "are a (60 rows), without 1 of 2 classes; all rows are a (60 rows), b (40 rows)." in caplog.text
+    caplog.clear()
+    load_labels(tmp_path, {"train": ("csv", labels)}, max_train_samples=99)
+    assert not caplog.records, "that may be chance"
+    splits = {"train": ("csv", labels), "validation": ("csv", labels[::-1])}
+    load_labels(tmp_path, splits, max_eval_samples=50)
+    assert "--max_eval_samples 50" in caplog.text
+    assert "validation.csv are b (40 rows), a (10 rows); all rows" in caplog.text
+
+
+def test_the_first_rows_of_a_file_that_is_shuffled_are_taken_in_silence(tmp_path, caplog):
+    labels = ["a", "b", "a"] * 100
+    load_labels(tmp_path, {"train": ("csv", labels)}, max_train_samples=100)
+    numbers = [random.Random(index).random() for index in range(300)]
+    load_labels(tmp_path, {"train": ("csv", numbers)}, max_train_samples=100)
+    assert "max_train_samples" not in caplog.text
+    load_labels(tmp_path, {"train": ("csv", sorted(numbers))}, max_train_samples=100)
+    assert re.search(r"are 0\.1\d+ on average; all rows are 0\.[45]\d*\.", caplog.text)
 
 
 def test_labels_of_a_task_may_be_given_by_name_and_classes_keep_their_order(tmp_path):
@@ -146,10 +410,18 @@ def bad(path, line):
     [
         ({"label": 2}, {"task_name": "mrpc"}, "Label out of range: row 2, column label of FILE is 2; it must be 0 to"),
         ({"label": -1}, {"task_name": "mrpc"}, "row 2, column label of FILE is -1 (hidden labels cannot be trained"),
-        ({"label": None}, {"task_name": "mrpc"}, "row 2, column label of FILE is None; it must be 0 to 1 or not_"),
+        (
+            {"label": None},
+            {"task_name": "mrpc"},
+            "Labels are missing: row 2, column label of FILE has none. Fill them",
+        ),
         ({"label": 5.5}, {"task_name": "stsb"}, "row 2, column label of FILE is 5.5; it must be a number between 0"),
-        ({"label": None}, {"task_name": "stsb"}, "row 2, column label of FILE is None; it must be a number between"),
-        ({"label": 5}, {}, "whole numbers in column label of FILE must be 0 to n-1 without gaps, found 1, 5."),
+        (
+            {"label": None},
+            {"task_name": "stsb"},
+            "Labels are missing: row 2, column label of FILE has none. Fill them",
+        ),
+        ({"label": 5}, {}, "Are labels classes or scores? In column label of FILE they are whole numbers: 1, 5."),
         ({"label": 1}, {}, "All labels in column label of FILE are 0: there is nothing to learn."),
         ({"sentence1": None}, {"task_name": "mrpc"}, "Column sentence1 of FILE must hold text; row 2 holds None."),
         ({"sentence2": ["a"]}, {"task_name": "mrpc"}, "Column sentence2 of FILE must hold text; row 2 holds ['a']."),
@@ -180,6 +452,8 @@ def test_bad_rows_are_named(tmp_path, row, options, line):
             "are numbers with fractions, no classes: 0.5.",
         ),
         ([PAIR], {"sentence_columns": ["a", "b", "c"]}, "--sentence_columns takes one or two, got a b c."),
+        ([PAIR], {"sentence_columns": ["label"]}, "The sentences are in label, the label in label: give different"),
+        ([PAIR], {"sentence_columns": ["text", "text"]}, "The sentences are in text and text, the label in label: "),
         ([PAIR], {"classes": ["a"]}, "--classes takes two or more different names"),
         ([PAIR], {"train_file": "missing.jsonl"}, "--train_file missing.jsonl does not exist."),
         ([PAIR], {"max_seq_length": 2}, "--max_seq_length must be at least 8, got 2."),
