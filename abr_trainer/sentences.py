@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ USUAL_COLUMNS = (PAIR, ("premise", "hypothesis"), ("question1", "question2"), ("
 SPLITS = ("train", "validation", "test")
 
 LENGTH = "_length"
+
+GIBIBYTE = 1 << 30
 
 
 @dataclass
@@ -121,8 +124,8 @@ class SentenceArguments:
         columns = self.sentence_columns or (BY_NAME[self.task_name].columns if self.task_name else ())
         if self.label_column in columns or len(set(columns)) < len(columns):
             raise ValueError(
-                f"The sentences are in {' and '.join(columns)}, the label in {self.label_column}: give different columns "
-                "as --sentence_columns and --label_column."
+                f"The sentences are in {' and '.join(columns)}, the label in {self.label_column}: give different "
+                "--sentence_columns and --label_column."
             )
         if self.classes is not None and (self.regression or len(set(self.classes)) < 2):
             raise ValueError("--classes takes two or more different names, and is not for --regression.")
@@ -218,27 +221,32 @@ class Loaded:
 
 
 def _load_files(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:
-    loaded: dict[str, Loaded] = {}
-    for split, path in arguments.files.items():
-        if split not in splits:
-            continue
-        suffix = Path(path).suffix.lower()
-        if suffix not in BUILDERS:
-            raise ValueError(f"--{split}_file {path} has no columns: it must be one of {', '.join(BUILDERS)}.")
-        if suffix == ".csv":
-            loaded[split] = _load_cells(f"--{split}_file {path}", path)
-        else:
-            found = load_file(f"{split}_file", path, streaming=False)
-            loaded[split] = Loaded(found.rows, found.origin)
-    return loaded
+    return {split: _load_table(f"{split}_file", path) for split, path in arguments.files.items() if split in splits}
 
 
-def _load_cells(origin: str, path: str) -> Loaded:
-    """Load a .csv, all cells as texts: what stands in a column nobody asks for does not matter then.
+def _load_table(flag: str, path: str) -> Loaded:
+    """Load a file so that what stands in a column nobody asks for does not matter.
 
     Raises:
-        ValueError: It is empty, or cannot be read.
+        ValueError: It is no table, is empty, or cannot be read.
     """
+    origin = f"--{flag} {path}"
+    suffix = Path(path).suffix.lower()
+    if suffix not in BUILDERS:
+        raise ValueError(f"{origin} has no columns: it must be one of {', '.join(BUILDERS)}.")
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{origin} is empty.")
+    if suffix == ".csv":
+        return Loaded(_read_cells(origin, path), origin, are_cells=True)
+    if BUILDERS[suffix] == "json":
+        # In pieces, it could not be read where a later one has another column, or another type in it.
+        files = {"train": glob.escape(path)}
+        return Loaded(load_or_refuse(origin, "json", data_files=files, split="train", chunksize=GIBIBYTE), origin)
+    return Loaded(load_file(flag, path, streaming=False).rows, origin)
+
+
+def _read_cells(origin: str, path: str) -> Dataset:
+    """Return the rows of a .csv, all cells as texts."""
     try:
         cells = pd.read_csv(path, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError as error:
@@ -249,7 +257,7 @@ def _load_cells(origin: str, path: str) -> Loaded:
         raise ValueError(
             f"{origin} cannot be read: its rows have more cells than its header. Quote cells with commas."
         )
-    return Loaded(Dataset.from_pandas(cells, preserve_index=False), origin, are_cells=True)
+    return Dataset.from_pandas(cells, preserve_index=False)
 
 
 def _load_named(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:

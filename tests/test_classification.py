@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
@@ -26,10 +26,10 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
-from abr_trainer.classification import ClassifierArguments, Judge, mean_loss
-from abr_trainer.classifier_records import write_predictions
+from abr_trainer.classification import ClassifierArguments, Judge, check_order, mean_loss
+from abr_trainer.classifier_records import OF_TASK, recalled_flags, write_predictions
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.glue import TASKS
+from abr_trainer.glue import TASKS, own_task
 from abr_trainer.modeling import heads_in, load_config, load_model, load_tokenizer, lora_config
 from abr_trainer.records import read_lines
 from abr_trainer.schedulers import SCHEDULERS
@@ -181,6 +181,79 @@ def test_classes_keep_the_order_that_a_classifier_was_trained_with(finished, tmp
     assert eval_glue.main([*told, "--test_file", only_tales])["test_accuracy"] > 0.8
     with pytest.raises(SystemExit, match="--classes tale report: .* was trained with them in the order report tale."):
         eval_glue.main([*told, "--test_file", only_tales, "--classes", "tale", "report"])
+
+
+def test_classes_are_found_by_name_whatever_their_numbers_in_a_file(finished, tmp_path, caplog):
+    kind, output, _ = finished
+    if kind == "quantised":
+        pytest.skip("reading is the same")
+    rows = tales_and_reports(22, seed=1)
+    data = {name: [row[name] for row in rows] for name in ("sentence", "label")}
+    names = ["tale", "report"]  # trained in the other order
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+    Dataset.from_dict(data, features=features).to_parquet(tmp_path / "test.parquet")
+    flags = ["--use_cpu", "--test_file", str(tmp_path / "test.parquet"), "--adapter"]
+    found = eval_glue.main([*flags, str(output)])["test_accuracy"]
+    assert found > 0.8
+    untold = shutil.copytree(output, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "task.json"))
+    prompt = ["--sentence_columns", "sentence", "--prompt", "Is it a tale?", "--max_seq_length", "24"]
+    assert eval_glue.main([*flags, str(untold), *prompt])["test_accuracy"] == found
+    assert "has no task.json: classes are those of its config.json, report, tale;" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("told", "flags", "expected"),
+    [
+        ({"classes": ["b", "a"]}, ["--regression", "false"], {"classes": ["b", "a"]}),
+        ({"classes": ["b", "a"]}, ["--regression"], {}),
+        ({"task_name": "sst2"}, ["--sentence_columns", "text"], {"classes": ["negative", "positive"]}),
+        ({"task_name": "stsb"}, ["--sentence_columns", "a", "b"], {"regression": True}),
+        ({"task_name": "sst2"}, [], {"task_name": "sst2"}),
+    ],
+)
+def test_an_evaluation_keeps_the_classes_of_the_training(tmp_path, told, flags, expected):
+    (tmp_path / "task.json").write_text(json.dumps({"format": 1, "flags": told}))
+    found = recalled_flags(run_glue_abr.ARGUMENTS, ["--adapter", str(tmp_path), *flags])
+    assert {name: value for name, value in found.items() if name in OF_TASK} == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "flags"),
+    [
+        ({"task_name": "sst2"}, ["--classes", "positive", "negative"]),
+        ({"classes": ["Positive", "Negative"]}, ["--task_name", "sst2"]),
+    ],
+)
+def test_another_order_than_that_of_the_training_is_refused(tmp_path, told, flags):
+    (tmp_path / "task.json").write_text(json.dumps({"format": 1, "flags": told}))
+    with pytest.raises(ValueError, match=f"{' '.join(flags)}: .* was trained with them in the order "):
+        recalled_flags(run_glue_abr.ARGUMENTS, ["--adapter", str(tmp_path), *flags])
+
+
+def test_a_classifier_with_its_classes_in_another_order_is_not_evaluated_as_it_is(tmp_path, caplog):
+    names = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
+    config = LlamaConfig(id2label=dict(enumerate(names)), architectures=["LlamaForSequenceClassification"])
+    config.save_pretrained(tmp_path)
+    arguments = ClassifierArguments(model_name_or_path=str(tmp_path))
+    message = (
+        "has the classes CONTRADICTION, NEUTRAL, ENTAILMENT, in this order; here they are entailment, neutral, con"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_order(arguments, TASKS["mnli"], trains=False)
+    check_order(arguments, TASKS["mnli"], trains=True)
+    assert "its head is trained anew for the order entailment, neutral, contradiction." in caplog.text
+    check_order(arguments, own_task(["text"], names), trains=False)
+    check_order(arguments, TASKS["mrpc"], trains=False)
+
+
+def test_a_run_that_goes_on_keeps_its_classes(files, tmp_path):
+    flags = [*files[:2], "--do_train", "--save_strategy", "steps", "--save_steps", "1", "--max_steps"]
+    run(tmp_path / "run", *flags, "1", "--classes", "tale", "report")
+    resumed = [*flags, "2", "--resume_from_checkpoint", "true"]
+    with pytest.raises(SystemExit, match="was trained with the classes tale, report, not report, tale."):
+        run(tmp_path / "run", *resumed, "--classes", "report", "tale")
+    run(tmp_path / "run", *resumed)
+    assert json.loads((tmp_path / "run" / "task.json").read_text())["flags"]["classes"] == ["tale", "report"]
 
 
 def test_plain_peft_finds_the_same(finished):
@@ -388,7 +461,7 @@ def test_the_best_may_be_that_of_the_lowest_loss(files, tmp_path):
 def test_validation_rows_are_trained_on_where_that_is_asked_for(files, tmp_path, capsys):
     flags = ["--do_train", "--do_predict", "--max_steps", "1", "--merge_validation"]
     assert "test_accuracy" in run(tmp_path / "run", *files, *flags)
-    assert "rows: 86 train, 37 test" in capsys.readouterr().out
+    assert "rows: 86 train, 37 test\nlabels: 2 classes, in this order: report, tale" in capsys.readouterr().out
 
 
 def test_what_is_not_finite_predicts_nothing(tmp_path):

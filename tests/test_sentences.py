@@ -253,6 +253,14 @@ def test_a_column_that_nobody_asks_for_does_not_matter(tmp_path):
     assert load(tmp_path, rows).splits["train"]["label"][:] == [0, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize("late", [{"other": "a"}, {"other": {"b": 1}}, {"another": 2}])
+def test_a_column_that_changes_late_in_a_long_file_does_not_matter(tmp_path, late):
+    """After more than the 10 MB that `datasets` reads at once."""
+    rows = [{"text": "Rain. " * 10_000, "label": index % 2, "other": index} for index in range(200)]
+    found = load(tmp_path, [*rows, {"text": "Sun.", "label": 1, **late}])
+    assert found.splits["train"]["label"][-2:] == [1, 1]
+
+
 def test_a_label_that_is_missing_late_in_a_long_table_is_named(tmp_path):
     labels = ["" if index == 10_040 else index % 2 for index in range(10_050)]
     with pytest.raises(ValueError, match=r"Labels are missing: row 10041, column label of --train_file"):
