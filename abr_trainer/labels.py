@@ -88,7 +88,7 @@ def read_labels(rows: Dataset, column: str, origin: str, are_cells: bool = False
             cell = names[cell]
         values.append(_value_of(cell))
     if are_cells and all(value is None or is_number(value) for value in values):
-        values = [None if value is None else _value_of(_number(value)) for value in values]
+        values = [_value_of(_number(value)) if (whole := _whole(value)) is None else whole for value in values]
     return LabelColumn(values, where, names)
 
 
@@ -224,7 +224,7 @@ def find_classes(column: LabelColumn, others: Sequence[LabelColumn], regression:
         _refuse_mixture(column, values)
         classes = Classes(tuple(sorted(map(str, values))), Order.SORTED, column.where)
     else:
-        numbers = sorted(values, key=_number)
+        numbers = sorted(values, key=lambda value: (_number(value), _whole(value) or 0))  # exact beyond 2^53
         if regression is None:
             if any(isinstance(value, float) for value in values):
                 return None
@@ -308,7 +308,9 @@ def indices_of(column: LabelColumn, classes: Classes) -> list[int]:
     if unknown:
         raise ValueError(_no_class(column, classes, unknown[0], bool(found)))
     if len(named) < len(values) and classes.order is not Order.TASK:
-        read = ", ".join(f"{value} as {classes.names[found[value]]}" for value in sorted(placed, key=str)[:MOST_SHOWN])
+        read = ", ".join(
+            f"{value} as {classes.names[found[value]]!r}" for value in sorted(placed, key=str)[:MOST_SHOWN]
+        )
         logger.warning(f"Labels in {column.where} are read by their position among the classes: {read}.")
     return [found[value] for value in column.values]
 
@@ -339,7 +341,7 @@ def refuse_two_orders(columns: Sequence[LabelColumn], classes: Classes) -> None:
     Raises:
         ValueError: There are two such.
     """
-    placed = [each for each in columns if _positions(each.names, each, classes)]
+    placed = [each for each in columns if _positions(each.names, each, classes) and not each.is_hidden()]
     for each in placed:
         if each.names != placed[0].names:
             raise ValueError(
@@ -375,7 +377,7 @@ def _refuse_missing(column: LabelColumn) -> None:
     if None not in column.values:
         return
     count = sum(value is None for value in column.values)
-    more = f", and so have {count - 1:,} more of {len(column.values):,} rows" if count > 1 else ""
+    more = f" ({count:,} of {len(column.values):,} rows have none)" if count > 1 else ""
     raise ValueError(
         f"Labels are missing: row {column.row_of(None)}, {column.where} has none{more}. Fill them in, or leave such "
         "rows out."

@@ -99,6 +99,7 @@ TO_TEN = list(range(11))
         (("csv", TO_TEN), ("jsonl", list(map(str, TO_TEN))), "0 1 2 3 4 5 6 7 8 9 10", TO_TEN),
         (("jsonl", ["3", "1", "2"]), ("csv", [1, 2, 3]), "1 2 3", [0, 1, 2]),
         (("jsonl", ["01", "02"]), ("csv", ["02", "01"]), "01 02", [1, 0]),
+        (("jsonl", [str(2**53), str(2**53 + 1)]), ("csv", [2**53 + 1]), f"{2**53} {2**53 + 1}", [1]),
         (("csv", ["0.0", "1.0"]), ("jsonl", [1, 0]), "0 1", [1, 0]),
         (("csv", ["True", "False"]), ("jsonl", [True, False]), "False True", [1, 0]),
         (("jsonl", [True, False]), ("csv", ["TRUE", "FALSE"]), "0 1", [1, 0]),
@@ -132,7 +133,7 @@ def test_numbers_are_names_where_classes_are_called_so(tmp_path):
 
 def test_what_is_read_by_position_is_said(tmp_path, caplog):
     load_labels(tmp_path, {"train": ("parquet", [0, 1], ["neg", "pos"]), "validation": ("csv", [1, 0])})
-    assert "validation.csv are read by their position among the classes: 0 as neg, 1 as pos." in caplog.text
+    assert "validation.csv are read by their position among the classes: 0 as 'neg', 1 as 'pos'." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_labels_that_may_mean_two_things_are_refused(tmp_path, splits, message):
 def test_a_label_that_is_missing_is_no_class(tmp_path, suffix, labels, split):
     splits = {"train": (suffix, [label for label in labels if label in (0, 0.5, 1, 1.5, "neg", "pos")])}
     line = (
-        rf"Labels are missing: row 2, column label of --{split}_file .*{split}\.{suffix} has none, and so have 1 more"
+        rf"Labels are missing: row 2, column label of --{split}_file .*\.{suffix} has none \(2 of 4 rows have none\)"
     )
     with pytest.raises(ValueError, match=line):
         load_labels(tmp_path, splits | {split: (suffix, labels)})
