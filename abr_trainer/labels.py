@@ -224,7 +224,7 @@ def find_classes(column: LabelColumn, others: Sequence[LabelColumn], regression:
         _refuse_mixture(column, values)
         classes = Classes(tuple(sorted(map(str, values))), Order.SORTED, column.where)
     else:
-        numbers = sorted(values, key=lambda value: (_number(value), _whole(value) or 0))  # exact beyond 2^53
+        numbers = sorted(values, key=lambda value: (_number(value), _whole(value) or 0, str(value)))
         if regression is None:
             if any(isinstance(value, float) for value in values):
                 return None
