@@ -164,7 +164,7 @@ def test_what_is_read_by_position_is_said(tmp_path, caplog):
             {"train": ("jsonl", ["Pos", "pos", "pos", "neg"])},
             "Are 'Pos' (1 rows) and 'pos' (2 rows) in column label of --train_file FOLDER/train.jsonl one class?",
         ),
-        ({"train": ("jsonl", ["1", "01", "2"])}, "Are '1' (1 rows) and '01' (1 rows)"),
+        ({"train": ("jsonl", ["1", "01", "2"])}, "Are '01' (1 rows) and '1' (1 rows)"),
         ({"train": ("csv", ["0", "1", "nan"])}, "neither all texts nor all numbers: row 1 holds 0, row 3 'nan'."),
         ({"train": ("parquet", [0, 0], ["a"])}, "FOLDER/train.parquet are a: there is nothing to learn."),
     ],
