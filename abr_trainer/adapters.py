@@ -52,6 +52,11 @@ def base_of(adapter: str, config: PeftConfig) -> str:
     return str(config.base_model_name_or_path)
 
 
+def virtual_tokens_in(adapter: str) -> int:
+    """Return how many tokens an adapter puts before those of the text: prompts that were trained, and prefixes."""
+    return getattr(read_adapter(adapter), "num_virtual_tokens", None) or 0
+
+
 def load_adapter(
     model: PreTrainedModel,
     adapter: str,

@@ -42,6 +42,9 @@ LEAST_VALUES = {
     "per_device_eval_batch_size": 1,
 }
 
+SEEDS = {"seed": (0, 2**32 - 1), "data_seed": (-(2**63), 2**64 - 1)}
+"""What NumPy and torch take for a seed: the least and the most."""
+
 FIXED_REPEATS = 2
 """What 'fixed' makes of a batch where nothing else is said."""
 
@@ -255,6 +258,10 @@ class ABRConfig(TrainingArguments):
             ValueError: A field is out of range, or names no rule.
         """
         refuse_below(self, LEAST_VALUES)
+        for name, (least, most) in SEEDS.items():
+            seed = getattr(self, name)
+            if seed is not None and not (isinstance(seed, int) and least <= seed <= most):
+                raise ValueError(f"--{name} must be a whole number from {least} to {most}, got {seed}.")
         for name in ("eval_passes", "save_passes"):
             value = getattr(self, name)
             if value is not None and not value > 0:

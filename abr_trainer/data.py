@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .context import fit_context
 from .corpora import CORPORA, find_corpus, parse_mix
 from .definitions import C4_DOCUMENTS
 from .demo import demo_texts
@@ -213,20 +214,6 @@ class Rows:
 def choose_block_size(arguments: DataArguments, config: PreTrainedConfig) -> int:
     """Return `--block_size` or its default, checked against what the model can attend to."""
     return fit_context("block_size", arguments.block_size, DEFAULT_BLOCK_SIZE, config)
-
-
-def fit_context(flag: str, wanted: int | None, default: int, config: PreTrainedConfig) -> int:
-    """Return the length that a flag asks for; if it asks for none, the default, at most what the model can attend to.
-
-    Raises:
-        ValueError: It asks for more than the model's context.
-    """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if wanted is None:
-        return min(context or default, default)
-    if context is not None and wanted > context:
-        raise ValueError(f"--{flag} {wanted} exceeds the model's context of {context} tokens.")
-    return wanted
 
 
 def load_blocks(

@@ -17,11 +17,12 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import embeddings_in, load_adapter
+from .adapters import embeddings_in, load_adapter, virtual_tokens_in
+from .context import fit_context
 from .corpora import parse_mix
-from .data import DataArguments, TextArguments, fit_context, load_texts
+from .data import DataArguments, TextArguments, load_texts
 from .definitions import DEFINITIONS, Definition, Text, find_definition
-from .errors import refuse_below, refuse_missing_directory
+from .errors import one_line, refuse_below, refuse_missing_directory
 from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
 from .perplexity import Window, window_nlls
 from .provenance import versions_and_machine
@@ -163,13 +164,16 @@ def fit_stride(stride: int | None, length: int, flag: str = "stride", length_fla
     return stride or length
 
 
-def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig) -> tuple[int, int]:
+def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig, virtual: int = 0) -> tuple[int, int]:
     """Return the length of a window and the stride, or their defaults, checked against the model.
+
+    Args:
+        virtual: Tokens that an adapter puts before the others.
 
     Raises:
         ValueError: A window is longer than the model's context, or the stride is longer than a window.
     """
-    length = fit_context("token_length", arguments.token_length, DEFAULT_TOKEN_LENGTH, config)
+    length = fit_context("token_length", arguments.token_length, DEFAULT_TOKEN_LENGTH, config, virtual)
     return length, fit_stride(arguments.stride, length)
 
 
@@ -281,25 +285,20 @@ def measure(
     """
     config, tokenizer = load_config(load), load_tokenizer(load)
     definition = find_definition(arguments.definition)
-    length, stride = choose_windows(arguments, config)
+    adapter = load.adapter_name_or_path
+    virtual = 0 if adapter is None else virtual_tokens_in(adapter)
+    length, stride = choose_windows(arguments, config, virtual)
     with state.main_process_first():
         rows, loaded = load_texts(source)
         text = Text(rows, loaded.rows_are_lines, tokenizer, source.is_c4)
         windows = cut_windows(definition, text, length, stride, arguments.max_windows, loaded.origin)
     model = load_base(load, config, state.device)
-    adapter = load.adapter_name_or_path
     adapted = model if adapter is None else load_adapter(model, adapter, load.model_name_or_path)
     check_tokens(windows, model, tokenizer)
     quantisation = quantisation_of(model)
     if quantisation is None and load.device_map is None:
         adapted.to(state.device)
-    start = time.perf_counter()
-    nlls = nlls_over_ranks(adapted, windows, arguments.batch_size, state)
-    seconds = time.perf_counter() - start
-    numbers, non_finite = numbers_of(definition, text, windows, nlls)
-    return {
-        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
-        "non_finite_windows": non_finite,
+    defined = {  # before measuring: whatever fails here must not cost hours
         "definition": definition.name,
         "says": definition.says,
         "text": loaded.origin,
@@ -317,8 +316,23 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantisation": quantisation,
         "nonzero_share": nonzero_shares(model),
-        "seconds": seconds,
         **versions_and_machine(state.device, state.num_processes),
+    }
+    start = time.perf_counter()
+    try:
+        nlls = nlls_over_ranks(adapted, windows, arguments.batch_size, state)
+    except IndexError as error:  # the tokens were checked: there are fewer positions than the configuration says
+        raise ValueError(
+            f"The model has no positions for windows of {length} tokens: give a lower --token_length. "
+            f"{one_line(error)}"
+        ) from error
+    seconds = time.perf_counter() - start
+    numbers, non_finite = numbers_of(definition, text, windows, nlls)
+    return {
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "non_finite_windows": non_finite,
+        **defined,
+        "seconds": seconds,
     }
 
 
@@ -354,7 +368,7 @@ def quantisation_of(model: PreTrainedModel) -> str | None:
 
 def begin_of(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the special token that the first window begins with, if it does."""
-    first = windows[0].ids[0]
+    first = int(windows[0].ids[0])  # of an array it is no int to the tokenizer
     return str(tokenizer.convert_ids_to_tokens(first)) if first in tokenizer.all_special_ids else None
 
 

@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,11 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging
 
 from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
 from .demo import DEMO_MODEL
 from .errors import one_line, refuse_below
+
+logger = logging.get_logger(__name__)
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEADS_OF_PEFT = ("classifier", "score")
@@ -226,12 +231,43 @@ def load_config(arguments: LoadArguments, **settings: Any) -> PreTrainedConfig:
             f"{flag} {name} is an adapter, not a model: give the model that it was trained on, and this as {FLAG}."
         )
     try:
-        return AutoConfig.from_pretrained(name, **arguments.hub_options, **settings)
+        config = AutoConfig.from_pretrained(name, **arguments.hub_options, **settings)
     except (OSError, ValueError) as error:
         adapter = getattr(arguments, "adapter_name_or_path", None)
         if adapter is not None and name == read_adapter(adapter, arguments.task).base_model_name_or_path:
             name += f", which {FLAG} {adapter} was trained on,"
         raise ValueError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
+    if arguments.task is TaskType.CAUSAL_LM:
+        refuse_non_causal(config, f"{flag} {name}")
+    return config
+
+
+def refuse_non_causal(config: PreTrainedConfig, origin: str) -> None:
+    """Refuse a model whose tokens see those after them: as a causal language model it would load, and be nonsense.
+
+    Args:
+        origin: The flag that named it, for messages.
+
+    Raises:
+        ValueError: It is an encoder, or an encoder and a decoder, or has no head of a language model.
+    """
+    has_remote_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder:
+        kind = "a model of encoder and decoder"
+    elif sees_all_tokens(config):
+        kind = "a masked language model: its tokens see those that they are to predict"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_remote_code:
+        kind = "of another kind"
+    else:
+        return
+    named = ", ".join([config.model_type, *(config.architectures or [])])
+    raise ValueError(f"{origin} is no causal language model but {kind} ({named}). Give one such as LLaMA or GPT-2.")
+
+
+def sees_all_tokens(config: PreTrainedConfig) -> bool:
+    """Tell whether a model for masked language modelling has not been made a decoder."""
+    is_masked = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet")
+    return is_masked and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
 
 
 def load_tokenizer(arguments: LoadArguments) -> PreTrainedTokenizerBase:
@@ -245,6 +281,11 @@ def load_tokenizer(arguments: LoadArguments) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {name} has no tokenizer: {one_line(error)}") from error
+    if tokenizer.eos_token is None and arguments.task is TaskType.CAUSAL_LM:
+        logger.warning_once(
+            f"The tokenizer of {flag} {name} has no end-of-text token: documents follow one another without a mark "
+            "between them."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -28,7 +28,7 @@ from abr_trainer.classification import (
 )
 from abr_trainer.classifier_records import beside_earlier, predictions_file, recalled_flags, write_predictions
 from abr_trainer.command_line import parse_arguments
-from abr_trainer.data import fit_context
+from abr_trainer.context import fit_context
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors

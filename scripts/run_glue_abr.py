@@ -32,7 +32,7 @@ from abr_trainer.classification import (
 from abr_trainer.classifier_records import predict, recalled_flags, take_up_classes
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.config import checkpoints_activations
-from abr_trainer.data import fit_context
+from abr_trainer.context import fit_context
 from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
 from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_splits

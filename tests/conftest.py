@@ -21,9 +21,11 @@ import pytest
 import torch
 from accelerate.utils import AutocastKwargs
 from huggingface_hub import HfApi, close_session, constants
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer.demo import DEMO_MODEL
 from tests.hub_server import Hub
 
 VOCABULARY = 64
@@ -132,6 +134,25 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
+
+
+def tokenizer_that_adds(kind: str) -> Any:
+    """The demo tokenizer with `<s>` and `</s>`, of which it puts "bos", "eos" or "both" around a text, or "none"."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    begin, end = "<s> " * (kind in ("bos", "both")), " </s>" * (kind in ("eos", "both"))
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    single = TemplateProcessing(single=f"{begin}$A{end}", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = single
+    return tokenizer
+
+
+def model_for(tokenizer: Any) -> Any:
+    """The demo model, with embeddings of all tokens of a tokenizer."""
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return model
 
 
 def token_rows(count: int, length: int = 12, seed: int = 0) -> list[dict[str, torch.Tensor]]:

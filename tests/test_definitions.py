@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from abr_trainer.definitions import DEFINITIONS, Text, detokenized, find_definition, pages_of
 from abr_trainer.demo import DEMO_MODEL, demo_texts
 from abr_trainer.measurement import cut_windows, numbers_of
 from abr_trainer.perplexity import window_nlls
-from tests.conftest import QUIET, SHARED
+from tests.conftest import QUIET, SHARED, model_for, tokenizer_that_adds
 
 LENGTH = 48
 WIKITEXT = [
@@ -29,14 +29,17 @@ WIKITEXT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+@pytest.fixture(scope="module", params=["plain", "bos", "eos", "both", "none"])
+def tokenizer(request):
+    """That of the demo, whose only special token ends a text; and such as have two, and add them by themselves."""
+    if request.param == "plain":
+        return AutoTokenizer.from_pretrained(DEMO_MODEL)
+    return tokenizer_that_adds(request.param)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+def model(tokenizer):
+    return model_for(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,10 @@ def log_likelihoods(model, ids):
     """The log-likelihood of each token but the first, in float64."""
     logits = model(torch.tensor([ids])).logits[0, :-1].double()
     return torch.log_softmax(logits, dim=-1)[range(len(ids) - 1), ids[1:]]
+
+
+def begin_of_text(tokenizer):
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def joined(tokenizer, rows, between):
@@ -174,7 +181,7 @@ def test_pages_are_detokenized_also_where_each_is_a_row(tokenizer):
 def test_evaluate_is_the_mean_of_the_perplexities_of_texts(documents, model, tokenizer):
     each = []
     for row in documents.rows:
-        ids = [tokenizer.eos_token_id, *tokenizer(row, add_special_tokens=False)["input_ids"]][:LENGTH]
+        ids = [begin_of_text(tokenizer), *tokenizer(row, add_special_tokens=False)["input_ids"]][:LENGTH]
         each.append(math.exp(-float(log_likelihoods(model, ids).mean())))
     found = measured("evaluate", documents, model)["perplexity"]
     assert found == pytest.approx(np.mean(each), rel=1e-6)
@@ -189,7 +196,7 @@ def test_lm_eval_is_the_likelihood_of_each_document_for_each_word(lines, model, 
         ids = tokenizer(detokenized(page), add_special_tokens=False)["input_ids"]
         for start in range(0, len(ids), LENGTH):  # each window of as many inputs as possible
             end = min(start + LENGTH, len(ids))
-            seen = ids[max(0, end - LENGTH - 1) : end] if start else [tokenizer.eos_token_id, *ids[:end]]
+            seen = ids[max(0, end - LENGTH - 1) : end] if start else [begin_of_text(tokenizer), *ids[:end]]
             nll -= float(log_likelihoods(model, seen)[start - end :].sum())
         words += len(page.split()) + (page[0] == " ") + (page[-1] == " ")  # as a split at white space counts them
         size += len(page.encode())

@@ -9,16 +9,36 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
 
 import run_clm_abr
+from abr_trainer.definitions import DEFINITIONS
 from abr_trainer.demo import DEMO_MODEL, demo_texts
 from abr_trainer.perplexity import Window, sliding_windows, window_nlls
 from abr_trainer.pruning import nonzero_shares
 from scripts import eval_perplexity
-from tests.conftest import RUN, tiny_llama
+from tests.conftest import RUN, model_for, tiny_llama, tokenizer_that_adds
 
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 QUICK = ["--token_length", "64", "--use_cpu", "--max_rows", "10"]
 DEMO = ["--dataset_name", "demo", *QUICK]
 
@@ -195,6 +215,152 @@ def test_a_text_shorter_than_a_window_is_told(tmp_path, definition):
     (tmp_path / "own.txt").write_text("The committee met.")
     message = error_of("--text_file", str(tmp_path / "own.txt"), "--definition", definition, "--token_length", "64")
     assert f"own.txt is shorter than a window of --definition {definition}: --token_length is 64" in message
+
+
+# ---- Tokenizers that add special tokens, or have none ----
+
+
+@pytest.fixture(scope="module", params=["bos", "eos", "both", "none"])
+def begun(request, tmp_path_factory):
+    """A model whose tokenizer puts special tokens around a text, or could and does not."""
+    directory, tokenizer = tmp_path_factory.mktemp("begun"), tokenizer_that_adds(request.param)
+    model_for(tokenizer).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return request.param, directory
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_every_definition_takes_a_tokenizer_that_adds_special_tokens(begun, tmp_path, definition):
+    kind, model = begun
+    (tmp_path / "own.txt").write_text("\n".join(demo_texts("test")[:4]))
+    found = run(
+        *("--text_file", str(tmp_path / "own.txt"), "--use_cpu", "--model_name_or_path", str(model)),
+        *("--definition", definition, "--token_length", "32"),
+    )
+    adds = kind in ("bos", "both") and definition in ("hf-stride", "wanda", "wanda-lora")
+    assert found["begun_by"] == ("<s>" if adds or definition in ("lm-eval", "evaluate") else None)
+    assert math.isfinite(found["perplexity"])
+
+
+def test_the_published_number_of_a_llama_begins_with_one_bos(tmp_path, capsys):
+    tokenizer = tokenizer_that_adds("bos")
+    model = model_for(tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    Dataset.from_dict({"text": demo_texts("test")[:6]}).to_parquet(tmp_path / "own.parquet")
+    found = run(
+        *("--text_file", str(tmp_path / "own.parquet"), "--use_cpu", "--model_name_or_path", str(tmp_path)),
+        *("--definition", "wanda", "--token_length", "32"),
+    )
+    ids = [tokenizer.bos_token_id, *tokenizer(" ".join(demo_texts("test")[:6]), add_special_tokens=False)["input_ids"]]
+    blocks = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    with torch.no_grad():
+        logits = model(blocks).logits[:, :-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
+    assert "targets, begun by <s>" in capsys.readouterr().out
+
+
+def test_a_text_that_begins_with_a_special_token_is_measured(begun, tmp_path):
+    _, model = begun
+    (tmp_path / "own.txt").write_text("<s>" + "\n".join(demo_texts("test")[:4]))
+    found = run(
+        *("--text_file", str(tmp_path / "own.txt"), "--use_cpu", "--model_name_or_path", str(model)),
+        *("--token_length", "32"),
+    )
+    assert found["begun_by"] == "<s>"
+
+
+def test_a_tokenizer_without_an_end_of_text_token_is_told(tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    found = run(*DEMO, "--model_name_or_path", str(tmp_path))
+    assert f"{tmp_path} has no end-of-text token: documents follow one another without a mark" in caplog.text
+    assert found["target_tokens"] < run(*DEMO)["target_tokens"]
+
+
+# ---- Models that have no such perplexity, or not for such windows ----
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (BertForMaskedLM(BertConfig(**TINY)), "but a masked language model: its tokens see those that they are to pr"),
+        (BertLMHeadModel(BertConfig(**TINY)), "but a masked language model: its tokens see those that they are to pr"),
+        (T5Model(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)), "but a model of encoder and deco"),
+        (ViTModel(ViTConfig(**TINY)), "but of another kind (vit, ViTModel)."),
+    ],
+)
+@pytest.mark.parametrize("script", [eval_perplexity, run_clm_abr])
+def test_what_is_no_causal_language_model_is_refused(tmp_path, model, message, script):
+    model.save_pretrained(tmp_path / "model")
+    flags = DEMO if script is eval_perplexity else [*RUN, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as ended:
+        script.main([*flags, "--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(DEMO_MODEL)])
+    told = str(ended.value)
+    assert told.startswith(f"error: --model_name_or_path {tmp_path / 'model'} is no causal language model {message}")
+    assert "\n" not in told
+
+
+def test_a_masked_model_that_was_made_a_decoder_is_measured(tmp_path):
+    config = BertConfig(**{**TINY, "vocab_size": 1024}, is_decoder=True, max_position_embeddings=64)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    found = run(*DEMO, "--model_name_or_path", str(tmp_path), "--tokenizer_name", str(DEMO_MODEL))
+    assert found["perplexity"] == pytest.approx(1024, rel=0.1)
+
+
+def test_windows_leave_room_for_virtual_tokens(tmp_path):
+    """GPT-2 has a row of its table for each position, and none beyond."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
+    for name, kind in (("prompt", PromptTuningConfig), ("prefix", PrefixTuningConfig)):
+        adapter = tmp_path / name
+        get_peft_model(
+            GPT2LMHeadModel(base.config), kind(task_type="CAUSAL_LM", num_virtual_tokens=10)
+        ).save_pretrained(adapter)
+        flags = ["--dataset_name", "demo", "--max_rows", "4", "--use_cpu", "--model_name_or_path"]
+        flags += [str(tmp_path / "base"), "--adapter", str(adapter)]
+        assert run(*flags)["token_length"] == 54
+        assert "context of 64 tokens, of which the adapter takes 10: give at most 54." in error_of(
+            *flags, "--token_length", "55"
+        )
+
+
+class ShyConfig(PreTrainedConfig):
+    model_type = "shy"
+
+
+class ShyModel(PreTrainedModel):
+    """32 positions, of which its configuration says nothing."""
+
+    config_class = ShyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tokens, self.positions = torch.nn.Embedding(1024, 8), torch.nn.Embedding(32, 8)
+        self.head = torch.nn.Linear(8, 1024)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.tokens
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        seen = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        return CausalLMOutput(logits=self.head(seen))
+
+
+def test_a_model_that_does_not_tell_its_positions_is_told(tmp_path):
+    AutoConfig.register("shy", ShyConfig)
+    AutoModelForCausalLM.register(ShyConfig, ShyModel)
+    ShyModel(ShyConfig()).save_pretrained(tmp_path)
+    flags = ["--model_name_or_path", str(tmp_path), "--tokenizer_name", str(DEMO_MODEL)]
+    assert run(*DEMO, *flags, "--token_length", "33")["perplexity"] > 1
+    message = error_of(*DEMO, *flags, "--token_length", "34")
+    assert "The model has no positions for windows of 34 tokens: give a lower --token_length." in message
 
 
 def test_an_adapter_of_another_base_is_told(tmp_path):
