@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,18 +16,18 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .card_merging import merged_card, read_card
 from .errors import one_line
-from .model_card import with_what_was_written, write_card, written_above
+from .local_names import is_id, is_on_the_hub, local_path
+from .model_card import write_card
 from .records import (
     CHECKPOINT_PREFIX,
     HISTORY_NAME,
@@ -49,16 +49,7 @@ OWN_CARD = "_README-before-push.md"
 LAST_CHECKPOINT = "last-checkpoint"
 
 WHOLE_MODEL = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
-OF_EARLIER_PUSHES = (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    *WHOLE_MODEL,
-    "adapter_model.bin",
-    "training_args.bin",
-    "plots/*",
-    RESULTS,
-)
-"""What does not stay in a repository beside what is pushed: another kind of weights, pickles, old results."""
+WEIGHTS = re.compile(r"(adapter_model|model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 
 STAGE_PREFIX = "_push-"
 TARGET = "_push.json"
@@ -124,14 +115,15 @@ def remembered_target(run: Path) -> Target | None:
     return None if found is None else Target(**found)
 
 
-def base_on_the_hub(name: str | None, given: str | None) -> str | None:
+def base_on_the_hub(name: str | None, given: str | None, run: Path | None = None) -> str | None:
     """Return the id of a base model on the Hub; None for what only this machine has.
 
     Args:
         name: As the run was given it.
         given: `--hub_base_model`.
+        run: That was given it earlier; None if it is given now.
     """
-    return given if given is not None else name if name and not Path(name).exists() and _is_id(name) else None
+    return given if given is not None else name if name and is_on_the_hub(name, run) else None
 
 
 def warn_of_a_base_that_is_here_only(name: str | None) -> None:
@@ -139,14 +131,6 @@ def warn_of_a_base_that_is_here_only(name: str | None) -> None:
         f"The base model {name or '(it has no name)'} is not on the Hub, so nobody else can load the adapter on it by "
         "its name. --hub_base_model says what it is called there."
     )
-
-
-def _is_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 # ---- What goes up ----
@@ -176,7 +160,8 @@ def stage(run: Path, target: Target, checkpoint: Path | None = None, kept_as: st
         for name in (*results, SUMMARY_NAME, HISTORY_NAME, TASK_NAME):
             if (run / name).exists():
                 shutil.copy2(run / name, folder / name)
-        _make_portable(folder, target.base)
+        _name_labels(run, folder)
+        _make_portable(folder, target.base, run)
         if checkpoint is not None and kept_as is not None:
             (folder / kept_as).mkdir()
             for path in (path for path in checkpoint.rglob("*") if path.is_file()):
@@ -186,7 +171,7 @@ def stage(run: Path, target: Target, checkpoint: Path | None = None, kept_as: st
             for name in (TRACE_NAME, HISTORY_NAME):
                 if (run / name).exists():
                     shutil.copy2(run / name, folder / kept_as / name)
-            _make_portable(folder / kept_as, target.base)
+            _make_portable(folder / kept_as, target.base, run)
         draw_run(run, folder / "plots")
     except BaseException:
         shutil.rmtree(folder)
@@ -212,7 +197,16 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     new.replace(path)
 
 
-def _make_portable(folder: Path, base: str | None) -> None:
+def _name_labels(run: Path, folder: Path) -> None:
+    """Write the names of the labels of a classifier beside what else is known of its task."""
+    labels = (read_json(run / "config.json") or {}).get("id2label")
+    task = read_json(folder / TASK_NAME)
+    if labels is not None and isinstance(task, dict):
+        content = json.dumps({**task, "id2label": labels}, indent=1, ensure_ascii=False) + "\n"
+        _replace(folder / TASK_NAME, lambda new: new.write_text(content, encoding="utf-8"))
+
+
+def _make_portable(folder: Path, base: str | None, run: Path) -> None:
     """Let an adapter name its base as the Hub does, and drop embedding tables that the base has already.
 
     PEFT saves the table of embeddings with an adapter that changes it, and one that has grown. The latter stays, as do
@@ -226,7 +220,7 @@ def _make_portable(folder: Path, base: str | None) -> None:
     with safe_open(folder / ADAPTER, "pt") as file:
         names = list(file.keys())
         tables = list(filter(TABLE.search, names))
-        rows = _rows_of_base(config.get("base_model_name_or_path")) if tables else None
+        rows = _rows_of_base(config.get("base_model_name_or_path"), run) if tables else None
         idle = set()
         for name in tables:
             is_trained = _is_trained(name, config)
@@ -243,10 +237,10 @@ def _make_portable(folder: Path, base: str | None) -> None:
     _replace(folder / ADAPTER, lambda new: save_file(kept, new, metadata))
 
 
-def _rows_of_base(name: str | None) -> int | None:
+def _rows_of_base(name: str | None, run: Path) -> int | None:
     """Return the number of embeddings of a base model; None if it cannot be known here."""
     try:
-        found = PreTrainedConfig.get_config_dict(name)[0] if name else {}
+        found = PreTrainedConfig.get_config_dict(local_path(name, run) or name)[0] if name else {}
     except (OSError, ValueError):
         return None
     return found.get("vocab_size") or found.get("text_config", {}).get("vocab_size")
@@ -349,7 +343,8 @@ def push(
 ) -> CommitInfo:
     """Push what `stage` has laid out, in a single commit, and delete the folder.
 
-    The card comes last: it keeps what was written above its marker, there or in the run.
+    The card comes last: it keeps what people have written, there or in the run. Of what is in the repository only
+    what an earlier push has put there is deleted.
 
     Args:
         replaced: Folder of the repository whose earlier files go.
@@ -360,11 +355,16 @@ def push(
     try:
         repository = open_repository(target, token)
         here = run / CARD
-        own = here.read_text(encoding="utf-8") if here.exists() else None
+        own = _text_of(here) if here.exists() else None
         before = patiently(lambda: _card_of(repository, target.revision, token))
         card = write_card(run, folder, repository, target.revision, target.base, _grown_rows(folder))
-        card = with_what_was_written(card, before, own)
+        paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        files = sorted(path for path in paths if replaced is None or not path.startswith(f"{replaced}/"))
+        card = merged_card(card, before, own, files)
         write_whole(folder / CARD, card)
+        there = patiently(lambda: HfApi(token=token).list_repo_files(repository, revision=target.revision))
+        pushed = [] if before is None else read_card(before).files
+        _warn_of_other_weights(repository, {*there} - {*pushed}, files)
         _refuse_secrets(folder, token)
         done: CommitInfo = patiently(
             lambda: HfApi(token=token).upload_folder(
@@ -372,12 +372,10 @@ def push(
                 folder_path=folder,
                 commit_message=message,
                 revision=target.revision,
-                delete_patterns=[*OF_EARLIER_PUSHES, *([f"{replaced}/*"] if replaced else [])],
+                delete_patterns=[*({*pushed} - {*files}), *([f"{replaced}/*"] if replaced else [])],
             )
         )
-        if own is not None and written_above(own) not in (None, written_above(card)):
-            write_whole(run / OWN_CARD, own)
-            logger.warning(f"The card on the Hub has another text above its marker; {here} is kept as {OWN_CARD}.")
+        _keep_what_is_lost(here, own, before, card)
         write_whole(here, card)
         return done
     except PushError:
@@ -386,6 +384,44 @@ def push(
         raise PushError(one_line(error), may_pass=False) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _warn_of_other_weights(repository: str, others: set[str], files: Sequence[str]) -> None:
+    """Say so where somebody else's weights stay beside what is pushed."""
+    weights = sorted(name for name in others if WEIGHTS.fullmatch(name) and name not in files)
+    if weights:
+        logger.warning(
+            f"{repository} also holds {', '.join(weights)}, which no push of a run has put there, so that it stays. "
+            "Whoever loads the repository may get that: delete what is not wanted."
+        )
+
+
+def _keep_what_is_lost(here: Path, own: str | None, before: str | None, card: str) -> None:
+    """Keep the card in the run where not all of it is in what was pushed, and say what is not in it."""
+    if before is not None and (problem := read_card(before).problem):
+        logger.warning(f"The metadata of the card on the Hub, now in its history, were no valid YAML: {problem}.")
+    if own is None:
+        return
+    mine, why = read_card(own), None
+    if mine.problem:
+        why = f"The metadata of {here} are no valid YAML and were not pushed: {mine.problem}"
+    elif mine.above not in (None, read_card(card).above):
+        why = "The card on the Hub has another text above its marker"
+    if why is not None:
+        write_whole(here.with_name(OWN_CARD), own)
+        logger.warning(f"{why}; {here} is kept as {OWN_CARD}.")
+
+
+def _text_of(path: Path) -> str:
+    """Return what is in a card.
+
+    Raises:
+        ValueError: It is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}. Save it as UTF-8.") from error
 
 
 def _card_of(repository: str, revision: str | None, token: str | None) -> str | None:
@@ -397,7 +433,7 @@ def _card_of(repository: str, revision: str | None, token: str | None) -> str | 
         path = api.hf_hub_download(repository, CARD, revision=revision, force_download=True)
     except ValueError as error:
         raise OSError(one_line(error)) from error
-    return Path(path).read_text(encoding="utf-8")
+    return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 # ---- Back ----
@@ -413,7 +449,7 @@ def fetch_checkpoint(name: str, output_dir: Path) -> str:
     """
     repository, _, revision = name.partition("@")
     flag = f"--resume_from_checkpoint {name}"
-    if not _is_id(repository):
+    if not is_id(repository):
         raise ValueError(f"{flag} is neither a directory nor the id of a repository on the Hub.")
     try:
         found = HfApi().snapshot_download(repository, revision=revision or None, allow_patterns=f"{LAST_CHECKPOINT}/*")

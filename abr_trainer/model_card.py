@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from .card_merging import MARKER
 from .corpora import find_corpus, parse_mix
 from .definitions import DEFINITIONS, Definition
-from .glue import BY_NAME, GLUE, TASKS, ask
+from .glue import BY_NAME, DEMO, GLUE, TASKS, ask
+from .local_names import is_id, is_on_the_hub, local_path
 from .records import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
 from .scores import OF_CLASSIFIERS
 
@@ -22,11 +24,6 @@ PICTURES = {
     "perplexity": "Validation perplexity over the passes spent",
     "batches": "First-pass loss of each batch, and what became of it",
 }
-
-MARKER = "<!-- Each push writes anew what follows. Write above this line: that stays. -->"
-
-EMPTY = re.compile(r"more information needed", re.IGNORECASE)
-"""What stands, many times, in the templates of transformers and PEFT that nobody has filled in."""
 
 AUTO_CLASSES = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
@@ -54,7 +51,7 @@ def write_card(
     summary = read_json(folder / SUMMARY_NAME) or {}
     results = read_json(folder / RESULTS) or {}
     provenance = read_json(run / PROVENANCE) or {}
-    arguments = provenance.get("arguments", {})
+    provenance["arguments"] = arguments = with_local_paths(provenance.get("arguments", {}), run)
     adapter = read_json(folder / "adapter_config.json")
     name = repository.rpartition("/")[2]
     auto_class, task = auto_class_of(summary.get("model", "LlamaForCausalLM"))
@@ -84,7 +81,7 @@ def write_card(
         f"# {name}\n\n{what} {known_base}, trained with adaptive batch repetition.",
         "## How to load it\n\n```python\n"
         + "\n".join(
-            loading_lines(auto_class, repository, revision, base, rows, adapter is not None, labels_of(arguments))
+            loading_lines(auto_class, repository, revision, base, rows, adapter is not None, labels_of(arguments, run))
         )
         + "\n```",
         *sections(measured, summary, results, provenance, adapter, folder),
@@ -99,7 +96,7 @@ def loading_lines(
     base: str | None,
     rows: int | None,
     is_adapter: bool,
-    labels: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Iterator[str]:
     branch = f', revision="{revision}"' if revision else ""
     if not is_adapter:
@@ -108,7 +105,13 @@ def loading_lines(
     else:
         yield "from peft import PeftModel"
         yield f"from transformers import {auto_class}, AutoTokenizer"
-        counted = "" if labels is None else f", num_labels={labels}"
+        counted = ""
+        if labels:
+            yield f"labels = {json.dumps(labels, ensure_ascii=False)}"
+            yield "ids = {label: index for index, label in enumerate(labels)}"
+            counted = ", id2label=dict(enumerate(labels)), label2id=ids"
+        elif labels is not None:
+            counted = ", num_labels=1"
         yield f'base = {auto_class}.from_pretrained("{base or "PATH/OF/THE/BASE"}"{counted}, dtype="auto")'
         if rows is not None:
             yield f"base.resize_token_embeddings({rows})"
@@ -120,44 +123,6 @@ def loading_lines(
 
 def auto_class_of(model: str) -> tuple[str, str | None]:
     return next((found for end, found in AUTO_CLASSES.items() if model.endswith(end)), ("AutoModel", None))
-
-
-def written_above(card: str) -> str | None:
-    """Return what people have written into a card: above the marker, or all of one that has none; None if nothing."""
-    text = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
-    above, marker, _ = text.partition(MARKER)
-    is_template = not marker and len(EMPTY.findall(above)) >= 3
-    return None if is_template else above.strip() or None
-
-
-def with_what_was_written(card: str, *before: str | None) -> str:
-    """Return a card with what people wrote into an earlier one, and metadata that only that one has.
-
-    Args:
-        before: Earlier cards, the one that counts most first.
-    """
-    for text in before:
-        above = None if text is None else written_above(text)
-        if text is None or above is None:
-            continue
-        ours, theirs = metadata_of(card), metadata_of(text)
-        for name in ("base_model", "model-index", "library_name"):  # of an earlier push, or of what PEFT has written
-            theirs.pop(name, None)
-        own_tags = [tag for tag in theirs.get("tags") or [] if not str(tag).startswith("base_model:")]
-        tags = [*dict.fromkeys([*ours.get("tags", []), *own_tags])]
-        metadata = yaml.safe_dump({**theirs, **ours, "tags": tags}, sort_keys=False, allow_unicode=True)
-        return f"---\n{metadata}---\n\n{above}\n\n{MARKER}{card.partition(MARKER)[2]}"
-    return card
-
-
-def metadata_of(card: str) -> dict[str, Any]:
-    """Return the metadata of a card; nothing where they cannot be read."""
-    block = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
-    try:
-        found = yaml.safe_load(block[1]) if block else None
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def perplexities(summary: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -188,12 +153,18 @@ def evaluation_results(
         )
 
 
-def labels_of(arguments: dict[str, Any]) -> int | None:
-    """Return how many outputs a classifier has, by the arguments of its run; None for any other model."""
+def labels_of(arguments: dict[str, Any], run: Path | None = None) -> list[str] | None:
+    """Return the labels of a classifier, none of one that says a number; None for any other model.
+
+    Args:
+        run: Whose `config.json` says what the labels became; without it, what the arguments say.
+    """
     if "prompt_text" not in arguments:
         return None
     task = BY_NAME.get(arguments.get("task_name") or "")
-    return max(1, len(task.labels if task else arguments.get("classes") or ()))
+    told = list(task.labels if task else arguments.get("classes") or ())
+    config = (read_json(run / "config.json") if told and run else None) or {}
+    return list(config.get("id2label", {}).values()) or told
 
 
 def classification_scores(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -246,14 +217,42 @@ def text_of(arguments: dict[str, Any], split: str) -> tuple[str, str, str | None
     return path, name, config
 
 
+def names_given_to(run: Path) -> list[str | None]:
+    """Return the names that a run was given of models and texts, which may be paths or ids on the Hub."""
+    arguments = (read_json(run / PROVENANCE) or {}).get("arguments", {})
+    return [arguments.get("model_name_or_path"), arguments.get("eval_text"), *names_of_data_sets(arguments)]
+
+
 def names_of_data_sets(arguments: dict[str, Any]) -> list[str]:
     mix = arguments.get("dataset_mix")
     return list(parse_mix(mix)) if mix else [name for name in [arguments.get("dataset_name")] if name]
 
 
 def id_on_the_hub(name: str) -> str | None:
+    """Return the id of a data set on the Hub; None for one that only this machine has."""
     path = find_corpus(name).path
-    return path if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not Path(name).exists() else None
+    return path if name != DEMO and is_on_the_hub(path) else None
+
+
+def with_local_paths(arguments: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Return the arguments of a run with its data sets named as paths where they were paths for the run.
+
+    >>> named_as_path("mine/texts", None), named_as_path("mine/texts", Path("/data/mine/texts"))
+    ('mine/texts', './mine/texts')
+    """
+    named = {name: named_as_path(name, local_path(name, run)) for name in names_of_data_sets(arguments)}
+    text = arguments.get("eval_text")
+    mix = parse_mix(arguments["dataset_mix"]) if arguments.get("dataset_mix") else {}
+    return {
+        **arguments,
+        "dataset_name": named.get(arguments.get("dataset_name") or "", arguments.get("dataset_name")),
+        "eval_text": text and named_as_path(text, local_path(text, run)),
+        "dataset_mix": ",".join(f"{named[name]}={share:g}" for name, share in mix.items()) or None,
+    }
+
+
+def named_as_path(name: str, path: Path | None) -> str:
+    return name if path is None or not is_id(name) else f"./{name}"
 
 
 def datasets_on_the_hub(arguments: dict[str, Any]) -> list[str]:
@@ -334,6 +333,8 @@ def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
     if labels_of(arguments) is not None:
         file, task = arguments.get("train_file"), arguments.get("task_name")
         named = f"{GLUE} ({task})" if task in TASKS else task
+        if labels := labels_of(arguments):
+            yield f"labels: {', '.join(f'{index} {name}' for index, name in enumerate(labels))}"
         yield f"data: {PurePath(file).name if file else named}"
         columns = BY_NAME[task].columns if task else arguments["sentence_columns"]
         yield f"input: `{ask(arguments['prompt_text'], [f'{{{column}}}' for column in columns])}`"

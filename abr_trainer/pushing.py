@@ -29,6 +29,8 @@ from .hub import (
     stage,
     warn_of_a_base_that_is_here_only,
 )
+from .local_names import remember_local_names
+from .model_card import names_given_to
 from .perplexity import without_adapter
 from .provenance import versions_of_packages
 from .records import HISTORY_NAME, SUMMARY_NAME, read_json, step_of, write_whole
@@ -229,6 +231,7 @@ class HubMixin(_AnyTrainer):
         if not self.is_world_process_zero():
             return
         run = Path(self.args.output_dir)
+        remember_local_names(run, [self._name_of_base(), *names_given_to(run)])
         summary = {
             "repeat_scheduler": self._scheduler_description,
             "ledger": self.ledger.summary(),

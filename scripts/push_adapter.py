@@ -33,7 +33,9 @@ def target_of(directory: Path) -> Target:
     name, revision, private, base = (
         told.get(f"hub_{name}") for name in ("model_id", "revision", "private_repo", "base_model")
     )
-    return Target(name or directory.absolute().name, revision, private, base_on_the_hub(base_of(directory), base))
+    return Target(
+        name or directory.absolute().name, revision, private, base_on_the_hub(base_of(directory), base, directory)
+    )
 
 
 def base_of(directory: Path) -> str | None:

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
 from abr_trainer import hub as hub_module
+from abr_trainer.card_merging import MARKER, merged_card
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.model_card import MARKER, text_of, with_what_was_written
+from abr_trainer.model_card import text_of
 from abr_trainer.report import pictures
 from scripts import eval_glue, push_adapter, run_glue_abr
 from tests.conftest import RUN, tiny_llama
@@ -195,9 +196,9 @@ def test_a_card_that_cannot_be_read_now_is_not_lost(hub, finished):
     ],
 )
 def test_a_card_without_the_marker_is_kept_if_somebody_wrote_it(before, is_kept):
-    new = with_what_was_written(f"---\ntags:\n- lora\n---\n\n{MARKER}\n\n# New\n", before)
+    new = merged_card(f"---\ntags:\n- lora\n---\n\n{MARKER}\n\n# New\n", before, None, [])
     assert ("# By hand" in new) == is_kept
-    assert new.endswith(f"{MARKER}\n\n# New\n")
+    assert new.partition(MARKER)[2].startswith("\n\n# New\n")
     assert yaml.safe_load(new.split("---")[1])["tags"] == ["lora"]
 
 
