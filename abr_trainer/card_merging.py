@@ -43,11 +43,13 @@ class Card:
     problem: str | None = None
 
     @property
+    def is_template(self) -> bool:
+        return MARKER not in self.text and len(EMPTY.findall(self.text)) >= 3
+
+    @property
     def above(self) -> str | None:
         """What people have written: above the marker, or all of a card that has none; None if nothing."""
-        above, marker, _ = self.text.partition(MARKER)
-        is_template = not marker and len(EMPTY.findall(above)) >= 3
-        return None if is_template else above.strip() or None
+        return None if self.is_template else self.text.partition(MARKER)[0].strip() or None
 
     @property
     def record(self) -> dict[str, Any]:
@@ -146,6 +148,17 @@ def merged_card(card: str, remote: str | None, local: str | None, files: Sequenc
     return f"---\n{block}---\n\n" + (f"{above}\n\n" if above else "") + f"{MARKER}{below}\n\n{RECORD.format(record)}\n"
 
 
+def lost_entries(local: Card, new: Card) -> list[str]:
+    """Return the names of the metadata of people in the directory of a run that a new card does not hold."""
+    return [
+        name
+        for name, value in without_what_peft_wrote(local).items()
+        if name != "model-index"  # of which all is kept that ours does not renew
+        and value != local.pushed.get(name, MISSING)
+        and not all(each in as_list(new.data.get(name)) for each in as_list(value))
+    ]
+
+
 def dumped(data: dict[str, Any]) -> str:
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
@@ -167,8 +180,8 @@ def without_tags_of_base(data: dict[str, Any]) -> dict[str, Any]:
 def without_what_peft_wrote(card: Card) -> dict[str, Any]:
     """Return the metadata in the directory of a run without those that PEFT writes with each adapter it saves."""
     data = without_tags_of_base({name: value for name, value in card.data.items() if name not in OF_PEFT})
-    if card.above is None:  # its template, or a card of ours that nobody has written into
-        data.pop("tags", None)
+    if "tags" in data:
+        data["tags"] = [] if card.is_template else [tag for tag in data["tags"] if tag != "transformers"]
     return data
 
 
@@ -209,15 +222,16 @@ def as_list(value: Any) -> list[Any]:
 def united_index(mine: Any, before: Any, found: Any) -> Any:
     """Return results of ours and theirs; of two on the same measure of the same text, ours."""
     own = list(as_list(mine))
-    known = [measured(result) for entry in own for result in entry["results"]]
-    known += [result for entry in as_list(before) for result in entry["results"]]
+    pushed = [result for entry in as_list(before) for result in entry["results"]]
     for entry in as_list(found):
         if not isinstance(entry, dict) or not isinstance(entry.get("results"), list):
             continue
-        left = [each for each in entry["results"] if each not in known and measured(each) not in known]
+        left = [each for each in entry["results"] if each not in pushed]
         same = next((index for index, each in enumerate(own) if each["name"] == entry.get("name")), None)
         if same is not None:
-            own[same] = {**own[same], "results": [*own[same]["results"], *left]}
+            new = own[same]["results"]
+            renewed = [measured(each) for each in new]
+            own[same] = {**own[same], "results": [*new, *(each for each in left if measured(each) not in renewed)]}
         elif left:
             own.append({**entry, "results": left})
     return own or MISSING

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .card_merging import merged_card, read_card
+from .card_merging import lost_entries, merged_card, read_card
 from .errors import one_line
 from .local_names import is_id, is_on_the_hub, local_path
 from .model_card import write_card
@@ -355,7 +355,7 @@ def push(
     try:
         repository = open_repository(target, token)
         here = run / CARD
-        own = _text_of(here) if here.exists() else None
+        own = _text_of(here, str(here)) if here.exists() else None
         before = patiently(lambda: _card_of(repository, target.revision, token))
         card = write_card(run, folder, repository, target.revision, target.base, _grown_rows(folder))
         paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -390,7 +390,7 @@ def _warn_of_other_weights(repository: str, others: set[str], files: Sequence[st
     """Say so where somebody else's weights stay beside what is pushed."""
     weights = sorted(name for name in others if WEIGHTS.fullmatch(name) and name not in files)
     if weights:
-        logger.warning(
+        logger.warning_once(
             f"{repository} also holds {', '.join(weights)}, which no push of a run has put there, so that it stays. "
             "Whoever loads the repository may get that: delete what is not wanted."
         )
@@ -402,18 +402,23 @@ def _keep_what_is_lost(here: Path, own: str | None, before: str | None, card: st
         logger.warning(f"The metadata of the card on the Hub, now in its history, were no valid YAML: {problem}.")
     if own is None:
         return
-    mine, why = read_card(own), None
+    mine, new, why = read_card(own), read_card(card), None
     if mine.problem:
         why = f"The metadata of {here} are no valid YAML and were not pushed: {mine.problem}"
-    elif mine.above not in (None, read_card(card).above):
+    elif mine.above not in (None, new.above):
         why = "The card on the Hub has another text above its marker"
+    elif lost := lost_entries(mine, new):
+        why = f"What was pushed says something else of {', '.join(lost)}"
     if why is not None:
         write_whole(here.with_name(OWN_CARD), own)
         logger.warning(f"{why}; {here} is kept as {OWN_CARD}.")
 
 
-def _text_of(path: Path) -> str:
+def _text_of(path: Path, name: str) -> str:
     """Return what is in a card.
+
+    Args:
+        name: What it is called in messages.
 
     Raises:
         ValueError: It is no UTF-8.
@@ -421,7 +426,7 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}. Save it as UTF-8.") from error
+        raise ValueError(f"{name} cannot be read: {one_line(error)}. Save it as UTF-8.") from error
 
 
 def _card_of(repository: str, revision: str | None, token: str | None) -> str | None:
@@ -433,7 +438,7 @@ def _card_of(repository: str, revision: str | None, token: str | None) -> str | 
         path = api.hf_hub_download(repository, CARD, revision=revision, force_download=True)
     except ValueError as error:
         raise OSError(one_line(error)) from error
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return _text_of(Path(path), f"The card of {repository} on the Hub")
 
 
 # ---- Back ----

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
 from abr_trainer import hub as hub_module
-from abr_trainer.card_merging import MARKER, merged_card
+from abr_trainer.card_merging import MARKER, merged_card, read_card
 from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.local_names import LOCAL_NAMES
 from abr_trainer.model_card import text_of
 from abr_trainer.report import pictures
 from scripts import eval_glue, push_adapter, run_glue_abr
@@ -161,6 +163,71 @@ def test_what_was_written_above_the_marker_stays(hub, finished, where):
     assert ModelCard(again).data.license == "mit"
     assert ModelCard(again).data.base_model == "other/base"
     assert (finished / "README.md").read_text() == again
+
+
+def upload(content, path, repository="me/adapter"):
+    content = content if isinstance(content, bytes) else content.encode()
+    hub_module.HfApi().upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=repository)
+
+
+@pytest.mark.parametrize("begin", ["", "\ufeff\n"])
+def test_metadata_on_the_hub_stay_where_nothing_is_written_above_the_marker(hub, finished, begin):
+    push(finished)
+    repository = hub.repository("me/adapter")
+    block = "license: mit\nextra_gated_prompt: Be kind.\nmine: {deep: [1, 2]}\n"
+    upload(begin + card_of(repository).replace("library_name", f"{block}library_name"), "README.md")
+    push(finished)
+    again = card_of(repository)
+    assert block in again
+    assert again.startswith("---\n")
+    assert again.count("library_name") == 2, "in the metadata, and in what is said of the push"
+
+
+def test_metadata_here_that_are_no_yaml_are_kept_and_told(hub, finished, caplog):
+    (finished / "README.md").write_text("---\nlicense: [\n---\n# Mine\n")
+    push(finished)
+    assert (finished / hub_module.OWN_CARD).read_text() == "---\nlicense: [\n---\n# Mine\n"
+    assert "README.md are no valid YAML and were not pushed: expected" in caplog.text
+    assert "# Mine" in card_of(hub.repository("me/adapter"))
+
+
+def test_metadata_here_that_give_way_to_those_on_the_hub_are_kept(hub, finished, caplog):
+    push(finished)
+    card = card_of(hub.repository("me/adapter"))
+    upload(card.replace("library_name", "license: mit\nlibrary_name", 1), "README.md")
+    mine = card.replace("library_name", "license: apache-2.0\nlanguage: en\nlibrary_name", 1)
+    (finished / "README.md").write_text(mine)
+    push(finished)
+    data = read_card(card_of(hub.repository("me/adapter"))).data
+    assert (data["license"], data["language"]) == ("mit", "en")
+    assert (finished / hub_module.OWN_CARD).read_text() == mine
+    assert "What was pushed says something else of license; " in caplog.text
+
+
+def test_a_card_here_that_is_no_utf_8_is_told_before_anything_is_pushed(hub, finished):
+    (finished / "README.md").write_bytes("# Stra\xdfe\n".encode("latin-1"))
+    with pytest.raises(SystemExit, match=r"^error: .*README.md cannot be read: 'utf-8' codec .* Save it as UTF-8.$"):
+        push(finished)
+    assert len(hub.repository("me/adapter").commits) == 1
+
+
+def test_files_that_no_push_has_put_there_stay(hub, finished, caplog):
+    hub_module.HfApi().create_repo("me/adapter")
+    own = {"config.json": "{}", "plots/mine.png": "drawn", "training_args.bin": "mine", "notes/all_results.json": "{}"}
+    for path, content in {**own, "model.safetensors": "mine, too"}.items():
+        upload(content, path)
+    push(finished)
+    upload("later", "plots/later.png")
+    shutil.rmtree(finished / "plots", ignore_errors=True)
+    (finished / "all_results.json").unlink()
+    (finished / "abr_trace.jsonl").unlink()
+    push(finished)
+    files = hub.repository("me/adapter").files("main")
+    assert {path: files[path].decode() for path in own} == own
+    assert {"plots/later.png", "model.safetensors"} <= set(files)
+    assert not {"plots/batches.png", "all_results.json"} & set(files), "of the first push, and not of the second"
+    told = "me/adapter also holds model.safetensors, which no push of a run has put there, so that it stays."
+    assert caplog.text.count(told) == 1, "and not at each save"
 
 
 def test_of_two_texts_that_of_the_hub_counts_and_the_other_is_kept_here(hub, finished, caplog):
@@ -398,6 +465,41 @@ def test_a_base_that_only_this_machine_has_is_warned_of_and_not_named(hub, tmp_p
     assert card.data.base_model is None
 
 
+@pytest.mark.parametrize("is_written_down", [True, False])
+def test_a_base_named_by_a_relative_path_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch, is_written_down):
+    """Nor is a data set: seen from another directory, both look like ids on the Hub."""
+    shutil.copytree(DEMO_MODEL, tmp_path / "models" / "base")
+    rows = Dataset.from_dict({"text": ["One tale or another. " * 40] * 8})
+    DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "texts" / "mine")
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in RUN if flag not in ("--dataset_name", "demo")]
+    flags += ["--model_name_or_path", "models/base", "--dataset_name", "texts/mine", "--output_dir", "runs/mine"]
+    run_clm_abr.main(flags)
+    if not is_written_down:  # by an earlier version, or a run that was killed
+        (tmp_path / "runs" / "mine" / LOCAL_NAMES).unlink()
+    monkeypatch.chdir(tmp_path / "runs")
+    push("mine")
+    files = hub.repository("me/mine").files("main")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    card = read_card(files["README.md"].decode())
+    assert not {"base_model", "datasets"} & set(card.data)
+    assert "huggingface.co" not in card.text
+    assert "a base model that is not on the Hub" in card.text
+
+
+def test_a_folder_that_happens_to_be_called_like_the_base_changes_nothing(hub, finished, monkeypatch, tmp_path):
+    provenance = json.loads((finished / "run.json").read_text())
+    provenance["arguments"]["hub_base_model"] = None
+    (finished / "run.json").write_text(json.dumps(provenance))
+    config = json.loads((finished / "adapter_config.json").read_text())
+    (finished / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "gpt2"}))
+    (finished / "_push.json").unlink(missing_ok=True)
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    push(finished)
+    assert read_card(card_of(hub.repository("me/adapter"))).data["base_model"] == "gpt2"
+
+
 def test_tables_go_up_only_if_they_were_trained_or_have_grown(hub, train, tmp_path, caplog):
     tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
 
@@ -495,11 +597,15 @@ def test_a_classifier_on_the_hub_tells_scores_labels_and_what_it_was_asked(hub, 
     measured = {each.metric_name: each.metric_value for each in card.data.eval_results}
     assert measured["accuracy, validation"] == pytest.approx(results["eval_accuracy"], abs=1e-6)
     assert "input: `Is it a tale? Sentence: {sentence}`" in card.text
+    assert "labels: 0 report, 1 tale" in card.text
+    assert json.loads(files["task.json"])["id2label"] == {"0": "report", "1": "tale"}
     assert f"| validation | f1 | {results['eval_f1']:.4f} |" in card.text
     assert "perplexity" not in card.text.lower()
     names = {}
     loading = re.search(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
     exec(loading.replace("demo-org/base", str(DEMO_MODEL)), names)
+    assert names["model"].config.id2label == {0: "report", 1: "tale"}
+    assert names["model"].config.label2id == {"report": 0, "tale": 1}
     assert names["model"].base_model.model.score.modules_to_save["default"].weight.shape[0] == 2
     again = ["--adapter", "me/adapter", "--model_name_or_path", "demo", "--test_file", rows, "--use_cpu"]
     assert eval_glue.main(again)["test_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
