@@ -364,7 +364,7 @@ def push(
         write_whole(folder / CARD, card)
         there = patiently(lambda: HfApi(token=token).list_repo_files(repository, revision=target.revision))
         pushed = [] if before is None else read_card(before).files
-        _warn_of_other_weights(repository, {*there} - {*pushed}, files)
+        _warn_of_files_of_others(repository, {*there} - {*pushed}, files)
         _refuse_secrets(folder, token)
         done: CommitInfo = patiently(
             lambda: HfApi(token=token).upload_folder(
@@ -386,13 +386,17 @@ def push(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _warn_of_other_weights(repository: str, others: set[str], files: Sequence[str]) -> None:
-    """Say so where somebody else's weights stay beside what is pushed."""
-    weights = sorted(name for name in others if WEIGHTS.fullmatch(name) and name not in files)
-    if weights:
+def _warn_of_files_of_others(repository: str, others: set[str], files: Sequence[str]) -> None:
+    """Say so where files that no push has put there are replaced, and where other weights stay beside those pushed."""
+    whose = "no push of a run has put there"
+    if replaced := sorted(others.intersection(files)):
         logger.warning_once(
-            f"{repository} also holds {', '.join(weights)}, which no push of a run has put there, so that it stays. "
-            "Whoever loads the repository may get that: delete what is not wanted."
+            f"{repository} holds {', '.join(replaced)}, which {whose}: replaced, and kept in its history."
+        )
+    if weights := sorted(name for name in others.difference(files) if WEIGHTS.fullmatch(name)):
+        logger.warning_once(
+            f"{repository} also holds {', '.join(weights)}, which {whose}, so that it stays. Whoever loads the "
+            "repository may get that: delete what is not wanted."
         )
 
 

@@ -74,6 +74,8 @@ def test_metadata_of_people_stay_with_and_without_a_text(text, where):
 
 def test_tags_of_people_and_ours_are_one_list():
     assert metadata(merge(with_block(THEIRS)))["tags"] == ["lora", "adaptive-batch-repetition", "mine"]
+    sorted_by_hand = "tags: [adaptive-batch-repetition, lora, mine]  # by the alphabet\n"
+    assert sorted_by_hand in merge(with_block(sorted_by_hand))
     assert metadata(merge(with_block("tags: mine\n")))["tags"] == ["lora", "adaptive-batch-repetition", "mine"]
     assert metadata(merge(with_block("tags:\n"), with_block("tags: [a, lora]\n", "# Text\n")))["tags"] == [
         "lora",

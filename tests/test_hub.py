@@ -214,7 +214,7 @@ def test_a_card_here_that_is_no_utf_8_is_told_before_anything_is_pushed(hub, fin
 def test_files_that_no_push_has_put_there_stay(hub, finished, caplog):
     hub_module.HfApi().create_repo("me/adapter")
     own = {"config.json": "{}", "plots/mine.png": "drawn", "training_args.bin": "mine", "notes/all_results.json": "{}"}
-    for path, content in {**own, "model.safetensors": "mine, too"}.items():
+    for path, content in {**own, "model.safetensors": "mine, too", "tokenizer.json": "{}"}.items():
         upload(content, path)
     push(finished)
     upload("later", "plots/later.png")
@@ -228,6 +228,8 @@ def test_files_that_no_push_has_put_there_stay(hub, finished, caplog):
     assert not {"plots/batches.png", "all_results.json"} & set(files), "of the first push, and not of the second"
     told = "me/adapter also holds model.safetensors, which no push of a run has put there, so that it stays."
     assert caplog.text.count(told) == 1, "and not at each save"
+    told = "me/adapter holds tokenizer.json, which no push of a run has put there: replaced, and kept in its history."
+    assert caplog.text.count(told) == 1
 
 
 def test_of_two_texts_that_of_the_hub_counts_and_the_other_is_kept_here(hub, finished, caplog):

@@ -15,7 +15,7 @@ from abr_trainer.merging import MergeArguments, merge_adapter, merge_to
 from abr_trainer.modeling import AdaptedArguments
 from abr_trainer.pruning import layers, nonzero_shares, prune, sparsity_report
 from scripts import export_adapter, prune_model
-from tests.conftest import tiny_llama
+from tests.conftest import model_for, tiny_llama, tokenizer_that_adds
 
 IDS = torch.arange(0, 1024, 11)[None]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -88,6 +88,18 @@ def test_what_is_written_is_whole_and_tells_nothing_of_the_machine(tmp_path, cap
         == AutoTokenizer.from_pretrained(DEMO_MODEL)("A lamp").input_ids
     )
     assert not (tmp_path / "whole.unfinished").exists()
+
+
+def test_an_adapter_of_a_base_whose_tokenizer_adds_bos_is_exported_and_measured(tmp_path):
+    base, tokenizer = tmp_path / "base", tokenizer_that_adds("bos")
+    model_for(tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapter, whole = random_adapter(tmp_path / "adapter", base=base), tmp_path / "whole"
+    flags = ["--dataset_name", "demo", "--max_rows", "6", "--definition", "wanda", "--token_length", "32", "--use_cpu"]
+    found = export_adapter.main(["--adapter", adapter, "--output_dir", str(whole), *flags])
+    assert (whole / "model.safetensors").exists()
+    assert found["merged"]["begun_by"] == found["base"]["begun_by"] == "<s>"
+    assert found["merged"]["perplexity"] == pytest.approx(found["beside"]["perplexity"], rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
