@@ -11,7 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from .records import read_json, write_whole
 
-LOCAL_NAMES = "_local_names.json"
+LOCAL_NAMES = "_push_names.json"
+"""Goes with the run where that is overwritten, as all that begins like this."""
 
 
 def remember_local_names(run: Path, names: Iterable[str | None]) -> None:

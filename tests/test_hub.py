@@ -20,7 +20,7 @@ import run_clm_abr
 from abr_trainer import hub as hub_module
 from abr_trainer.card_merging import MARKER, merged_card, read_card
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.local_names import LOCAL_NAMES
+from abr_trainer.local_names import LOCAL_NAMES, is_on_the_hub, local_path
 from abr_trainer.model_card import text_of
 from abr_trainer.report import pictures
 from scripts import eval_glue, push_adapter, run_glue_abr
@@ -487,6 +487,15 @@ def test_a_base_named_by_a_relative_path_is_not_looked_for_on_the_hub(hub, tmp_p
     assert not {"base_model", "datasets"} & set(card.data)
     assert "huggingface.co" not in card.text
     assert "a base model that is not on the Hub" in card.text
+
+
+def test_a_run_that_is_overwritten_forgets_which_names_were_paths(tmp_path, monkeypatch):
+    shutil.copytree(DEMO_MODEL, tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    run_clm_abr.main([*RUN, "--model_name_or_path", "gpt2", "--output_dir", "run"])
+    assert local_path("gpt2", Path("run")) == tmp_path / "gpt2"
+    run_clm_abr.main([*RUN, "--overwrite_output_dir", "--output_dir", "run"])
+    assert is_on_the_hub("gpt2", Path("run"))
 
 
 def test_a_folder_that_happens_to_be_called_like_the_base_changes_nothing(hub, finished, monkeypatch, tmp_path):
