@@ -29,7 +29,7 @@ WIKITEXT = [
 ]
 
 
-@pytest.fixture(scope="module", params=["plain", "bos", "eos", "both", "none"])
+@pytest.fixture(scope="module", params=["plain", "bos", "eos", "both"])
 def tokenizer(request):
     """That of the demo, whose only special token ends a text; and such as have two, and add them by themselves."""
     if request.param == "plain":
