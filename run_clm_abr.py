@@ -56,7 +56,8 @@ def run(argv: list[str] | None) -> dict[str, float]:
         config, tokenizer = load_config(model_args), load_tokenizer(model_args)
         block_size = choose_block_size(data_args, config)
         with args.main_process_first(desc="preparing the data"):
-            blocks = load_blocks(data_args, tokenizer, block_size, splits, args.seed)
+            vocabulary = max(len(tokenizer), getattr(config.get_text_config(), "vocab_size", 0))
+            blocks = load_blocks(data_args, tokenizer, block_size, splits, args.seed, vocabulary)
             measurement = prepare_measurement(
                 eval_args, data_args, tokenizer, block_size, args.eval_batch_size, args.distributed_state
             )

@@ -13,6 +13,14 @@ from typing import TypeVar
 Named = TypeVar("Named")
 
 
+class BadRow(ValueError):
+    """Data cannot be trained on; the message says where they are, and what is wrong."""
+
+    def __str__(self) -> str:
+        # A worker of a loader puts its traceback, which ends with the message, where the message was.
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
 def one_line(error: BaseException, width: int = 300) -> str:
     """Return the message of an error on one line, cut at `width` characters; its kind if it has none."""
     return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
@@ -47,7 +55,7 @@ def refuse_below(arguments: object, least: Mapping[str, float]) -> None:
 
 
 def refuse_missing_files(arguments: object, *flags: str) -> None:
-    """Refuse flags that name a file which is not there.
+    """Refuse flags that name a file which is not there, or a directory.
 
     Raises:
         ValueError: One of them does.
@@ -55,7 +63,8 @@ def refuse_missing_files(arguments: object, *flags: str) -> None:
     for flag in flags:
         path = getattr(arguments, flag)
         if path is not None and not Path(path).is_file():
-            raise ValueError(f"--{flag} {path} does not exist.")
+            what = "is a directory, and must be a file" if Path(path).is_dir() else "does not exist"
+            raise ValueError(f"--{flag} {path} {what}.")
 
 
 def refuse_missing_directory(arguments: object, flag: str) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .data import BUILDERS, load_file, load_or_refuse
+from .data import load_or_refuse, load_table
 from .demo import demo_rows
-from .errors import find_named, one_line, refuse_below, refuse_missing_files
+from .errors import find_named, refuse_below, refuse_missing_files
 from .glue import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
 from .labels import (
     Classes,
@@ -30,6 +27,7 @@ from .labels import (
     shortened,
     warn_of_sorted,
 )
+from .readers import format_of
 
 logger = logging.get_logger(__name__)
 
@@ -39,8 +37,6 @@ USUAL_COLUMNS = (PAIR, ("premise", "hypothesis"), ("question1", "question2"), ("
 SPLITS = ("train", "validation", "test")
 
 LENGTH = "_length"
-
-GIBIBYTE = 1 << 30
 
 
 @dataclass
@@ -221,43 +217,12 @@ class Loaded:
 
 
 def _load_files(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:
-    return {split: _load_table(f"{split}_file", path) for split, path in arguments.files.items() if split in splits}
-
-
-def _load_table(flag: str, path: str) -> Loaded:
-    """Load a file so that what stands in a column nobody asks for does not matter.
-
-    Raises:
-        ValueError: It is no table, is empty, or cannot be read.
-    """
-    origin = f"--{flag} {path}"
-    suffix = Path(path).suffix.lower()
-    if suffix not in BUILDERS:
-        raise ValueError(f"{origin} has no columns: it must be one of {', '.join(BUILDERS)}.")
-    if Path(path).stat().st_size == 0:
-        raise ValueError(f"{origin} is empty.")
-    if suffix == ".csv":
-        return Loaded(_read_cells(origin, path), origin, are_cells=True)
-    if BUILDERS[suffix] == "json":
-        # In pieces, it could not be read where a later one has another column, or another type in it.
-        files = {"train": glob.escape(path)}
-        return Loaded(load_or_refuse(origin, "json", data_files=files, split="train", chunksize=GIBIBYTE), origin)
-    return Loaded(load_file(flag, path, streaming=False).rows, origin)
-
-
-def _read_cells(origin: str, path: str) -> Dataset:
-    """Return the rows of a .csv, all cells as texts."""
-    try:
-        cells = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{origin} is empty.") from error
-    except ValueError as error:
-        raise ValueError(f"{origin} cannot be read: {one_line(error)}") from error
-    if not isinstance(cells.index, pd.RangeIndex):  # or the first cells of rows that are too long become their names
-        raise ValueError(
-            f"{origin} cannot be read: its rows have more cells than its header. Quote cells with commas."
-        )
-    return Dataset.from_pandas(cells, preserve_index=False)
+    loaded: dict[str, Loaded] = {}
+    for split, path in arguments.files.items():
+        if split in splits:
+            flag = f"{split}_file"
+            loaded[split] = Loaded(load_table(flag, path), f"--{flag} {path}", format_of(path).reader == "csv")
+    return loaded
 
 
 def _load_named(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:

@@ -35,8 +35,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from abr_trainer.columns import as_text
 from abr_trainer.comparison import paired, read_comparison, verdict
-from abr_trainer.data import as_text
 from abr_trainer.flags import given_flags
 from abr_trainer.records import TRACE_NAME, read_lines, write_whole
 

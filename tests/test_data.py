@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import importlib.util
+import io
 import json
+import lzma
 import re
+import zipfile
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig
 
 from abr_trainer.corpora import Corpus, find_corpus
-from abr_trainer.data import DataArguments, choose_block_size, load_blocks
+from abr_trainer.data import DataArguments, TextArguments, choose_block_size, load_blocks, load_texts
 from abr_trainer.demo import DEMO_MODEL
-from tests.conftest import SHARED
+from abr_trainer.errors import BadRow
+from run_clm_abr import main
+from tests.conftest import RUN, SHARED
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +166,7 @@ def test_bad_arguments_are_told_at_once(arguments, message):
     ("content", "arguments", "message"),
     [
         ("", {}, "is empty."),
+        ("\n\n", {}, "is empty."),
         ('{"text": "a"}\n', {}, "less than one block: --block_size is 64."),
         ('{"text": "a"}\n', {"text_column": "body"}, "--text_column body is not in"),
         ('{"text": "a"}\n', {"text_column": "body"}, "Its columns are text."),
@@ -309,3 +319,440 @@ def test_rows_held_out_of_the_first_source_are_not_trained_on(tmp_path, tokenize
 def test_a_mix_that_is_none_is_told(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         DataArguments(**options)
+
+
+def load_train(path, tokenizer, block_size=8, **options):
+    named = "dataset_name" if path.is_dir() else "train_file"
+    return load_blocks(DataArguments(**{named: str(path)}, **options), tokenizer, block_size, ["train"])["train"]
+
+
+def message_of(path, tokenizer, **options):
+    """Return the one line with which a file is refused."""
+    with pytest.raises(ValueError, match=re.escape(path.name)) as caught:
+        list(load_train(path, tokenizer, **options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(path), "FILE")
+
+
+PROSE = [{"text": f"The king opened the {i}th letter."} for i in range(30)]
+HUMAN = {"from": "human", "value": "Who are you?"}
+USER = {"role": "user", "content": "Who are you?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "shape"),
+    [
+        ({"id": "identity_7", "conversations": [HUMAN]}, "conversations holds messages with from and value."),
+        ({"source": "wiki", "messages": [USER]}, "messages holds messages with role and content."),
+        ({"system": "You are kind to all.", "messages": [{**USER, "name": "Ann"}]}, "messages with role and content."),
+        ({"topic": "the sea", "chosen": [USER], "rejected": [USER]}, "chosen holds messages with role and content."),
+        ({"prompt": "Say who you are.", "completion": "I am Ann."}, "prompt and completion are the parts of one"),
+        ({"instruction": "Say who you are.", "input": "", "output": "I am Ann."}, "instruction and output are the"),
+    ],
+)
+def test_chats_are_no_text_and_what_reads_them_is_told(tmp_path, tokenizer, row, shape):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [dict.fromkeys(row), *[row] * 20])
+    message = message_of(path, tokenizer)
+    assert message.startswith(f"--train_file FILE is not plain text: its columns are {', '.join(row)}, and ")
+    assert shape in message
+    assert "ABRSFTTrainer" in message
+    Dataset.from_list([row] * 20).save_to_disk(tmp_path / "saved")
+    assert shape in message_of(tmp_path / "saved", tokenizer)
+    with pytest.raises(ValueError, match=re.escape(shape)):
+        load_texts(TextArguments(text_file=str(path)))
+
+
+def test_a_chat_that_is_named_is_no_text_either(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"text": "Who are you?", "messages": [USER]}] * 20)
+    message = message_of(path, tokenizer, text_column="messages")
+    assert "holds lists of dict, not text. messages holds messages with role and content. ABRSFTTrainer" in message
+    assert len(load_train(path, tokenizer)) > 5, "a column that is called text is the text"
+
+
+def test_objects_beside_a_string_are_not_guessed_about(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"setting": "An inn at night.", "turns": [{"speaker": "Ann", "says": "Good evening."}]}] * 30
+    write_rows(path, rows)
+    assert "turns holds lists of objects with speaker, says." in message_of(path, tokenizer)
+    named = load_train(path, tokenizer, text_column="setting")
+    assert tokens_of(named)[:4] == ids(tokenizer, rows[0]["setting"])[:4]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"id": [f"identity_{i}" for i in range(30)]},
+        {"link": [f"https://example.org/{i}" for i in range(30)]},
+        {"digest": [f"{i:032x}" for i in range(30)]},
+        {"feeling": ["very good", "very bad"] * 15},
+        {"source": ["The Evening Post of Leeds"] * 30},
+        {"keys": [["sea", "land"]] * 30},
+    ],
+)
+def test_names_labels_and_links_are_taken_for_text_only_if_that_is_said(tmp_path, tokenizer, column):
+    path = tmp_path / "rows.jsonl"
+    [name] = column
+    write_rows(path, [{"n": i, name: value} for i, value in enumerate(column[name])])
+    message = message_of(path, tokenizer)
+    assert f"Which column of --train_file FILE is the text? Choose with --text_column from {name}." in message
+    assert len(load_train(path, tokenizer, text_column=name)) > 5
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": f"a_{i}", "body": f"The {i}th letter was lost."} for i in range(30)],
+        [{"url": f"https://a.org/{i}", "meta": {"n": i}, "article": f"The {i}th letter was lost."} for i in range(30)],
+        [{"id": f"a_{i}", "正文": f"这是第{i}封丢失的信。没有人读过它。"} for i in range(30)],
+        [{"id": i, "turns": [f"Where is letter {i}?", "It was lost."]} for i in range(30)],
+        [{"name": f"emma{i}"} for i in range(30)],
+        [{"id": None, "body": None}, *({"id": f"a_{i}", "body": f"The {i}th letter was lost."} for i in range(30))],
+    ],
+)
+def test_the_only_column_that_can_be_text_is_taken_whatever_its_name(tmp_path, tokenizer, rows):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
+    value = list(rows[-30].values())[-1]
+    text = "\n".join(value) if isinstance(value, list) else value
+    assert tokens_of(load_train(path, tokenizer))[:4] == ids(tokenizer, text)[:4]
+
+
+def zipped(data, *names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zip": lambda data: zipped(data, "rows.jsonl", "__MACOSX/._rows.jsonl"),
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "compression"),
+    [
+        *((".jsonl", each) for each in COMPRESS),
+        (".ndjson", ""),
+        (".JSONL", ".gz"),
+        (".json", ".gz"),
+        (".csv", ".gz"),
+        (".tsv", ""),
+        (".tsv", ".bz2"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_is_read_by_its_suffix_compressed_or_not(tmp_path, tokenizer, table, compression, streaming):
+    plain = tmp_path / "plain.jsonl"
+    write_rows(plain, PROSE)
+    path = tmp_path / f"rows{table}{compression}"
+    data = plain.read_text()
+    if table == ".json":
+        data = json.dumps(PROSE, indent=1)
+    elif table in (".csv", ".tsv"):
+        separator = "," if table == ".csv" else "\t"
+        data = f"n{separator}text\n" + "".join(f"1{separator}{row['text']}\n" for row in PROSE)
+    path.write_bytes(COMPRESS[compression](data.encode()))
+    blocks = load_train(path, tokenizer, streaming=streaming)
+    assert [list(row["input_ids"]) for row in blocks] == load_train(plain, tokenizer)["input_ids"][:]
+    texts, _ = load_texts(TextArguments(text_file=str(path)))
+    assert texts == [row["text"] for row in PROSE]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.zip", zipped(b"A letter.", "a.txt", "b.txt"), "must hold one file, and holds 2"),
+        ("rows.jsonl", gzip.compress(b"{}"), "is not text but gzip: name it .gz."),
+        ("rows.docx", zipped(b"A letter.", "word.xml"), "is not text but a ZIP archive"),
+        ("rows.pdf", b"%PDF-1.7\n1 0 obj", "is not text but PDF"),
+        ("rows.bin", b"A letter.\0\0\1", "is not text but binary data"),
+        ("rows.txt", "A letter.".encode("utf-16"), "is not text but UTF-16: save it as UTF-8."),
+        ("rows.jsonl.gz", b'{"text": "A letter."}', "Not a gzipped file"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "A letter."}' * 99)[:40], "Compressed file ended before"),
+        ("rows.parquet.gz", gzip.compress(b"PAR1"), "is compressed Parquet, which has no reader: decompress it."),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_refused(tmp_path, tokenizer, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert message in message_of(path, tokenizer)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("zstandard") is not None, reason="zstandard is installed")
+def test_the_package_that_a_compression_needs_is_named(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd")
+    assert "is compressed with zstd, which needs a package: pip install zstandard" in message_of(path, tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".csv"])
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path, tokenizer, suffix):
+    path = tmp_path / f"rows{suffix}"
+    data = {".jsonl": b'{"text": "A letter was lost."}\n', ".csv": b"text\nA letter was lost.\n"}
+    data = b"\xef\xbb\xbf" + data.get(suffix, b"A letter was lost.\n") * 20
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    assert tokens_of(load_train(path, tokenizer))[:3] == ids(tokenizer, "A letter was lost.")[:3]
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.txt.gz", "train.jsonl", "train.csv", "train.tsv"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_directory_gives_the_blocks_of_the_file_in_it(tmp_path, tokenizer, name, streaming):
+    text = "".join(f" The girl saw the boat {i} .\n\n" for i in range(40))
+    if not name.startswith("train.txt"):
+        rows = ["None", "NA", *(f"The girl saw the boat {i} ." for i in range(40))]
+        text = "text\n" + "".join(f"{row}\n" for row in rows)
+        if name == "train.jsonl":
+            text = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    in_folder = load_train(folder, tokenizer, streaming=streaming)
+    assert [list(row["input_ids"]) for row in in_folder] == load_train(path, tokenizer)["input_ids"][:]
+    named, _ = load_texts(TextArguments(dataset_name=str(folder), split="train"))
+    assert named == load_texts(TextArguments(text_file=str(path)))[0]
+
+
+def test_a_directory_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"is a directory, and must be a file\."):
+        DataArguments(train_file=str(tmp_path))
+
+
+BAD_ROWS = [
+    ({"text": 5}, {}, "holds the number 5, where text or a list of turns must be."),
+    ({"text": {"a": 1}}, {}, "holds an object, where text or a list of turns must be."),
+    ({"text": ["Good evening.", None]}, {}, "holds null as turn 2, where text must be."),
+    ({"text": ["Good evening.", 7]}, {}, "holds the number 7 as turn 2, where text must be."),
+    ({"input_ids": [1, -2]}, {}, "holds the token id -2 as token 2; the model has ids from 0 to 1023."),
+    ({"input_ids": [1024, 1]}, {}, "holds the token id 1024 as token 1; the model has ids from 0 to 1023."),
+    ({"input_ids": [3, None]}, {}, "holds null as token 2"),
+    ({"input_ids": [3, 2.5]}, {}, "holds the number 2.5 as token 2, where a token id must be."),
+    ({"input_ids": "a b"}, {}, "holds 'a b', where a list of token ids must be."),
+    ("[1, 2]", {}, "holds a list, where a JSON object must be."),
+    ('{"text": "A le', {}, "cannot be read as JSON: "),
+]
+
+
+@pytest.mark.parametrize(("row", "options", "message"), BAD_ROWS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bad_row_is_told_by_its_line(tmp_path, tokenizer, row, options, message, streaming):
+    good = {"input_ids": [1, 2, 3, 4]} if "input_ids" in row else PROSE[0]
+    lines = [*[json.dumps(good)] * 13, row if isinstance(row, str) else json.dumps(row), *[json.dumps(good)] * 13]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(["", *lines]))
+    assert message_of(path, tokenizer, streaming=streaming).startswith(f"line 15 of --train_file FILE {message}")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bad_row_of_a_table_is_told_by_its_number(tmp_path, tokenizer, suffix, streaming):
+    good = [{"input_ids": [1, 2, 3, 4]}] * 9
+    path = tmp_path / f"rows{suffix}"
+    for row, found in (([3, -1], "the token id -1"), ([3, None], "null")):
+        write_rows(path, [*good, {"input_ids": row}, *good])
+        message = message_of(path, tokenizer, streaming=streaming)
+        assert message.startswith(f"row 10 of --train_file FILE holds {found} as token 2")
+
+
+def test_ids_that_only_the_model_knows_are_taken(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"input_ids": [1024] * 8}] * 3)
+    arguments = DataArguments(train_file=str(path))
+    assert len(load_blocks(arguments, tokenizer, 8, ["train"], vocabulary=1025)["train"]) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_keeps_its_number_where_others_are_held_out(tmp_path, tokenizer, streaming):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [*PROSE * 5, {"text": 3}, *PROSE * 5])
+    arguments = DataArguments(
+        train_file=str(path), streaming=streaming, validation_split_percentage=30, max_eval_samples=2
+    )
+    with pytest.raises(BadRow, match=r"^line 151 of --train_file "):
+        list(load_blocks(arguments, tokenizer, 8, ["train", "validation"])["train"])
+
+
+def test_a_row_of_a_directory_is_told_by_its_file(tmp_path, tokenizer):
+    write_rows(tmp_path / "train-1.jsonl", PROSE)
+    write_rows(tmp_path / "train-2.jsonl", [*PROSE, {"text": 3}])
+    with pytest.raises(
+        BadRow, match=r"^line 31 of train-2.jsonl of the train split of --dataset_name .* holds the nu"
+    ):
+        load_train(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("n,body\n1,Lost.\n", "train-2.csv: there is no column text."),
+        (
+            "n,text\n" + "1,Lost.\n" * 200 + "1,Lost, and found\n",
+            "train-2.csv: line 202 has 3 cells, and the header 2.",
+        ),
+    ],
+)
+def test_a_table_of_a_directory_is_told_by_its_file(tmp_path, tokenizer, second, message):
+    (tmp_path / "train-1.csv").write_text("n,text\n" + "1,Lost.\n" * 9)
+    (tmp_path / "train-2.csv").write_text(second)
+    assert f"--dataset_name FILE cannot be read: {message}" in message_of(tmp_path, tokenizer)
+
+
+def test_workers_that_share_files_do_not_tell_a_wrong_line(tmp_path, tokenizer):
+    write_rows(tmp_path / "train-1.jsonl", PROSE * 50)
+    write_rows(tmp_path / "train-2.jsonl", [*PROSE * 50, {"text": 3}])
+    stream = load_train(tmp_path, tokenizer, streaming=True)
+    with pytest.raises(BadRow, match=r"^row 1501 of those that worker 1 reads of the train split of --dataset_name "):
+        list(DataLoader(stream, num_workers=2, collate_fn=list))
+
+
+def test_processes_that_tokenize_tell_a_bad_row_in_one_line(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [*PROSE, {"text": 3}, *PROSE])
+    message = message_of(path, tokenizer, preprocessing_num_workers=2)
+    assert message == "line 31 of --train_file FILE holds the number 3, where text or a list of turns must be."
+
+
+def test_a_worker_that_reads_a_stream_tells_a_bad_row_in_one_line(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [*PROSE * 50, {"text": 3}])
+    stream = load_train(path, tokenizer, streaming=True)
+    with pytest.raises(BadRow) as caught:
+        list(DataLoader(stream, num_workers=1, collate_fn=list))
+    assert str(caught.value).startswith(f"line 1501 of --train_file {path} holds the number 3")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_comes_to_a_bad_row_of_a_stream_ends_with_one_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [*[{"input_ids": [5] * 8}] * 1000, {"input_ids": [5] * 7 + [5000]}])
+    flags = [flag for flag in RUN if flag not in ("--do_eval", "--dataset_name", "demo", "--max_train_samples", "24")]
+    flags += ["--train_file", str(path), "--streaming", "--max_steps", "9"]
+    flags += ["--block_size", "8", "--per_device_train_batch_size", "250"]
+    with pytest.raises(SystemExit) as ended:
+        main([*flags, "--output_dir", str(tmp_path / "run")])
+    where = f"line 1001 of --train_file {path}"
+    assert ended.value.code == f"error: {where} holds the token id 5000 as token 8; the model has ids from 0 to 1023."
+
+
+@pytest.mark.parametrize(
+    ("column", "empty", "good"),
+    [
+        ("text", None, "A letter was lost."),
+        ("dialog", None, ["Where is it?", "Lost."]),
+        ("dialog", [], ["Where is it?", "Lost."]),
+        ("input_ids", None, [1, 2, 3]),
+        ("input_ids", [], [1, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_anything_are_left_out_and_counted(tmp_path, tokenizer, caplog, column, empty, good, suffix):
+    path, whole = tmp_path / f"rows{suffix}", tmp_path / f"whole{suffix}"
+    rows = [{"id": i, column: good} for i in range(20)]
+    write_rows(whole, rows)
+    write_rows(path, [*rows[:7], {"id": 7, column: empty}, *rows[7:], {"id": 8, column: empty}])
+    blocks = load_train(path, tokenizer)
+    assert blocks["input_ids"][:] == load_train(whole, tokenizer)["input_ids"][:]
+    line = "line" if suffix == ".jsonl" else "row"
+    said = f"2 of 22 rows of --train_file {path} have nothing in {column}, and are left out. The first is {line} 8."
+    assert [record.message for record in caplog.records] == [said]
+    stream = load_train(path, tokenizer, streaming=True)
+    assert [list(row["input_ids"]) for row in stream] == blocks["input_ids"][:]
+    assert f"{line} 8 of --train_file {path} has nothing in {column}." in caplog.records[-1].message
+    if column != "input_ids":
+        texts, _ = load_texts(TextArguments(text_file=str(path)))
+        assert texts == load_texts(TextArguments(text_file=str(whole)))[0]
+        assert caplog.records[-1].message == said.replace("--train_file", "--text_file")
+
+
+def test_a_field_that_is_missing_is_null_and_an_empty_line_is_nothing(tmp_path, tokenizer, caplog):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [*PROSE[:3], {"id": 7}, *PROSE[3:]])
+    path.write_text(f"\n{path.read_text()}\n  \n")
+    load_train(path, tokenizer)
+    assert "1 of 31 rows" in caplog.text
+    assert "The first is line 5." in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".csv", ".json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bytes_that_are_not_utf8_are_told_by_their_line(tmp_path, tokenizer, suffix, streaming):
+    begin, row, bad, end = {
+        ".jsonl": (b"", b'{"text": "A letter."}\n', b'{"text": "caf\xe9"}\n', b""),
+        ".csv": (b"text\n", b"A letter.\n", b"caf\xe9\n", b""),
+        ".json": (b"[\n", b'{"text": "A letter."},\n', b'{"text": "caf\xe9"}\n', b"]"),
+    }.get(suffix, (b"", b"A letter.\n", b"caf\xe9\n", b""))
+    data = begin + row * 120 + bad + end
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    number = 121 + (suffix in (".csv", ".json"))
+    message = message_of(path, tokenizer, streaming=streaming)
+    assert message.endswith(f"line {number} of {path.name} holds 0xe9, which is not UTF-8. Save it as UTF-8.")
+
+
+def test_a_table_without_rows_is_empty(tmp_path, tokenizer):
+    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.csv").write_text("id,text\n")
+    for path in (tmp_path / "rows.parquet", tmp_path / "rows.csv"):
+        for streaming in (False, True):
+            assert message_of(path, tokenizer, streaming=streaming) == "--train_file FILE is empty."
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text('{"text": 1}\n' * 9)
+    (tmp_path / "rows.csv").write_text("text,id\n" + "1.5,a\n" * 9)
+    assert "has no column of text: its columns are text (int)." in message_of(tmp_path / "rows.jsonl", tokenizer)
+    for path, kind in ((tmp_path / "rows.jsonl", "int"), (tmp_path / "rows.csv", "float")):
+        assert f"holds {kind}, not text." in message_of(path, tokenizer, text_column="text")
+
+
+def test_cells_that_nobody_asked_for_do_not_matter(tmp_path, tokenizer):
+    path = tmp_path / "rows.csv"
+    texts = [f"Lost, {i}" for i in range(10_050)]
+    numbers = ["1"] * 10_010 + [""] * 20 + ["unknown"] * 20
+    path.write_text("n,text\n" + "".join(f'{n},"{text}"\n' for n, text in zip(numbers, texts, strict=True)))
+    for column in (None, "text"):
+        assert load_texts(TextArguments(text_file=str(path), text_column=column))[0] == texts
+    blocks = list(load_train(path, tokenizer, 128, streaming=True))
+    assert 128 * len(blocks) > 10_050 * len(ids(tokenizer, "Lost,"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fields_that_nobody_asked_for_do_not_matter(tmp_path, tokenizer, suffix, streaming):
+    long = [{**row, "note": "x" * 400_000, "tag": 1, "more": {"a": 1}} for row in PROSE]  # beyond a reader's chunk
+    late = [{**row, "note": 7, "tag": ["a"], "more": [1], "new": {"b": 2}} for row in PROSE]
+    path = tmp_path / f"rows{suffix}"
+    write_rows(path, [*long, *late])
+    write_rows(tmp_path / "alone.jsonl", PROSE * 2)
+    blocks = load_train(path, tokenizer, streaming=streaming)
+    whole = load_train(tmp_path / "alone.jsonl", tokenizer)
+    assert [list(row["input_ids"]) for row in blocks] == whole["input_ids"][:]
+
+
+def test_a_cell_of_text_may_look_like_a_number(tmp_path, tokenizer):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,text\n" + "1,A letter was lost.\n2,007\n" * 20)
+    assert load_texts(TextArguments(text_file=str(path)))[0] == ["A letter was lost.", "007"] * 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("Lost, and found\n" * 9, "row 1 has more cells than the header. Quote cells that hold the separator."),
+        ("Lost.\n" * 150 + "Lost, and found\n", "line 152 has 2 cells, and the header 1. Quote cells that hold the"),
+        ("Lost.\n" * 150 + '"Lost.\n' + "Lost.\n" * 9, "row 151 opens a quote that is never closed."),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_of_a_csv_that_would_be_cut_is_refused(tmp_path, tokenizer, rows, message, streaming):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text\n{rows}")
+    assert message in message_of(path, tokenizer, streaming=streaming)

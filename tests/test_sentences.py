@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import random
 import re
@@ -289,9 +290,7 @@ def test_sentences_without_words_are_counted(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("text,label\n", "is empty."),
         ("\n", "is empty."),
-        ("text,label\nRain, and sun,0\n", "its rows have more cells than its header."),
         ("text,label\nRain.,0\nRain, and sun,1\n", "cannot be read: "),
         ("text,label\nRain.,0\nRain.\n", "Labels are missing: row 2, "),
     ],
@@ -491,3 +490,37 @@ def test_mrpc_has_the_rows_that_were_published():
     found = load_sentences(SentenceArguments(task_name="mrpc", **paths), files)
     counts = {split: (len(rows), sum(rows["label"])) for split, rows in found.splits.items()}
     assert counts == {"train": (3668, 2474), "validation": (408, 279), "test": (1725, 1147)}
+
+
+@pytest.mark.parametrize("name", ["train.csv.gz", "train.tsv", "train.tsv.gz", "train.ndjson", "train.jsonl.gz"])
+def test_tables_are_read_by_their_suffix_compressed_or_not(tmp_path, name):
+    row = '{"sentence": "Rain, fell.", "label": %d}'
+    separator = "\t" if "tsv" in name else ","
+    if "json" not in name:
+        row = f'"Rain, fell."{separator}%d'
+    lines = [*([f"sentence{separator}label"] if "json" not in name else []), row % 0, row % 1]
+    data = "".join(f"{line}\n" for line in lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    found = load_sentences(SentenceArguments(train_file=str(tmp_path / name)), ["train"]).splits["train"]
+    assert found["text"][:] == ["Sentence: Rain, fell."] * 2
+    assert found["label"][:] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("train.csv", b"sentence,label\nRain,1\ncaf\xe9,0\n", "line 3 of train.csv holds 0xe9, which is not UTF-8."),
+        ("train.jsonl", b'{"sentence": "caf\xe9", "label": 0}\n', "line 1 of train.jsonl holds 0xe9"),
+        ("train.csv", b"sentence,label\nRain, fell,1\nSnow, fell,0\n", "row 1 has more cells than the header."),
+        ("train.csv", b"sentence,label\n", "is empty."),
+        ("train.csv", gzip.compress(b"sentence,label\n"), "is not text but gzip: name it .gz."),
+        ("train.txt.gz", gzip.compress(b"Rain."), "has no columns: it must be one of .json, .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_sentences(SentenceArguments(train_file=str(path)), ["train"])
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
