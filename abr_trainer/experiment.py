@@ -422,8 +422,7 @@ class Experiment:
         """
         results = run.results() if status == 0 else None
         if results is None:
-            words = last_words(run.log).rstrip(".")
-            reason = f"{run.title} failed with exit status {status}: {words}. Its log: {run.log}"
+            reason = f"{run.title} {self._why_useless(run, status)}. Its log: {run.log}"
             if not self.keep_going:
                 raise RunFailed(f"{reason}. The same command goes on; --keep-going leaves such runs out.")
             self.failures[run] = reason
@@ -434,6 +433,17 @@ class Experiment:
         metrics = [f"{words} {results[name]:.3f}" for name, words in names.items() if name in results]
         spent = f"{results['train_passes']:g} passes, {results['train_updates']:g} updates, {seconds:.0f} s"
         return f"{run.title}: {score.words} {', '.join(metrics)}; {spent}"
+
+    def _why_useless(self, run: Run, status: int) -> str:
+        """Return what a run did instead of leaving results, as the end of a sentence."""
+        if status:
+            return f"failed with exit status {status}: {last_words(run.log).rstrip('.')}"
+        left = read_json(run.directory / RESULTS) or {}
+        if not metrics_in(left, self.varied):
+            wanted = " or ".join(score.words for score in SCORES[self.varied])
+            measured = ", ".join(name for name in left if name.startswith(tuple(SPLITS))) or "nothing"
+            return f"ended well, but measured no {wanted} to compare by; it measured {measured}"
+        return f"ended without an error, but {run.directory} does not hold all results of a finished run"
 
     def _tidy(self, run: Run) -> None:
         """Remove the checkpoints of a finished run, if they were there to resume by."""

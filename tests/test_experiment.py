@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from abr_trainer.arms import parse_arm
 from abr_trainer.comparison import COSTS, collect, tuning_of
 from abr_trainer.demo import demo_texts
-from abr_trainer.experiment import Experiment, last_words
+from abr_trainer.experiment import Experiment, RunFailed, last_words
 from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.progress import share_done
 from abr_trainer.records import last_complete_checkpoint, read_lines
@@ -177,6 +177,27 @@ def leave_run(run, **results):
     (run.directory / "all_results.json").write_text(json.dumps({"eval_perplexity": 5.0, **costs, **results}))
     (run.directory / "trainer_state.json").write_text('{"log_history": []}')
     (run.directory / "abr_trace.jsonl").touch()
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        (
+            {"eval_loss": 4.1, "eval_runtime": 0.2},
+            "ended well, but measured no perplexity to compare by; it measured ",
+        ),
+        ({}, "ended well, but measured no perplexity to compare by; it measured nothing"),
+        ({"test_perplexity": 4.1}, "ended without an error, but .* does not hold all results of a finished run"),
+    ],
+)
+def test_a_run_that_ends_well_without_a_score_is_said_to_lack_it(tmp_path, results, message):
+    experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("baseline")])
+    run, *_ = experiment.final_runs(experiment.arms)
+    leave_run(run)
+    (run.directory / "all_results.json").write_text(json.dumps({"train_passes": 9.0, **results}))
+    with pytest.raises(RunFailed, match=f"^baseline seed 0 {message}") as caught:
+        experiment._finish(run, 0, seconds=1.0)
+    assert "exit status" not in str(caught.value)
 
 
 def test_a_candidate_that_diverged_or_lacks_a_run_is_not_chosen(tmp_path):
