@@ -27,12 +27,24 @@ class LogWindow:
     updates: int = 0
     skipped: int = 0
     non_finite: int = 0
+    measured: int = 0
+    losses: float = 0.0
 
     def observe(self, outcome: Outcome) -> None:
+        loss = outcome.observation.loss
         self.batches += 1
         self.updates += outcome.updates
         self.skipped += outcome.skipped
-        self.non_finite += not math.isfinite(outcome.observation.loss)
+        if math.isfinite(loss):
+            self.measured += 1
+            self.losses += loss
+        else:
+            self.non_finite += 1
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss per target of the batches that have one; Trainer may divide by other labels too."""
+        return self.losses / self.measured if self.measured else math.nan
 
     def finite_mean(self, mean: float) -> float:
         """Turn a mean over all batches, to which non-finite ones gave 0, into one over the finite batches."""
@@ -48,7 +60,7 @@ class LogWindow:
             "updates": ledger.updates,
         }
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         return asdict(self)
 
 

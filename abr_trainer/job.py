@@ -12,6 +12,7 @@ from transformers import set_seed
 from .callbacks import last_evaluation
 from .config import ABRConfig
 from .errors import BadRow, one_line, one_line_errors
+from .evaluation import NoSuchMetric
 from .hub import PushError
 from .run_directory import replacing_previous_run, set_aside_later_checkpoints, write_provenance
 from .trainer import ABRTrainer, TooManySkips
@@ -58,7 +59,7 @@ def carry_out(
     """
     args: Any = trainer.args
     results: dict[str, float] = {}
-    with replacing_previous_run(args), one_line_errors(TooManySkips, BadRow):
+    with replacing_previous_run(args), one_line_errors(TooManySkips, NoSuchMetric, BadRow):
         if trainer.is_world_process_zero():
             write_provenance(args, command, *arguments)
             print(*described, sep="\n", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from .perplexity import IGNORE_INDEX, without_adapter
+from .targets import count_targets, first_target, label_use, trainer_counts_targets
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,6 @@ class LossScale:
 
     adds_up: bool
     factor: float = 1.0
-
-
-def shifts_labels(trainer: Any) -> bool:
-    """Tell whether the model's loss is that of a causal language model: Trainer goes by names, and includes others."""
-    if not trainer._loss_shifts_labels:
-        return False
-    base = without_adapter(trainer.accelerator.unwrap_model(trainer.model))
-    forward = inspect.unwrap(type(base).forward)
-    return "loss_function" in forward.__code__.co_names
 
 
 def has_own_loss(trainer: Any) -> bool:
@@ -74,10 +64,13 @@ def find_loss_scale(
     """
     if declares_scaled(trainer):
         return LossScale(adds_up=True)
-    if items is None or trainer.args.world_size * trainer.args.gradient_accumulation_steps == 1:
+    if items is None:
         return LossScale(adds_up=False)
-    if not has_own_loss(trainer) and (shifts_labels(trainer) or trainer.label_smoother is not None):
+    if not has_own_loss(trainer) and (label_use(trainer).calls_causal_loss or trainer.label_smoother is not None):
         return LossScale(adds_up=True)
+    is_whole = trainer.args.world_size * trainer.args.gradient_accumulation_steps == 1
+    if is_whole and trainer_counts_targets(trainer):
+        return LossScale(adds_up=False)
     if begin_sum is None:
         return None
 
@@ -112,28 +105,18 @@ def weighted_loss(
         items: The number of targets in the batch, as Trainer passes it on.
     """
     means = torch.stack(losses)
-    if scale is None or trainer.args.world_size * len(losses) == 1:
+    is_miscounted = scale is not None and scale.adds_up and items is not None and not trainer_counts_targets(trainer)
+    if scale is None or (trainer.args.world_size * len(losses) == 1 and not is_miscounted):
         return means.sum(), 1
     if is_divided(trainer, items):
         means = means * len(losses)
-    if scale.adds_up:
-        is_mean_of_all = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
+    is_mean_of_all = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
+    if scale.adds_up and not is_miscounted:
         return (means.sum(), 1) if items is None or is_mean_of_all else (means.sum() * items, items)
-    shifted = shifts_labels(trainer)
-    counts = [count_targets(inputs, shifted) for inputs in micro_batches]
+    first = first_target(trainer)
+    counts = [count_targets(inputs, first) for inputs in micro_batches]
     targets = torch.stack([torch.as_tensor(count, device=means.device) for count in counts])
+    if is_miscounted:
+        share = trainer.args.world_size if is_mean_of_all else 1  # Trainer multiplies by the ranks that DDP averages
+        return means.sum() * items / share, targets.sum()
     return (means * targets).sum() / scale.factor, targets.sum()
-
-
-def count_targets(inputs: Any, shifted: bool) -> Tensor | int:
-    """Return the number of targets in a micro-batch; 1 where it names none.
-
-    Args:
-        shifted: Labels are those of the tokens themselves, so that the first in each row is never a target.
-    """
-    labels = inputs.get("shift_labels", inputs.get("labels")) if hasattr(inputs, "get") else None
-    if not isinstance(labels, Tensor):
-        return 1
-    if shifted and "shift_labels" not in inputs:
-        labels = labels[..., 1:]
-    return labels.ne(IGNORE_INDEX).sum()

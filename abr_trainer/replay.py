@@ -8,6 +8,7 @@ from typing import Any
 
 from .records import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_complete_checkpoint, read_json, read_lines
 from .schedulers import Observation, Outcome, RepeatScheduler
+from .schedulers.base import NO_TARGETS
 
 OF_THE_RULE = (
     *("repeat_scheduler", "repeat_scheduler_kwargs", "loss_threshold", "max_repeats", "seed"),
@@ -16,6 +17,7 @@ OF_THE_RULE = (
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
+    NO_TARGETS: "the batch has no label other than -100 to train on: no update is made on it, whatever the rule",
     "primer": "the first --primer_batches batches are trained on once each, whatever the rule",
 }
 
@@ -79,9 +81,14 @@ def describe_repeats(batch: dict[str, Any]) -> str:
     return "was trained on once" if batch["repeats"] == 1 else f"was trained on {batch['repeats']} times"
 
 
+def without_loss(batch: dict[str, Any]) -> str:
+    """Return what to say instead of the first-pass loss of a batch that has none in the trace."""
+    return "none" if batch["reason"] == NO_TARGETS else "not finite"
+
+
 def describe_losses(batch: dict[str, Any]) -> list[str]:
     if batch["loss"] is None:
-        return [f"{'first-pass loss':<24} not finite"]
+        return [f"{'first-pass loss':<24} {without_loss(batch)}"]
     lines = [f"{'first-pass loss':<24} {batch['loss']:.4f} nats a target"]
     if len(batch["losses"]) > 1:
         losses = ", ".join("not finite" if loss is None else f"{loss:.4f}" for loss in batch["losses"])

@@ -45,17 +45,20 @@ from transformers.utils import logging
 
 from .callbacks import ABRProgressCallback, LogWindow, TraceCallback
 from .config import ABRConfig, checkpoints_activations
+from .empty_rows import find_rows_without_targets
 from .engines import forget_batch_of_deepspeed
-from .evaluation import PerplexityMixin
+from .evaluation import PerplexityMixin, refuse_missing_perplexity
 from .gradient_norm import gradient_norm
 from .held import Call, HeldBatch, check_holdable
 from .ledger import ComputeLedger, forward_share
-from .loss_scale import LossScale, find_loss_scale, has_own_loss, shifts_labels, weighted_loss
+from .loss_scale import LossScale, find_loss_scale, has_own_loss, weighted_loss
 from .perplexity import perplexity_of
 from .pushing import HubMixin, Pushes
 from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
+from .schedulers.base import NO_TARGETS
 from .support import check_schedule, refuse_unsupported
+from .targets import first_target, shifts_labels, tally, trainer_counts_targets
 from .token_accuracy import Hits, accuracy_of, counting_hits, summed
 from .tracking import EarlyStopping
 
@@ -132,6 +135,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     ) -> None:
         if repeat_scheduler is not None and not isinstance(repeat_scheduler, RepeatScheduler):
             raise TypeError(f"`repeat_scheduler` must be an instance of RepeatScheduler, got {repeat_scheduler!r}.")
+        self._inspected: tuple[Any, bool] | None = None  # a training set, and whether all of its rows were looked at
         self._pushes = Pushes()  # first: Trainer makes the repository while it is constructed
         super().__init__(*args, **kwargs)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
@@ -148,6 +152,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             raise ValueError("`eval_measurement` goes with a single `eval_dataset`, not with a dictionary of them.")
         if self._is_active:
             refuse_unsupported(self, self._budget)
+            refuse_missing_perplexity(self)
             if self._setting("eval_passes") and self.eval_dataset is None:
                 raise ValueError("--eval_passes needs something to evaluate on: --do_eval, or an `eval_dataset`.")
             self._trace = TraceCallback()
@@ -167,7 +172,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     @property
     def _loss_is_of_tokens(self) -> bool:
         """Whether exp of the training loss is a perplexity."""
-        return self._loss_shifts_labels and self.label_smoother is None and not has_own_loss(self)
+        return shifts_labels(self) and self.label_smoother is None and not has_own_loss(self)
 
     @property
     def _budget(self) -> int | None:
@@ -192,6 +197,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         self._loss_scale: LossScale | None = None
         self._non_finite_batches = 0
         self._batches_in_epoch = 0
+        self._rows_passed = self._rows_without_targets = 0
 
     def _forward_share(self) -> Fraction:
         sizes = self._parameter_sizes()
@@ -236,6 +242,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if not self._is_active:
             return position
         self._trace.directory = Path(self._get_output_dir(trial))
+        self._warn_of_rows_without_targets()
         if self._budget is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
             self.state.compute_steps(self.args, self._budget)
@@ -244,6 +251,25 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if checkpoint is None or self.args.ignore_data_skip:
             return position
         return self._position_in_data(checkpoint, num_update_steps_per_epoch) or position
+
+    # ---- Rows without targets ----
+
+    def _warn_of_rows_without_targets(self) -> None:
+        """Say which rows of the training set have no targets, where that is known without running anybody's code."""
+        if self._inspected is None or self._inspected[0] is not self.train_dataset:
+            found = find_rows_without_targets(self.train_dataset, self.data_collator, first_target(self))
+            self._inspected = self.train_dataset, found is not None and found.is_all
+            if found is not None and found.indices and self.is_world_process_zero():
+                logger.warning(f"{found.describe('training')} A batch of such rows alone is skipped.")
+
+    def _tell_of_rows_without_targets(self) -> None:
+        """Say how many rows without targets went by, where they could not be counted before."""
+        was_told = self._inspected is not None and self._inspected[1]
+        if self._rows_without_targets and not was_told and self.is_world_process_zero():
+            logger.warning(
+                f"{self._rows_without_targets:,} of the {self._rows_passed:,} rows that went by had no target (a "
+                "label other than -100)."
+            )
 
     # ---- The primer: an epoch -1 before the others ----
 
@@ -340,9 +366,9 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self._tr_loss.copy_(batch.tr_loss_before)
             self._non_finite_batches += 1
             if self.is_world_process_zero():
-                logger.warning(
-                    f"Batch {decision.observation.batch} is skipped: its loss is {decision.observation.loss}."
-                )
+                loss_is = f"its loss is {decision.observation.loss}"
+                why = "it has no targets (labels other than -100)" if decision.reason == NO_TARGETS else loss_is
+                logger.warning(f"Batch {decision.observation.batch + 1} is skipped: {why}.")
             return torch.zeros_like(loss)
         return loss
 
@@ -377,15 +403,21 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def _decide(self, losses: list[Tensor]) -> _Decision:
         """Average the first-pass loss over ranks, and decide. The same on every rank, because what it looks at is."""
         batch = self._batch
-        numbers = self._begin_mean(batch.calls, losses, *self._tokens_and_forward_flops(), *summed(batch.hits))()
-        loss, tokens, forward_flops, *hits = numbers
+        tallied = tally([inputs for inputs, _, _ in batch.calls], first_target(self), self.label_names)
+        costs = self._tokens_and_forward_flops()
+        numbers = self._begin_mean(batch.calls, losses, *tallied, *costs, *summed(batch.hits))()
+        loss, targets, empty_rows, rows, tokens, forward_flops, *hits = numbers
+        self._rows_without_targets += int(empty_rows)
+        self._rows_passed += int(rows)
+        # A loss of somebody's own may have more to it than labels: it tells itself whether there is nothing in it.
+        is_empty = not targets and (self._loss_is_of_tokens or not loss or not math.isfinite(loss))
         observation = Observation(
             batch=self.ledger.batches,
-            loss=loss,
+            loss=math.nan if is_empty else loss,
             progress=self._progress(),
             accuracy=accuracy_of(*hits) if hits else None,
         )
-        repeats, reason = self._choose(observation)
+        repeats, reason = (0, NO_TARGETS) if is_empty else self._choose(observation)
         return _Decision(
             observation=observation,
             repeats=repeats,
@@ -477,8 +509,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         for index in self.repeat_scheduler.replay(decision.observation):
             if index not in self._held:
                 raise ValueError(
-                    f"replay of {self.repeat_scheduler} must return batches that it held, got {index!r}. To hold any, "
-                    'it must have "inputs" in `wants`.'
+                    f"replay of {self.repeat_scheduler} must return batches that it held, by index from 0; "
+                    f'got {index!r}. To hold any, it must have "inputs" in `wants`.'
                 )
             if self._passes_left() < 1:
                 break
@@ -594,7 +626,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         self._hold(batch, outcome)
         self._window.observe(outcome)
         if outcome.skipped:
-            self._skips_in_a_row.append((outcome.observation.batch, f"{outcome.observation.loss:.4g}"))
+            loss = NO_TARGETS if outcome.reason == NO_TARGETS else f"{outcome.observation.loss:.4g}"
+            self._skips_in_a_row.append((outcome.observation.batch, loss))
         else:
             self._skips_in_a_row.clear()
         for callback in self.callback_handler.callbacks:
@@ -631,7 +664,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         return psutil.Process().memory_info().rss
 
     def _explain_skips(self, trial: Any) -> str:
-        last = ", ".join(f"{batch} (loss {loss})" for batch, loss in self._skips_in_a_row[-5:])
+        last = ", ".join(
+            f"{batch + 1} ({loss if loss == NO_TARGETS else f'loss {loss}'})"  # kept by index, from 0
+            for batch, loss in self._skips_in_a_row[-5:]
+        )
         saved = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         return (
             f"{len(self._skips_in_a_row)} batches in a row were skipped, --max_consecutive_skips is "
@@ -645,7 +681,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self._loss_scale is None:
             # A baseline is Trainer, and needs no loss: somebody's `compute_loss` may count its calls.
             is_baseline = isinstance(self.repeat_scheduler, ConstantScheduler) and self.repeat_scheduler.repeats == 1
-            begin_sum = None if is_baseline and has_own_loss(self) else self._begin_sum
+            is_right = trainer_counts_targets(self) or not self._loss_is_of_tokens
+            begin_sum = None if is_baseline and has_own_loss(self) and is_right else self._begin_sum
             with self._counted_once():
                 self._loss_scale = find_loss_scale(self, model, inputs, num_items_in_batch, begin_sum)
 
@@ -741,7 +778,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self._is_active and {"loss", "learning_rate"} <= logs.keys() and self._window.batches:
             logs["loss"] = self._window.finite_mean(logs["loss"])
             if self._loss_is_of_tokens:
-                logs["perplexity"] = perplexity_of(logs["loss"])
+                logs["perplexity"] = perplexity_of(self._window.mean_loss)
             logs.update(self._window.logs(self.ledger))
             self._window = LogWindow()
         elif self._is_active and "train_runtime" in logs:
@@ -749,6 +786,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         super().log(logs, *args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        if self._is_active:
+            self._tell_of_rows_without_targets()
         if self._is_active and self._budget is not None:
             # Trainer planned for as many batches as the budget could have bought.
             num_train_samples = self.state.global_step * self.get_total_train_batch_size(self.args)

@@ -17,7 +17,7 @@ except ImportError as error:
     raise ImportError('abr_trainer.trl needs TRL: pip install "abr-trainer[trl]".') from error
 
 from .config import ABRConfig
-from .loss_scale import count_targets
+from .targets import count_targets, first_target
 from .trainer import ABRMixin
 
 
@@ -46,6 +46,6 @@ class ABRSFTTrainer(ABRMixin, SFTTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # The loss says it all. The logits, which SFTTrainer does not keep, would cost another forward.
         loss, logits, labels = SFTTrainer.prediction_step(self, model, inputs, True, ignore_keys)
-        tokens = count_targets(inputs, shifted=True)
+        tokens = count_targets(inputs, first_target(self))
         self._token_perplexity.add(loss.double()[None] * tokens, torch.as_tensor(tokens)[None])
         return loss, logits, labels

@@ -20,7 +20,15 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
@@ -31,7 +39,7 @@ from abr_trainer.modeling import ModelArguments, load_config, load_model, load_t
 from abr_trainer.perplexity import Window
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler
 from scripts import run_glue_abr
-from tests.conftest import QUIET, VOCABULARY, tiny_llama, token_rows, weights
+from tests.conftest import QUIET, VOCABULARY, broken_row, tiny_llama, token_rows, weights
 
 
 class KillAfter(TrainerCallback):
@@ -130,6 +138,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "classification": {"gradient_accumulation_steps": 2, "model": "classifier"},
     "classification, broken at first": {"gradient_accumulation_steps": 2, "model": "classifier", "broken": 2},
     "two micro-batches": {"gradient_accumulation_steps": 2},
+    "without targets": {"empty": (4, 5, 6, 7, 20, 21)},  # all of a batch, and what one rank of two has of another
+    "GPT-2": {"gradient_accumulation_steps": 2, "model": "gpt2"},
+    "GPT-2, means of devices": {
+        "gradient_accumulation_steps": 2,
+        "model": "gpt2",
+        "average_tokens_across_devices": False,
+    },
     "stock": {"gradient_accumulation_steps": 2, "trainer": "stock"},
     "baseline": {"gradient_accumulation_steps": 2, "trainer": "baseline"},
     "asking": {"gradient_accumulation_steps": 2, "trainer": "asking"},
@@ -141,10 +156,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "FSDP2, asking": {"gradient_accumulation_steps": 2, "trainer": "asking", **fsdp(2)},
     "FSDP2, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **fsdp(2)},
     "FSDP2, classification": {"gradient_accumulation_steps": 2, "model": "classifier", "broken": 2, **fsdp(2)},
+    "FSDP2, without targets": {"empty": (4, 5, 6, 7, 20, 21), **fsdp(2)},
     "FSDP1": fsdp(1),
     "FSDP1, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(1)},
     **{f"ZeRO-{stage}": zero(stage) for stage in (1, 2, 3)},
     **{f"ZeRO-{stage}, two micro-batches": {"gradient_accumulation_steps": 2, **zero(stage)} for stage in (1, 2, 3)},
+    "ZeRO-2, without targets": {"empty": (4, 5, 6, 7, 20, 21), **zero(2)},
     "ZeRO-2, asking": {"gradient_accumulation_steps": 2, "trainer": "asking but for the gradient", **zero(2)},
     **{f"ZeRO-{stage}, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **zero(stage)} for stage in (2, 3)},
 }
@@ -160,6 +177,10 @@ def build_model(kind: str) -> Any:
         options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
         model.enable_input_require_grads()  # for checkpointed activations
         model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    if kind == "gpt2":
+        options = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        options |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **options))
     if kind == "classifier":
         model = LlamaForSequenceClassification(LlamaConfig(**{**model.config.to_dict(), "num_labels": 3}))
         model.config.pad_token_id = VOCABULARY - 3
@@ -236,11 +257,13 @@ def build_scenario(
     rows: int = 32,
     broken: int = 10,  # opens micro-batch 5: that of the second rank of two
     first_rows_again: int = 0,
+    empty: tuple[int, ...] = (),
     model: str = "causal LM",
     trainer: str = "repeats",
     **options: Any,
 ) -> Any:
     data = rows_with_a_broken_one(rows, broken)
+    data = [broken_row(row) if i in empty else row for i, row in enumerate(data)]
     data += data[:first_rows_again]
     if model == "classifier":
         data = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 3)} for i, row in enumerate(data)]

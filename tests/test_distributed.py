@@ -12,10 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from abr_trainer.perplexity import window_nlls
+from abr_trainer.perplexity import causal_nll, window_nlls
 from abr_trainer.records import read_lines
 from tests.conftest import ON_CPU, ROOT, tiny_llama
-from tests.jobs import RESUMED, SCENARIOS, numbers_of, some_windows, train_scenario, whole_weights
+from tests.jobs import (
+    RESUMED,
+    SCENARIOS,
+    build_model,
+    numbers_of,
+    rows_with_a_broken_one,
+    some_windows,
+    train_scenario,
+    whole_weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +35,7 @@ FSDP = [name for name in OTHERS if name.startswith("FSDP") and "resumed" not in 
 ONE_PROCESS_CAN = [
     *("one micro-batch", "two micro-batches", "four micro-batches"),
     *("uneven", "dispatched", "split", "LoRA", "LoRA, checkpointed", "classification"),
-    *("asking", "asking but for the gradient"),
+    *("asking", "asking but for the gradient", "without targets"),
 ]
 
 
@@ -101,6 +110,12 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(two_ranks, tmp_
     assert_alike(*agreed(two_ranks, name), *alone(tmp_path, name, ranks=2))
 
 
+def test_a_batch_is_without_targets_if_no_rank_has_any(two_ranks):
+    path = next((two_ranks / "without targets").rglob("abr_trace.jsonl"))
+    reasons = {batch["step"]: batch["reason"] for batch in read_lines(path)}
+    assert [step for step, reason in reasons.items() if reason == "no targets"] == [2, 10]  # in both epochs
+
+
 @pytest.mark.parametrize("name", ["one micro-batch", "four micro-batches"])
 def test_four_ranks_equal_one_process_with_four_times_the_accumulation(four_ranks, tmp_path, name):
     assert_alike(*agreed(four_ranks, name, ranks=4), *alone(tmp_path, name, ranks=4))
@@ -119,9 +134,21 @@ def test_a_rule_sees_the_mean_over_targets_also_where_devices_average_for_themse
     assert apart["history"][0] == pytest.approx(together["history"][0], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-2, means of devices"])
+def test_a_rule_sees_the_mean_over_targets_also_where_trainer_divides_by_other_labels(two_ranks, name):
+    rows = rows_with_a_broken_one(32, broken=10)[:8]  # the first batch of two ranks
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    with torch.no_grad():
+        nll, targets = causal_nll(build_model("gpt2")(batch["input_ids"]).logits, batch["labels"])
+    _, numbers = agreed(two_ranks, name)
+    assert numbers["history"][0] == pytest.approx(float(nll.sum() / targets.sum()), rel=1e-5)
+
+
 def reference(name: str) -> str:
     """The DDP scenario of the same model and accumulation."""
     model = SCENARIOS[name].get("model")
+    if "without targets" in name:
+        return "without targets"
     if "asking" in name:
         return SCENARIOS[name]["trainer"]
     if model is not None:

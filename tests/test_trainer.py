@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records import read_lines
+from abr_trainer.replay import explain_batch
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
 from abr_trainer.trainer import TooManySkips
 from tests.conftest import (
@@ -223,7 +225,7 @@ def test_a_broken_batch_costs_one_skip(train):
     scheduler = RobustOutlierSkip(ThresholdScheduler())
     trainer = train(data=rows, repeat_scheduler=scheduler, logging_steps=1)
     trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
-    assert [batch["reason"] for batch in trace] == ["threshold"] * 2 + ["non-finite"] + ["threshold"] * 3
+    assert [batch["reason"] for batch in trace] == ["threshold"] * 2 + ["no targets"] + ["threshold"] * 3
     assert trace[2]["loss"] is None
     assert trace[2]["repeats"] == 0
     assert torch.isfinite(weights(trainer.model)).all()
@@ -235,7 +237,7 @@ def test_a_broken_batch_costs_one_skip(train):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_broken_batch_is_left_out_of_the_logged_loss(train, accumulation):
+def test_a_broken_batch_is_left_out_of_the_logged_loss(train, accumulation, caplog):
     rows = token_rows(4 * 2 * accumulation)
     at = 2 * accumulation  # the second batch; with accumulation, its first micro-batch has a loss
     rows[at + 2 * accumulation - 1] = rows[0]
@@ -257,6 +259,9 @@ def test_a_broken_batch_is_left_out_of_the_logged_loss(train, accumulation):
     assert logged["loss"] == pytest.approx(sum(finite) / 3, rel=1e-6)
     assert logged["skipped"] == 0.25
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(finite) / 3, rel=1e-6)
+    assert "Batch 2 is skipped: its loss is nan." in caplog.text
+    trace = list(read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl")))
+    assert [batch["step"] for batch in trace if batch["reason"] == "non-finite"] == [2]
 
 
 def test_a_later_pass_that_is_not_finite_ends_the_batch_without_its_update(train):
@@ -281,10 +286,160 @@ def test_too_many_skips_in_a_row_save_and_stop(build):
     message = str(caught.value)
     assert "4 batches in a row were skipped, --max_consecutive_skips is 4." in message
     losses = [outcome.losses[0] for outcome in trainer.repeat_scheduler.outcomes]
-    assert all(f"{batch} (loss {losses[batch]:.4g})" in message for batch in (1, 2, 3, 4))
+    assert all(f"{batch + 1} (loss {losses[batch]:.4g})" in message for batch in (1, 2, 3, 4))
+    trace = read_lines(Path(trainer.args.output_dir, "abr_trace.jsonl"))
+    assert [batch["step"] for batch in trace if batch["repeats"] == 0] == [2, 3, 4, 5], "as the message counts"
     checkpoint = Path(trainer.args.output_dir, "checkpoint-5")
     assert str(checkpoint) in message
     assert json.loads((checkpoint / "abr_state.json").read_text())["ledger"]["batches"] == 5
+
+
+# ---- Batches without targets ----
+
+
+class Guarded(ABRTrainer):
+    """Its loss is 0 where there are no targets, as TRL's is."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{**inputs, "num_items_in_batch": num_items_in_batch})
+        loss = outputs.loss if (inputs["labels"][:, 1:] != -100).any() else outputs.logits.sum() * 0.0
+        return (loss, outputs) if return_outputs else loss
+
+
+def only_first_label(row):
+    labels = torch.full_like(row["labels"], -100)
+    labels[0] = row["labels"][0]
+    return {"input_ids": row["input_ids"], "labels": labels}
+
+
+@ACCUMULATION
+@pytest.mark.parametrize("empty", [broken_row, only_first_label])
+@pytest.mark.parametrize("trainer_cls", [Guarded, ABRTrainer])
+def test_a_batch_without_targets_never_happened(train, trainer_cls, empty, accumulation, caplog):
+    rows, size = token_rows(2 * accumulation * 4), 2 * accumulation
+    data = [*rows[:size], *map(empty, rows[size : 2 * size]), *rows[2 * size :]]
+
+    def run(data):
+        rule = RobustOutlierSkip(ConstantScheduler(2))
+        options = {"gradient_accumulation_steps": accumulation, "lr_scheduler_type": "constant", "logging_steps": 4}
+        return train(trainer_cls=trainer_cls, data=data, repeat_scheduler=rule, **options)
+
+    ours = run(data)
+    log = caplog.text
+    without = run(rows[:size] + rows[2 * size :])
+    assert torch.equal(weights(ours.model), weights(without.model))
+    assert ours.repeat_scheduler.state_dict() == without.repeat_scheduler.state_dict()
+    assert ours.ledger.passes == without.ledger.passes + 1 - (1 - ours.ledger.share) / accumulation
+    assert (ours.ledger.skips, without.ledger.skips) == (1, 0)
+    trace = list(read_lines(Path(ours.args.output_dir, "abr_trace.jsonl")))
+    logged, expected = ours.state.log_history, without.state.log_history
+    assert logged[0]["loss"] == pytest.approx(expected[-1]["train_loss"], rel=1e-6)
+    if trainer_cls is ABRTrainer:  # a loss of one's own may be anything
+        assert logged[0]["perplexity"] == pytest.approx(math.exp(expected[-1]["train_loss"]), rel=1e-6)
+    assert logged[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=1e-6)
+    assert "Batch 2 is skipped: it has no targets (labels other than -100)." in log
+    assert len(trace) == 3, "of the run without it"
+
+
+def test_a_micro_batch_without_targets_among_others_changes_nothing(train):
+    rows = token_rows(16)
+    data = [*rows[:2], *map(broken_row, rows[2:4]), *rows[4:]]
+    scheduler = Scripted(1)
+    ours = train(data=data, repeat_scheduler=scheduler, gradient_accumulation_steps=4)
+    options = {"trainer_cls": Trainer, "config_cls": TrainingArguments}
+    theirs = train(**options, data=data, gradient_accumulation_steps=4)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert [outcome.reason for outcome in scheduler.outcomes] == ["scheduler"] * 2
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_row_of_one_token_has_no_target(train, length):
+    scheduler = Scripted(1)
+    train(data=token_rows(4, length=length), repeat_scheduler=scheduler)
+    assert {outcome.reason for outcome in scheduler.outcomes} == {"no targets" if length == 1 else "scheduler"}
+
+
+class OfTwoTerms(ABRTrainer):
+    """Learns from more than labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class WithSecondHeadForCausalLM(LlamaForCausalLM):
+    """Learns from `other`, too, and its loss has no part of labels where there are no targets."""
+
+    def forward(self, input_ids=None, labels=None, other=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids)
+        outputs.loss = (outputs.logits.mean(-1) - other).square().mean()
+        if (labels[:, 1:] != -100).any():
+            outputs.loss += self.loss_function(outputs.logits, labels, self.config.vocab_size, **kwargs)
+        return outputs
+
+
+@pytest.mark.parametrize("kind", ["own compute_loss", "own labels"])
+def test_a_loss_that_is_not_of_labels_alone_is_trained_on(train, kind):
+    scheduler = Scripted(1)
+    rows = [{**broken_row(row), "other": row["labels"].float()} for row in token_rows(4)]
+    options = {"trainer_cls": OfTwoTerms}
+    if kind == "own labels":
+        options = {"model": WithSecondHeadForCausalLM(tiny_llama().config), "label_names": ["labels", "other"]}
+    train(**options, data=rows, repeat_scheduler=scheduler)
+    assert [outcome.repeats for outcome in scheduler.outcomes] == [1, 1]
+
+
+def test_too_many_batches_without_targets_stop_with_that_reason(build):
+    trainer = build(data=[broken_row(row) for row in token_rows(8)], max_consecutive_skips=3)
+    with pytest.raises(TooManySkips, match=r"The last were 1 \(no targets\), 2 \(no targets\), 3 \(no targets\)\."):
+        trainer.train()
+
+
+def test_a_checkpoint_of_an_earlier_version_counts_its_skips_alike(build, tmp_path):
+    rows = token_rows(20)
+    first = build(data=rows, repeat_scheduler=Scripted(1, 0), save_strategy="steps", save_steps=2, max_steps=2)
+    first.train()
+    state = Path(first.args.output_dir, "checkpoint-2", "abr_state.json")
+    content = json.loads(state.read_text())
+    assert content["skips_in_a_row"] == [[1, content["skips_in_a_row"][0][1]]], "by index, as ever"
+    del content["log"]["window"]["measured"], content["log"]["window"]["losses"]
+    state.write_text(json.dumps(content))
+    again = build(data=rows, repeat_scheduler=Scripted(1, 0), max_consecutive_skips=2)
+    with pytest.raises(TooManySkips, match=r"The last were 2 \(loss [0-9.]+\), 3 \(loss [0-9.]+\)\."):
+        again.train(resume_from_checkpoint=str(state.parent))
+
+
+def test_rows_without_targets_are_named_at_the_start(build, caplog):
+    rows = token_rows(8)
+    rows[1], rows[6] = broken_row(rows[1]), only_first_label(rows[6])
+    trainer = build(data=rows, repeat_scheduler=Scripted(1))
+    trainer.train()
+    trainer.train()
+    told = "2 of the 8 rows of the training set (25.0 %) have no target (a label other than -100): rows 2, 7."
+    assert caplog.text.count(told) == 1
+    assert "that went by" not in caplog.text
+
+
+def test_rows_without_targets_of_a_stream_are_counted_as_they_pass(train, caplog):
+    rows = token_rows(8)
+    rows[1], rows[6] = broken_row(rows[1]), only_first_label(rows[6])
+    train(data=Stream(rows), repeat_scheduler=Scripted(3), max_steps=4)
+    assert "2 of the 8 rows that went by had no target (a label other than -100)." in caplog.text
+
+
+def test_plain_arguments_say_nothing_of_rows_without_targets(train, caplog):
+    train(config_cls=TrainingArguments, data=[broken_row(row) for row in token_rows(4)])
+    assert "target" not in caplog.text
+
+
+def test_why_tells_of_a_batch_without_targets(train):
+    rows = token_rows(6)
+    trainer = train(data=[*rows[:2], *map(broken_row, rows[2:4]), *rows[4:]], repeat_scheduler=Scripted(1))
+    told = "\n".join(explain_batch(Path(trainer.args.output_dir), 2))
+    assert "Batch 2 was skipped." in told
+    assert re.search(r"first-pass loss +none", told)
+    assert re.search(r"decided by +no targets\n +the batch has no label other than -100 to train on", told)
 
 
 def test_too_many_skips_save_whatever_the_save_strategy(build):

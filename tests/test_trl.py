@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    set_seed,
+)
 
 pytest.importorskip("trl")
 
@@ -26,6 +33,9 @@ from trl import (
 
 from abr_trainer import ABRMixin
 from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.perplexity import causal_nll
+from abr_trainer.records import read_lines
+from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip
 from abr_trainer.trl import ABRSFTConfig, ABRSFTTrainer
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
@@ -123,6 +133,67 @@ def test_the_perplexity_is_that_of_completion_tokens(fine_tune):
         tokens += int((targets != -100).sum())
     assert metrics["eval_target_tokens"] == tokens < 5 * 30
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+
+def long_prompts(count):
+    """Prompts longer than `max_length`, packed in order: of the blocks, some hold nothing but prompt."""
+    prompt = "The fox saw a bird. " * 40
+    return Dataset.from_list([{"prompt": prompt, "completion": " It flew away." * 30} for _ in range(count)])
+
+
+@pytest.mark.parametrize("trainer_cls", [ABRSFTTrainer, Mixed])
+def test_blocks_without_targets_are_skipped_and_no_good_one_for_their_sake(tmp_path, trainer_cls, caplog):
+    rule = RobustOutlierSkip(ConstantScheduler(2))
+    options = {"packing": True, "packing_strategy": "wrapped", "completion_only_loss": True, "max_length": 32}
+    trainer = trainer_cls(
+        model=demo_model(),
+        args=ABRSFTConfig(output_dir=str(tmp_path), **{**OPTIONS, **SAME_ORDER, **options}),
+        train_dataset=long_prompts(4),
+        processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+        repeat_scheduler=rule,
+    )
+    labels = [torch.tensor(row["labels"]) for row in trainer.train_dataset]
+    has_targets = [bool((row[1:] != -100).any()) for row in labels]
+    batches = [any(has_targets[i : i + 4]) for i in range(0, len(labels), 4)]
+    assert True in batches, "a batch has targets"
+    assert False in batches, "a batch has none"
+    trainer.train()
+    reasons = [batch["reason"] for batch in read_lines(tmp_path / "abr_trace.jsonl")]
+    assert [reason != "no targets" for reason in reasons] == batches
+    assert "outlier" not in reasons
+    assert 0.0 not in rule.history
+    told = f"{has_targets.count(False)} of the {len(labels)} rows of the training set"
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(("accumulation", "rule"), [(1, "robust"), (1, "none"), (2, "none")])
+def test_the_perplexity_of_gpt2_is_that_of_its_completions(tmp_path, accumulation, rule):
+    set_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout))
+    options = {"learning_rate": 0.0, "completion_only_loss": True, "skip_outliers": rule}
+    options |= {"gradient_accumulation_steps": accumulation}
+    trainer = ABRSFTTrainer(
+        model=model,
+        args=ABRSFTConfig(output_dir=str(tmp_path), **{**OPTIONS, **SAME_ORDER, **options}),
+        train_dataset=PAIRS,
+        eval_dataset=PAIRS,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    counted = []
+    for batch in trainer.get_train_dataloader():
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        counted.append([float(each.sum()) for each in causal_nll(logits, batch["labels"])])
+    groups = [counted[i : i + accumulation] for i in range(0, len(counted), accumulation)]
+    means = [sum(nll for nll, _ in group) / sum(tokens for _, tokens in group) for group in groups]
+    whole = sum(nll for nll, _ in counted) / sum(tokens for _, tokens in counted)
+    logged = [logs["perplexity"] for logs in trainer.state.log_history if "loss" in logs]
+    assert logged == pytest.approx([math.exp(mean) for mean in means], rel=1e-5)
+    assert trainer.evaluate()["eval_perplexity"] == pytest.approx(math.exp(whole), rel=1e-5)
 
 
 class MixedDPOTrainer(ABRMixin, DPOTrainer):

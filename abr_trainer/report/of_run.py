@@ -8,7 +8,7 @@ from typing import Any
 
 from ..comparison import learning_curve, over_loss, over_passes, over_time
 from ..records import RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, updates_of
-from ..replay import describe_repeats, read_provenance, read_skipped, read_trace
+from ..replay import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
 from .text import DASH, number
@@ -184,7 +184,7 @@ def skips(directory: Path, skipped: list[dict[str, Any]]) -> tuple[Any, ...]:
         (
             str(batch["step"]),
             f"{batch['epoch']:.3f}" if batch["epoch"] is not None else DASH,
-            number(batch["loss"]) if batch["loss"] is not None else "not finite",
+            number(batch["loss"]) if batch["loss"] is not None else without_loss(batch),
             batch["reason"],
             " ⏎ ".join(text[:160] for text in texts.get(batch["step"], [])) or DASH,
         )

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+NO_TARGETS = "no targets"
+"""Why a batch is skipped in which no label counts: it has no mean loss per target."""
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What a scheduler may look at: one batch, after the first pass over it.
 
     Attributes:
-        batch: Index of the batch since training began, from 0.
+        batch: Index of the batch since training began, from 0. Users read numbers from 1: the step in logs and trace.
         loss: Mean loss per target token of the first pass, in nats, averaged over ranks.
         progress: Share of the training run already spent, in [0, 1).
         accuracy: Share of the target tokens that the first pass predicted right, over all ranks; None unless the rule
@@ -67,8 +70,9 @@ class RepeatScheduler(ABC):
     `state_dict`, as JSON, and is written into every checkpoint. A rule that needs a coin derives it from `(seed,
     observation.batch)`, so that all ranks and a resumed run toss the same one.
 
-    The trainer never asks about a batch whose first-pass loss is not finite: it skips it, and reports the outcome.
-    `observe` must leave such a loss out of everything it remembers.
+    The trainer never asks about a batch whose first-pass loss is not finite, or that has no targets and so no mean
+    loss per target: it skips it, and reports the outcome with that loss or with NaN. `observe` must leave such a loss
+    out of everything it remembers.
 
     `decide` and `observe` are enough for most rules. `goes_on` ends the repeats of a batch early, by what they have
     shown; `replay` and `held` train on earlier batches again; `wants` asks for more to look at than the loss.

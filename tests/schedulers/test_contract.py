@@ -76,13 +76,15 @@ def test_a_scheduler_restored_from_json_goes_on_as_if_nothing_had_happened(name,
     assert run(second, LOSSES, first_batch=len(LOSSES)) == expected[len(LOSSES) :]
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_enters_no_history(name, rule, loss):
+@pytest.mark.parametrize(
+    ("loss", "reason"), [(math.nan, "non-finite"), (math.inf, "non-finite"), (math.nan, "no targets")]
+)
+def test_a_loss_that_is_not_finite_enters_no_history(name, rule, loss, reason):
     scheduler = build(name, rule)
     run(scheduler, LOSSES)
     before = copy.deepcopy(scheduler.state_dict())
     observation = Observation(batch=len(LOSSES), loss=loss, progress=0.3)
-    scheduler.observe(Outcome(observation, 0, (loss,), "non-finite"))
+    scheduler.observe(Outcome(observation, 0, (loss,), reason))
     assert scheduler.state_dict() == before
 
 

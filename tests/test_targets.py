@@ -1,0 +1,109 @@
+"""Rows without targets are found where labels can be read, and nowhere is anybody's code run for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset, Features, LargeList, Sequence, Value
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, default_data_collator
+
+from abr_trainer import empty_rows
+from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.empty_rows import find_rows_without_targets
+from abr_trainer.targets import count_targets, tally
+from tests.conftest import Stream
+
+LABELS = [[-100, 5, 6], [-100, -100, -100], [7, -100, -100], [7], [], [-100, -100, 8, 9]]
+"""Where the first label of a row is none, rows 2 to 5 have no target; else rows 2 and 5."""
+
+
+def as_dataset(labels=LABELS, **changes):
+    return Dataset.from_dict({"input_ids": labels, "labels": labels}, **changes)
+
+
+def kinds():
+    integers = {"input_ids": Sequence(Value("int64")), "labels": LargeList(Value("int32"))}
+    return {
+        "a data set": as_dataset(),
+        "its torch format": as_dataset().with_format("torch"),
+        "another integer": as_dataset(features=Features(integers)),
+        "a list of tensors": [{"labels": torch.tensor(row, dtype=torch.long)} for row in LABELS],
+        "a list of lists": [{"labels": row or [-100]} for row in LABELS],
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_rows_without_targets_are_found(kind):
+    data = kinds()[kind]
+    found = find_rows_without_targets(data, default_data_collator, first=1)
+    assert (found.looked_at, found.indices, found.is_all) == (6, (1, 2, 3, 4), True)
+    assert find_rows_without_targets(data, default_data_collator, first=0).indices == (1, 4)
+
+
+def test_rows_that_were_shuffled_or_selected_are_named_as_they_stand():
+    found = find_rows_without_targets(as_dataset().select([5, 4, 0, 1]), default_data_collator, first=1)
+    assert found.indices == (1, 3)
+
+
+def test_classes_that_are_ignored_are_found():
+    data = Dataset.from_dict({"labels": [1, -100, 0]})
+    assert find_rows_without_targets(data, default_data_collator, first=0).indices == (1,)
+    rows = [{"labels": label} for label in (1, -100, 0)]
+    assert find_rows_without_targets(rows, default_data_collator, first=0).indices == (1,)
+
+
+def forbidden(rows):
+    raise AssertionError("somebody's code was run")
+
+
+class OwnDataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        forbidden(index)
+
+
+def test_nothing_is_said_where_labels_cannot_be_read_or_are_not_used():
+    makes_labels = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(DEMO_MODEL), mlm=False)
+    assert find_rows_without_targets(as_dataset(), makes_labels, first=1) is None
+    unknown = [
+        OwnDataset(),
+        Stream([{"labels": [-100]}]),
+        as_dataset().with_transform(forbidden),
+        as_dataset().to_iterable_dataset(),
+        as_dataset().remove_columns("labels"),
+        Dataset.from_dict({"labels": [[-100.0], [1.0]]}),  # numbers to predict, of which -100 is one
+        Dataset.from_dict({"labels": [[[-100]], [[1]]]}),
+        [{"labels": torch.tensor([-100.0])}],
+        [torch.zeros(3)],
+        [{"input_ids": [1]}],
+        [],
+        None,
+    ]
+    assert [find_rows_without_targets(data, default_data_collator, first=1) for data in unknown] == [None] * 12
+
+
+def test_a_large_data_set_is_looked_at_in_part(monkeypatch):
+    monkeypatch.setattr(empty_rows, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(empty_rows, "MOST_ROWS", 3)
+    found = find_rows_without_targets(as_dataset(), default_data_collator, first=1)
+    assert (found.looked_at, found.indices, found.is_all) == (4, (1, 2, 3), False)
+    assert found.describe("training").startswith("3 of the first 4 rows of the training set (75.0 %) have no target")
+    monkeypatch.setattr(empty_rows, "MOST_ROWS", 100)
+    monkeypatch.setattr(empty_rows, "MOST_LABELS", 6)
+    assert find_rows_without_targets(as_dataset(), default_data_collator, first=1).looked_at == 2
+
+
+def test_targets_of_micro_batches_are_counted():
+    rows = torch.tensor([[7, -100, 5], [7, -100, -100]])
+    assert int(count_targets({"labels": rows}, first=1)) == 1
+    assert int(count_targets({"labels": rows}, first=0)) == 3
+    assert int(count_targets({"labels": rows, "shift_labels": rows}, first=1)) == 3
+    assert count_targets({"start_positions": rows}, first=1) == 1
+    assert int(count_targets({"labels": torch.tensor([-100.0, 2.0])}, first=0)) == 2
+    counted = tally([{"labels": rows}, {"labels": rows[1:]}], 1, ["labels"])
+    assert [int(each) for each in counted] == [1, 2, 3]
+    assert [int(each) for each in tally([{"labels": torch.tensor([0, -100])}], 0, ["labels"])] == [1, 1, 2]
+    assert [int(each) for each in tally([{"labels": rows[1:, :1]}], 1, ["labels"])] == [0, 1, 1]
+    assert [int(each) for each in tally([{"labels": rows * 0 - 100, "other": 1}], 1, ["labels", "other"])] == [1, 0, 0]
