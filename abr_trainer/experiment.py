@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import math
@@ -24,9 +23,10 @@ from typing import Any
 from .arms import Arm, quoted
 from .errors import refuse_below
 from .flags import BUDGET, given_flags, is_on, refuse
+from .locking import locked
 from .processes import Forked, Launched, Process, start_quietly
 from .progress import Progress
-from .records import PROVENANCE, RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, write_whole
+from .records import PROVENANCE, RESULTS, TRAINER_STATE, is_unused, last_complete_checkpoint, read_json, write_whole
 from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
 
 OF_A_RUN = ("command_line", "classification", "job", "measurement", "modeling", "sentences", "tracking", "trainer")
@@ -102,7 +102,7 @@ class Run:
         arguments = [*self.argv, "--output_dir", str(self.directory)]
         if last_complete_checkpoint(self.directory):
             arguments += ["--resume_from_checkpoint", "true"]
-        elif self.directory.exists() and any(self.directory.iterdir()):
+        elif not is_unused(self.directory):
             arguments.append("--overwrite_output_dir")
         return arguments
 
@@ -288,14 +288,7 @@ class Experiment:
         Raises:
             ValueError: Another one is at work there, or has run with another launcher.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / ".lock", "w", encoding="utf-8") as self._lock:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"Another comparison, or a run that one has started, is at work in {self.out}."
-                ) from None
+        with locked(self.out, "--out") as self._lock:
             before = self._recorded().get("launcher", self.launcher)
             if before != self.launcher:
                 raise ValueError(
@@ -412,7 +405,7 @@ class Experiment:
             environment["CUDA_VISIBLE_DEVICES"] = device_of(slot, self._facts["devices"])
         launcher = shlex.split(self.launcher) or [sys.executable]
         command = [*launcher, str(self.script), *run.arguments()]
-        return Launched(command, environment, run.log, held=(self._lock.fileno(),))
+        return Launched(command, environment, run.log, held=(self._lock,))
 
     def _finish(self, run: Run, status: int, seconds: float) -> str:
         """Return what there is to say of a run that has ended.

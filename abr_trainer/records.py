@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,12 @@ RESULTS = "all_results.json"
 TRAINER_STATE = "trainer_state.json"
 COMPARISON = "comparison.json"
 CHECKPOINT_PREFIX = "checkpoint-"
+
+ABR_STATE_NAME = "abr_state.json"
+ABR_STATE_KEYS = {"ledger", "repeat_scheduler", "skips_in_a_row", "batches_in_epoch", "log"}
+
+LOCK_NAME = "_lock"
+"""Says who is at work in a directory. `Trainer` does not push it, as it begins with `_`."""
 
 TRACE_NAME = "abr_trace.jsonl"
 HISTORY_NAME = "perplexity_history.json"
@@ -70,10 +78,36 @@ def cut_lines(path: Path, step: int) -> int:
     return len(kept)
 
 
+def is_unused(directory: Path) -> bool:
+    """Tell whether a directory is missing, or holds nothing but a lock."""
+    return not directory.exists() or all(path.name == LOCK_NAME for path in directory.iterdir())
+
+
+# ---- Checkpoints ----
+
+
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint written to its end, or None. A killed run can leave a newer one half-written."""
-    checkpoints = sorted(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*"), key=step_of, reverse=True)
-    return next((str(checkpoint) for checkpoint in checkpoints if is_complete(checkpoint)), None)
+    """Return the newest checkpoint that a run can go on from, or None.
+
+    A killed run, a full disk or a broken copy can leave a newer one that is damaged.
+    """
+    return next((str(checkpoint) for checkpoint in newest_first(output_dir) if is_complete(checkpoint)), None)
+
+
+def passed_over(output_dir: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the checkpoints that are newer than the last complete one, each with its flaw."""
+    flaws = ((checkpoint, flaw_of(checkpoint)) for checkpoint in newest_first(output_dir))
+    for checkpoint, flaw in itertools.takewhile(lambda each: each[1] is not None, flaws):
+        yield checkpoint, flaw or ""
+
+
+def last_state(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the newest checkpoint whose `trainer_state.json` can be read, or None: enough for a report."""
+    return next((str(checkpoint) for checkpoint in newest_first(output_dir) if _step_in_state(checkpoint)), None)
+
+
+def newest_first(output_dir: str | os.PathLike[str]) -> list[Path]:
+    return sorted(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*"), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -83,5 +117,107 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint has been written to its end, which is the state of the trainer."""
-    return "global_step" in (read_json(checkpoint / TRAINER_STATE) or {})
+    """Tell whether a run can go on from a checkpoint as if it had not stopped."""
+    return flaw_of(checkpoint) is None
+
+
+def flaw_of(checkpoint: Path) -> str | None:
+    """Return which file keeps a run from going on from a checkpoint, and why; None if none does.
+
+    It looks at the beginning and the end of each file only, so that large checkpoints take no longer.
+    """
+    if not checkpoint.is_dir():
+        return "it is no directory"
+    if not (checkpoint / TRAINER_STATE).exists():
+        return f"{TRAINER_STATE} is missing"
+    if not _step_in_state(checkpoint):
+        return f"{TRAINER_STATE} is damaged"
+    state = checkpoint / ABR_STATE_NAME  # stock Trainer writes none
+    if state.exists() and not ABR_STATE_KEYS.issubset(read_json(state) or ()):
+        return f"{ABR_STATE_NAME} is damaged"
+    for pattern, is_whole in WHOLE.items():
+        for path in sorted(checkpoint.glob(pattern)):
+            if not is_whole(path):
+                return f"{path.relative_to(checkpoint)} is {'damaged' if path.stat().st_size else 'empty'}"
+    return _missing(checkpoint)
+
+
+def _step_in_state(checkpoint: Path) -> bool:
+    state = read_json(checkpoint / TRAINER_STATE)
+    return isinstance(state, dict) and "global_step" in state
+
+
+def _missing(checkpoint: Path) -> str | None:
+    """Return which file a checkpoint lacks, by what lies beside it."""
+
+    def has(*patterns: str) -> bool:
+        return any(next(checkpoint.glob(pattern), None) for pattern in patterns)
+
+    for index in sorted(checkpoint.glob("*.index.json")):
+        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+            if not has(shard):
+                return f"{shard} is missing"
+    weights = "adapter_model.safetensors" if has("adapter_config.json") else "model.safetensors"
+    needed = {
+        "rng_state.pth": ("rng_state*.pth",),
+        "optimizer.pt": ("optimizer*", "rank*-optimizer.pt"),
+        "scheduler.pt": ("scheduler.pt",),
+        weights: ("adapter_model.*", "*/adapter_model.*")
+        if has("adapter_config.json")
+        else ("model*.safetensors", "pytorch_model*", "*/adapter_model.*"),
+    }
+    if has("global_step*"):  # DeepSpeed keeps the others there
+        needed = {"rng_state.pth": needed["rng_state.pth"]}
+    missing = [name for name, patterns in needed.items() if not has(*patterns)]
+    if {"rng_state.pth", "optimizer.pt"} <= set(missing):
+        return "optimizer.pt and rng_state.pth are missing, as with --save_only_model"
+    return f"{missing[0]} is missing" if missing else None
+
+
+def _is_whole_json(path: Path) -> bool:
+    return isinstance(read_json(path), dict)
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Tell whether what `torch.save` wrote has its end: a zip file, whose directory comes last, or an old pickle."""
+    with path.open("rb") as file:
+        begins = file.read(2)
+    return zipfile.is_zipfile(path) if begins == b"PK" else begins.startswith(b"\x80")
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    return bool(tensors_in(path))
+
+
+def tensors_in(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the header of a `.safetensors` file says of its tensors; nothing if the file is cut."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length:
+            return {}
+        try:
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        except ValueError:
+            return {}
+    header.pop("__metadata__", None)
+    ends = [each["data_offsets"][1] for each in header.values()]
+    return header if size == 8 + length + max(ends, default=0) else {}
+
+
+WHOLE = {
+    "config.json": _is_whole_json,
+    "adapter_config.json": _is_whole_json,
+    "*.index.json": _is_whole_json,
+    "*.safetensors": _is_whole_safetensors,
+    "*/adapter_model.safetensors": _is_whole_safetensors,
+    "optimizer*.pt": _is_whole_archive,
+    "optimizer.bin": _is_whole_archive,
+    "scheduler.pt": _is_whole_archive,
+    "scaler.pt": _is_whole_archive,
+    "rng_state*.pth": _is_whole_archive,
+    "pytorch_model*.bin": _is_whole_archive,
+    "adapter_model.bin": _is_whole_archive,
+    "global_step*/*.pt": _is_whole_archive,
+}
+"""What a resumed run reads, and how to tell that it was written to its end."""

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .records import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_complete_checkpoint, read_json, read_lines
+from .records import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
 from .schedulers import Observation, Outcome, RepeatScheduler
 from .schedulers.base import NO_TARGETS
 
@@ -151,7 +151,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     arguments = (read_provenance(directory) or {"arguments": {}})["arguments"]
-    places = [str(directory), last_complete_checkpoint(directory)]
+    places = [str(directory), last_state(directory)]
     places += [arguments.get("tokenizer_name"), arguments.get("model_name_or_path")]
     for place in filter(None, places):
         try:

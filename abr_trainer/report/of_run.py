@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import learning_curve, over_loss, over_passes, over_time
-from ..records import RESULTS, TRAINER_STATE, last_complete_checkpoint, read_json, updates_of
+from ..records import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
 from ..replay import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
@@ -50,7 +50,7 @@ def report_on_run(directory: Path) -> Report:
 
 def evaluations(directory: Path, trace: list[dict[str, Any]], results: dict[str, Any]) -> list[list[Any]]:
     """Return `[passes, perplexity]` for each evaluation so far: of a run at work, those up to its last checkpoint."""
-    at = directory if (directory / TRAINER_STATE).is_file() else last_complete_checkpoint(directory)
+    at = directory if (directory / TRAINER_STATE).is_file() else last_state(directory)
     return [] if at is None else learning_curve(Path(at), trace, results)
 
 
