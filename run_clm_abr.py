@@ -23,7 +23,8 @@ from abr_trainer.errors import one_line_errors
 from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_splits
 from abr_trainer.measurement import EvaluationArguments, prepare_measurement
 from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.run_directory import check_output_dir, find_checkpoint
+from abr_trainer.readiness import telling_of_a_full_disk
+from abr_trainer.run_directory import check_output_dir, find_checkpoint, only_run_in
 from abr_trainer.tracking import PerplexityCallback, show_history
 from abr_trainer.trainer import ABRTrainer
 
@@ -39,7 +40,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
-        model_args, data_args, eval_args, args = parse_arguments(ARGUMENTS, argv)
+        arguments = parse_arguments(ARGUMENTS, argv)
+    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
+        return train_and_evaluate(argv, *arguments)
+
+
+def train_and_evaluate(
+    argv: list[str] | None,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    eval_args: EvaluationArguments,
+    args: ABRConfig,
+) -> dict[str, float]:
+    with one_line_errors(ValueError):
         if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
             args.metric_for_best_model = eval_args.metric
         if eval_args.eval_definition and not args.do_eval:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -14,6 +15,9 @@ from .config import ABRConfig
 from .errors import BadRow, one_line, one_line_errors
 from .evaluation import NoSuchMetric
 from .hub import PushError
+from .readiness import check_disk, mend_generation_config
+from .records import read_json
+from .resume import UnfitCheckpoint
 from .run_directory import replacing_previous_run, set_aside_later_checkpoints, write_provenance
 from .trainer import ABRTrainer, TooManySkips
 
@@ -59,7 +63,13 @@ def carry_out(
     """
     args: Any = trainer.args
     results: dict[str, float] = {}
-    with replacing_previous_run(args), one_line_errors(TooManySkips, NoSuchMetric, BadRow):
+    with one_line_errors(ValueError):
+        if args.do_train:
+            check_disk(args, trainer.model)
+            mend_generation_config(trainer.model)
+        if checkpoint is not None:
+            trainer.check_checkpoint(checkpoint)
+    with replacing_previous_run(args), one_line_errors(TooManySkips, NoSuchMetric, BadRow, UnfitCheckpoint):
         if trainer.is_world_process_zero():
             write_provenance(args, command, *arguments)
             print(*described, sep="\n", flush=True)
@@ -69,6 +79,8 @@ def carry_out(
             set_aside_later_checkpoints(args, checkpoint)
         if args.do_train:
             results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+            if not trainer.has_trained:  # what was measured when it was
+                results |= read_json(Path(args.output_dir, "train_results.json")) or {}
             trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated
             trainer.save_metrics("train", results)
     if args.do_eval:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from .config import ABRConfig
+from .errors import one_line_errors
 from .hub import fetch_checkpoint
+from .locking import locked
 from .provenance import versions_and_machine
 from .records import (
     CHECKPOINT_PREFIX,
@@ -27,11 +30,11 @@ from .records import (
     TASK_NAME,
     TRACE_NAME,
     TRAINER_STATE,
-    is_complete,
-    last_complete_checkpoint,
+    is_unused,
     step_of,
     write_whole,
 )
+from .resume import newest_checkpoint, refuse_damaged
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +64,31 @@ MAY_DIFFER = (
 """Beginnings of the names of arguments that a resumed run may change without changing the training."""
 
 
+@contextlib.contextmanager
+def only_run_in(config: ABRConfig) -> Iterator[None]:
+    """Keep other runs out of the output directory, from before the first check to the end.
+
+    The main process holds the lock; the others are told if it cannot.
+
+    Raises:
+        SystemExit: Another run is at work there, or nothing can be written there.
+    """
+    path = Path(str(config.output_dir))
+    with contextlib.ExitStack() as held:
+        with one_line_errors(ValueError):
+            refused: list[str | None] = [None]
+            if config.process_index == 0 and (path.is_dir() or not path.exists()):  # a file is refused below
+                try:
+                    held.enter_context(locked(path, "--output_dir"))
+                except ValueError as error:
+                    refused[0] = str(error)
+            if config.world_size > 1:
+                broadcast_object_list(refused)
+            if refused[0] is not None:
+                raise ValueError(refused[0])
+        yield
+
+
 def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = None) -> None:
     """Refuse what would mix two runs in one directory, or destroy what is no run, or what this one starts from.
 
@@ -70,7 +98,7 @@ def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = N
     path = Path(str(config.output_dir))
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {path} is a file.")
-    if config.process_index != 0 or not path.exists() or not any(path.iterdir()):
+    if config.process_index != 0 or is_unused(path):
         return
     if path.resolve() == Path(model_path).resolve():
         raise ValueError(f"--output_dir {path} is the directory of --model_name_or_path. Give another one.")
@@ -90,6 +118,9 @@ def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = N
             f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
             "--overwrite_output_dir to start over, or another directory."
         )
+    for file in [file for pattern in RUN_FILES for file in path.glob(pattern)]:
+        if not os.access(file, os.W_OK):
+            raise ValueError(f"--output_dir {path}: {file.name} cannot be written to. Change its permissions.")
 
 
 @contextlib.contextmanager
@@ -100,7 +131,7 @@ def replacing_previous_run(config: ABRConfig) -> Iterator[None]:
     """
     path = Path(str(config.output_dir))
     starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
-    if config.process_index != 0 or not starts_over or not path.exists():
+    if config.process_index != 0 or not starts_over or is_unused(path):
         yield
         return
     previous, failed_before = path / PREVIOUS, (path / PREVIOUS).exists()
@@ -158,19 +189,17 @@ def find_checkpoint(args: ABRConfig) -> str | None:
     directory. What is no directory is looked for on the Hub, and downloaded into the output directory.
 
     Raises:
-        ValueError: There is no such checkpoint.
+        ValueError: There is no such checkpoint, or the run cannot go on from it.
     """
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
-    found = last_complete_checkpoint(str(args.output_dir)) if str(wanted).lower() == "true" else wanted
-    if found is not None and not Path(found).exists():
-        return _fetched(str(found), args)
-    if found is None:
-        raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {args.output_dir}.")
-    if not is_complete(Path(found)):
-        raise ValueError(f"--resume_from_checkpoint {found} is not a complete checkpoint: no {TRAINER_STATE} in it.")
-    return found
+    if str(wanted).lower() == "true":
+        return newest_checkpoint(str(args.output_dir), says_so=args.process_index == 0)
+    if not Path(wanted).exists():
+        return _fetched(str(wanted), args)
+    refuse_damaged(wanted)
+    return str(wanted)
 
 
 def _fetched(name: str, args: ABRConfig) -> str:

@@ -37,7 +37,8 @@ from abr_trainer.engines import leave_ranks
 from abr_trainer.errors import one_line_errors
 from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_splits
 from abr_trainer.modeling import describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.run_directory import check_output_dir, find_checkpoint
+from abr_trainer.readiness import telling_of_a_full_disk
+from abr_trainer.run_directory import check_output_dir, find_checkpoint, only_run_in
 from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
@@ -52,7 +53,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def run(argv: list[str] | None) -> dict[str, float]:
     with one_line_errors(ValueError):
-        model_args, data_args, args = parse_arguments(ARGUMENTS, argv, recalled_flags(ARGUMENTS, argv))
+        arguments = parse_arguments(ARGUMENTS, argv, recalled_flags(ARGUMENTS, argv))
+    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
+        return train_and_evaluate(argv, *arguments)
+
+
+def train_and_evaluate(
+    argv: list[str] | None, model_args: ClassifierArguments, data_args: SentenceArguments, args: ClassifierConfig
+) -> dict[str, float]:
+    with one_line_errors(ValueError):
         splits = wanted_splits(args)
         if data_args.merge_validation and (args.do_eval or not args.do_train):
             raise ValueError("--merge_validation trains on the validation rows: give --do_train, and not --do_eval.")

@@ -146,8 +146,8 @@ def test_evaluation_alone_needs_no_training_text(tmp_path):
         (["--do_train", "--skip_outliers", "sometimes"], "invalid choice: 'sometimes'"),
         (["--do_train", "--learning_rate", "abc"], "--learning_rate/--learning-rate: invalid float value: 'abc'"),
         (
-            ["--do_train", "--load_best_model_at_end", "--eval_strategy", "epoch"],
-            "requires the save and eval strategy to match",
+            ["--do_train", "--do_eval", "--load_best_model_at_end", "--save_strategy", "no"],
+            "--load_best_model_at_end needs checkpoints: --save_strategy steps, epoch or best.",
         ),
     ],
 )
