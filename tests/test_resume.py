@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import EarlyStoppingCallback, MixtralConfig, MixtralForCausalLM, TrainerCallback, set_seed
 
-from abr_trainer import ABRConfig
-from abr_trainer.records import last_complete_checkpoint, read_lines
+from abr_trainer import ABRConfig, ABRTrainer
+from abr_trainer.records import flaw_of, last_complete_checkpoint, last_state, read_lines
+from abr_trainer.resume import UnfitCheckpoint, newest_checkpoint, refuse_damaged
 from abr_trainer.run_directory import find_checkpoint, set_aside_later_checkpoints
 from abr_trainer.schedulers import (
     SCHEDULERS,
@@ -23,7 +26,7 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
     get_repeat_scheduler,
 )
-from tests.conftest import Scripted, Stream, log_without_times, token_rows, weights
+from tests.conftest import QUIET, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 from tests.jobs import resumable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +98,104 @@ def test_a_finished_run_resumed_trains_no_more(train, tmp_path):
     again = train(output_dir=str(tmp_path / "run"), resume_from_checkpoint=True, **options)
     assert torch.equal(weights(again.model), weights(finished.model))
     assert again.ledger.passes == 8
+
+
+STOPS_EARLY = {
+    "metric_for_best_model": "perplexity",
+    "load_best_model_at_end": True,
+    "do_eval": True,
+    "num_train_epochs": 6,  # of three batches
+    "learning_rate": 5e-2,
+    "data": token_rows(6),
+    "save_strategy": "epoch",
+}
+"""A run that overfits at once, in which no evaluation is better than the first."""
+
+
+def stopping_early(train, patience=2, callback=None, **options):
+    if callback is None:
+        options["early_stopping_patience"] = patience
+    own = {"eval_dataset": token_rows(8, seed=5), "callbacks": [callback] if callback else []}
+    return train(**{**STOPS_EARLY, "trainer_options": own, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"save_strategy": "steps", "save_steps": 100, "eval_strategy": "steps", "eval_steps": 2},
+        {"save_strategy": "best", "eval_passes": 2},
+        {"callback": True},
+    ],
+    ids=["epochs", "no save is due", "by passes", "stock callback"],
+)
+def test_a_run_that_stopped_early_stays_so_when_it_is_resumed(train, caplog, options):
+    def callback():
+        return {"callback": EarlyStoppingCallback(2)} if "callback" in options else {}
+
+    stopped = stopping_early(train, **{**options, **callback()})
+    assert stopped.state.global_step < 18
+    for _ in range(2):
+        again = stopping_early(train, resume_from_checkpoint=True, **{**options, **callback()})
+        assert again.state.global_step == stopped.state.global_step
+        assert torch.equal(weights(again.model), weights(stopped.model))
+        assert log_without_times(again)[:-1] == log_without_times(stopped)[:-1]
+        assert "2 evaluations in a row were not better, as many as --early_stopping_patience. Nothing" in caplog.text
+        assert "train_loss" not in again.state.log_history[-1], "there is none"
+
+
+def test_with_more_patience_a_run_that_stopped_early_goes_on(train, tmp_path):
+    stopping_early(train, output_dir=str(tmp_path / "stopped"))
+    whole = stopping_early(train, patience=4, output_dir=str(tmp_path / "whole"))
+    resumed = stopping_early(train, patience=4, output_dir=str(tmp_path / "stopped"), resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == 15
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_end_of_max_steps_in_the_middle_of_an_epoch_stays_the_end(train, tmp_path, caplog, strategy):
+    options = {"output_dir": str(tmp_path / "run"), "save_strategy": strategy, "lr_scheduler_type": "constant"}
+    options |= {"eval_strategy": strategy, "eval_steps": 2, "trainer_options": {"eval_dataset": token_rows(2)}}
+    finished = train(max_steps=4, **options)
+    for _ in range(2):
+        again = train(max_steps=4, resume_from_checkpoint=True, **options)
+        assert again.state.global_step == 4
+        assert torch.equal(weights(again.model), weights(finished.model))
+        assert log_without_times(again)[:-1] == log_without_times(finished)[:-1]
+    assert "--max_steps 4 is reached. Nothing is trained" in caplog.text
+    longer = train(max_steps=9, resume_from_checkpoint=True, **options)
+    whole = train(max_steps=9, **{**options, "output_dir": str(tmp_path / "whole")})
+    assert torch.equal(weights(longer.model), weights(whole.model))
+
+
+def test_the_end_of_all_epochs_and_of_a_budget_stay_the_end(train, tmp_path, caplog):
+    epochs = {"output_dir": str(tmp_path / "epochs"), "save_strategy": "epoch"}
+    train(**epochs)
+    again = train(**epochs, resume_from_checkpoint=True)
+    assert (again.state.global_step, "all epochs are done" in caplog.text) == (6, True)
+    assert train(**epochs, num_train_epochs=2, resume_from_checkpoint=True).state.global_step == 12
+    # After each epoch an evaluation, and so after the budget, too, but not once more for each time it is resumed.
+    budget = {"output_dir": str(tmp_path / "budget"), "save_strategy": "epoch", "eval_strategy": "epoch"}
+    budget |= {"repeat_scheduler": ConstantScheduler(2), "trainer_options": {"eval_dataset": token_rows(2)}}
+    finished = train(**budget, max_passes=8)
+    again = train(**budget, max_passes=8, resume_from_checkpoint=True)
+    assert log_without_times(again)[:-1] == log_without_times(finished)[:-1]
+    assert "--max_passes 8 are spent" in caplog.text
+    assert train(**budget, max_passes=10, resume_from_checkpoint=True).ledger.passes == 10
+
+
+def test_what_a_callback_has_stopped_goes_on_and_says_so(train, tmp_path, caplog):
+    class StopsAtThree(TrainerCallback):
+        """As one that watches the clock, or a signal."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == 3
+
+    own = {"trainer_options": {"callbacks": [StopsAtThree()]}, "save_strategy": "steps"}
+    assert train(**own).state.global_step == 3
+    assert train(**own, resume_from_checkpoint=True).state.global_step == 6
+    assert "checkpoint-3. It goes on." in caplog.text
 
 
 @pytest.mark.parametrize("save_steps", [2, 3, 4, 10])
@@ -181,7 +282,8 @@ def test_a_stream_in_its_second_round_goes_on_where_it_stopped(train, tmp_path, 
 
 def test_a_budget_is_not_guessed(train, tmp_path):
     options = {"repeat_scheduler": Scripted(2), "max_passes": 8, "save_strategy": "steps", "save_steps": 2}
-    train(output_dir=str(tmp_path / "run"), save_only_model=True, **options)
+    train(output_dir=str(tmp_path / "run"), **options)
+    (tmp_path / "run" / "checkpoint-2" / "abr_state.json").unlink()
     with pytest.raises(ValueError, match="has no abr_state.json: what it spent of --max_passes is unknown"):
         train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), **options)
 
@@ -242,3 +344,177 @@ def test_a_checkpoint_that_is_not_there_is_told(build, tmp_path):
         find_checkpoint(build(resume_from_checkpoint="true").args)
     with pytest.raises(ValueError, match="is not a complete checkpoint"):
         find_checkpoint(build(resume_from_checkpoint=str(tmp_path)).args)
+
+
+# ---- Damaged checkpoints, and those of another run ----
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of six batches with a checkpoint after each second one."""
+    directory = tmp_path_factory.mktemp("saved")
+    args = ABRConfig(
+        str(directory),
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        save_strategy="steps",
+        save_steps=2,
+        repeat_scheduler="fixed",
+        **QUIET,
+    )
+    ABRTrainer(model=tiny_llama(), args=args, train_dataset=token_rows(12)).train()
+    return directory
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def cut(path, keeps):
+    path.write_bytes(path.read_bytes()[: int(keeps * path.stat().st_size)])
+
+
+FILES = ["optimizer.pt", "rng_state.pth", "scheduler.pt", "abr_state.json", "trainer_state.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("keeps", [0, 0.5, 0.99])
+@pytest.mark.parametrize("name", [*FILES, "config.json"])
+def test_a_damaged_file_is_named_and_the_newest_whole_checkpoint_is_taken(run, caplog, name, keeps):
+    cut(run / "checkpoint-6" / name, keeps)
+    whole = str(run / "checkpoint-4")
+    assert newest_checkpoint(str(run), says_so=True) == whole
+    assert f"checkpoint-6 is passed over: {name} is " in caplog.text
+    assert f"The run goes on from {whole}." in caplog.text
+    offered = rf"checkpoint-6 is not a complete checkpoint: {name} is .*beside it is {whole}\."
+    with pytest.raises(UnfitCheckpoint, match=offered):
+        refuse_damaged(str(run / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("name", sorted({*FILES} - {"abr_state.json"}))
+def test_a_missing_file_is_named(run, name):
+    (run / "checkpoint-6" / name).unlink()
+    assert flaw_of(run / "checkpoint-6") == f"{name} is missing"
+
+
+def test_a_file_full_of_zeros_is_damaged(run):
+    """As a power cut leaves one: of the right length, and never written."""
+    for name in ("optimizer.pt", "model.safetensors", "rng_state.pth"):
+        shutil.copytree(run / "checkpoint-4", run / "checkpoint-6", dirs_exist_ok=True)
+        path = run / "checkpoint-6" / name
+        path.write_bytes(bytes(path.stat().st_size))
+        assert flaw_of(run / "checkpoint-6") == f"{name} is damaged"
+
+
+def test_of_several_files_of_weights_none_may_be_missing(run, tmp_path):
+    from safetensors.torch import load_file
+
+    checkpoint = run / "checkpoint-6"
+    model = tiny_llama()
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, max_shard_size="5KB")
+    assert flaw_of(checkpoint) is None
+    shard = sorted(checkpoint.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert flaw_of(checkpoint) == f"{shard.name} is missing"
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(train, run, caplog):
+    cut(run / "checkpoint-6" / "optimizer.pt", 0)
+    options = {"repeat_scheduler": ConstantScheduler(2), "output_dir": str(run), "save_strategy": "steps"}
+    resumed = train(**options, resume_from_checkpoint=True)
+    assert resumed.repeat_scheduler.repeats == 2
+    assert resumed._initial_global_step == 4
+    assert "checkpoint-6 is passed over: optimizer.pt is empty" in caplog.text
+    for checkpoint in run.glob("checkpoint-*"):
+        cut(checkpoint / "rng_state.pth", 0.5)
+    with pytest.raises(UnfitCheckpoint, match=r"no complete checkpoint in .*checkpoint-4: rng_state.pth is damaged"):
+        train(**options, resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_model_alone_is_told(train, tmp_path):
+    options = {"repeat_scheduler": Scripted(1), "save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    train(**options)
+    with pytest.raises(UnfitCheckpoint, match="optimizer.pt and rng_state.pth are missing, as with --save_only_model"):
+        train(**options, resume_from_checkpoint=True)
+    assert last_state(tmp_path / "run"), "a report needs no more"
+
+
+def adapted(**options):
+    return get_peft_model(tiny_llama(), LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **options}))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: adapted(r=8), "it was saved with --lora_r 4, and this run has 8"),
+        (
+            lambda: adapted(target_modules=["q_proj", "v_proj"]),
+            "it has no base_model.model.model.layers.0.self_attn.v",
+        ),
+        (lambda: adapted(target_modules=["v_proj"]), "it has no base_model.model.model.layers.0.self_attn.v"),
+        (tiny_llama, "it holds an adapter, and this run trains all weights"),
+        (lambda: get_peft_model(tiny_llama(hidden_size=32), adapted().peft_config["default"]), r"is \(4, 16\) there"),
+    ],
+    ids=["r", "more targets", "other targets", "no adapter", "a wider model"],
+)
+def test_a_checkpoint_of_another_adapter_is_refused(train, tmp_path, model, message):
+    options = {"repeat_scheduler": Scripted(1), "save_strategy": "steps", "save_steps": 3}
+    train(**options, model=adapted())
+    assert train(**options, model=adapted(), resume_from_checkpoint=True).state.global_step == 6
+    with pytest.raises(UnfitCheckpoint, match=message):
+        train(**options, model=model(), resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (adapted, "it holds all weights, and this run trains an adapter"),
+        (lambda: tiny_llama(hidden_size=32), r"is \(\d+, 16\) there and \(\d+, 32\) here"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(train, run, model, message):
+    with pytest.raises(UnfitCheckpoint, match=message):
+        train(repeat_scheduler=Scripted(1), output_dir=str(run), model=model(), resume_from_checkpoint=True)
+
+
+def mixture():
+    """A model whose experts are one tensor in memory, and one each in a file."""
+    set_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes))
+
+
+def test_a_mixture_of_experts_goes_on_with_its_experts_and_loads_those_of_the_best(train, tmp_path):
+    options = {"repeat_scheduler": ConstantScheduler(2), "save_strategy": "steps", "save_steps": 3}
+    whole = train(**options, model=mixture(), output_dir=str(tmp_path / "whole"))
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = train(**options, model=mixture(), resume_from_checkpoint=checkpoint)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    best = stopping_early(train, model=mixture(), learning_rate=0.1, output_dir=str(tmp_path / "best"))
+    values = [logs["eval_perplexity"] for logs in best.state.log_history if "eval_perplexity" in logs]
+    assert min(values) < values[-1]
+    assert best.evaluate()["eval_perplexity"] == pytest.approx(min(values), rel=1e-6)
+
+
+def test_weights_that_are_there_by_no_name_are_missed(train, run):
+    deeper = tiny_llama(num_hidden_layers=3)
+    with pytest.raises(UnfitCheckpoint, match="it has no model.layers.2"):
+        train(repeat_scheduler=Scripted(1), output_dir=str(run), model=deeper, resume_from_checkpoint=True)
+
+
+def test_another_size_of_batches_is_said(train, run, caplog):
+    checkpoint = str(run / "checkpoint-2")
+    options = {"repeat_scheduler": ConstantScheduler(2), "output_dir": str(run), "resume_from_checkpoint": checkpoint}
+    train(**options)
+    assert "counted in batches" not in caplog.text
+    train(**options, per_device_train_batch_size=1, gradient_accumulation_steps=3)
+    assert "per_device_train_batch_size 2, now 1; gradient_accumulation_steps 1, now 3. Position" in caplog.text
+    state = json.loads((run / "checkpoint-2" / "abr_state.json").read_text())
+    del state["batch"]  # as of an older version
+    state["log"]["tr_loss"] *= 4
+    (run / "checkpoint-2" / "abr_state.json").write_text(json.dumps(state))
+    train(**options)
+    assert "was saved with processes 4, now 1. Position" in caplog.text
