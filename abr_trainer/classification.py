@@ -236,7 +236,7 @@ class ClassifierCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         shown = scores_in(metrics or {}, self._task)
         if shown and state.is_world_process_zero and not state.is_hyper_param_search:
-            is_best = self._has_ended and args.load_best_model_at_end
+            is_best = self._has_ended and args.load_best_model_at_end and state.best_model_checkpoint is not None
             name = f"Best, step {state.best_global_step}" if is_best else name_of(state.global_step, state.epoch)
             tqdm.write(f"{name}: {shown}, loss {metrics['eval_loss']:.4f}")
 

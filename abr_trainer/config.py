@@ -194,7 +194,8 @@ class ABRConfig(TrainingArguments):
         metadata={
             "help": "Stop when so many evaluations in a row are not better than the best by more than "
             "--early_stopping_threshold, and load the best checkpoint, by --metric_for_best_model (default in the "
-            "scripts: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves."
+            "scripts: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves, unless "
+            "told otherwise; a checkpoint is saved of each evaluation that is the best so far."
         },
     )
     early_stopping_threshold: float = field(
@@ -219,8 +220,10 @@ class ABRConfig(TrainingArguments):
             self.eval_strategy = by_default if self.do_eval else "no"
             if evaluates_with_saves and self.eval_steps is None:
                 self.eval_steps = self.save_steps
-        if self.load_best_model_at_end:
+        loads_best = self.load_best_model_at_end
+        if loads_best:
             self._check_that_the_best_is_saved()
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
         if str(self.resume_from_checkpoint).lower() in ("false", "no"):
             self.resume_from_checkpoint = None
         if self.hub_token is not None:
@@ -232,24 +235,24 @@ class ABRConfig(TrainingArguments):
             self.greater_is_better = False
         refuse_single_process_launch()
         self.plan()
+        self.load_best_model_at_end = False  # or each evaluation would have to fall on a checkpoint: we save each best
         super().__post_init__()
+        self.load_best_model_at_end = loads_best
         self._scale_with_batch_size()
 
     def _check_that_the_best_is_saved(self) -> None:
-        """Refuse to look for the best of evaluations that no checkpoint belongs to.
+        """Refuse to look for the best where there are no evaluations or no checkpoints.
 
         Raises:
-            ValueError: There are no evaluations, or they come between checkpoints.
+            ValueError: There are none.
         """
         flag = "--load_best_model_at_end" if self.early_stopping_patience is None else "--early_stopping_patience"
-        if self.eval_strategy == "no":
-            raise ValueError(f"{flag} needs evaluations: --do_eval, and --eval_strategy steps or epoch.")
-        by_steps = self.save_strategy == self.eval_strategy == "steps"
-        if by_steps and self.eval_steps != self.save_steps and self.early_stopping_patience is not None:
+        if self.eval_strategy == "no" and not self.eval_passes:
             raise ValueError(
-                f"{flag} needs a checkpoint of each evaluation: --eval_steps is {self.eval_steps}, --save_steps "
-                f"{self.save_steps}."
+                f"{flag} needs evaluations: --do_eval, and --eval_strategy steps or epoch, or --eval_passes."
             )
+        if self.save_strategy == "no":
+            raise ValueError(f"{flag} needs checkpoints: --save_strategy steps, epoch or best.")
 
     def plan(self) -> None:
         """Check the fields above, take `max_steps` for a cap that was asked for, and lower it to what the budget buys.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from .records import HISTORY_NAME, TRACE_NAME, read_json, read_lines, write_whole
+from .records import HISTORY_NAME, TRACE_NAME, read_json, read_lines, step_of, write_whole
 from .schedulers import Outcome
 
 if TYPE_CHECKING:
@@ -35,13 +35,40 @@ WORSE = 0.005
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """That of transformers, which a resumed run goes on with: its count of evaluations comes from the checkpoint."""
+    """That of transformers, for several calls of `train`, and for evaluations by `eval_passes`."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        counted = kept["attributes"] if isinstance(kept, dict) else {}
-        self.early_stopping_patience_counter = counted.get("early_stopping_patience_counter", 0)
+        self.early_stopping_patience_counter = evaluations_without_gain(state, self)
+
+
+def evaluations_without_gain(state: TrainerState, callback: EarlyStoppingCallback) -> int:
+    """Return how many evaluations in a row were not better when the checkpoint was saved that a run goes on from."""
+    states: Any = state.stateful_callbacks
+    kept = states.get(type(callback).__name__) if state.global_step else None
+    counted = kept["attributes"] if isinstance(kept, dict) else {}
+    return int(counted.get("early_stopping_patience_counter", 0))
+
+
+def doubt_of_the_best(args: Any, state: TrainerState) -> str | None:
+    """Return what is to be said of the best model that a run loads at its end; None if it is the best evaluated."""
+    metric = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+    values = [(logs["step"], logs[metric]) for logs in state.log_history if metric in logs]
+    best, saved = state.best_global_step, state.best_model_checkpoint
+    loaded = f"the model is that of batch {step_of(Path(saved)) if saved else state.global_step}"
+    if not any(step for step, _ in values):
+        return f"No best model: nothing was evaluated while training, and {loaded}."
+    if best is None:
+        return f"No best model: {metric} was at no evaluation a finite number, and {loaded}."
+    if saved is None or step_of(Path(saved)) != best or not Path(saved).is_dir():
+        return f"No checkpoint of the best evaluation, that of batch {best}, is there any more, and {loaded}."
+    sign = 1 if args.greater_is_better else -1
+    before = next((value for step, value in values if step == 0), math.nan)
+    if state.best_metric is not None and sign * before > sign * state.best_metric:
+        return (
+            f"Training made the model worse: {metric} was {before:.4g} before the first batch and is "
+            f"{state.best_metric:.4g} at best after it. Of the checkpoints the best is loaded: {loaded}."
+        )
+    return None
 
 
 @dataclass(frozen=True)

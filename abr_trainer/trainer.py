@@ -29,6 +29,7 @@ import dataclasses
 import functools
 import math
 import operator
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -54,13 +55,14 @@ from .ledger import ComputeLedger, forward_share
 from .loss_scale import LossScale, find_loss_scale, has_own_loss, weighted_loss
 from .perplexity import perplexity_of
 from .pushing import HubMixin, Pushes
+from .readiness import mend_generation_config
 from .resume import ResumeMixin
 from .schedulers import ConstantScheduler, Observation, Outcome, RepeatScheduler
 from .schedulers.base import NO_TARGETS
 from .support import check_schedule, refuse_unsupported
 from .targets import first_target, shifts_labels, tally, trainer_counts_targets
 from .token_accuracy import Hits, accuracy_of, counting_hits, summed
-from .tracking import EarlyStopping
+from .tracking import EarlyStopping, doubt_of_the_best
 
 logger = logging.get_logger(__name__)
 
@@ -198,6 +200,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         self._non_finite_batches = 0
         self._batches_in_epoch = 0
         self._rows_passed = self._rows_without_targets = 0
+        self._saved_at: int | None = None
 
     def _forward_share(self) -> Fraction:
         sizes = self._parameter_sizes()
@@ -246,6 +249,11 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self._budget is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
             self.state.compute_steps(self.args, self._budget)
+        mend_generation_config(self.model)
+        if checkpoint is not None:
+            self._restore_evaluations(checkpoint)
+            if self._has_ended(checkpoint):
+                return num_train_epochs, 0
         if self.state.global_step < self._primer_epoch:
             return -1, self.state.global_step * self.args.gradient_accumulation_steps
         if checkpoint is None or self.args.ignore_data_skip:
@@ -313,9 +321,6 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if not self._is_active:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._is_spent():  # a finished run, resumed
-            self.control.should_training_stop = True
-            return [], None
         self._batch = _Batch()
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batch_samples) < num_batches:
@@ -494,10 +499,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             batch.excerpts = self._excerpts()
         batch.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed)
         batch.learning_rate = decision.learning_rate
-        batch.evaluation_is_due = self._crosses_mark("eval_passes", spent_before)
-        batch.checkpoint_is_due = self._crosses_mark("save_passes", spent_before)
         if self._is_spent():
             self.state.max_steps = self.state.global_step + 1  # Trainer stops, evaluates and saves by its own rules.
+        is_last = self.state.global_step + 1 >= self.state.max_steps
+        wants_last = is_last and self.args.load_best_model_at_end and self._setting("eval_passes") is not None
+        batch.evaluation_is_due = self._crosses_mark("eval_passes", spent_before) or wants_last
+        batch.checkpoint_is_due = self._crosses_mark("save_passes", spent_before)
 
     def _replay(
         self, decision: _Decision, model: nn.Module, one_pass: Callable[..., Tensor]
@@ -610,9 +617,31 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self._finish_batch(outcome)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if outcome is not None and len(self._skips_in_a_row) >= self._setting("max_consecutive_skips"):
-            if not self.control.should_save:
+            if self._saved_at != self.state.global_step:
                 self._save_checkpoint(model, trial)
             raise TooManySkips(self._explain_skips(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._is_active and self._saved_at == self.state.global_step:
+            # The epoch has ended since, with an evaluation. A push may have linked the files: they are made anew.
+            if self.args.should_save:
+                shutil.rmtree(self._checkpoint_folder(trial), ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self._saved_at = self.state.global_step
+
+    def _checkpoint_folder(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        is_new_best: bool = super()._determine_best_metric(*args, **kwargs)
+        if not self._is_active:
+            return is_new_best
+        if self.args.load_best_model_at_end:
+            # What an evaluation decides is in a checkpoint: that the model is the best, or that the run ends early.
+            ends_early = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+            self.control.should_save = self.control.should_save or is_new_best or ends_early
+        return is_new_best or self.control.should_save  # else `save_strategy="best"` drops a checkpoint that is due
 
     def _finish_batch(self, outcome: Outcome) -> None:
         batch, self._batch = self._batch, _Batch()
@@ -668,10 +697,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             f"{batch + 1} ({loss if loss == NO_TARGETS else f'loss {loss}'})"  # kept by index, from 0
             for batch, loss in self._skips_in_a_row[-5:]
         )
-        saved = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         return (
             f"{len(self._skips_in_a_row)} batches in a row were skipped, --max_consecutive_skips is "
-            f"{self._setting('max_consecutive_skips')}. The last were {last}. The run is saved in {saved}: "
+            f"{self._setting('max_consecutive_skips')}. The last were {last}. The run is saved in "
+            f"{self._checkpoint_folder(trial)}: "
             "look at these batches and at the learning rate, or raise the limit, and resume."
         )
 
@@ -782,12 +811,22 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             logs.update(self._window.logs(self.ledger))
             self._window = LogWindow()
         elif self._is_active and "train_runtime" in logs:
+            if not self.has_trained:
+                del logs["train_loss"]  # the mean of nothing, which Trainer takes for 0
             logs.update({f"train_{name}": value for name, value in self.ledger.summary().items()})
         super().log(logs, *args, **kwargs)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether this call of `train` has trained on any batch: not so, where a run that had ended is resumed."""
+        return self.state.global_step > getattr(self, "_initial_global_step", 0)  # Trainer has it since 5.20 or so
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self._is_active:
             self._tell_of_rows_without_targets()
+        loads_best = self._is_active and self.args.load_best_model_at_end
+        if loads_best and self.is_world_process_zero() and (doubt := doubt_of_the_best(self.args, self.state)):
+            logger.warning(doubt)
         if self._is_active and self._budget is not None:
             # Trainer planned for as many batches as the budget could have bought.
             num_train_samples = self.state.global_step * self.get_total_train_batch_size(self.args)

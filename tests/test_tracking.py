@@ -7,18 +7,20 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records import HISTORY_NAME, TRACE_NAME, read_lines
 from abr_trainer.tracking import Evaluation, PerplexityCallback, overfitting, show_history, summary
-from tests.conftest import tiny_llama, token_rows, weights
+from tests.conftest import RUN, tiny_llama, token_rows, weights
 
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 3, "eval_on_start": True}
 
@@ -217,8 +219,8 @@ def test_early_stopping_evaluates_where_it_saves_and_goes_on_after_a_resume(trai
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_passes": 2}, "--early_stopping_patience needs evaluations: --do_eval, and --eval_strategy steps or"),
-        ({"eval_strategy": "steps", "eval_steps": 5}, "needs a checkpoint of each evaluation: --eval_steps is 5,"),
+        ({"eval_strategy": "no"}, "--early_stopping_patience needs evaluations: --do_eval, and --eval_strategy"),
+        ({"save_strategy": "no"}, "--early_stopping_patience needs checkpoints: --save_strategy steps, epoch"),
         ({"early_stopping_patience": 0}, "--early_stopping_patience must be at least 1, got 0."),
         ({"early_stopping_patience": None, "load_best_model_at_end": True, "do_eval": False}, "needs evaluations"),
     ],
@@ -226,6 +228,110 @@ def test_early_stopping_evaluates_where_it_saves_and_goes_on_after_a_resume(trai
 def test_a_best_that_no_checkpoint_would_keep_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ABRConfig(str(tmp_path), **{"early_stopping_patience": 2, "do_eval": True, "use_cpu": True, **options})
+
+
+WORSE_FROM_THE_FIRST_ON = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "perplexity",
+    "do_eval": True,
+    "learning_rate": 5e-2,
+    "num_train_epochs": 4,  # of three batches
+    "data": token_rows(6),
+    "trainer_options": {"eval_dataset": token_rows(8, seed=5)},
+}
+"""A run that overfits at once: of its evaluations the first is the best."""
+
+
+def evaluated(trainer):
+    """The perplexities of a run by the batch that they were measured after."""
+    return {logs["step"]: logs["eval_perplexity"] for logs in trainer.state.log_history if "eval_perplexity" in logs}
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2, "save_steps": 10}, [2, 4, 6, 8, 10, 12]),
+        ({"eval_strategy": "steps", "eval_steps": 4, "save_steps": 3}, [4, 8, 12]),
+        ({"eval_passes": 2, "save_passes": 7}, [2, 4, 6, 8, 10, 12]),
+        ({"eval_passes": 5, "save_strategy": "epoch"}, [5, 10, 12]),
+        ({"eval_passes": 0.25, "max_passes": 10, "save_steps": 100}, [3, 5, 8, 10]),
+        ({"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3}, [3, 6, 9, 12]),
+        ({"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "save_passes": 6}, [2, 4, 6, 8, 10, 12]),
+        ({"eval_passes": 2, "save_total_limit": 1}, [2, 4, 6, 8, 10, 12]),
+    ],
+)
+def test_the_best_of_all_evaluations_is_the_model_that_is_loaded(train, when, expected):
+    trainer = train(**{**WORSE_FROM_THE_FIRST_ON, "save_strategy": "steps", **when})
+    measured = evaluated(trainer)
+    assert list(measured) == expected
+    best = min(measured, key=measured.__getitem__)
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_perplexity"] == pytest.approx(measured[best], rel=1e-6)
+    saved = {path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
+    assert f"checkpoint-{best}" in saved
+    if when.get("save_passes") == 6:
+        assert {"checkpoint-6", "checkpoint-12"} <= saved, "that they are not the best does not drop them"
+
+
+def test_early_stopping_goes_with_evaluations_by_passes(train):
+    trainer = train(**WORSE_FROM_THE_FIRST_ON, early_stopping_patience=2, eval_passes=2, save_strategy="steps")
+    assert list(evaluated(trainer)) == [2, 4, 6]
+    assert trainer.state.global_step == 6
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+
+
+def test_a_model_that_training_made_worse_is_told(train, caplog):
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_on_start": True}
+    trainer = train(**WORSE_FROM_THE_FIRST_ON, **options)
+    measured = evaluated(trainer)
+    assert (
+        f"Training made the model worse: eval_perplexity was {measured[0]:.4g} before the first batch" in caplog.text
+    )
+    assert "the model is that of batch 3." in caplog.text
+
+
+def test_a_best_that_could_not_be_found_is_told(train, caplog):
+    class Broken(ABRTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            return {name: math.nan if "perplexity" in name else value for name, value in metrics.items()}
+
+    train(**WORSE_FROM_THE_FIRST_ON, trainer_cls=Broken, eval_strategy="epoch", save_strategy="epoch")
+    assert "No best model: eval_perplexity was at no evaluation a finite number" in caplog.text
+    assert "the model is that of batch 12." in caplog.text
+
+
+def test_a_best_without_evaluations_or_without_its_checkpoint_is_told(train, caplog, tmp_path):
+    class Forgetful(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                shutil.rmtree(Path(args.output_dir, "checkpoint-3"))
+
+    epochs = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    train(**WORSE_FROM_THE_FIRST_ON, **epochs, eval_delay=100)
+    assert "No best model: nothing was evaluated while training, and the model is that of batch 12." in caplog.text
+    own = {**WORSE_FROM_THE_FIRST_ON["trainer_options"], "callbacks": [Forgetful()]}
+    train(**{**WORSE_FROM_THE_FIRST_ON, "trainer_options": own}, **epochs, output_dir=str(tmp_path / "forgetful"))
+    assert "No checkpoint of the best evaluation, that of batch 3, is there any more" in caplog.text
+
+
+def test_a_run_that_was_moved_finds_its_best_checkpoint(train, tmp_path):
+    epochs = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    whole = train(**WORSE_FROM_THE_FIRST_ON, **epochs, output_dir=str(tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    checkpoint = str(tmp_path / "after" / "checkpoint-6")
+    moved = train(**WORSE_FROM_THE_FIRST_ON, **epochs, resume_from_checkpoint=checkpoint)
+    assert moved.state.best_model_checkpoint == str(tmp_path / "after" / "checkpoint-3")
+    assert torch.equal(weights(moved.model), weights(whole.model))
+
+
+def test_the_flags_of_passes_go_with_the_best_model(tmp_path):
+    output = tmp_path / "run"
+    flags = ["--max_passes", "8", "--eval_passes", "2", "--save_passes", "4", "--load_best_model_at_end"]
+    results = run_clm_abr.run([*RUN, *flags, "--per_device_train_batch_size", "4", "--output_dir", str(output)])
+    state = json.loads((output / "trainer_state.json").read_text())
+    log = [logs["eval_perplexity"] for logs in state["log_history"] if "eval_perplexity" in logs and logs["step"]]
+    assert results["eval_perplexity"] == pytest.approx(min(log), rel=1e-6)
 
 
 def test_early_stopping_without_patience_is_told():
