@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters import FLAG, embeddings_in, load_adapter, read_adapter, unwrapped
-from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer
-from .pruning import matrices, refuse_in_use, refuse_quantised, sparsity_report, written_whole
+from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer, load_written
+from .pruning import (
+    Matrix,
+    matrices,
+    refuse_in_use,
+    refuse_lost_zeros,
+    refuse_quantised,
+    sparsity_report,
+    written_whole,
+    zeros_in,
+)
 
 SPARSE = 0.05
 """A base counts as sparse where an adapter changes a matrix with more than this share of zeros."""
@@ -48,15 +57,17 @@ class Merged:
     Attributes:
         keep_mask: Whether zeros of the base were kept.
         highest_zeros: The highest share of zeros in a matrix of the base that the adapter changes.
+        zeros_kept: How many zeros of the base were kept, as counted in what was written, and in how many matrices.
         by_adapter: How far the adapter moves the logits.
         by_merging: How far merging does: rounding, and what the mask takes away.
         by_writing: How far writing and reading does.
         dtype: Of the weights.
-        sparsity: The `sparsity_report` of what is merged.
+        sparsity: The `sparsity_report` of what was written.
     """
 
     keep_mask: bool
     highest_zeros: float
+    zeros_kept: tuple[int, int]
     by_adapter: float
     by_merging: float
     by_writing: float
@@ -64,10 +75,25 @@ class Merged:
     sparsity: dict[str, dict[str, float]]
 
 
+def _keeping_zeros(model: PeftModel) -> list[Matrix]:
+    """Return the matrices of the base of which zeros stay zero under the mask.
+
+    Embeddings or a head that were trained as a whole are not among them: their rows of zeros are often tokens that
+    were added, which the adapter has given values.
+    """
+    tables = _tables(model.get_base_model())
+    return [each for each in matrices(model) if not (each.is_replaced and any(each.module is it for it in tables))]
+
+
+def _changed(model: PeftModel) -> list[Matrix]:
+    """Return those of them that the adapter changes."""
+    return [each for each in _keeping_zeros(model) if each.is_adapted or each.is_replaced]
+
+
 @torch.no_grad()
 def zeros_under(model: PeftModel) -> float:
     """Return the highest share of zeros in a matrix of the base that the adapter changes."""
-    shares = [float((each.values() == 0).float().mean()) for each in matrices(model) if each.is_adapted]
+    shares = [float((each.values() == 0).float().mean()) for each in _changed(model)]
     return max(shares, default=0.0)
 
 
@@ -85,7 +111,7 @@ def merge_adapter(model: PeftModel, keep_mask: bool = True) -> PreTrainedModel:
     """
     for matrix in matrices(model):
         refuse_quantised(matrix)
-    zeros = {matrix.name: matrix.values() == 0 for matrix in matrices(model) if matrix.is_adapted}
+    zeros = {matrix.name: matrix.values() == 0 for matrix in _changed(model)} if keep_mask else {}
     were_tied = _untie(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
@@ -93,13 +119,9 @@ def merge_adapter(model: PeftModel, keep_mask: bool = True) -> PreTrainedModel:
     if were_tied:
         _tie_if_equal(merged)
     for matrix in matrices(merged):
-        if keep_mask and matrix.name in zeros:
+        if matrix.name in zeros:
             matrix.values().masked_fill_(zeros[matrix.name], 0)
-    if keep_mask:
-        left = {matrix.name: int((matrix.values() == 0).sum()) for matrix in matrices(merged)}
-        denser = [name for name, before in zeros.items() if left[name] < int(before.sum())]
-        if denser:
-            raise RuntimeError(f"Merged under the mask, these have fewer zeros than before: {', '.join(denser)}.")
+    refuse_lost_zeros({name: int(mask.sum()) for name, mask in zeros.items()}, zeros_in(matrices(merged)))
     return merged
 
 
@@ -155,7 +177,8 @@ def merge_to(load: AdaptedArguments, arguments: MergeArguments) -> Merged:
     """Merge an adapter into its base, into a directory, all or nothing, and make sure of what was written.
 
     It is loaded again as anybody would. Its logits must be those of the base with the adapter beside it, under a mask
-    those of the merged model in memory: up to `TOLERANCE`, on 64 tokens from all over the vocabulary.
+    those of the merged model in memory: up to `TOLERANCE`, on 64 tokens from all over the vocabulary. Under a mask
+    no matrix may have fewer zeros than in the base.
 
     Raises:
         ValueError: They cannot be merged.
@@ -166,20 +189,20 @@ def merge_to(load: AdaptedArguments, arguments: MergeArguments) -> Merged:
     model = load_adapter(load_base(load, config, "cpu"), adapter, load.model_name_or_path)
     zeros = zeros_under(model)
     keep_mask = zeros > SPARSE if arguments.keep_mask is None else arguments.keep_mask
+    expected_zeros = zeros_in(_keeping_zeros(model)) if keep_mask else {}
     ids = _tokens_from_all_over(model)
     beside = _logits(model, ids)
     with model.disable_adapter():
         by_adapter = _distance(_logits(model, ids), beside)
     merged = merge_adapter(model, keep_mask)
     expected = _logits(merged, ids)
-    by_merging, report, dtype = _distance(expected, beside), sparsity_report(merged), merged.dtype
+    by_merging, dtype = _distance(expected, beside), merged.dtype
     with written_whole(arguments.output_dir) as unfinished:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         del model, merged
-        written = AutoModelForCausalLM.from_pretrained(
-            unfinished, attn_implementation=load.attn_implementation, trust_remote_code=load.trust_remote_code
-        )
+        written = load_written(load, unfinished)
+        refuse_lost_zeros(expected_zeros, zeros_in(matrices(written)))
         by_writing = _distance(_logits(written, ids), expected)
         moved, tolerance = by_writing + (0 if keep_mask else by_merging), TOLERANCE.get(dtype, 1e-5)
         if not moved <= tolerance:  # nor if it is not a number
@@ -188,7 +211,16 @@ def merge_to(load: AdaptedArguments, arguments: MergeArguments) -> Merged:
                 f"differ by {moved:.1e} of their norm, above {tolerance:.0e}. --torch_dtype float32 rounds less; if "
                 "that does not help, this adapter cannot be merged."
             )
-    return Merged(keep_mask, zeros, by_adapter, by_merging, by_writing, str(dtype).removeprefix("torch."), report)
+        return Merged(
+            keep_mask=keep_mask,
+            highest_zeros=zeros,
+            zeros_kept=(sum(expected_zeros.values()), sum(count > 0 for count in expected_zeros.values())),
+            by_adapter=by_adapter,
+            by_merging=by_merging,
+            by_writing=by_writing,
+            dtype=str(dtype).removeprefix("torch."),
+            sparsity=sparsity_report(written),
+        )
 
 
 def _tokens_from_all_over(model: PeftModel) -> Tensor:
@@ -211,8 +243,10 @@ def describe_merge(merged: Merged) -> list[str]:
     """Return a line each on the mask, and on what was made sure of."""
     share = f"up to {merged.highest_zeros:.1%} of a matrix that the adapter changes is zero in the base"
     how = "merged under the mask" if merged.keep_mask else "the base with the adapter"
+    zeros, matrices_with_zeros = merged.zeros_kept
+    counted = f"; all {zeros:,} zeros in {matrices_with_zeros:,} matrices were counted in what was written"
     return [
-        f"mask        {'kept' if merged.keep_mask else 'not kept'}: {share}",
+        f"mask        {'kept' if merged.keep_mask else 'not kept'}: {share}{counted if merged.keep_mask else ''}",
         f"logits      merging moved them by {merged.by_merging:.1e} of their norm, the adapter by "
         f"{merged.by_adapter:.1e}",
         f"written     {merged.dtype}, loads as {how}, to {merged.by_writing:.1e}",

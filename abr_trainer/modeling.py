@@ -31,10 +31,12 @@ from transformers.utils import logging
 from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
 from .demo import DEMO_MODEL
 from .errors import one_line, refuse_below
+from .experts import layers_beside_experts, linear_routers
 
 logger = logging.get_logger(__name__)
 
-LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
+LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *LLAMA_MLP)
 HEADS_OF_PEFT = ("classifier", "score")
 """Heads that PEFT trains and saves by itself where an adapter is for classification."""
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
@@ -168,8 +170,8 @@ class ModelArguments(AdaptedArguments):
         default=None,
         metadata={
             "help": "Layers to adapt, by the end of their names, or all-linear. Default: those of "
-            "--adapter_name_or_path, else the attention and MLP projections of LLaMA-like models, all-linear of "
-            "others."
+            "--adapter_name_or_path, else the attention and MLP projections of LLaMA-like models, the attention's "
+            "of mixtures of experts, all-linear of others."
         },
     )
 
@@ -332,12 +334,16 @@ def load_model(
         model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
     if adapter is None:
         # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
-        return get_peft_model(
-            model,
-            lora_config(arguments, model, heads),
-            autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
-            revision=None if arguments.model_revision == "main" else arguments.model_revision,
-        )
+        config_of_adapter = lora_config(arguments, model, heads)
+        try:
+            return get_peft_model(
+                model,
+                config_of_adapter,
+                autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
+                revision=None if arguments.model_revision == "main" else arguments.model_revision,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(_without_adapter_because(error, arguments)) from error
     adapted = load_adapter(model, adapter, arguments.model_name_or_path, True, arguments.lora_dropout, arguments.task)
     if embeddings_in(adapted) < len(tokenizer):
         raise ValueError(
@@ -345,6 +351,15 @@ def load_model(
             f"base have embeddings of {embeddings_in(adapted)}. Give --tokenizer_name of what it was trained with."
         )
     return adapted
+
+
+def _without_adapter_because(error: Exception, arguments: ModelArguments) -> str:
+    targets = " ".join(arguments.lora_target_modules or ["(default)"])
+    if "does not work with lora_dropout" in str(error):
+        reason = "experts are adapted without dropout: give --lora_dropout 0, or name no layers of experts"
+    else:
+        reason = one_line(error)
+    return f"--lora_target_modules {targets} cannot be adapted: {reason.rstrip('.')}."
 
 
 def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | torch.device) -> PreTrainedModel:
@@ -376,6 +391,14 @@ def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | 
     )
     if getattr(model, "is_quantized", False):
         keep_packing(model)
+    return model
+
+
+def load_written(arguments: LoadArguments, directory: str | Path) -> PreTrainedModel:
+    """Load a model that was written to a directory, as anybody would."""
+    model: PreTrainedModel = AUTO_CLASSES[arguments.task].from_pretrained(
+        directory, attn_implementation=arguments.attn_implementation, trust_remote_code=arguments.trust_remote_code
+    )
     return model
 
 
@@ -463,9 +486,7 @@ def lora_config(arguments: ModelArguments, model: PreTrainedModel, heads: Sequen
     settings: Any = arguments  # in which nothing of LoRA is None any more, but the targets
     targets = settings.lora_target_modules
     if targets is None:
-        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        usual = arguments.usual_targets
-        targets = list(usual) if names.issuperset(usual) else "all-linear"
+        targets = usual_targets(arguments, model)
     elif targets == ["all-linear"]:
         targets = "all-linear"
     return LoraConfig(
@@ -475,7 +496,23 @@ def lora_config(arguments: ModelArguments, model: PreTrainedModel, heads: Sequen
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
+        exclude_modules=(targets == "all-linear" and linear_routers(model)) or None,
     )
+
+
+def usual_targets(arguments: ModelArguments, model: PreTrainedModel) -> list[str] | str:
+    """Return the layers to adapt where none are named; of mixtures of experts those of the attention alone.
+
+    PEFT adapts a stack of experts as a parameter, without dropout, and takes the names of an MLP's layers for those of
+    experts.
+    """
+    usual = set(arguments.usual_targets)
+    beside = layers_beside_experts(model, model.get_output_embeddings())
+    if beside is None:
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        return list(arguments.usual_targets) if names >= usual else "all-linear"
+    beside -= set(LLAMA_MLP)
+    return sorted(beside & usual if beside >= {"q_proj", "v_proj"} else beside)
 
 
 def describe_model(model: PreTrainedModel | PeftModel, adapter: str | None = None) -> list[str]:

@@ -13,19 +13,20 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import WRAPPED
-from .modeling import LoadArguments, load_base, load_config, load_tokenizer
+from .experts import has_inputs_first, is_router
+from .modeling import LoadArguments, load_base, load_config, load_tokenizer, load_written
 from .perplexity import without_adapter
 
 LAYERS = (nn.Linear, Conv1D)
 """Layers that are pruned; quantised ones are kinds of these."""
-
-ADAPTER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save", "token_adapter")
-"""Names of modules that belong to an adapter."""
 
 
 # ---- What there is ----
@@ -36,54 +37,91 @@ Count = tuple[int, int]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of the base model.
+    """A matrix of the base model: a layer, a table of embeddings, one expert of a stack, or any other parameter.
 
     Attributes:
-        name: As in the base model, also inside an adapter.
-        module: Whose weight it is.
-        is_adapted: Whether an adapter stands beside it.
+        name: As in the base model, also inside an adapter; of an expert with its index.
+        module: Whose parameter it is.
+        parameter: Name of the parameter in the module.
+        is_adapted: Whether an adapter changes it.
+        is_replaced: Whether an adapter has trained the whole module in the place of this one.
+        expert: Its index in a stack of experts.
     """
 
     name: str
     module: nn.Module
-    is_adapted: bool
+    parameter: str = "weight"
+    is_adapted: bool = False
+    is_replaced: bool = False
+    expert: int | None = None
 
     @property
     def kind(self) -> str:
         """Its name in a block, q_proj for one."""
         return self.name.rpartition(".")[2]
 
+    @property
+    def is_layer(self) -> bool:
+        """Whether it multiplies inputs: a linear layer or an expert."""
+        return self.expert is not None or isinstance(self.module, LAYERS)
+
     def values(self) -> Tensor:
-        """Return the values, `(outputs, inputs)`: of 4-bit weights those that they stand for, of 8-bit ones integers,
-        of which a zero may be a rounded value.
+        """Return the values, of layers `(outputs, inputs)`: of 4-bit weights those that they stand for, of 8-bit ones
+        integers, of which a zero may be a rounded value.
         """
-        weight: Tensor = self.module.weight.data  # type: ignore[assignment]
-        state = getattr(self.module.weight, "quant_state", None)
+        parameter = getattr(self.module, self.parameter)
+        weight: Tensor = parameter.data
+        state = getattr(parameter, "quant_state", None)
         if isinstance(self.module, Linear4bit) and state is not None:
             return dequantize_4bit(weight, state)
+        if self.expert is not None:
+            return weight[self.expert].T if has_inputs_first(self.module) else weight[self.expert]
         return weight.T if isinstance(self.module, Conv1D) else weight
 
 
 def matrices(model: nn.Module) -> Iterator[Matrix]:
-    """Yield the matrices of linear layers and embeddings, tied ones once; those of an adapter are left out, also
-    where it has trained a layer in the place of the base's.
+    """Yield the parameters of at least two dimensions, tied ones once, each expert of a stack by itself; those of an
+    adapter are left out, also where it has trained a layer in the place of the base's.
     """
+    base = without_adapter(model)
+    tuners = [each for each in base.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    of_adapter = {name for tuner in tuners for name in tuner.adapter_layer_names}
+    targets = {(id(each.get_base_layer()), each.parameter_name) for each in tuners if isinstance(each, ParamWrapper)}
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, (*LAYERS, nn.Embedding)) or weight is None or id(weight) in seen:
+    for path, module in base.named_modules():
+        inside = path.split(".")
+        parts = [part for part in inside if part and part not in WRAPPED]
+        if of_adapter.intersection(parts):
             continue
-        parts = [part for part in name.removeprefix("base_model.model.").split(".") if part not in WRAPPED]
-        if not set(parts) & set(ADAPTER):
-            seen.add(id(weight))
-            yield Matrix(".".join(parts), module, is_adapted=name.endswith(".base_layer"))
+        is_replaced = "original_module" in inside
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            is_adapted = (id(module), name) in targets or (name == "weight" and inside[-1] == "base_layer")
+            of_parameter = [] if name == "weight" and parts else [name]
+            if parameter.dim() == 3 and has_inputs_first(module) is not None:
+                *before, last = [*parts, *of_parameter]
+                for expert in range(len(parameter)):
+                    numbered = ".".join([*before, str(expert), last])
+                    yield Matrix(numbered, module, name, is_adapted, is_replaced, expert)
+            else:
+                yield Matrix(".".join([*parts, *of_parameter]), module, name, is_adapted, is_replaced)
 
 
 def layers(model: nn.Module) -> list[Matrix]:
-    """Return the linear layers of the blocks: all but the head."""
+    """Return the linear layers of the blocks and their experts: all but the head, and what chooses experts, which is
+    small and sends tokens to other experts when it is pruned.
+    """
     base = without_adapter(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None  # type: ignore[no-untyped-call]
-    return [each for each in matrices(model) if isinstance(each.module, LAYERS) and each.module is not head]
+    found = list(matrices(model))
+    has_experts = any(each.expert is not None or "experts" in each.name.split(".") for each in found)
+    return [
+        each
+        for each in found
+        if each.is_layer and each.module is not head and not (has_experts and is_router(each.name))
+    ]
 
 
 @torch.no_grad()
@@ -233,20 +271,23 @@ def check_sparsity(sparsity: float) -> None:
 
 @torch.no_grad()
 def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured") -> None:
-    """Set the weights of the lowest magnitude to zero, in each linear layer but the head, in place.
+    """Set the weights of the lowest magnitude to zero, in each of the `layers`, in place.
 
     Args:
-        sparsity: Share of zeros in each matrix; a pattern n:m has its own, `1 - n / m`.
+        sparsity: Share of zeros in each matrix, of experts in each expert; a pattern n:m has its own, `1 - n / m`.
         pattern: See `parse_pattern`.
 
     Raises:
-        ValueError: The share is none, a matrix does not have that pattern, or the weights are quantised.
+        ValueError: The share is none, a matrix does not have that pattern, the weights are quantised, or it cannot be
+            known how experts are stored.
     """
     check_sparsity(sparsity)
     parsed = parse_pattern(pattern)
     pruned = layers(model)
     if not pruned:
         raise ValueError("The model has no linear layers that could be pruned.")
+    for matrix in matrices(model):
+        refuse_unknown_layout(matrix)
     for matrix in pruned:
         refuse_quantised(matrix)
         try:
@@ -256,6 +297,24 @@ def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured"
     for matrix in pruned:
         values = matrix.values()
         values *= parsed.keep(values, sparsity)
+
+
+def refuse_unknown_layout(matrix: Matrix) -> None:
+    """Refuse what may hold experts, but does not say along which dimension their inputs lie.
+
+    Raises:
+        ValueError: It is a stack of matrices, or among the experts.
+    """
+    module = type(matrix.module)
+    if matrix.is_layer or module.__module__.startswith("torch.nn.") or matrix.kind.endswith("bias"):
+        return
+    shape = tuple(getattr(matrix.module, matrix.parameter).shape)
+    is_stack = len(shape) > 2 and min(shape) > 1
+    if is_stack or ("experts" in matrix.name.split(".") and not is_router(matrix.name)):
+        raise ValueError(
+            f"{matrix.name} of {module.__name__}, of shape {shape}, may hold experts, but it is not known which "
+            "dimension has the inputs: such a model cannot be pruned here."
+        )
 
 
 def refuse_quantised(matrix: Matrix) -> None:
@@ -296,14 +355,75 @@ def refuse_in_use(directory: str) -> None:
         raise ValueError(f"--output_dir {directory} is in use. Give a new one.")
 
 
-def prune_to(load: LoadArguments, arguments: PruneArguments) -> dict[str, dict[str, float]]:
-    """Prune a model into a directory, and return its `sparsity_report`."""
+@dataclass(frozen=True)
+class Pruned:
+    """What was written, counted on the model as it is loaded again.
+
+    Attributes:
+        sparsity: The `sparsity_report`, which is of the layers that are pruned.
+        left: Kinds of other parameters, which are left as they are.
+        zeros: How many weights of the whole model are zero, and of how many.
+    """
+
+    sparsity: dict[str, dict[str, float]]
+    left: list[str]
+    zeros: Count
+
+
+def prune_to(load: LoadArguments, arguments: PruneArguments) -> Pruned:
+    """Prune a model into a directory, load it again, and say how sparse it is.
+
+    Raises:
+        ValueError: It cannot be pruned so.
+        RuntimeError: What was written has fewer zeros than what was pruned.
+    """
     model = load_base(load, load_config(load), "cpu")
     prune(model, arguments.sparsity or 0.5, arguments.pattern)
+    expected = zeros_in(layers(model))
     with written_whole(arguments.output_dir) as unfinished:
         model.save_pretrained(unfinished)
         load_tokenizer(load).save_pretrained(unfinished)
-    return sparsity_report(model)
+        del model
+        written = load_written(load, unfinished)
+        refuse_lost_zeros(expected, zeros_in(layers(written)))
+        parameters = list(written.parameters())
+        zeros = sum(int((each == 0).sum()) for each in parameters), sum(each.numel() for each in parameters)
+        return Pruned(sparsity_report(written), left_in(written), zeros)
+
+
+def zeros_in(counted: Iterable[Matrix]) -> dict[str, int]:
+    """Return how many weights of each matrix are zero, by its name."""
+    return {matrix.name: int((matrix.values() == 0).sum()) for matrix in counted}
+
+
+def refuse_lost_zeros(expected: dict[str, int], found: dict[str, int]) -> None:
+    """Raise if a matrix has fewer zeros than are expected.
+
+    Raises:
+        RuntimeError: One has.
+    """
+    denser = [name for name, zeros in expected.items() if found.get(name, 0) < zeros]
+    if denser:
+        shown = ", ".join(denser[:3]) + ", ..." * (len(denser) > 3)
+        raise RuntimeError(f"{len(denser)} matrices have fewer zeros than they should have: {shown}.")
+
+
+def left_in(model: nn.Module) -> list[str]:
+    """Return the kinds of parameters that are not among the `layers`.
+
+    >>> left_in(nn.ModuleDict({"embed_tokens": nn.Embedding(2, 2), "q_proj": nn.Linear(2, 2)}))
+    ['embed_tokens', 'biases']
+    """
+    pruned = {(id(each.module), each.parameter) for each in layers(model)}
+    kinds: dict[str, None] = {}
+    for path, module in model.named_modules():
+        named = [part for part in path.split(".") if part and not part.isdecimal()]
+        of_router = [part for part in named if is_router(part)]
+        for name, _ in module.named_parameters(recurse=False):
+            if (id(module), name) not in pruned and not name.endswith("bias"):
+                kinds[of_router[0] if of_router else named[-1] if name == "weight" and named else name] = None
+    has_biases = any(name.endswith("bias") for name, _ in model.named_parameters())
+    return [*kinds, *["biases"] * has_biases]
 
 
 @contextlib.contextmanager
@@ -319,6 +439,16 @@ def written_whole(directory: str) -> Iterator[Path]:
         unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def describe_pruned(pruned: Pruned) -> list[str]:
+    """Return a line a kind of layer, and one each on the layers that are left and on the whole model."""
+    zeros, weights = pruned.zeros
+    return [
+        *describe_sparsity(pruned.sparsity),
+        f"left as they are: {', '.join(pruned.left)}",
+        f"whole model: {zeros / weights:.1%} of {weights:,} weights are zero",
+    ]
 
 
 def describe_sparsity(report: dict[str, dict[str, float]]) -> list[str]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.errors import one_line_errors
 from abr_trainer.modeling import LoadArguments
-from abr_trainer.pruning import PruneArguments, describe_sparsity, prune_to
+from abr_trainer.pruning import PruneArguments, describe_pruned, prune_to
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="--output_dir was not made"
     ):
         load, arguments = parse_arguments((LoadArguments, PruneArguments), argv)
-        report = prune_to(load, arguments)
-    print(*describe_sparsity(report), f"model  {arguments.output_dir}", sep="\n")
-    return report
+        pruned = prune_to(load, arguments)
+    print(*describe_pruned(pruned), f"model  {arguments.output_dir}", sep="\n")
+    return pruned.sparsity
 
 
 if __name__ == "__main__":

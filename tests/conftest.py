@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import AutocastKwargs
 from huggingface_hub import HfApi, close_session, constants
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from abr_trainer.demo import DEMO_MODEL
@@ -153,6 +153,42 @@ def model_for(tokenizer: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return model
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16},
+    "olmoe": {"num_experts": 4},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 8,
+        "first_k_dense_replace": 1,
+        **dict.fromkeys(("n_group", "topk_group"), 1),
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    },
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 32, "head_dim": 8},
+    "phimoe": {"num_local_experts": 4},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 1},
+}
+"""What the configurations of mixtures of experts have of their own."""
+
+
+def tiny_mixture(kind: str, **changes: Any) -> Any:
+    """A mixture of four experts, of which a token sees two, or one in `llama4_text`."""
+    set_seed(0)
+    options = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts_per_tok=1 if kind == "llama4_text" else 2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**options, **MIXTURES[kind], **changes}))
 
 
 def token_rows(count: int, length: int = 12, seed: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.merging import MergeArguments, merge_adapter, merge_to
-from abr_trainer.modeling import AdaptedArguments
+from abr_trainer.modeling import AdaptedArguments, load_written
 from abr_trainer.pruning import layers, nonzero_shares, prune, sparsity_report
 from scripts import export_adapter, prune_model
-from tests.conftest import model_for, tiny_llama, tokenizer_that_adds
+from tests.conftest import model_for, tiny_llama, tiny_mixture, tokenizer_that_adds
 
 IDS = torch.arange(0, 1024, 11)[None]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -253,3 +253,67 @@ def test_a_merge_keeps_the_zeros_of_layers_stored_the_other_way_round():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
     assert sparsity_report(merge_adapter(adapted_model))["all"]["2:4"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "parameters"),
+    [
+        ("mixtral", ["q_proj"], ["gate_up_proj", "down_proj", "gate.weight"]),
+        ("gpt_oss", ["q_proj"], ["down_proj"]),
+        ("llama4_text", ["q_proj", "shared_expert.up_proj"], ["gate_up_proj"]),
+    ],
+)
+def test_a_merge_keeps_the_zeros_of_experts_and_of_what_chooses_them(tmp_path, capsys, kind, targets, parameters):
+    base = tiny_mixture(kind, vocab_size=1024)
+    prune(base, pattern="2:4")
+    router = next(each for each in base.parameters() if each.shape == (4, 16))
+    with torch.no_grad():
+        router[:, :3] = 0  # as other programs prune
+    zeros = {name: parameter == 0 for name, parameter in base.named_parameters()}
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
+    options = {"target_modules": targets, "target_parameters": parameters}
+    flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base", **options)]
+    export_adapter.main([*flags, "--output_dir", str(tmp_path / "kept")])
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
+    assert all((parameter[zeros[name]] == 0).all() for name, parameter in written.named_parameters())
+    assert sparsity_report(written)["all"]["2:4"] == 1
+    # Biases of a layer may be zero, too; those of a stack have two dimensions.
+    counted = sum(int(mask.sum()) for mask in zeros.values() if mask.dim() > 1)
+    assert f"; all {counted:,} zeros in " in capsys.readouterr().out
+    plain = export_adapter.main([*flags, "--keep_mask", "false", "--output_dir", str(tmp_path / "plain")])["merge"]
+    assert plain["by_merging"] < 1e-5
+    assert plain["sparsity"]["all"]["zeros"] < 0.5
+
+
+def test_a_layer_that_was_trained_in_the_place_of_a_sparse_one_keeps_its_zeros_but_embeddings_do_not():
+    plain = tiny_llama(tie_word_embeddings=False)
+    prune(plain, 0.5)
+    with torch.no_grad():
+        plain.model.embed_tokens.weight[60:] = 0  # room for tokens that are added
+    zeros = plain.model.layers[1].mlp.up_proj.weight == 0
+    model = get_peft_model(plain, LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj", "embed_tokens"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 1
+    merged = merge_adapter(model)
+    assert torch.equal(merged.model.layers[1].mlp.up_proj.weight == 0, zeros)
+    assert (merged.model.embed_tokens.weight[60:] == 1).all()
+
+
+def test_zeros_that_are_lost_in_the_file_are_noticed(tmp_path, monkeypatch):
+    def filled(arguments, directory):
+        written = load_written(arguments, directory)
+        torch.nn.init.ones_(written.model.layers[1].mlp.down_proj.weight)  # which the adapter does not change
+        return written
+
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    prune(base, 0.3)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
+    flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"])]
+    monkeypatch.setattr("abr_trainer.merging.load_written", filled)
+    with pytest.raises(SystemExit, match="error: 1 matrices have fewer zeros .*: model.layers.1.mlp.down_proj."):
+        export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    assert not (tmp_path / "whole").exists()

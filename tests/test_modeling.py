@@ -21,7 +21,7 @@ from abr_trainer.modeling import (
     quantization_config,
 )
 from abr_trainer.trainer import ABRTrainer
-from tests.conftest import Scripted, token_rows
+from tests.conftest import Scripted, tiny_mixture, token_rows
 
 
 def load(**options):
@@ -56,6 +56,56 @@ def test_targets_are_the_llama_projections_or_all_linear_layers():
     assert lora_config(ModelArguments(), gpt2).target_modules == "all-linear"
     assert lora_config(ModelArguments(lora_target_modules=["all-linear"]), llama).target_modules == "all-linear"
     assert set(lora_config(ModelArguments(lora_target_modules=["q_proj"]), llama).target_modules) == {"q_proj"}
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def saved_mixture(kind, path):
+    tiny_mixture(kind, vocab_size=1024).save_pretrained(path)
+    load_tokenizer(ModelArguments()).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("mixtral", ATTENTION),
+        ("qwen2_moe", ATTENTION),  # not the shared expert, which PEFT would take for all experts
+        ("gpt_oss", ATTENTION),
+        ("phimoe", ATTENTION),  # not the router, a linear layer that returns more than a layer does
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+        ("jetmoe", {"kv_proj"}),
+    ],
+)
+def test_a_mixture_of_experts_trains_its_attention_by_default(build, tmp_path, kind, targets):
+    model = load(model_name_or_path=saved_mixture(kind, tmp_path / "model"))
+    assert set(model.peft_config["default"].target_modules) == targets
+    assert not model.peft_config["default"].target_parameters
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    build(model=model, data=token_rows(4)).train()
+    moved = {name.split(".")[-4] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == targets
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "phimoe", "llama4_text"])
+def test_all_linear_layers_of_a_mixture_train_without_dropout(tmp_path, kind):
+    model = load(
+        model_name_or_path=saved_mixture(kind, tmp_path), lora_target_modules=["all-linear"], lora_dropout=0.0
+    )
+    ids = token_rows(1)[0]["input_ids"][None]
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name and "self_attn" in name)
+
+
+def test_what_cannot_be_adapted_names_the_flag(tmp_path):
+    mixtral = saved_mixture("mixtral", tmp_path)
+    with pytest.raises(
+        ValueError, match="--lora_target_modules all-linear cannot be .*: give --lora_dropout 0, or name"
+    ):
+        load(model_name_or_path=mixtral, lora_target_modules=["all-linear"])
+    with pytest.raises(ValueError, match="--lora_target_modules q_porj cannot be adapted: .*q_porj.* not found"):
+        load(lora_target_modules=["q_porj"])
 
 
 def test_a_tokenizer_that_outgrew_the_table_resizes_it(tmp_path):

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import run_clm_abr
 from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.pruning import layers, nonzero_shares, parse_pattern, prune, sparsity_report
+from abr_trainer.pruning import layers, left_in, nonzero_shares, parse_pattern, prune, sparsity_report
 from scripts import export_adapter, prune_model
-from tests.conftest import ROOT, tiny_llama
+from tests.conftest import ROOT, tiny_llama, tiny_mixture
 
 MATRIX = torch.tensor([[4.0, -1.0, 2.0, -3.0], [0.5, 5.0, -6.0, 0.1]])
 
@@ -69,6 +70,102 @@ def test_inputs_are_grouped_also_where_a_layer_is_stored_the_other_way_round():
     assert weight.shape == (8, 32)
     assert ((weight != 0).reshape(2, 4, 32).sum(dim=1) == 2).all()
     assert sparsity_report(model)["all"] == {"zeros": 0.5, "2:4": 1.0, "4:8": 1.0, "16x16": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts", "inputs"),
+    [
+        ("mixtral", "mlp.experts.gate_up_proj", 2),  # (experts, outputs, inputs)
+        ("deepseek_v3", "mlp.experts.down_proj", 2),
+        ("gpt_oss", "mlp.experts.gate_up_proj", 1),  # (experts, inputs, outputs), which the class says
+        ("llama4_text", "feed_forward.experts.down_proj", 1),  # the same, which it does not say
+        ("jetmoe", "mlp.input_linear.weight", 2),
+    ],
+)
+def test_each_expert_is_pruned_along_its_inputs(kind, experts, inputs):
+    model = tiny_mixture(kind)
+    before = model.model.layers[1].get_parameter(experts).clone()
+    prune(model, pattern="2:4")
+    weight = model.model.layers[1].get_parameter(experts)
+    groups = (weight != 0).unflatten(inputs, (-1, 4))
+    assert (groups.sum(dim=inputs + 1) == 2).all()
+    assert torch.equal(weight, before * (weight != 0))
+    strongest = before.abs().unflatten(inputs, (-1, 4)).topk(2, dim=inputs + 1).values
+    assert torch.equal(weight.abs().unflatten(inputs, (-1, 4)).topk(2, dim=inputs + 1).values, strongest)
+
+
+def test_every_expert_has_the_share_that_was_asked_for():
+    model = tiny_mixture("qwen2_moe")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0] *= 100  # among the others' weights none of these would go
+    prune(model, 0.25)
+    experts = model.model.layers[0].mlp.experts
+    for weight in (*experts.gate_up_proj, *experts.down_proj):
+        assert int((weight == 0).sum()) == 0.25 * weight.numel()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "llama4_text", "phimoe", "jetmoe"])
+def test_what_chooses_experts_is_never_pruned_and_named_as_left(kind):
+    model = tiny_mixture(kind)
+    routers = {
+        name: parameter.clone()
+        for name, parameter in model.named_parameters()
+        if {"gate", "router", "shared_expert_gate"} & set(name.split("."))
+    }
+    prune(model, 0.5)
+    assert routers
+    assert all(torch.equal(parameter, model.get_parameter(name)) for name, parameter in routers.items())
+    assert {"embed_tokens", "lm_head"} < set(left_in(model))
+    assert {"gate", "router"} & set(left_in(model))
+
+
+def test_a_layer_called_gate_is_pruned_where_there_are_no_experts():
+    model = torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4)})
+    prune(model, 0.5)
+    assert int((model["gate"].weight == 0).sum()) == 8
+
+
+def test_what_is_said_of_a_mixture_is_counted_in_the_file(tmp_path, capsys):
+    tiny_mixture("mixtral", vocab_size=1024).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "dense")
+    flags = ["--model_name_or_path", str(tmp_path / "dense"), "--output_dir", str(tmp_path / "pruned")]
+    report = prune_model.main(flags)
+    shown = capsys.readouterr().out
+    tensors = load_file(tmp_path / "pruned" / "model.safetensors").values()
+    zeros, weights = sum(int((each == 0).sum()) for each in tensors), sum(each.numel() for each in tensors)
+    # Half of two layers, each with four projections of 16 by 16 and four experts of (64 by 16) and (16 by 32); and the
+    # embedding of the token that pads.
+    assert zeros == 2 * (4 * 16 * 16 + 4 * (64 * 16 + 16 * 32)) // 2 + 16
+    assert report["all"]["zeros"] == 0.5
+    assert f"whole model: {zeros / weights:.1%} of {weights:,} weights are zero" in shown
+    assert "left as they are: embed_tokens, gate, input_layernorm, post_attention_layernorm, norm, lm_head" in shown
+
+
+class Stack(torch.nn.Module):
+    """Experts that do not say how they are stored."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [("mlp", Stack(4, 8, 8)), ("experts", Stack(32, 8))],  # a stack, and experts below each other in one matrix
+)
+def test_experts_of_which_the_layout_is_not_known_are_refused_by_name(name, experts):
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8), name: experts})
+    with pytest.raises(
+        ValueError, match=rf"^{name} of Stack, of shape .* may hold experts, but it is not known which"
+    ):
+        prune(model, 0.5)
+    assert nonzero_shares(model)["all"] == 1
+
+
+def test_a_convolution_and_a_vector_with_three_dimensions_are_no_experts():
+    model = torch.nn.ModuleDict({"conv": torch.nn.Conv1d(4, 4, 3), "mix": Stack(1, 1, 8), "q": torch.nn.Linear(8, 8)})
+    prune(model, 0.5)
+    assert nonzero_shares(model) == {"conv": 1.0, "mix": 1.0, "q": 0.5, "all": (48 + 8 + 32) / (48 + 8 + 64)}
 
 
 def test_patterns_are_counted():

@@ -1,0 +1,48 @@
+"""Mixtures of experts: which modules hold a stack of experts, how they store it, and what chooses among them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Names of the modules that choose experts."""
+
+HAS_INPUTS_FIRST = {"Llama4TextExperts": True, "JetMoeParallelExperts": False, "LongcatFlashExperts": False}
+"""Whether experts are stored `(experts, inputs, outputs)`, for classes of transformers that do not say so."""
+
+
+def has_inputs_first(module: nn.Module) -> bool | None:
+    """Tell whether a module stores experts as `(experts, inputs, outputs)`; None if it holds none or does not say."""
+    stated: bool | None = getattr(module, "is_transposed", HAS_INPUTS_FIRST.get(type(module).__name__))
+    return stated
+
+
+def holds_stack(module: nn.Module) -> bool:
+    return any(each.dim() == 3 for each in module.parameters(recurse=False)) and has_inputs_first(module) is not None
+
+
+def is_router(name: str) -> bool:
+    """Tell whether a module or parameter of a mixture of experts is, or is in, what chooses experts."""
+    return not set(ROUTERS).isdisjoint(name.split("."))
+
+
+def linear_routers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that choose experts, of a model with stacks of experts.
+
+    Some classes of transformers return more than a layer does, so that an adapter cannot wrap them.
+    """
+    if not any(holds_stack(module) for module in model.modules()):
+        return []
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_router(name)]
+
+
+def layers_beside_experts(model: nn.Module, head: nn.Module | None) -> set[str] | None:
+    """Return the last names of the linear layers that no block of experts has, without the head: those of the
+    attention. None if the model has no stacks of experts.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    blocks = tuple(f"{name.rpartition('.')[0]}." for name, module in model.named_modules() if holds_stack(module))
+    if not blocks:
+        return None
+    inside = {name.rpartition(".")[2] for name in linear if name.startswith(blocks)}
+    return {name.rpartition(".")[2] for name, module in linear.items() if module is not head} - inside
