@@ -32,6 +32,7 @@ from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
 from .demo import DEMO_MODEL
 from .errors import one_line, refuse_below
 from .experts import layers_beside_experts, linear_routers
+from .quantisation import check_kernels
 
 logger = logging.get_logger(__name__)
 
@@ -391,6 +392,7 @@ def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | 
     )
     if getattr(model, "is_quantized", False):
         keep_packing(model)
+        check_kernels(model)
     return model
 
 
