@@ -27,6 +27,9 @@ from .pruning import (
 SPARSE = 0.05
 """A base counts as sparse where an adapter changes a matrix with more than this share of zeros."""
 
+LOST = 0.5
+"""An adapter counts as lost where merging moves the logits by more than this share of what the adapter does."""
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far logits may move, as a share of their norm: in half precision a merge rounds every weight that it changes."""
 
@@ -245,9 +248,27 @@ def describe_merge(merged: Merged) -> list[str]:
     how = "merged under the mask" if merged.keep_mask else "the base with the adapter"
     zeros, matrices_with_zeros = merged.zeros_kept
     counted = f"; all {zeros:,} zeros in {matrices_with_zeros:,} matrices were counted in what was written"
-    return [
+    lines = [
         f"mask        {'kept' if merged.keep_mask else 'not kept'}: {share}{counted if merged.keep_mask else ''}",
         f"logits      merging moved them by {merged.by_merging:.1e} of their norm, the adapter by "
         f"{merged.by_adapter:.1e}",
         f"written     {merged.dtype}, loads as {how}, to {merged.by_writing:.1e}",
     ]
+    if merged.by_merging > LOST * merged.by_adapter:
+        lines.append(f"warning     {_describe_loss(merged)}")
+    return lines
+
+
+def _describe_loss(merged: Merged) -> str:
+    share = f"{merged.by_merging / merged.by_adapter:.0%} of" if merged.by_adapter else "more than"
+    if merged.keep_mask:
+        return (
+            f"mask and rounding take away {share} what the adapter does: measure both, or merge with "
+            "--keep_mask false, which fills the zeros"
+        )
+    if merged.dtype == "float32":
+        return f"the adapter does so little that rounding is {share} it"
+    return (
+        f"the adapter is lost in rounding: that to {merged.dtype} moves the logits by {share} what the adapter does. "
+        "Merge with --torch_dtype float32"
+    )

@@ -26,14 +26,14 @@ def logits(model):
         return model.eval()(IDS).logits
 
 
-def random_adapter(path, base=DEMO_MODEL, config=LoraConfig, dtype="auto", **options):
+def random_adapter(path, base=DEMO_MODEL, config=LoraConfig, dtype="auto", std=0.02, **options):
     """An adapter that changes what its base says."""
     options = {"task_type": "CAUSAL_LM", **({"target_modules": TARGETS} if config is LoraConfig else {}), **options}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), config(**options))
     torch.manual_seed(1)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.02)
+            torch.nn.init.normal_(parameter, std=0.02 if "lora_A" in name else std)
     model.save_pretrained(path)
     return str(path)
 
@@ -109,6 +109,48 @@ def test_half_precision_stays_and_rounds(tmp_path, dtype):
     found = export_adapter.main(flags)["merge"]
     assert found["dtype"] == dtype == json.loads((whole / "config.json").read_text())["dtype"]
     assert 1e-5 < found["by_merging"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("dtype", "std", "is_lost"),
+    [
+        ("bfloat16", 1e-3, True),
+        ("float16", 3e-4, True),
+        ("bfloat16", 2e-2, False),
+        ("float16", 1e-2, False),
+        ("float32", 3e-4, False),
+    ],
+)
+def test_an_adapter_that_is_lost_in_rounding_is_told_of(tmp_path, capsys, dtype, std, is_lost):
+    adapter = random_adapter(tmp_path / "adapter", std=std)
+    export_adapter.main(["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(tmp_path / "whole")])
+    message = f"warning     the adapter is lost in rounding: that to {dtype} moves the logits by "
+    shown = capsys.readouterr().out
+    assert (message in shown) == is_lost
+    assert ("Merge with --torch_dtype float32" in shown) == is_lost
+
+
+def test_an_adapter_that_does_nothing_is_not_lost(tmp_path, capsys):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(DEMO_MODEL), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path / "adapter")  # untrained: it changes nothing
+    flags = ["--adapter", str(tmp_path / "adapter"), "--torch_dtype", "bfloat16"]
+    found = export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])["merge"]
+    assert found["by_adapter"] == found["by_merging"] == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_an_adapter_of_which_the_mask_leaves_little_is_told_of(tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    prune(base, 0.9)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
+    flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base")]
+    export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    assert re.search(
+        r"warning     mask and rounding take away \d+% of what the adapter does: ", capsys.readouterr().out
+    )
 
 
 def test_a_sparse_base_stays_sparse_unless_told_otherwise(tmp_path, capsys):
