@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .errors import one_line
 logger = logging.get_logger(__name__)
 
 FLAG = "--adapter_name_or_path"
+FLAGS = (FLAG, "--adapter")
 
 MODELS = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}
 """What the models are called that adapters of a kind are for."""
@@ -39,6 +41,13 @@ def read_adapter(adapter: str, task: TaskType = TaskType.CAUSAL_LM) -> PeftConfi
     if config.task_type not in (None, task):
         raise ValueError(f"{FLAG} {adapter} is an adapter for {config.task_type}, not for {MODELS[task]}.")
     return config
+
+
+def is_of_classifier(adapter: str) -> bool:
+    """Tell whether this is an adapter for a sequence classifier; what is no adapter is not."""
+    with contextlib.suppress(ValueError):
+        return bool(read_adapter(adapter, TaskType.SEQ_CLS).task_type)
+    return False
 
 
 def base_of(adapter: str, config: PeftConfig) -> str:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
+from peft import load_peft_weights
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from .adapters import FLAG
+from .adapters import FLAG, FLAGS
 from .flags import expand_flags_file, given_flags, is_on
 from .glue import BY_NAME, Task, logits_of, predictions_of
 from .labels import key_of, shown
@@ -65,7 +66,7 @@ def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
     if values["config_name"] is not None and Path(values["config_name"]).exists():
         values["config_name"] = None  # a path of this machine
     flags = {name: values[name] for name in TOLD if values[name] is not None}
-    write_whole(directory / TASK_NAME, json.dumps({"format": 1, "flags": flags}, indent=1) + "\n")
+    write_whole(directory / TASK_NAME, _task_file(flags))
 
 
 def remember_model(directory: Path, model: Any) -> None:
@@ -138,9 +139,53 @@ def take_up_classes(arguments: SentenceArguments, checkpoint: str) -> None:
         )
 
 
-def recalled_flags(
-    classes: Sequence[Any], argv: Sequence[str] | None, names: Sequence[str] = (FLAG, "--adapter")
-) -> dict[str, Any]:
+def recall_labels(name: str) -> dict[str, Any]:
+    """Return what the configuration of a model says of the labels that an adapter was trained for: their names, or at
+    least how many there are.
+
+    Raises:
+        ValueError: Neither a configuration beside the adapter nor its head tells.
+    """
+    config = _recall(name, "config.json")
+    if config:
+        labels = {name: config[name] for name in ("id2label", "label2id", "problem_type") if config.get(name)}
+        if "id2label" in labels:
+            labels["id2label"] = {int(index): label for index, label in labels["id2label"].items()}
+        return labels
+    heads = [
+        weight
+        for key, weight in load_peft_weights(name, device="cpu").items()
+        if weight.dim() == 2 and {"score", "classifier"} & set(key.split("."))
+    ]
+    if not heads:
+        raise ValueError(f"{FLAG} {name} has no config.json beside it that tells its labels.")
+    return {"num_labels": len(heads[-1])}
+
+
+def task_of_merged(name: str) -> dict[str, str]:
+    """Return the file that tells a later evaluation what a classifier was trained for that is now one model; none if
+    the adapter has none.
+    """
+    of_base = ("config_name", "torch_dtype", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype")
+    flags = {flag: value for flag, value in recall_task(name).items() if flag not in of_base}
+    return {TASK_NAME: _task_file({**flags, "use_lora": False})} if flags else {}
+
+
+def _task_file(flags: dict[str, Any]) -> str:
+    return json.dumps({"format": 1, "flags": flags}, indent=1) + "\n"
+
+
+def named_in(argv: Sequence[str] | None, names: Sequence[str]) -> str | None:
+    """Return the value of the first of these flags that a command line gives.
+
+    Args:
+        argv: The command line; None for that of this process.
+    """
+    given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
+    return next((given[name][-1] for name in names if given.get(name)), None)
+
+
+def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None, names: Sequence[str] = FLAGS) -> dict[str, Any]:
     """Return the flags that a classifier was trained with as defaults for a command line that names it.
 
     Args:
@@ -151,10 +196,10 @@ def recalled_flags(
     Raises:
         ValueError: The command line gives its classes another order.
     """
-    given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
-    found = next((given[name][-1] for name in names if given.get(name)), None)
+    found = named_in(argv, names)
     if found is None:
         return {}
+    given = given_flags(expand_flags_file(sys.argv[1:] if argv is None else argv))
     told = recall_task(found)
     if not told:
         of_model = classes_in(_recall(found, "config.json").get("id2label"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters import FLAG, embeddings_in, load_adapter, read_adapter, unwrapped
-from .modeling import AdaptedArguments, load_base, load_config, load_tokenizer, load_written
+from .modeling import AdaptedArguments, heads_in, load_base, load_config, load_tokenizer, load_written
 from .pruning import (
     Matrix,
     matrices,
@@ -23,6 +24,7 @@ from .pruning import (
     written_whole,
     zeros_in,
 )
+from .records import write_whole
 
 SPARSE = 0.05
 """A base counts as sparse where an adapter changes a matrix with more than this share of zeros."""
@@ -84,8 +86,13 @@ def _keeping_zeros(model: PeftModel) -> list[Matrix]:
     Embeddings or a head that were trained as a whole are not among them: their rows of zeros are often tokens that
     were added, which the adapter has given values.
     """
-    tables = _tables(model.get_base_model())
-    return [each for each in matrices(model) if not (each.is_replaced and any(each.module is it for it in tables))]
+    base: Any = model.get_base_model()
+    embeddings, inside = unwrapped(base.get_input_embeddings()), f"{base.base_model_prefix}."
+    return [
+        each
+        for each in matrices(model)
+        if not each.is_replaced or (each.name.startswith(inside) and each.module is not embeddings)
+    ]
 
 
 def _changed(model: PeftModel) -> list[Matrix]:
@@ -153,8 +160,11 @@ def _tie_if_equal(model: PreTrainedModel) -> None:
         config.tie_word_embeddings = is_tied
 
 
-def check_mergeable(load: AdaptedArguments) -> tuple[str, PreTrainedConfig]:
+def check_mergeable(load: AdaptedArguments, **labels: Any) -> tuple[str, PreTrainedConfig]:
     """Return the adapter and the configuration of its base, if that can become one model.
+
+    Args:
+        labels: What the configuration of a classifier says of its labels.
 
     Raises:
         ValueError: There is no adapter, it changes no weights, or the base is quantised.
@@ -162,12 +172,12 @@ def check_mergeable(load: AdaptedArguments) -> tuple[str, PreTrainedConfig]:
     adapter = load.adapter_name_or_path
     if adapter is None:
         raise ValueError(f"{FLAG} is missing: what to merge.")
-    kind = read_adapter(adapter)
+    kind = read_adapter(adapter, load.task)
     if kind.is_prompt_learning:
         raise ValueError(f"{FLAG} {adapter} is of the kind {PeftType(kind.peft_type).value}: it changes no weights.")
     if load.is_quantised:
         raise ValueError("An adapter is merged into weights as they are: without --load_in_8bit, --load_in_4bit.")
-    config = load_config(load)
+    config = load_config(load, **labels)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"The weights of --model_name_or_path {load.model_name_or_path} are quantised: give the model that they "
@@ -176,24 +186,38 @@ def check_mergeable(load: AdaptedArguments) -> tuple[str, PreTrainedConfig]:
     return adapter, config
 
 
-def merge_to(load: AdaptedArguments, arguments: MergeArguments) -> Merged:
+def merge_to(
+    load: AdaptedArguments,
+    arguments: MergeArguments,
+    labels: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Merged:
     """Merge an adapter into its base, into a directory, all or nothing, and make sure of what was written.
 
     It is loaded again as anybody would. Its logits must be those of the base with the adapter beside it, under a mask
     those of the merged model in memory: up to `TOLERANCE`, on 64 tokens from all over the vocabulary. Under a mask
     no matrix may have fewer zeros than in the base.
 
+    Args:
+        labels: What the configuration of a classifier says of its labels.
+        files: What else to write there, by name.
+
     Raises:
         ValueError: They cannot be merged.
         RuntimeError: What was written is another model.
     """
-    adapter, config = check_mergeable(load)
+    adapter, config = check_mergeable(load, **(labels or {}))
     tokenizer = load_tokenizer(load)
-    model = load_adapter(load_base(load, config, "cpu"), adapter, load.model_name_or_path)
+    base = load_base(load, config, "cpu")
+    if heads := heads_in(base, load.task):
+        base.config.pad_token_id = tokenizer.pad_token_id  # or it cannot tell where a row ends
+    model = load_adapter(base, adapter, load.model_name_or_path, task=load.task)
     zeros = zeros_under(model)
     keep_mask = zeros > SPARSE if arguments.keep_mask is None else arguments.keep_mask
     expected_zeros = zeros_in(_keeping_zeros(model)) if keep_mask else {}
     ids = _tokens_from_all_over(model)
+    if heads:
+        ids = ids.view(8, 8)  # a classifier says one thing of each row
     beside = _logits(model, ids)
     with model.disable_adapter():
         by_adapter = _distance(_logits(model, ids), beside)
@@ -203,7 +227,9 @@ def merge_to(load: AdaptedArguments, arguments: MergeArguments) -> Merged:
     with written_whole(arguments.output_dir) as unfinished:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        del model, merged
+        for name, content in (files or {}).items():
+            write_whole(unfinished / name, content)
+        del model, base, merged
         written = load_written(load, unfinished)
         refuse_lost_zeros(expected_zeros, zeros_in(matrices(written)))
         by_writing = _distance(_logits(written, ids), expected)

@@ -146,6 +146,13 @@ class AdaptedArguments(LoadArguments):
 
 
 @dataclass
+class AdaptedClassifierArguments(AdaptedArguments):
+    """Which classifier to load, and which adapter onto it."""
+
+    task: ClassVar[TaskType] = TaskType.SEQ_CLS
+
+
+@dataclass
 class ModelArguments(AdaptedArguments):
     """Which model to fine-tune, and how. What is None of LoRA becomes that of the adapter, or the default."""
 

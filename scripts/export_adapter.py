@@ -7,6 +7,7 @@
 The base is what the adapter says it was trained on, unless --model_name_or_path names another copy. What was written
 is loaded again: its logits must be those of base and adapter. Given a text, the base, the base with the adapter beside
 it, and what was merged are measured by the same definition, see eval_perplexity.py; --output_file holds the three.
+Classifiers of run_glue_abr.py are exported, too: eval_glue.py --model_name_or_path evaluates what was written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
+from abr_trainer.adapters import FLAGS, is_of_classifier
+from abr_trainer.classifier_records import named_in, recall_labels, task_of_merged
 from abr_trainer.command_line import parse_arguments
 from abr_trainer.data import OptionalTextArguments
 from abr_trainer.errors import one_line_errors
@@ -29,7 +32,7 @@ from abr_trainer.measurement import (
     write_measurement,
 )
 from abr_trainer.merging import MergeArguments, check_mergeable, describe_merge, merge_to
-from abr_trainer.modeling import AdaptedArguments
+from abr_trainer.modeling import AdaptedArguments, AdaptedClassifierArguments
 from abr_trainer.pruning import describe_sparsity
 
 
@@ -37,10 +40,20 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     with one_line_errors(
         ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="look for --output_dir"
     ):
+        adapter = named_in(argv, FLAGS)
+        is_classifier = adapter is not None and is_of_classifier(adapter)
+        loading = AdaptedClassifierArguments if is_classifier else AdaptedArguments
         load, source, arguments, merge = parse_arguments(
-            (AdaptedArguments, OptionalTextArguments, MeasureArguments, MergeArguments), argv
+            (loading, OptionalTextArguments, MeasureArguments, MergeArguments), argv
         )
-        check_mergeable(load)
+        labels = recall_labels(adapter) if is_classifier and adapter else {}
+        files = task_of_merged(adapter) if is_classifier and adapter else {}
+        check_mergeable(load, **labels)
+        if source.is_given and is_classifier:
+            raise ValueError(
+                f"{adapter} is an adapter of a classifier, which has no perplexity: export it without a text, and "
+                "evaluate it with scripts/eval_glue.py --model_name_or_path."
+            )
         if not source.is_given:
             refuse_without_text(source, arguments)
         state = PartialState(cpu=arguments.use_cpu)
@@ -52,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
             found = {
                 name: measure(each, source, arguments, state) for name, each in (("base", base), ("beside", load))
             }
-        merged = merge_to(load, merge)
+        merged = merge_to(load, merge, labels, files)
         if source.is_given:
             whole = replace(base, model_name_or_path=merge.output_dir, config_name=None, tokenizer_name=None)
             found["merged"] = measure(whole, source, arguments, state)

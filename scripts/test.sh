@@ -1,12 +1,24 @@
 #!/usr/bin/env bash
 # Install with the test extra and check everything: ruff, mypy, pytest. Arguments go to pytest.
+#
+#   bash scripts/test.sh --oldest    # fast tests alone, in .venv-oldest, against the lowest versions that setup.cfg allows
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
-install_project "[test]"
 export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # several processes share the cores
 check() { echo "ruff" && ruff format --check . && ruff check . && echo "mypy" && mypy; }
+test_all() {
+    echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+}
+if [ "${1:-}" = --oldest ]; then
+    shift
+    ABR_VENV=${ABR_VENV:-.venv-oldest}
+    install_project "[test]" <(oldest_versions)
+    test_all -m "not slow" "$@"
+    exit
+fi
+install_project "[test]"
 check & checks=$!  # while DeepSpeed is built, on the other core
 install_deepspeed
 wait "$checks"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # several processes share the cores
-echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+test_all "$@"

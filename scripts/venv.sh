@@ -9,9 +9,17 @@ install_packages() {
 }
 fail() { echo "error: $*" >&2; exit 1; }
 
-# install_project EXTRAS: install the repository in place, e.g. `install_project "[test]"`, at the tested versions.
+# oldest_versions: the lowest versions that setup.cfg allows, as constraints; of torch the tested one, the only build that is
+# small enough to try.
+oldest_versions() {
+    sed -nE '/^ +torch /d; s/^ +([A-Za-z0-9_-]+) >= ([0-9.]+).*/\1==\2/p' setup.cfg
+    grep '^torch==' constraints.txt
+}
+
+# install_project EXTRAS [CONSTRAINTS]: install the repository in place, e.g. `install_project "[test]"`, at the tested
+# versions, or at those of a file.
 install_project() {
-    local venv=${ABR_VENV:-.venv} python=${PYTHON:-python3}
+    local venv=${ABR_VENV:-.venv} python=${PYTHON:-python3} constraints=${2:-constraints.txt}
     if [ ! -x "$venv/bin/python" ]; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             fail "Python 3.11 or newer is needed; $python is older or missing. Name another one with PYTHON=..."
@@ -25,7 +33,7 @@ install_project() {
         # torch first: its pinned version, before another package asks for any.
         install_packages "$(grep '^torch==' constraints.txt)" ||
             fail "torch could not be installed; see above."
-        install_packages --editable ".$1" --constraint constraints.txt ||
+        install_packages --editable ".$1" --constraint "$constraints" ||
             fail "the project could not be installed; see above."
         touch "$stamp"
     fi

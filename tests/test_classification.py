@@ -34,7 +34,7 @@ from abr_trainer.modeling import heads_in, load_config, load_model, load_tokeniz
 from abr_trainer.records import read_lines
 from abr_trainer.schedulers import SCHEDULERS
 from abr_trainer.sentences import SentenceArguments
-from scripts import eval_glue, run_glue_abr
+from scripts import eval_glue, export_adapter, run_glue_abr
 from tests.conftest import ROOT, run_module
 from tests.sentence_rows import QUICK, lay_out_as_on_the_hub, tales_and_reports, write_rows
 
@@ -87,6 +87,28 @@ def test_scores_are_those_of_the_predictions_row_by_row(finished, files):
     said, right = zip(*((line["prediction"], line["label"]) for line in lines), strict=True)
     assert results["test_accuracy"] == pytest.approx(accuracy_score(right, said))
     assert results["test_f1"] == pytest.approx(f1_score(right, said, pos_label="tale"))
+
+
+def test_an_exported_classifier_says_what_base_and_adapter_said(finished, files, tmp_path):
+    kind, output, _ = finished
+    whole, found = tmp_path / "whole", {}
+    export_adapter.main(["--adapter", str(output), "--output_dir", str(whole)])
+    flags = [*files[-2:], "--use_cpu", "--bf16", "false", "--output_file"]
+    # The base that the adapter is merged into is not quantised.
+    beside = ["--adapter", str(output), *(["--load_in_4bit", "false"] if kind == "quantised" else [])]
+    for name, model in (("beside", beside), ("whole", ["--model_name_or_path", str(whole)])):
+        eval_glue.main([*model, *flags, str(tmp_path / f"{name}.jsonl")])
+        found[name] = list(read_lines(tmp_path / f"{name}.jsonl"))
+    for one, two in zip(found["beside"], found["whole"], strict=True):
+        assert (one["prediction"], one["label"], one["input"]) == (two["prediction"], two["label"], two["input"])
+        assert two["logits"] == pytest.approx(one["logits"], abs=1e-4)
+    plain = AutoModelForSequenceClassification.from_pretrained(whole)
+    assert plain.config.id2label == {0: "report", 1: "tale"}
+    assert plain.config.pad_token_id == AutoTokenizer.from_pretrained(whole).pad_token_id
+    task = json.loads((whole / "task.json").read_text())["flags"]
+    assert task["prompt"] == "Is it a tale?"
+    assert task["use_lora"] is False
+    assert not {"load_in_4bit", "torch_dtype"} & task.keys()
 
 
 def test_only_the_adapter_and_the_head_are_trained_and_saved(finished):

@@ -8,7 +8,14 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from abr_trainer.demo import DEMO_MODEL
 from abr_trainer.merging import MergeArguments, merge_adapter, merge_to
@@ -358,4 +365,54 @@ def test_zeros_that_are_lost_in_the_file_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr("abr_trainer.merging.load_written", filled)
     with pytest.raises(SystemExit, match="error: 1 matrices have fewer zeros .*: model.layers.1.mlp.down_proj."):
         export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    assert not (tmp_path / "whole").exists()
+
+
+def classifier_adapter(path, **labels):
+    """An adapter of a classifier as PEFT writes it, without the files that our runs put beside it."""
+    base = AutoModelForSequenceClassification.from_pretrained(DEMO_MODEL, **labels)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    return str(path), model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("labels", [{"num_labels": 5}, {"num_labels": 1, "problem_type": "regression"}])
+def test_a_classifier_is_exported_with_its_head_and_as_many_labels(tmp_path, dtype, labels):
+    adapter, model = classifier_adapter(tmp_path / "adapter", **labels)
+    flags = ["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(tmp_path / "whole")]
+    found = export_adapter.main(flags)["merge"]
+    written = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    trained = model.base_model.model.score.modules_to_save["default"].weight
+    assert torch.equal(written.score.weight, trained.to(written.dtype))
+    assert written.num_labels == labels["num_labels"]
+    assert found["dtype"] == dtype
+    assert found["by_merging"] < (1e-5 if dtype == "float32" else 5e-2)
+    assert not (tmp_path / "whole" / "task.json").exists()
+
+
+def test_a_classifier_of_a_sparse_base_keeps_the_zeros_of_the_base_and_its_whole_head(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    prune(base, 0.5)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
+    adapter, _ = classifier_adapter(tmp_path / "adapter", num_labels=2)
+    flags = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", adapter]
+    found = export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])["merge"]
+    assert found["keep_mask"]
+    assert found["sparsity"]["q_proj"]["zeros"] == pytest.approx(0.5, abs=1e-3)
+    assert found["sparsity"]["score"]["zeros"] == 0
+
+
+def test_the_perplexity_of_a_classifier_is_refused(tmp_path):
+    adapter, _ = classifier_adapter(tmp_path / "adapter", num_labels=2)
+    flags = ["--adapter", adapter, "--dataset_name", "demo", "--output_dir", str(tmp_path / "whole")]
+    with pytest.raises(
+        SystemExit, match="error: .* is an adapter of a classifier, which has no perplexity: export it wi"
+    ):
+        export_adapter.main(flags)
     assert not (tmp_path / "whole").exists()
