@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
         load, source, arguments, merge = parse_arguments(
             (loading, OptionalTextArguments, MeasureArguments, MergeArguments), argv
         )
-        labels = recall_labels(adapter) if is_classifier and adapter else {}
-        files = task_of_merged(adapter) if is_classifier and adapter else {}
+        labels, files = (recall_labels(adapter), task_of_merged(adapter)) if is_classifier else ({}, {})
         check_mergeable(load, **labels)
         if source.is_given and is_classifier:
             raise ValueError(

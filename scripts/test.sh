@@ -13,7 +13,10 @@ test_all() {
 if [ "${1:-}" = --oldest ]; then
     shift
     ABR_VENV=${ABR_VENV:-.venv-oldest}
-    install_project "[test]" <(oldest_versions)
+    oldest=$(mktemp)
+    trap 'rm -f "$oldest"' EXIT
+    oldest_versions > "$oldest"
+    install_project "[test]" "$oldest"
     test_all -m "not slow" "$@"
     exit
 fi

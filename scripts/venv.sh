@@ -9,8 +9,8 @@ install_packages() {
 }
 fail() { echo "error: $*" >&2; exit 1; }
 
-# oldest_versions: the lowest versions that setup.cfg allows, as constraints; of torch the tested one, the only build that is
-# small enough to try.
+# oldest_versions: the lowest versions that setup.cfg allows, as constraints; of torch the tested one, because older ones
+# come with CUDA.
 oldest_versions() {
     sed -nE '/^ +torch /d; s/^ +([A-Za-z0-9_-]+) >= ([0-9.]+).*/\1==\2/p' setup.cfg
     grep '^torch==' constraints.txt
