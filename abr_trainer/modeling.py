@@ -31,7 +31,7 @@ from transformers.utils import logging
 from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
 from .demo import DEMO_MODEL
 from .errors import one_line, refuse_below
-from .experts import layers_beside_experts, linear_routers
+from .experts import holds_stack, layers_beside_experts, linear_routers
 from .quantisation import check_kernels
 
 logger = logging.get_logger(__name__)
@@ -546,7 +546,10 @@ def describe_model(model: PreTrainedModel | PeftModel, adapter: str | None = Non
         )
         kept = ", ".join(f"{count} in {dtype}" for dtype, count in dtypes.items()) or "none"
         quantised = ", ".join(f"{count} matrices in {kind}" for kind, count in kinds.items())
-        lines.append(f"quantised: {quantised}; frozen matrices left as they are: {kept}")
+        experts = [each for module in model.modules() if holds_stack(module) for each in module.parameters(False)]
+        share = sum(each.numel() for each in experts) / total
+        of_experts = f"; experts, {share:.0%} of the weights, are not quantised" if experts else ""
+        lines.append(f"quantised: {quantised}; frozen matrices left as they are: {kept}{of_experts}")
     placed = Counter(str(device) for device in getattr(model, "hf_device_map", {}).values())
     offloaded = {device: count for device, count in placed.items() if device in ("cpu", "disk")}
     if offloaded and len(placed) > 1:

@@ -98,6 +98,14 @@ def test_all_linear_layers_of_a_mixture_train_without_dropout(tmp_path, kind):
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name and "self_attn" in name)
 
 
+@pytest.mark.parametrize("flag", ["load_in_8bit", "load_in_4bit"])
+def test_experts_that_are_not_quantised_are_told_of(tmp_path, flag):
+    model = load(model_name_or_path=saved_mixture("mixtral", tmp_path), **{flag: True})
+    # Two layers of four experts, each (64 by 16) and (16 by 32); the adapter is part of the whole.
+    share = 2 * 4 * (64 * 16 + 16 * 32) / model.get_nb_trainable_parameters()[1]
+    assert describe_model(model)[1].endswith(f"; experts, {share:.0%} of the weights, are not quantised")
+
+
 def test_what_cannot_be_adapted_names_the_flag(tmp_path):
     mixtral = saved_mixture("mixtral", tmp_path)
     with pytest.raises(
