@@ -123,7 +123,8 @@ def _error(layer: Any) -> float:
     values = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
     inputs = values.to(weight.device, dtype)
     if isinstance(layer, Linear4bit):
-        found = bitsandbytes.matmul_4bit(inputs, weight.data, quant_state=weight.quant_state)
+        # Transposed, which bitsandbytes takes from 0.49 on; the weight as it is, only from 0.50 on.
+        found = bitsandbytes.matmul_4bit(inputs, weight.data.t(), quant_state=weight.quant_state)
     else:
         state = bitsandbytes.MatmulLtState()
         state.CB, state.SCB, state.threshold = weight.CB, weight.SCB, layer.state.threshold
