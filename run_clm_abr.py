@@ -14,19 +14,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import default_data_collator
 
-from abr_trainer.callbacks import summarise
-from abr_trainer.command_line import parse_arguments
-from abr_trainer.config import ABRConfig, checkpoints_activations
-from abr_trainer.data import DataArguments, choose_block_size, load_blocks
-from abr_trainer.engines import leave_ranks
-from abr_trainer.errors import one_line_errors
-from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_splits
-from abr_trainer.measurement import EvaluationArguments, prepare_measurement
-from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.readiness import telling_of_a_full_disk
-from abr_trainer.run_directory import check_output_dir, find_checkpoint, only_run_in
-from abr_trainer.tracking import PerplexityCallback, show_history
-from abr_trainer.trainer import ABRTrainer
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.cli.job import begin, carry_out, command_of, push_result, wanted_splits
+from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint, only_run_in
+from abr_trainer.data.text import DataArguments, choose_block_size, load_blocks
+from abr_trainer.models.loading import ModelArguments, describe_model, load_config, load_model, load_tokenizer
+from abr_trainer.perplexity.measurement import EvaluationArguments, prepare_measurement
+from abr_trainer.records.errors import one_line_errors
+from abr_trainer.training.callbacks import summarise
+from abr_trainer.training.config import ABRConfig, checkpoints_activations
+from abr_trainer.training.engines import leave_ranks
+from abr_trainer.training.readiness import telling_of_a_full_disk
+from abr_trainer.training.tracking import PerplexityCallback, show_history
+from abr_trainer.training.trainer import ABRTrainer
 
 ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments, ABRConfig)
 """What the command line is parsed into."""

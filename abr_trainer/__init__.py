@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ABRConfig": "config",
-    "ABRMixin": "trainer",
-    "ABRTrainer": "trainer",
+    "ABRConfig": "training.config",
+    "ABRMixin": "training.trainer",
+    "ABRTrainer": "training.trainer",
     "ClassicOutlierSkip": "schedulers",
-    "ComputeLedger": "ledger",
+    "ComputeLedger": "training.ledger",
     "ConstantScheduler": "schedulers",
     "Observation": "schedulers",
     "Outcome": "schedulers",
-    "PerplexityCallback": "tracking",
+    "PerplexityCallback": "training.tracking",
     "RepeatScheduler": "schedulers",
     "RobustOutlierSkip": "schedulers",
     "ThresholdScheduler": "schedulers",
@@ -30,8 +30,6 @@ _HOMES = {
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
-    from .config import ABRConfig as ABRConfig
-    from .ledger import ComputeLedger as ComputeLedger
     from .schedulers import ClassicOutlierSkip as ClassicOutlierSkip
     from .schedulers import ConstantScheduler as ConstantScheduler
     from .schedulers import Observation as Observation
@@ -41,9 +39,11 @@ if TYPE_CHECKING:
     from .schedulers import ThresholdScheduler as ThresholdScheduler
     from .schedulers import UniformScheduler as UniformScheduler
     from .schedulers import get_repeat_scheduler as get_repeat_scheduler
-    from .tracking import PerplexityCallback as PerplexityCallback
-    from .trainer import ABRMixin as ABRMixin
-    from .trainer import ABRTrainer as ABRTrainer
+    from .training.config import ABRConfig as ABRConfig
+    from .training.ledger import ComputeLedger as ComputeLedger
+    from .training.tracking import PerplexityCallback as PerplexityCallback
+    from .training.trainer import ABRMixin as ABRMixin
+    from .training.trainer import ABRTrainer as ABRTrainer
 
 
 def __getattr__(name: str) -> Any:

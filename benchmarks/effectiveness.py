@@ -35,10 +35,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from abr_trainer.columns import as_text
-from abr_trainer.comparison import paired, read_comparison, verdict
-from abr_trainer.flags import given_flags
-from abr_trainer.records import TRACE_NAME, read_lines, write_whole
+from abr_trainer.comparison.statistics import paired, read_comparison, verdict
+from abr_trainer.data.columns import as_text
+from abr_trainer.records.files import TRACE_NAME, read_lines, write_whole
+from abr_trainer.records.flags import given_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "effectiveness.json"

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abr_trainer.definitions import DEFINITIONS, Text
-from abr_trainer.measurement import cut_windows, numbers_of
-from abr_trainer.perplexity import window_nlls
-from abr_trainer.provenance import versions_and_machine
-from abr_trainer.records import write_whole
+from abr_trainer.perplexity.definitions import DEFINITIONS, Text
+from abr_trainer.perplexity.measurement import cut_windows, numbers_of
+from abr_trainer.perplexity.windows import window_nlls
+from abr_trainer.records.files import write_whole
+from abr_trainer.records.provenance import versions_and_machine
 
 RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 

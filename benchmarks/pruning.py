@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from abr_trainer.records import write_whole
+from abr_trainer.records.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"

@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from abr_trainer.demo import passages
+from abr_trainer.data.demo import passages
 
 SEED = 0
 CONTEXT = 256

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from abr_trainer.arms import prompt_arm
-from abr_trainer.comparing import add_arguments, compare
-from abr_trainer.flags import complete_prompt_flags
-from abr_trainer.glue import PROMPTS
+from abr_trainer.classification.glue import PROMPTS
+from abr_trainer.cli.comparing import add_arguments, compare
+from abr_trainer.comparison.arms import prompt_arm
+from abr_trainer.records.flags import complete_prompt_flags
 
 
 def asked(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:

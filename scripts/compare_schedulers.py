@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from abr_trainer.arms import parse_arm
-from abr_trainer.comparing import add_arguments, compare
-from abr_trainer.flags import complete_flags
+from abr_trainer.cli.comparing import add_arguments, compare
+from abr_trainer.comparison.arms import parse_arm
+from abr_trainer.records.flags import complete_flags
 
 HELP = {
     "schedulers": "name, name:value, name:parameter=value,... or module:Class:parameter=value,...; a parameter that "

@@ -17,7 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding
 
-from abr_trainer.classification import (
+from abr_trainer.classification.glue import logits_of
+from abr_trainer.classification.records import beside_earlier, predictions_file, recalled_flags, write_predictions
+from abr_trainer.classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
+from abr_trainer.classification.trainer import (
     DEFAULT_LENGTH,
     ClassifierArguments,
     ClassifierTrainer,
@@ -26,15 +29,12 @@ from abr_trainer.classification import (
     labels_in_config,
     scores_in,
 )
-from abr_trainer.classifier_records import beside_earlier, predictions_file, recalled_flags, write_predictions
-from abr_trainer.command_line import parse_arguments
-from abr_trainer.context import fit_context
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.engines import leave_ranks
-from abr_trainer.errors import one_line_errors
-from abr_trainer.glue import logits_of
-from abr_trainer.modeling import load_config, load_model, load_tokenizer
-from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.data.context import fit_context
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models.loading import load_config, load_model, load_tokenizer
+from abr_trainer.records.errors import one_line_errors
+from abr_trainer.training.engines import leave_ranks
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, EvaluateArguments)
 """What the command line is parsed into."""

@@ -14,12 +14,12 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from abr_trainer.command_line import parse_arguments
-from abr_trainer.data import TextArguments
-from abr_trainer.engines import leave_ranks
-from abr_trainer.errors import one_line_errors
-from abr_trainer.measurement import MeasureArguments, describe_measurement, measure, write_measurement
-from abr_trainer.modeling import AdaptedArguments
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.data.text import TextArguments
+from abr_trainer.models.loading import AdaptedArguments
+from abr_trainer.perplexity.measurement import MeasureArguments, describe_measurement, measure, write_measurement
+from abr_trainer.records.errors import one_line_errors
+from abr_trainer.training.engines import leave_ranks
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

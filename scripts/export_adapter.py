@@ -18,12 +18,14 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from abr_trainer.adapters import FLAGS, is_of_classifier
-from abr_trainer.classifier_records import named_in, recall_labels, task_of_merged
-from abr_trainer.command_line import parse_arguments
-from abr_trainer.data import OptionalTextArguments
-from abr_trainer.errors import one_line_errors
-from abr_trainer.measurement import (
+from abr_trainer.classification.records import named_in, recall_labels, task_of_merged
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.data.text import OptionalTextArguments
+from abr_trainer.models.adapters import FLAGS, is_of_classifier
+from abr_trainer.models.loading import AdaptedArguments, AdaptedClassifierArguments
+from abr_trainer.models.merging import MergeArguments, check_mergeable, describe_merge, merge_to
+from abr_trainer.models.pruning import describe_sparsity
+from abr_trainer.perplexity.measurement import (
     MeasureArguments,
     describe_measurement,
     measure,
@@ -31,9 +33,7 @@ from abr_trainer.measurement import (
     shown_number,
     write_measurement,
 )
-from abr_trainer.merging import MergeArguments, check_mergeable, describe_merge, merge_to
-from abr_trainer.modeling import AdaptedArguments, AdaptedClassifierArguments
-from abr_trainer.pruning import describe_sparsity
+from abr_trainer.records.errors import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:

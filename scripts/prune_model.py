@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from safetensors import SafetensorError
 
-from abr_trainer.command_line import parse_arguments
-from abr_trainer.errors import one_line_errors
-from abr_trainer.modeling import LoadArguments
-from abr_trainer.pruning import PruneArguments, describe_pruned, prune_to
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.models.loading import LoadArguments
+from abr_trainer.models.pruning import PruneArguments, describe_pruned, prune_to
+from abr_trainer.records.errors import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

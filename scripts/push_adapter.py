@@ -14,8 +14,7 @@ from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
-from abr_trainer.errors import one_line_errors
-from abr_trainer.hub import (
+from abr_trainer.hub.repository import (
     PushError,
     Target,
     base_on_the_hub,
@@ -24,7 +23,8 @@ from abr_trainer.hub import (
     stage,
     warn_of_a_base_that_is_here_only,
 )
-from abr_trainer.records import PROVENANCE, read_json
+from abr_trainer.records.errors import one_line_errors
+from abr_trainer.records.files import PROVENANCE, read_json
 
 
 def target_of(directory: Path) -> Target:

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from abr_trainer.comparison import read_comparison
-from abr_trainer.errors import one_line_errors
+from abr_trainer.comparison.statistics import read_comparison
+from abr_trainer.records.errors import one_line_errors
 from abr_trainer.report.files import write_report
 from abr_trainer.report.of_comparison import report_on_comparison, summary_lines
 

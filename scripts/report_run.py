@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from abr_trainer.errors import one_line_errors
-from abr_trainer.records import REPORT_FOLDER
-from abr_trainer.replay import explain_batch
+from abr_trainer.records.errors import one_line_errors
+from abr_trainer.records.files import REPORT_FOLDER
 from abr_trainer.report.files import write_report
 from abr_trainer.report.of_run import report_on_run
+from abr_trainer.report.why import explain_batch
 
 
 def main(argv: list[str] | None = None) -> list[str]:

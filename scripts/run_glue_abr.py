@@ -15,8 +15,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding
 
-from abr_trainer.callbacks import cost_lines
-from abr_trainer.classification import (
+from abr_trainer.classification.records import predict, recalled_flags, take_up_classes
+from abr_trainer.classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
+from abr_trainer.classification.trainer import (
     DEFAULT_LENGTH,
     ClassifierArguments,
     ClassifierCallback,
@@ -29,17 +30,16 @@ from abr_trainer.classification import (
     score_lines,
     show_scores,
 )
-from abr_trainer.classifier_records import predict, recalled_flags, take_up_classes
-from abr_trainer.command_line import parse_arguments
-from abr_trainer.config import checkpoints_activations
-from abr_trainer.context import fit_context
-from abr_trainer.engines import leave_ranks
-from abr_trainer.errors import one_line_errors
-from abr_trainer.job import begin, carry_out, command_of, push_result, wanted_splits
-from abr_trainer.modeling import describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.readiness import telling_of_a_full_disk
-from abr_trainer.run_directory import check_output_dir, find_checkpoint, only_run_in
-from abr_trainer.sentences import SentenceArguments, load_sentences, tokenize_sentences
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.cli.job import begin, carry_out, command_of, push_result, wanted_splits
+from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint, only_run_in
+from abr_trainer.data.context import fit_context
+from abr_trainer.models.loading import describe_model, load_config, load_model, load_tokenizer
+from abr_trainer.records.errors import one_line_errors
+from abr_trainer.training.callbacks import cost_lines
+from abr_trainer.training.config import checkpoints_activations
+from abr_trainer.training.engines import leave_ranks
+from abr_trainer.training.readiness import telling_of_a_full_disk
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
 """What the command line is parsed into."""

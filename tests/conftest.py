@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
-from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.data.demo import DEMO_MODEL
 from tests.hub_server import Hub
 
 VOCABULARY = 64
@@ -277,7 +277,7 @@ def demo_texts_are_made_once():
     if importlib.util.find_spec("datasets") is None:  # as where only the tests that need a GPU are run
         yield
         return
-    from abr_trainer import data
+    from abr_trainer.data import text as data
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "demo_texts", functools.cache(data.demo_texts))

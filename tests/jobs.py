@@ -32,12 +32,13 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
-from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler, data
-from abr_trainer.engines import leave_ranks
-from abr_trainer.measurement import nlls_over_ranks
-from abr_trainer.modeling import ModelArguments, load_config, load_model, load_tokenizer
-from abr_trainer.perplexity import Window
+from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer.data import text as data
+from abr_trainer.models.loading import ModelArguments, load_config, load_model, load_tokenizer
+from abr_trainer.perplexity.measurement import nlls_over_ranks
+from abr_trainer.perplexity.windows import Window
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler
+from abr_trainer.training.engines import leave_ranks
 from scripts import run_glue_abr
 from tests.conftest import QUIET, VOCABULARY, broken_row, tiny_llama, token_rows, weights
 

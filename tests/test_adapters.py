@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.modeling import ModelArguments, describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.records import read_lines
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models.loading import ModelArguments, describe_model, load_config, load_model, load_tokenizer
+from abr_trainer.records.files import read_lines
 from scripts import eval_perplexity
 from tests.conftest import tiny_llama, token_rows
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from abr_trainer import ABRTrainer
-from abr_trainer.records import read_lines
+from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import ConstantScheduler, RepeatScheduler, ReplayScheduler, RobustOutlierSkip
 from tests.conftest import ScaledMixin, Scripted, broken_row, tiny_llama, token_rows, trained_by_hand, weights
 from tests.jobs import build_model

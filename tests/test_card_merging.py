@@ -6,7 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from abr_trainer.card_merging import MARKER, merged_card, read_card
+from abr_trainer.hub.card_merging import MARKER, merged_card, read_card
 
 OURS = f"""---
 library_name: peft

@@ -26,14 +26,14 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
-from abr_trainer.classification import ClassifierArguments, Judge, check_order, mean_loss
-from abr_trainer.classifier_records import OF_TASK, recalled_flags, write_predictions
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.glue import TASKS, own_task
-from abr_trainer.modeling import heads_in, load_config, load_model, load_tokenizer, lora_config
-from abr_trainer.records import read_lines
+from abr_trainer.classification.glue import TASKS, own_task
+from abr_trainer.classification.records import OF_TASK, recalled_flags, write_predictions
+from abr_trainer.classification.sentences import SentenceArguments
+from abr_trainer.classification.trainer import ClassifierArguments, Judge, check_order, mean_loss
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models.loading import heads_in, load_config, load_model, load_tokenizer, lora_config
+from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import SCHEDULERS
-from abr_trainer.sentences import SentenceArguments
 from scripts import eval_glue, export_adapter, run_glue_abr
 from tests.conftest import ROOT, run_module
 from tests.sentence_rows import QUICK, lay_out_as_on_the_hub, tales_and_reports, write_rows

@@ -8,7 +8,8 @@ import statistics
 
 import pytest
 
-from abr_trainer.comparison import (
+from abr_trainer.comparison.scores import score_of
+from abr_trainer.comparison.statistics import (
     find_mismatches,
     find_other_configs,
     learning_curve,
@@ -23,7 +24,6 @@ from abr_trainer.comparison import (
     summarise_arm,
     verdict,
 )
-from abr_trainer.scores import score_of
 
 
 def test_the_t_interval_is_that_of_the_textbook():

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from abr_trainer.command_line import parse_arguments
-from abr_trainer.config import ABRConfig
-from abr_trainer.data import DataArguments
-from abr_trainer.modeling import ModelArguments
-from abr_trainer.run_directory import check_output_dir, replacing_previous_run, write_provenance
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.cli.run_directory import check_output_dir, replacing_previous_run, write_provenance
+from abr_trainer.data.text import DataArguments
+from abr_trainer.models.loading import ModelArguments
 from abr_trainer.schedulers import (
     ClassicOutlierSkip,
     ConstantScheduler,
@@ -24,6 +23,7 @@ from abr_trainer.schedulers import (
     UniformScheduler,
     WindowScheduler,
 )
+from abr_trainer.training.config import ABRConfig
 
 CLASSES = (ModelArguments, DataArguments, ABRConfig)
 

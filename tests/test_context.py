@@ -16,7 +16,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from abr_trainer.context import context_of, fit_context
+from abr_trainer.data.context import context_of, fit_context
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 GPT = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}

@@ -16,10 +16,10 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig
 
-from abr_trainer.corpora import Corpus, find_corpus
-from abr_trainer.data import DataArguments, TextArguments, choose_block_size, load_blocks, load_texts
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.errors import BadRow
+from abr_trainer.data.corpora import Corpus, find_corpus
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.data.text import DataArguments, TextArguments, choose_block_size, load_blocks, load_texts
+from abr_trainer.records.errors import BadRow
 from run_clm_abr import main
 from tests.conftest import RUN, SHARED
 

@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
-from abr_trainer.definitions import DEFINITIONS, Text, detokenized, find_definition, pages_of
-from abr_trainer.demo import DEMO_MODEL, demo_texts
-from abr_trainer.measurement import cut_windows, numbers_of
-from abr_trainer.perplexity import window_nlls
+from abr_trainer.data.demo import DEMO_MODEL, demo_texts
+from abr_trainer.perplexity.definitions import DEFINITIONS, Text, detokenized, find_definition, pages_of
+from abr_trainer.perplexity.measurement import cut_windows, numbers_of
+from abr_trainer.perplexity.windows import window_nlls
 from tests.conftest import QUIET, SHARED, model_for, tokenizer_that_adds
 
 LENGTH = 48

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abr_trainer.demo import DEMO_MODEL, demo_texts, passages
-from abr_trainer.perplexity import TokenPerplexity, causal_nll
+from abr_trainer.data.demo import DEMO_MODEL, demo_texts, passages
+from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 
 
 def test_the_same_seed_gives_the_same_passages():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from abr_trainer.perplexity import causal_nll, window_nlls
-from abr_trainer.records import read_lines
+from abr_trainer.perplexity.windows import causal_nll, window_nlls
+from abr_trainer.records.files import read_lines
 from tests.conftest import ON_CPU, ROOT, tiny_llama
 from tests.jobs import (
     RESUMED,

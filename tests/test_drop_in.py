@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.records import read_lines
+from abr_trainer.records.files import read_lines
 from tests.conftest import ScaledMixin, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 
 BASELINE = functools.partial(ABRConfig, repeat_scheduler="baseline", skip_outliers="none")

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from abr_trainer import Observation
-from abr_trainer.arms import parse_arm
-from abr_trainer.demo import DEMO_MODEL, demo_texts
+from abr_trainer.comparison.arms import parse_arm
+from abr_trainer.data.demo import DEMO_MODEL, demo_texts
 from tests.conftest import ROOT
 
 

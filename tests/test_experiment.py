@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from abr_trainer.arms import parse_arm
-from abr_trainer.comparison import COSTS, collect, tuning_of
-from abr_trainer.demo import demo_texts
-from abr_trainer.experiment import Experiment, RunFailed, last_words
-from abr_trainer.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
-from abr_trainer.progress import share_done
-from abr_trainer.records import last_complete_checkpoint, read_lines
+from abr_trainer.comparison.arms import parse_arm
+from abr_trainer.comparison.experiment import Experiment, RunFailed, last_words
+from abr_trainer.comparison.progress import share_done
+from abr_trainer.comparison.statistics import COSTS, collect, tuning_of
+from abr_trainer.data.demo import demo_texts
+from abr_trainer.records.files import last_complete_checkpoint, read_lines
+from abr_trainer.records.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.report.of_comparison import circumstances, shortcomings
 from tests.conftest import ROOT
 

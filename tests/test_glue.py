@@ -8,7 +8,16 @@ import evaluate
 import numpy as np
 import pytest
 
-from abr_trainer.glue import PROMPTS, TASKS, ask, evaluate_judge, find_prompt, judge, own_task, predictions_of
+from abr_trainer.classification.glue import (
+    PROMPTS,
+    TASKS,
+    ask,
+    evaluate_judge,
+    find_prompt,
+    judge,
+    own_task,
+    predictions_of,
+)
 
 RNG = np.random.default_rng(0)
 

@@ -17,11 +17,11 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
-from abr_trainer import hub as hub_module
-from abr_trainer.card_merging import MARKER, merged_card, read_card
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.local_names import LOCAL_NAMES, is_on_the_hub, local_path
-from abr_trainer.model_card import text_of
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.hub import repository as hub_module
+from abr_trainer.hub.card import text_of
+from abr_trainer.hub.card_merging import MARKER, merged_card, read_card
+from abr_trainer.hub.local_names import LOCAL_NAMES, is_on_the_hub, local_path
 from abr_trainer.report import pictures
 from scripts import eval_glue, push_adapter, run_glue_abr
 from tests.conftest import RUN, tiny_llama

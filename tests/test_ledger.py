@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 
-from abr_trainer.ledger import ComputeLedger, forward_share
+from abr_trainer.training.ledger import ComputeLedger, forward_share
 
 
 def test_a_forward_costs_its_share_of_two_to_four_units_of_work():

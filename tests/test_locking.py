@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import run_clm_abr
-from abr_trainer.locking import SILENCE, Holder, locked
-from abr_trainer.records import LOCK_NAME, is_unused
+from abr_trainer.records.files import LOCK_NAME, is_unused
+from abr_trainer.records.locking import SILENCE, Holder, locked
 from scripts import run_glue_abr
 from tests.conftest import RUN
 
@@ -66,7 +66,7 @@ def test_an_error_gives_the_lock_up(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path, caplog):
     code = (
-        "import os, signal, sys, pathlib; from abr_trainer.locking import locked\n"
+        "import os, signal, sys, pathlib; from abr_trainer.records.locking import locked\n"
         "with locked(pathlib.Path(sys.argv[1]), '--out'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
@@ -118,7 +118,7 @@ def test_another_machine_holds_the_lock_as_long_as_it_gives_signs_of_life(tmp_pa
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr("abr_trainer.locking.BEAT", 0.01)
+    monkeypatch.setattr("abr_trainer.records.locking.BEAT", 0.01)
     with locked(tmp_path, "--out"):
         path = tmp_path / LOCK_NAME
         os.utime(path, (0, 0))

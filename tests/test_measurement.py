@@ -31,10 +31,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 import run_clm_abr
-from abr_trainer.definitions import DEFINITIONS
-from abr_trainer.demo import DEMO_MODEL, demo_texts
-from abr_trainer.perplexity import Window, sliding_windows, window_nlls
-from abr_trainer.pruning import nonzero_shares
+from abr_trainer.data.demo import DEMO_MODEL, demo_texts
+from abr_trainer.models.pruning import nonzero_shares
+from abr_trainer.perplexity.definitions import DEFINITIONS
+from abr_trainer.perplexity.windows import Window, sliding_windows, window_nlls
 from scripts import eval_perplexity
 from tests.conftest import RUN, model_for, tiny_llama, tokenizer_that_adds
 

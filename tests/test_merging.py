@@ -17,10 +17,10 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.merging import MergeArguments, merge_adapter, merge_to
-from abr_trainer.modeling import AdaptedArguments, load_written
-from abr_trainer.pruning import layers, nonzero_shares, prune, sparsity_report
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models.loading import AdaptedArguments, load_written
+from abr_trainer.models.merging import MergeArguments, merge_adapter, merge_to
+from abr_trainer.models.pruning import layers, nonzero_shares, prune, sparsity_report
 from scripts import export_adapter, prune_model
 from tests.conftest import model_for, tiny_llama, tiny_mixture, tokenizer_that_adds
 
@@ -178,7 +178,8 @@ def test_a_sparse_base_stays_sparse_unless_told_otherwise(tmp_path, capsys):
 
 
 def test_what_is_not_what_was_trained_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("abr_trainer.merging._untie", lambda model: False)  # then the head changes with the embeddings
+    # Then the head changes with the embeddings.
+    monkeypatch.setattr("abr_trainer.models.merging._untie", lambda model: False)
     adapter = random_adapter(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(SystemExit, match="error: What would be written says something else than .* above 1e-05"):
         export_adapter.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole")])
@@ -195,7 +196,7 @@ def test_what_is_not_what_was_trained_is_not_kept(tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr("abr_trainer.merging.load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("abr_trainer.models.merging.load_base", lambda *_: pytest.fail("a model was loaded"))
     adapter = random_adapter(tmp_path / "adapter")
     with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
         export_adapter.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole"), *flags])
@@ -362,7 +363,7 @@ def test_zeros_that_are_lost_in_the_file_are_noticed(tmp_path, monkeypatch):
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
     flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"])]
-    monkeypatch.setattr("abr_trainer.merging.load_written", filled)
+    monkeypatch.setattr("abr_trainer.models.merging.load_written", filled)
     with pytest.raises(SystemExit, match="error: 1 matrices have fewer zeros .*: model.layers.1.mlp.down_proj."):
         export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
     assert not (tmp_path / "whole").exists()

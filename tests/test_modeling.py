@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.modeling import (
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models.loading import (
     ModelArguments,
     describe_model,
     keep_packing,
@@ -20,7 +20,7 @@ from abr_trainer.modeling import (
     lora_config,
     quantization_config,
 )
-from abr_trainer.trainer import ABRTrainer
+from abr_trainer.training.trainer import ABRTrainer
 from tests.conftest import Scripted, tiny_mixture, token_rows
 
 

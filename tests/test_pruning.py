@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import run_clm_abr
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.pruning import layers, left_in, nonzero_shares, parse_pattern, prune, sparsity_report
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models.pruning import layers, left_in, nonzero_shares, parse_pattern, prune, sparsity_report
 from scripts import export_adapter, prune_model
 from tests.conftest import ROOT, tiny_llama, tiny_mixture
 

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from abr_trainer import quantisation
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.modeling import ModelArguments, load_base, load_config
-from abr_trainer.quantisation import check_kernels, dequantised
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models import quantisation
+from abr_trainer.models.loading import ModelArguments, load_base, load_config
+from abr_trainer.models.quantisation import check_kernels, dequantised
 from scripts import eval_perplexity
 
 IDS = torch.arange(0, 1024, 11)[None]

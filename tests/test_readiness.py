@@ -14,8 +14,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import run_clm_abr
-from abr_trainer.readiness import check_disk, is_full, mend_generation_config
-from abr_trainer.records import last_complete_checkpoint
+from abr_trainer.records.files import last_complete_checkpoint
+from abr_trainer.training.readiness import check_disk, is_full, mend_generation_config
 from tests.conftest import RUN, tiny_llama
 
 Usage = namedtuple("Usage", "total used free")
@@ -24,7 +24,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     """The demo model with a generation config that transformers does not save: LLaMA-2's was so."""
-    from abr_trainer.demo import DEMO_MODEL
+    from abr_trainer.data.demo import DEMO_MODEL
 
     directory = tmp_path_factory.mktemp("model") / "samples"
     shutil.copytree(DEMO_MODEL, directory)

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 
 from abr_trainer import ABRTrainer, Observation
-from abr_trainer.demo import DEMO_MODEL
+from abr_trainer.data.demo import DEMO_MODEL
 from tests.conftest import tiny_llama, token_rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,9 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, MixtralConfig, MixtralForCausalLM, TrainerCallback, set_seed
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.records import flaw_of, last_complete_checkpoint, last_state, read_lines
-from abr_trainer.resume import UnfitCheckpoint, newest_checkpoint, refuse_damaged
-from abr_trainer.run_directory import find_checkpoint, set_aside_later_checkpoints
+from abr_trainer.cli.run_directory import find_checkpoint, set_aside_later_checkpoints
+from abr_trainer.records.files import flaw_of, last_complete_checkpoint, last_state, read_lines
 from abr_trainer.schedulers import (
     SCHEDULERS,
     ConstantScheduler,
@@ -26,6 +25,7 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
     get_repeat_scheduler,
 )
+from abr_trainer.training.resume import UnfitCheckpoint, newest_checkpoint, refuse_damaged
 from tests.conftest import QUIET, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 from tests.jobs import resumable
 

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
-from abr_trainer.data import DataArguments, load_blocks
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.perplexity import TokenPerplexity, causal_nll
-from abr_trainer.records import read_lines
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.data.text import DataArguments, load_blocks
+from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
+from abr_trainer.records.files import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 
 from abr_trainer import ABRConfig
 from abr_trainer.schedulers import GradNormSkip
-from abr_trainer.support import refuse_unsupported
+from abr_trainer.training.support import refuse_unsupported
 from tests.conftest import Scripted, token_rows
 
 

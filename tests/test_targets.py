@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset, Features, LargeList, Sequence, Value
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, default_data_collator
 
-from abr_trainer import empty_rows
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.empty_rows import find_rows_without_targets
-from abr_trainer.targets import count_targets, tally
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.training import empty_rows
+from abr_trainer.training.empty_rows import find_rows_without_targets
+from abr_trainer.training.targets import count_targets, tally
 from tests.conftest import Stream
 
 LABELS = [[-100, 5, 6], [-100, -100, -100], [7, -100, -100], [7], [], [-100, -100, 8, 9]]

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.records import HISTORY_NAME, TRACE_NAME, read_lines
-from abr_trainer.tracking import Evaluation, PerplexityCallback, overfitting, show_history, summary
+from abr_trainer.records.files import HISTORY_NAME, TRACE_NAME, read_lines
+from abr_trainer.training.tracking import Evaluation, PerplexityCallback, overfitting, show_history, summary
 from tests.conftest import RUN, tiny_llama, token_rows, weights
 
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 3, "eval_on_start": True}

@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.records import read_lines
-from abr_trainer.replay import explain_batch
+from abr_trainer.records.files import read_lines
+from abr_trainer.report.why import explain_batch
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
-from abr_trainer.trainer import TooManySkips
+from abr_trainer.training.trainer import TooManySkips
 from tests.conftest import (
     ScaledMixin,
     Scripted,

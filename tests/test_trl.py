@@ -32,11 +32,11 @@ from trl import (
 )
 
 from abr_trainer import ABRMixin
-from abr_trainer.demo import DEMO_MODEL
-from abr_trainer.perplexity import causal_nll
-from abr_trainer.records import read_lines
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.integrations.trl import ABRSFTConfig, ABRSFTTrainer
+from abr_trainer.perplexity.windows import causal_nll
+from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip
-from abr_trainer.trl import ABRSFTConfig, ABRSFTTrainer
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
 PAIRS = Dataset.from_list(

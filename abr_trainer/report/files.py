@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..records import write_whole
+from ..records.files import write_whole
 from .figure import Report
 from .markdown import render_markdown
 from .page import render_page

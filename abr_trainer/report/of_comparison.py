@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..arms import quoted
-from ..scores import Score, metrics_in, score_of, sentence_case, words_for
+from ..comparison.arms import quoted
+from ..comparison.scores import Score, metrics_in, score_of, sentence_case, words_for
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .text import DASH, number
 

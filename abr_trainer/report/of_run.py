@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..comparison import learning_curve, over_loss, over_passes, over_time
-from ..records import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
-from ..replay import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
+from ..comparison.statistics import learning_curve, over_loss, over_passes, over_time
+from ..records.files import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
 from .text import DASH, number
+from .why import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 
 MOST_POINTS = 1500
 """Points of a figure: a browser has to hold them."""

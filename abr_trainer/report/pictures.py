@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..records import write_whole
+from ..records.files import write_whole
 from .figure import Figure, Number, Report, Series
 from .look import Look, counts_on_y, drawable, is_empty, lonely, looks, marked
 from .text import number

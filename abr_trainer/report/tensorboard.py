@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..records import TRACE_NAME, TRAINER_STATE, read_lines
-from ..scores import score_of
+from ..comparison.scores import score_of
+from ..records.files import TRACE_NAME, TRAINER_STATE, read_lines
 
 FOLDER = "tensorboard"
 

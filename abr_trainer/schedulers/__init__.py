@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from ..errors import find_named
+from ..records.errors import find_named
 from .base import Observation, Outcome, RepeatScheduler, WrappedScheduler
 from .constant import ConstantScheduler
 from .deferred import ReplayScheduler

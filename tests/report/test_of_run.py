@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import run_clm_abr
-from abr_trainer.records import read_lines, updates_of
-from abr_trainer.replay import explain_batch, explain_rule
+from abr_trainer.records.files import read_lines, updates_of
 from abr_trainer.report.of_run import report_on_run
+from abr_trainer.report.why import explain_batch, explain_rule
 from abr_trainer.schedulers import ReplayScheduler
 from tests.conftest import ROOT
 

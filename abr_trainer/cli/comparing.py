@@ -1,0 +1,110 @@
+"""What the scripts that compare have in common: their command line, and the way from it to a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..comparison.experiment import Experiment, RunFailed
+from ..comparison.processes import interruptible
+from ..comparison.statistics import collect, copy_configs, write_comparison
+from ..records.errors import one_line_errors
+from ..records.flags import asks_to_save, expand_flags_file, parse_tuning
+from ..report.files import write_report
+from ..report.of_comparison import report_on_comparison, summary_lines
+from ..report.tensorboard import write_events
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Asked = Callable[[argparse.Namespace, list[str]], dict[str, Any]]
+"""From the arguments before `--` and those behind to what an `Experiment` gets beside what all comparisons have."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every comparison."""
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, default=[5], help="one number: so many seeds, from 0; several: these seeds")
+    add("--out", type=Path, required=True, help="directory of the runs and of the report")
+    add(
+        "--tune",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("FLAG", "VALUE"),
+        help="try these values of a flag for each of them, choose on the validation split, report the test split; may "
+        "be given several times",
+    )
+    add("--tune_seeds", type=int, help="choose by the first so many seeds; default: all")
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--launcher", default="", help="what starts each run, e.g. 'accelerate launch --num_processes 8'")
+    add("--keep-going", action="store_true", help="leave out runs that fail, instead of stopping")
+
+
+def split(argv: Sequence[str], parser: argparse.ArgumentParser, script: str) -> tuple[argparse.Namespace, list[str]]:
+    """Parse what stands before `--`, and return it with what stands behind."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, unknown = parser.parse_known_args(argv[:cut])
+    if unknown:
+        parser.error(f"{unknown[0]} is no argument of this script. Those of {Path(script).name} stand behind --.")
+    return args, list(argv[cut + 1 :])
+
+
+def compare(
+    program: str, script: str, parser: argparse.ArgumentParser, asked: Asked, argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Run a comparison as its command line asks for, write the report, and return the data it is made of.
+
+    Args:
+        program: The script that compares, below the root of the repository.
+        script: The one that each run is.
+        parser: Has the arguments of its own.
+        asked: Returns `arms`, `flags`, `reference` and whatever else of an `Experiment` is special.
+
+    Raises:
+        SystemExit: With one line, if it cannot be done, was interrupted, or left out runs that failed.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    args, rest = split(given, parser, script)
+    with one_line_errors(ValueError, OSError, RunFailed, when_interrupted="the same command goes on"):
+        rest = expand_flags_file(rest)
+        seeds = list(range(args.seeds[0])) if len(args.seeds) == 1 else args.seeds
+        path = ROOT / script
+        experiment = Experiment(
+            out=args.out,
+            script=path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path,
+            seeds=seeds,
+            tune=parse_tuning(args.tune),
+            tune_seeds=seeds if args.tune_seeds is None else seeds[: args.tune_seeds],
+            launcher=args.launcher,
+            jobs=args.jobs,
+            keep_going=args.keep_going,
+            keeps_checkpoints=asks_to_save(rest),
+            **asked(args, rest),
+        )
+        with experiment.locked(), interruptible():
+            experiment.prepare()
+            try:
+                experiment.carry_out(getattr(args, "controls", False))
+            except (RunFailed, KeyboardInterrupt):
+                write_up(experiment, [program, *given])
+                raise
+            data = write_up(experiment, [program, *given])
+    print(*summary_lines(data, args.out), sep="\n")
+    if experiment.failures:
+        raise SystemExit(1)
+    return data
+
+
+def write_up(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
+    """Write everything that is made of the runs that are finished, if there are any."""
+    data = collect(experiment, argv)
+    if data["runs"]:
+        write_comparison(data, experiment.out)
+        if experiment.varied == "prompt":
+            copy_configs(data, experiment.out)
+        write_report(report_on_comparison(data), experiment.out)
+        write_events(data, experiment.out)
+    return data

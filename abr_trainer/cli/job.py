@@ -1,0 +1,116 @@
+"""What all training scripts do once trainer and data are there: train, evaluate, test, save, push."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from ..hub.repository import PushError
+from ..records.errors import BadRow, one_line, one_line_errors
+from ..records.files import read_json
+from ..training.callbacks import last_evaluation
+from ..training.config import ABRConfig
+from ..training.evaluation import NoSuchMetric
+from ..training.readiness import check_disk, mend_generation_config
+from ..training.resume import UnfitCheckpoint
+from ..training.trainer import ABRTrainer, TooManySkips
+from .run_directory import replacing_previous_run, set_aside_later_checkpoints, write_provenance
+
+
+def wanted_splits(args: ABRConfig) -> list[str]:
+    """Return the splits that a run needs.
+
+    Raises:
+        ValueError: It needs none.
+    """
+    work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    splits = [split for split, wanted in work.items() if wanted]
+    if not splits:
+        raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    return splits
+
+
+def begin(args: ABRConfig) -> None:
+    """Seed everything; what follows is the same from run to run, and on all ranks."""
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # our models leave none out, and looking for them costs
+    set_seed(args.seed)
+
+
+def carry_out(
+    trainer: ABRTrainer,
+    checkpoint: str | None,
+    command: Sequence[str],
+    arguments: Sequence[Any],
+    described: Sequence[str],
+    test: Callable[[], Mapping[str, float]],
+    also_evaluated: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Train, evaluate and test as the arguments of the trainer say, keep all that was measured, and return it.
+
+    Args:
+        checkpoint: What to go on from.
+        command: The command line, the script first.
+        arguments: Dataclasses beside those of the trainer, for `run.json`.
+        described: What is printed before the first batch.
+        test: Measures the test split.
+        also_evaluated: Data sets that are evaluated at the end, by the prefix of their metrics.
+    """
+    args: Any = trainer.args
+    results: dict[str, float] = {}
+    with one_line_errors(ValueError):
+        if args.do_train:
+            check_disk(args, trainer.model)
+            mend_generation_config(trainer.model)
+        if checkpoint is not None:
+            trainer.check_checkpoint(checkpoint)
+    with replacing_previous_run(args), one_line_errors(TooManySkips, NoSuchMetric, BadRow, UnfitCheckpoint):
+        if trainer.is_world_process_zero():
+            write_provenance(args, command, *arguments)
+            print(*described, sep="\n", flush=True)
+            if args.scale_with_batch_size:
+                print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)
+        if checkpoint is not None:
+            set_aside_later_checkpoints(args, checkpoint)
+        if args.do_train:
+            results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+            if not trainer.has_trained:  # what was measured when it was
+                results |= read_json(Path(args.output_dir, "train_results.json")) or {}
+            trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated
+            trainer.save_metrics("train", results)
+    if args.do_eval:
+        metrics = last_evaluation(trainer.state) if args.do_train and not args.load_best_model_at_end else None
+        metrics = metrics or trainer.evaluate()
+        for prefix, rows in (also_evaluated or {}).items():
+            metrics |= trainer.evaluate(rows, metric_key_prefix=prefix)
+        trainer.save_metrics("eval", metrics)
+        results |= metrics
+    if args.do_train:
+        trainer.save_state()  # with the last evaluation in its log
+        trainer.write_summary()
+    if args.do_predict:
+        metrics = dict(test())
+        trainer.save_metrics("test", metrics)
+        results |= metrics
+    return results
+
+
+def push_result(trainer: ABRTrainer) -> None:
+    """Push what was trained, if that was asked for; if that fails, end the program and say how to do it later."""
+    if not trainer.args.push_to_hub:
+        return
+    try:
+        trainer.push_to_hub()
+    except PushError as error:
+        later = f"python scripts/push_adapter.py {shlex.quote(str(trainer.args.output_dir))}"
+        raise SystemExit(f"error: trained, but not pushed: {one_line(error)}\nFinish it with: {later}") from error
+
+
+def command_of(argv: Sequence[str] | None, script: str) -> list[str]:
+    """Return the command line of this run, the script first: that of the process, if none was given."""
+    return sys.argv if argv is None else [script, *argv]

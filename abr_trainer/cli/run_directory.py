@@ -1,0 +1,225 @@
+"""The output directory of a run: one run in it, and where to resume it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
+
+from ..hub.repository import fetch_checkpoint
+from ..records.errors import one_line_errors
+from ..records.files import (
+    CHECKPOINT_PREFIX,
+    HISTORY_NAME,
+    PREDICTIONS_NAME,
+    PROVENANCE,
+    QUANT_CONFIG_NAME,
+    REPORT_FOLDER,
+    SKIPPED_NAME,
+    SUMMARY_NAME,
+    TASK_NAME,
+    TRACE_NAME,
+    TRAINER_STATE,
+    is_unused,
+    step_of,
+    write_whole,
+)
+from ..records.locking import locked
+from ..records.provenance import versions_and_machine
+from ..training.config import ABRConfig
+from ..training.resume import newest_checkpoint, refuse_damaged
+
+logger = logging.get_logger(__name__)
+
+RUN_FILES = (
+    *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
+    *("_push*", TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, REPORT_FOLDER),
+    *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
+    *(TASK_NAME, QUANT_CONFIG_NAME, PREDICTIONS_NAME.format(split="*")),
+)
+"""What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
+
+PREVIOUS = "_previous-run"
+
+MAY_DIFFER = (
+    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_", "logging_", "log_", "save_", "eval_"),
+    *(
+        "push_to_hub",
+        "hub_",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "max_steps",
+        "preprocessing_num_workers",
+        "overwrite_cache",
+    ),
+)
+"""Beginnings of the names of arguments that a resumed run may change without changing the training."""
+
+
+@contextlib.contextmanager
+def only_run_in(config: ABRConfig) -> Iterator[None]:
+    """Keep other runs out of the output directory, from before the first check to the end.
+
+    The main process holds the lock; the others are told if it cannot.
+
+    Raises:
+        SystemExit: Another run is at work there, or nothing can be written there.
+    """
+    path = Path(str(config.output_dir))
+    with contextlib.ExitStack() as held:
+        with one_line_errors(ValueError):
+            refused: list[str | None] = [None]
+            if config.process_index == 0 and (path.is_dir() or not path.exists()):  # a file is refused below
+                try:
+                    held.enter_context(locked(path, "--output_dir"))
+                except ValueError as error:
+                    refused[0] = str(error)
+            if config.world_size > 1:
+                broadcast_object_list(refused)
+            if refused[0] is not None:
+                raise ValueError(refused[0])
+        yield
+
+
+def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = None) -> None:
+    """Refuse what would mix two runs in one directory, or destroy what is no run, or what this one starts from.
+
+    Raises:
+        ValueError: The directory is in use, and the run neither resumes nor may overwrite it.
+    """
+    path = Path(str(config.output_dir))
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output_dir {path} is a file.")
+    if config.process_index != 0 or is_unused(path):
+        return
+    if path.resolve() == Path(model_path).resolve():
+        raise ValueError(f"--output_dir {path} is the directory of --model_name_or_path. Give another one.")
+    if adapter is not None and Path(adapter).exists() and Path(adapter).resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"--output_dir {path} holds --adapter_name_or_path {adapter}. Give another one.")
+    if not config.do_train:
+        if any((path / name).exists() for name in ("adapter_config.json", "config.json")):
+            raise ValueError(
+                f"--output_dir {path} holds a trained model, and without --do_train the one evaluated would be "
+                f"{model_path}. Give another --output_dir."
+            )
+    elif config.overwrite_output_dir and not config.resume_from_checkpoint:
+        if not (path / PROVENANCE).exists() and not (path / PREVIOUS).exists():
+            raise ValueError(f"--overwrite_output_dir: {path} holds no run (no {PROVENANCE}). Clear it yourself.")
+    elif not config.resume_from_checkpoint:
+        raise ValueError(
+            f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
+            "--overwrite_output_dir to start over, or another directory."
+        )
+    for file in [file for pattern in RUN_FILES for file in path.glob(pattern)]:
+        if not os.access(file, os.W_OK):
+            raise ValueError(f"--output_dir {path}: {file.name} cannot be written to. Change its permissions.")
+
+
+@contextlib.contextmanager
+def replacing_previous_run(config: ABRConfig) -> Iterator[None]:
+    """With `overwrite_output_dir`, move the run in the directory aside, and delete it when this one has been trained.
+
+    Where training fails, the previous run stays in `_previous-run/`. Files that no run makes are not touched.
+    """
+    path = Path(str(config.output_dir))
+    starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
+    if config.process_index != 0 or not starts_over or is_unused(path):
+        yield
+        return
+    previous, failed_before = path / PREVIOUS, (path / PREVIOUS).exists()
+    previous.mkdir(exist_ok=True)
+    for old in [old for pattern in RUN_FILES for old in path.glob(pattern)]:
+        if failed_before:  # what lies beside a previous run is what a failed attempt has left
+            _remove(old)
+        else:
+            old.rename(previous / old.name)
+    try:
+        yield
+    except BaseException:
+        logger.warning(f"The previous run is kept in {previous}.")
+        raise
+    _remove(previous)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> None:
+    """Write `run.json`: the command line, all arguments, versions, code and machine that made this run.
+
+    A resumed run keeps what stands there, adds its own command line, and warns of every argument that has changed.
+
+    Args:
+        config: The arguments of the trainer; tokens in it are masked.
+        argv: The command line, the program first.
+        others: Further dataclasses of arguments.
+    """
+    path = Path(str(config.output_dir), PROVENANCE)
+    arguments = {**config.to_dict(), **{name: value for other in others for name, value in vars(other).items()}}
+    if config.resume_from_checkpoint and path.exists():
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+        for name, before in provenance["arguments"].items():
+            now = json.loads(json.dumps(arguments.get(name), default=str))
+            if now != before and not name.startswith(MAY_DIFFER):
+                logger.warning(f"This run is resumed with --{name} {now}; it was begun with {before}.")
+        provenance.setdefault("resumed", []).append(list(argv))
+    else:
+        provenance = {
+            "argv": list(argv),
+            **versions_and_machine(config.device, config.world_size),
+            "arguments": arguments,
+        }
+    write_whole(path, json.dumps(provenance, indent=2, default=str) + "\n")
+
+
+def find_checkpoint(args: ABRConfig) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` names; `true` is the last complete one in the output
+    directory. What is no directory is looked for on the Hub, and downloaded into the output directory.
+
+    Raises:
+        ValueError: There is no such checkpoint, or the run cannot go on from it.
+    """
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None
+    if str(wanted).lower() == "true":
+        return newest_checkpoint(str(args.output_dir), says_so=args.process_index == 0)
+    if not Path(wanted).exists():
+        return _fetched(str(wanted), args)
+    refuse_damaged(wanted)
+    return str(wanted)
+
+
+def _fetched(name: str, args: ABRConfig) -> str:
+    """Download a checkpoint on the main process, and return on all ranks where it is."""
+    told: list[str | None] = [None, None]
+    if args.process_index == 0:
+        try:
+            told[0] = fetch_checkpoint(name, Path(str(args.output_dir)))
+        except (ValueError, OSError) as error:
+            told[1] = str(error)
+    found, refused = broadcast_object_list(told)
+    if found is None:
+        raise ValueError(refused)
+    return found
+
+
+def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:
+    """Rename the checkpoints after this one to `abandoned-...`: a run that goes back must not be resumed from them."""
+    if args.process_index == 0 and Path(checkpoint).resolve().parent == Path(str(args.output_dir)).resolve():
+        for later in Path(checkpoint).parent.glob(f"{CHECKPOINT_PREFIX}*"):
+            if step_of(later) > step_of(Path(checkpoint)):
+                logger.warning(f"Going back to {checkpoint}: {later} is renamed to abandoned-{later.name}.")
+                later.rename(later.with_name(f"abandoned-{later.name}"))

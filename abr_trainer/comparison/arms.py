@@ -1,0 +1,149 @@
+"""The alternatives of a comparison: a repeat scheduler or a prompt, and flags of the script."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..records.flags import given_flags
+from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler, reads_flag
+
+OF_RULES = ("loss_threshold", "max_repeats")
+"""Flags of the script that are parameters of rules, and nothing to those that do not have them."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the alternatives that are compared.
+
+    Attributes:
+        name: As typed; stands in tables and pictures.
+        rule: What `--repeat_scheduler` gets; empty to leave that to the flags that all runs share.
+        parameters: Of the rule, as JSON; empty for none.
+        flags: What else it adds to the command line.
+    """
+
+    name: str
+    rule: str = ""
+    parameters: str = ""
+    flags: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        rule = ["--repeat_scheduler", self.rule] if self.rule else []
+        parameters = ["--repeat_scheduler_kwargs", self.parameters] if self.parameters else []
+        return [*rule, *parameters, *self.flags]
+
+    @property
+    def folder(self) -> str:
+        """A name for a directory. A digest tells texts apart that would go by the same one."""
+        safe = re.sub(r"[^\w.=-]+", "-", self.name).strip("-")
+        if self.rule or re.fullmatch(r"\w{1,40}", self.name):
+            return safe
+        return f"{safe[:40].strip('.-')}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}".lstrip("-")
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the file that holds a rule of one's own; empty for the rules of this package."""
+        if not self.rule or self.rule in SCHEDULERS:
+            return ""
+        file = inspect.getsourcefile(find_repeat_scheduler(self.rule))
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+    @property
+    def decides(self) -> bool:
+        """Whether its rule looks at a batch before it says how often to train on it."""
+        return self.rule not in ("", "baseline", "fixed", "random")
+
+    def leaves_open(self, flag: str) -> bool:
+        """Tell whether a flag of the script, given without dashes, changes anything about this arm."""
+        own = json.loads(self.parameters or "{}")
+        if flag in own or f"--{flag}" in given_flags(self.flags):
+            return False
+        if not self.rule or flag not in OF_RULES:
+            return True
+        return reads_flag(self.rule, flag) and not (self.rule == "fixed" and "repeats" in own)
+
+    def controls(self, mean: float, states_most: bool) -> list[Arm]:
+        """Return two arms with this mean of repeats and the same flags: one spreads it evenly, one at random.
+
+        Args:
+            states_most: Do not leave `max_repeats` to its default.
+        """
+        pairs = zip(self.flags[::2], self.flags[1::2], strict=True)
+        settings = "".join(f",{flag[2:]}={value}" for flag, value in pairs)
+        most = max(5, math.ceil(mean))
+        at_random = f"random:mean_repeats={mean:g}" + f",max_repeats={most}" * (states_most or most > 5)
+        return [parse_arm(f"fixed:{mean:g}{settings}"), parse_arm(at_random + settings)]
+
+
+def parse_arm(text: str) -> Arm:
+    """Parse `name`, `name:value`, `name:parameter=value,...` or `module:Class:parameter=value,...`.
+
+    A bare value goes to the first parameter of the rule. A parameter that the rule does not have is a flag of the
+    script, without its dashes.
+
+    Raises:
+        ValueError: There is no such rule, or it does not take the value.
+
+    >>> parse_arm("abr:loss_threshold=2.0,skip_outliers=none").arguments[2:]
+    ['--repeat_scheduler_kwargs', '{"loss_threshold": 2.0}', '--skip_outliers', 'none']
+    """
+    pieces = text.split(":")
+    is_own = len(pieces) > 1 and pieces[0] not in SCHEDULERS
+    rule, settings = ":".join(pieces[: 1 + is_own]), ":".join(pieces[1 + is_own :])
+    takes = [] if rule == "baseline" else list(inspect.signature(find_repeat_scheduler(rule)).parameters)
+    parameters: dict[str, Any] = {}
+    flags: list[str] = []
+    for setting in filter(None, settings.split(",")):
+        key, has_key, value = setting.partition("=")
+        if not has_key:
+            if not takes:
+                raise ValueError(f"--schedulers {text}: {rule} has no parameter that could be {setting}.")
+            key, value = takes[0], setting
+        if key in takes:
+            parameters[key] = _as_json(value)
+        elif close := difflib.get_close_matches(key, takes, n=1, cutoff=0.8):
+            raise ValueError(f"--schedulers {text}: {rule} has no parameter {key}. Did you mean {close[0]}?")
+        else:
+            flags += [f"--{key}", value]
+    if parameters:
+        get_repeat_scheduler(rule, **parameters)
+    return Arm(text, rule, json.dumps(parameters) if parameters else "", tuple(flags))
+
+
+def prompt_arm(text: str) -> Arm:
+    """Return the arm that puts this prompt before each row: the name of one that the script knows, or any text.
+
+    Raises:
+        ValueError: There is no text.
+
+    >>> prompt_arm("none").folder, prompt_arm("Same meaning?").folder, prompt_arm("Same meaning!").folder
+    ('none', 'Same-meaning-1ae089a4', 'Same-meaning-3ce8dbcf')
+    """
+    if not text.strip():
+        raise ValueError("--prompts: an empty prompt is called none.")
+    return Arm(text, flags=("--prompt", text))
+
+
+def quoted(name: str) -> str:
+    """Put a name of several words into quotation marks, for a sentence.
+
+    >>> print(quoted("none"), quoted("Same meaning?"))
+    none "Same meaning?"
+    """
+    return f'"{name}"' if re.search(r"\s", name) else name
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

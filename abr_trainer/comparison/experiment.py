@@ -1,0 +1,502 @@
+"""Run every arm of a comparison with every seed, each run in a process of its own, and no run twice."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import shlex
+import shutil
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..records.errors import refuse_below
+from ..records.files import (
+    PROVENANCE,
+    RESULTS,
+    TRAINER_STATE,
+    is_unused,
+    last_complete_checkpoint,
+    read_json,
+    write_whole,
+)
+from ..records.flags import BUDGET, given_flags, is_on, refuse
+from ..records.locking import locked
+from .arms import Arm, quoted
+from .processes import Forked, Launched, Process, start_quietly
+from .progress import Progress
+from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
+
+OF_A_RUN = ("command_line", "classification", "job", "measurement", "modeling", "sentences", "tracking", "trainer")
+OF_THE_SCRIPT = ("comparing",)  # a fork imports the main module anew
+STACK = [f"abr_trainer.{name}" for name in (*OF_A_RUN, *OF_THE_SCRIPT)]
+"""What a process is to have imported before runs are forked from it: all that takes long."""
+
+EXPERIMENT = "experiment.json"
+
+Values = tuple[tuple[str, str], ...]
+"""A value for each tuned flag, by its name without dashes."""
+
+
+class RunFailed(RuntimeError):
+    """A run of the comparison ended with an error."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the comparison.
+
+    Attributes:
+        argv: What the script gets; `--output_dir` and what resumes it come on top.
+        varied: What the comparison varies.
+    """
+
+    arm: Arm
+    seed: int
+    directory: Path
+    argv: tuple[str, ...]
+    tuned: Values = ()
+    varied: str = "scheduler"
+
+    @property
+    def title(self) -> str:
+        return " ".join(
+            [quoted(self.arm.name), *(f"{name} {value}" for name, value in self.tuned), f"seed {self.seed}"]
+        )
+
+    @property
+    def log(self) -> Path:
+        return self.directory.with_name(self.directory.name + ".log")
+
+    @property
+    def parts(self) -> list[str]:
+        """What it does, as its results begin: a test split may come without labels, and so without a score."""
+        return ["train_passes", "eval_", *(["test_"] if is_on("--do_predict", given_flags(self.argv)) else [])]
+
+    def results(self) -> dict[str, float] | None:
+        """Return what the finished run has reached, or None if it is not finished.
+
+        Raises:
+            ValueError: The directory holds a run with other arguments.
+        """
+        provenance = read_json(self.directory / PROVENANCE)
+        if provenance is None:
+            return None
+        before, now = given_flags(_own_arguments(provenance["argv"][1:])), given_flags(self.argv)
+        if changed := [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]:
+            each = [f"{flag}: {_values(before.get(flag))} -> {_values(now.get(flag))}" for flag in changed[:3]]
+            raise ValueError(
+                f"{self.directory} holds a run with other arguments ({', '.join(each)}). "
+                "Give another --out, or remove that directory."
+            )
+        results: dict[str, float] = read_json(self.directory / RESULTS) or {}
+        is_finished = (self.directory / TRAINER_STATE).exists() and all(
+            any(name.startswith(part) for name in results) for part in self.parts
+        )
+        return results if is_finished and metrics_in(results, self.varied) else None
+
+    def arguments(self) -> list[str]:
+        """Return the whole command line of the script, to begin the run or to go on with it."""
+        arguments = [*self.argv, "--output_dir", str(self.directory)]
+        if last_complete_checkpoint(self.directory):
+            arguments += ["--resume_from_checkpoint", "true"]
+        elif not is_unused(self.directory):
+            arguments.append("--overwrite_output_dir")
+        return arguments
+
+
+def _own_arguments(argv: list[str]) -> list[str]:
+    """Leave out of a command line what `Run.arguments` adds."""
+    return argv[: argv.index("--output_dir")] if "--output_dir" in argv else argv
+
+
+def _values(values: list[str] | None) -> str:
+    return "not given" if values is None else " ".join(values) or "given"
+
+
+@dataclass
+class Experiment:
+    """A comparison as asked for.
+
+    Attributes:
+        out: Directory of all runs and of the report.
+        script: The script that each run is.
+        flags: Arguments of the script that all runs share, complete.
+        varied: What the arms differ in: "scheduler" or "prompt".
+        match: What the runs have in common: "passes" or "batches".
+        reference: Name of the arm that the others are compared with; empty for the one that leaves out what is varied
+            (baseline, none), or the first.
+        tune: Values to try, by flag without dashes.
+        tune_seeds: Seeds to choose the values by.
+        launcher: What starts the script, e.g. `accelerate launch`; empty for one process.
+        jobs: Runs at a time.
+        keep_going: Leave out runs that fail, instead of stopping.
+        keeps_checkpoints: They are wanted for themselves. Else they are there to resume by, and go when a run is
+            finished.
+        controlled: The names of arms that decide and of the controls that spend the same mean repeats.
+        failures: Why runs have failed.
+    """
+
+    out: Path
+    script: Path
+    arms: list[Arm]
+    seeds: list[int]
+    flags: list[str]
+    varied: str = "scheduler"
+    match: str = "passes"
+    reference: str = ""
+    tune: dict[str, list[str]] = field(default_factory=dict)
+    tune_seeds: list[int] = field(default_factory=list)
+    launcher: str = ""
+    jobs: int = 1
+    keep_going: bool = False
+    keeps_checkpoints: bool = False
+    controlled: list[tuple[str, str]] = field(default_factory=list)
+    failures: dict[Run, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [arm.folder for arm in self.arms]
+        if twice := next((arm.name for arm in self.arms if names.count(arm.folder) > 1), None):
+            raise ValueError(
+                f"{self.option} {twice} stands there twice, or goes by the same directory as another one."
+            )
+        for arm in self.arms if self.varied == "scheduler" else []:
+            self._refuse(arm.flags, f"{self.option} {arm.name}: ")
+        for name, values in self.tune.items():
+            for value in values:
+                self._refuse([f"--{name}", value], "--tune: ")
+        if self.reference and self.reference not in [arm.name for arm in self.arms]:
+            raise ValueError(f"--reference {self.reference} is none of {self.option}.")
+        if not self.reference:
+            self.reference = next((arm.name for arm in self.arms if self._is_plain(arm)), self.arms[0].name)
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds must be one number above 0, or several different ones, got {self.seeds}.")
+        refuse_below(self, {"jobs": 1})
+        if self.jobs > 1 and self.launcher:
+            raise ValueError("--jobs does not go with --launcher, which takes all devices for one run.")
+        if self.tune and not self.tune_seeds:
+            raise ValueError("--tune_seeds must be at least 1.")
+        self._seen: set[Path] = set()
+
+    @property
+    def option(self) -> str:
+        return f"--{self.varied}s"
+
+    def _is_plain(self, arm: Arm) -> bool:
+        return arm.name == "none" if self.varied == "prompt" else arm.rule == "baseline"
+
+    def _refuse(self, flags: Iterable[str], where: str) -> None:
+        """Refuse flags that are not for an arm to set; a budget of its own may be lower than that of the others."""
+        budget = given_flags(self.flags).get(BUDGET) if self.match == "passes" else None
+        refuse(flags, where, budget=budget, varied=self.varied)
+
+    # ---- What is to run, and what it has shown ----
+
+    def candidates(self, arm: Arm) -> list[Values]:
+        """Return all combinations of the values to tune that an arm leaves open; one empty combination for none."""
+        tune = {name: values for name, values in self.tune.items() if arm.leaves_open(name)}
+        return [tuple(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
+
+    def run_of(self, arm: Arm, seed: int, tuned: Values = ()) -> Run:
+        folder = [f"{name}={value}" for name, value in tuned]
+        flags = [part for name, value in tuned for part in (f"--{name}", value)]
+        argv = (part.replace("{seed}", str(seed)) for part in (*self.flags, *arm.arguments, *flags))
+        return Run(
+            arm,
+            seed,
+            self.out.joinpath("runs", arm.folder, *folder, f"seed-{seed}"),
+            (*argv, "--seed", str(seed)),
+            tuned,
+            self.varied,
+        )
+
+    def results(self, run: Run) -> dict[str, float] | None:
+        """Return what a run has reached; None if it is not finished or has failed."""
+        return None if run in self.failures else run.results()
+
+    def tuning_runs(self, arms: Iterable[Arm]) -> list[Run]:
+        """Return what has to run before the values of these arms can be chosen."""
+        tried = [(arm, tuned) for arm in arms for tuned in self.candidates(arm) if tuned]
+        return [self.run_of(arm, seed, tuned) for seed in self.tune_seeds for arm, tuned in tried]
+
+    def score(self, runs: Iterable[Run]) -> Score:
+        """Return what these runs are judged by: the first of the scores that the finished ones have."""
+        return score_of(main_metric({name for run in runs for name in self.results(run) or ()}, self.varied))
+
+    def tried(self, arm: Arm) -> dict[Values, float]:
+        """Return the mean validation score of each candidate: the worst there is if a run of it is missing or
+        diverged.
+        """
+        runs = {tuned: [self.run_of(arm, seed, tuned) for seed in self.tune_seeds] for tuned in self.candidates(arm)}
+        score = self.score(run for some in runs.values() for run in some)
+        means = {}
+        for tuned, some in runs.items():
+            values = [(self.results(run) or {}).get(f"eval_{score.name}", score.worst) for run in some]
+            means[tuned] = statistics.fmean(values) if all(map(math.isfinite, values)) else score.worst
+        return means
+
+    def chosen(self, arm: Arm) -> Values:
+        """Return the candidate of the best mean validation score."""
+        first, *others = self.candidates(arm)
+        if not others:
+            return first
+        tried = self.tried(arm)
+        best = min if SCORES[self.varied][0].lower_is_better else max
+        return best(tried, key=tried.__getitem__)
+
+    def final_runs(self, arms: Iterable[Arm]) -> list[Run]:
+        """Return the runs that the comparison is made of, one seed of all arms after the other."""
+        chosen = {arm: self.chosen(arm) for arm in arms}
+        return [self.run_of(arm, seed, chosen[arm]) for seed in self.seeds for arm in chosen]
+
+    def add_controls(self) -> list[Arm]:
+        """Give each arm that decides two controls of the same mean repeats, and return the arms that this adds.
+
+        Batches that are skipped are left out of the mean: the controls skip by the same rule. The mean is measured
+        once: seeds that are added later get the same controls.
+        """
+        means: dict[str, float] = self._recorded().get("mean_repeats", {})
+        states_most = "max_repeats" in self.tune or "--max_repeats" in given_flags(self.flags)
+        added = []
+        for arm in [arm for arm in self.arms if arm.decides]:
+            key = shlex.join(self.run_of(arm, 0, self.chosen(arm)).argv[:-2])  # without the seed
+            mean = means.get(key) or self._mean_repeats(arm)
+            if mean is None or mean <= 1:
+                continue
+            means[key] = mean
+            for control in arm.controls(mean, states_most):
+                self.controlled.append((arm.name, control.name))
+                if control.name not in [each.name for each in self.arms]:
+                    self.arms.append(control)
+                    added.append(control)
+        self._record({"mean_repeats": means})
+        return added
+
+    def _mean_repeats(self, arm: Arm) -> float | None:
+        finished = [results for run in self.final_runs([arm]) if (results := self.results(run))]
+        kept = sum(results["train_batches"] - results["train_skips"] for results in finished)
+        return round(sum(results["train_updates"] for results in finished) / kept, 2) if kept else None
+
+    # ---- What the directory is for ----
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second comparison out of the directory, for as long as this process or one that it launched lives.
+
+        Raises:
+            ValueError: Another one is at work there, or has run with another launcher.
+        """
+        with locked(self.out, "--out") as self._lock:
+            before = self._recorded().get("launcher", self.launcher)
+            if before != self.launcher:
+                raise ValueError(
+                    f"--launcher {self.launcher or '(none)'}: the runs in {self.out} were started with "
+                    f"{before or 'none'}. Give another --out."
+                )
+            yield
+
+    def _recorded(self) -> dict[str, Any]:
+        return read_json(self.out / EXPERIMENT) or {}
+
+    def _record(self, facts: dict[str, Any]) -> None:
+        write_whole(self.out / EXPERIMENT, json.dumps(self._recorded() | facts, indent=1) + "\n")
+
+    # ---- Carrying it out ----
+
+    def prepare(self) -> None:
+        """Check the arguments of all arms before the first run, in a process of its own.
+
+        Raises:
+            ValueError: The script would not take them.
+        """
+        if self.jobs > 1:
+            share = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+            os.environ.setdefault("OMP_NUM_THREADS", str(share))
+        self._stack = multiprocessing.get_context("forkserver")
+        self._stack.set_forkserver_preload(STACK)
+        arguments = [
+            list(self.run_of(arm, self.seeds[0], tuned).argv) for arm in self.arms for tuned in self.candidates(arm)
+        ]
+        start_quietly()
+        receiver, sender = self._stack.Pipe(duplex=False)
+        process = self._stack.Process(target=_parse_all, args=(self.script, arguments, sender), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            found = receiver.recv()
+        except EOFError:
+            raise RunFailed("The arguments could not be checked; see above.") from None
+        finally:
+            process.kill()
+        if isinstance(found, ValueError):
+            raise found
+        self._facts: dict[str, Any] = found
+        self._check_rules()
+        self._record({"launcher": self.launcher})
+
+    def _check_rules(self) -> None:
+        """Refuse to go on with runs of a rule of one's own that has changed: they would be made by two rules.
+
+        Raises:
+            ValueError: The file of a rule has changed since its runs were begun.
+        """
+        before: dict[str, str] = self._recorded().get("rules", {})
+        now = {arm.rule: fingerprint for arm in self.arms if (fingerprint := arm.fingerprint)}
+        for arm in self.arms:
+            folder = self.out / "runs" / arm.folder
+            if folder.exists() and before.get(arm.rule, now.get(arm.rule)) != now.get(arm.rule):
+                raise ValueError(f"The code of {arm.rule} has changed. Give another --out, or remove {folder}.")
+        self._record({"rules": before | now})
+
+    def carry_out(self, with_controls: bool) -> None:
+        """Run everything: what values are chosen by, the arms with the chosen ones, and the controls of these arms.
+
+        Raises:
+            RunFailed: A run has failed, unless `keep_going`.
+            ValueError: A directory holds a run with other arguments.
+        """
+        with contextlib.closing(Progress(self._facts)) as progress:
+            self._stage(self.arms, progress)
+            if with_controls:
+                self._stage(self.add_controls(), progress)
+
+    def _stage(self, arms: list[Arm], progress: Progress) -> None:
+        self._run_all(self.tuning_runs(arms), progress)
+        self._run_all(self.final_runs(arms), progress)
+
+    def _run_all(self, runs: list[Run], progress: Progress) -> None:
+        """Run what is not finished. On an error or an interrupt, end what is running: it can be resumed."""
+        new = [run for run in runs if run.directory not in self._seen]
+        self._seen.update(run.directory for run in new)
+        kept = [run for run in new if self.results(run)]
+        pending = deque(run for run in new if run not in kept)
+        progress.expect(len(kept), len(pending))
+        for run in kept:
+            self._tidy(run)
+        active: dict[int, tuple[Run, Process, float]] = {}
+        try:
+            while pending or active:
+                for slot in range(self.jobs):
+                    if pending and slot not in active:
+                        run = pending.popleft()
+                        active[slot] = (run, self._start(run, slot), time.monotonic())
+                time.sleep(0.05)
+                for slot, (run, process, started) in list(active.items()):
+                    status = process.poll()
+                    if status is None:
+                        progress.is_at(run.directory)
+                        continue
+                    del active[slot]
+                    progress.finish(run.directory, self._finish(run, status, time.monotonic() - started))
+        finally:
+            for _, process, _ in active.values():
+                process.terminate()
+            for _, process, _ in active.values():
+                process.wait()
+
+    def _start(self, run: Run, slot: int) -> Process:
+        run.directory.parent.mkdir(parents=True, exist_ok=True)
+        if not self.launcher and self._facts["device"] == "cpu":
+            return Forked(self._stack, self.script, run.arguments(), run.log)
+        environment = dict(os.environ)
+        if not self.launcher and self._facts["devices"] > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = device_of(slot, self._facts["devices"])
+        launcher = shlex.split(self.launcher) or [sys.executable]
+        command = [*launcher, str(self.script), *run.arguments()]
+        return Launched(command, environment, run.log, held=(self._lock,))
+
+    def _finish(self, run: Run, status: int, seconds: float) -> str:
+        """Return what there is to say of a run that has ended.
+
+        Raises:
+            RunFailed: It has failed, unless `keep_going`.
+        """
+        results = run.results() if status == 0 else None
+        if results is None:
+            reason = f"{run.title} {self._why_useless(run, status)}. Its log: {run.log}"
+            if not self.keep_going:
+                raise RunFailed(f"{reason}. The same command goes on; --keep-going leaves such runs out.")
+            self.failures[run] = reason
+            return reason
+        self._tidy(run)
+        score = score_of(main_metric(results, self.varied))
+        names = {f"{split}_{score.name}": words for split, words in SPLITS.items()}
+        metrics = [f"{words} {results[name]:.3f}" for name, words in names.items() if name in results]
+        spent = f"{results['train_passes']:g} passes, {results['train_updates']:g} updates, {seconds:.0f} s"
+        return f"{run.title}: {score.words} {', '.join(metrics)}; {spent}"
+
+    def _why_useless(self, run: Run, status: int) -> str:
+        """Return what a run did instead of leaving results, as the end of a sentence."""
+        if status:
+            return f"failed with exit status {status}: {last_words(run.log).rstrip('.')}"
+        left = read_json(run.directory / RESULTS) or {}
+        if not metrics_in(left, self.varied):
+            wanted = " or ".join(score.words for score in SCORES[self.varied])
+            measured = ", ".join(name for name in left if name.startswith(tuple(SPLITS))) or "nothing"
+            return f"ended well, but measured no {wanted} to compare by; it measured {measured}"
+        return f"ended without an error, but {run.directory} does not hold all results of a finished run"
+
+    def _tidy(self, run: Run) -> None:
+        """Remove the checkpoints of a finished run, if they were there to resume by."""
+        if not self.keeps_checkpoints:
+            for checkpoint in [*run.directory.glob("checkpoint-*"), *run.directory.glob("abandoned-checkpoint-*")]:
+                shutil.rmtree(checkpoint)
+
+
+def _parse_all(script: Path, arguments: list[list[str]], sender: Any) -> None:
+    """Parse these command lines as the script does, and send what the first of them asks for, or what is wrong.
+
+    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`. The script names the
+    dataclasses of its arguments in `ARGUMENTS`, the last one an `ABRConfig`.
+    """
+    from ..cli.command_line import parse_arguments
+
+    argument_classes = runpy.run_path(str(script))["ARGUMENTS"]
+    found: dict[str, Any] | ValueError
+    try:
+        first, *_ = [parse_arguments(argument_classes, argv)[-1] for argv in arguments]
+        found = {
+            "device": first.device.type,
+            "devices": _visible_gpus(),
+            "max_passes": first.max_passes,
+            "max_steps": first.most_batches,
+            "epochs": first.num_train_epochs,
+        }
+    except ValueError as error:
+        found = ValueError(str(error))
+    with contextlib.suppress(OSError):  # the comparison was interrupted
+        sender.send(found)
+
+
+def device_of(slot: int, devices: int) -> str:
+    """Return which of the visible GPUs the runs of a slot use.
+
+    >>> [device_of(slot, devices=2) for slot in range(3)]
+    ['0', '1', '0']
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+    return visible[slot % len(visible)]
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def last_words(log: Path) -> str:
+    """Return the line of a log that says best why a run has failed: launchers write much after it."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    errors = [line for line in lines if line.startswith("error: ")]
+    words = [line.strip() for line in lines if any(map(str.isalpha, line))]
+    return next(reversed(errors or words), "it said nothing.")

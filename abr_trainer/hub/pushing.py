@@ -1,0 +1,275 @@
+"""A Trainer that pushes: in the background while it trains, from the main process alone, whatever the Hub does."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import CommitInfo
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+from ..perplexity.windows import without_adapter
+from ..records.errors import one_line
+from ..records.files import HISTORY_NAME, SUMMARY_NAME, read_json, step_of, write_whole
+from ..records.provenance import versions_of_packages
+from ..training.config import ABRConfig
+from .card import names_given_to
+from .local_names import remember_local_names
+from .repository import (
+    LAST_CHECKPOINT,
+    STAGE_PREFIX,
+    PushError,
+    Target,
+    base_on_the_hub,
+    open_repository,
+    push,
+    stage,
+    warn_of_a_base_that_is_here_only,
+)
+
+logger = logging.get_logger(__name__)
+
+PATIENCE = 20.0
+"""Seconds after which ranks that wait for a push hear that it is still under way, or they would give the group up."""
+
+SUMMARISED = (
+    *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("world_size", "num_train_epochs", "max_steps", "max_passes", "seed"),
+)
+"""Arguments that the summary of a run repeats."""
+
+
+class Pushes:
+    """Pushes in the background, one after the other; one that has not begun makes way for the next."""
+
+    def __init__(self) -> None:
+        self._worker: ThreadPoolExecutor | None = None
+        self._last: tuple[Future[CommitInfo], Path] | None = None
+
+    def begin(self, folder: Path, call: Callable[[], CommitInfo], makes_way: bool = True) -> Future[CommitInfo]:
+        """Push a staged folder after what is under way.
+
+        Args:
+            makes_way: Whether the push that waits, if there is one, is given up for this one.
+        """
+        if makes_way and self._last is not None and self._last[0].cancel():
+            shutil.rmtree(self._last[1], ignore_errors=True)
+        self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="push")
+        future = self._worker.submit(self._push, call)
+        self._last = (future, folder)
+        return future
+
+    def _push(self, call: Callable[[], CommitInfo]) -> CommitInfo:
+        try:
+            return call()
+        except Exception as error:
+            logger.warning(f"Not pushed: {one_line(error)}")
+            raise
+
+    def are_done(self, seconds: float) -> bool:
+        """Wait for what is under way, at most so long, and tell whether it has ended."""
+        if self._last is not None:
+            wait_for([self._last[0]], seconds)
+        return self._last is None or self._last[0].done()
+
+
+_AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
+
+
+class HubMixin(_AnyTrainer):
+    """Push what a Trainer with repetition has trained: `push_to_hub`, and each `hub_strategy`."""
+
+    hub_model_id: Any
+    _pushes: Pushes
+
+    @property
+    def _pushes_itself(self) -> bool:
+        """Whether pushes are ours. Trainer makes the repository while it is constructed."""
+        return bool(getattr(self, "_is_active", isinstance(self.args, ABRConfig)))
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, on the main process.
+
+        Raises:
+            ValueError: The Hub refuses, so that it would after training. If it only cannot be reached, that is said.
+        """
+        if not self._pushes_itself:
+            super().init_hf_repo(token, private)
+            return
+        if not self.is_world_process_zero():
+            return
+        run = Path(self.args.output_dir)
+        for left in run.glob(f"{STAGE_PREFIX}*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        target = self._target(None, private, None)
+        if target.base is None:
+            warn_of_a_base_that_is_here_only(self._name_of_base())
+        try:
+            self.hub_model_id = open_repository(target, token or self.args.hub_token)
+        except PushError as error:
+            if not error.may_pass:
+                raise ValueError(f"--push_to_hub to {target.repository}: {error}") from error
+            logger.warning(f"The Hub cannot be reached, and is tried again when there is something to push: {error}")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Save the model, and push it with its card and the records of the run; the other ranks wait.
+
+        Args:
+            commit_message: And those after it, as in `Trainer.push_to_hub`.
+            card: `language`, `license`, `tags`, `dataset_tags` and `finetuned_from` go into the card; what else
+                `Trainer` takes for its own card is not needed.
+
+        Returns:
+            The commit, or the future of it if not `blocking`; None on other ranks.
+
+        Raises:
+            PushError: It did not work. The model is saved, and `scripts/push_adapter.py` can push it later.
+        """
+        if not self._pushes_itself:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **card)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        self._finish_current_push()
+        begun: Future[CommitInfo] | None = None
+        failed: PushError | None = None
+        if self.is_world_process_zero():
+            try:
+                target = self._target(revision, private, card.get("finetuned_from"))
+                self.write_summary(**card)
+                begun = self._begin(target, commit_message or "End of training", token=token)
+            except Exception as error:
+                failed = PushError(one_line(error), may_pass=False)
+        if blocking:
+            self._finish_current_push()
+        if failed is not None:
+            raise failed
+        return begun.result() if begun is not None and blocking else begun
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._pushes_itself:
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
+        strategy = HubStrategy(self.args.hub_strategy)
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        checkpoint = Path(checkpoint_folder)
+        kept_as = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(strategy)
+        try:
+            self.write_summary()
+            message = f"Training in progress, step {step_of(checkpoint)}"
+            makes_way = strategy != HubStrategy.ALL_CHECKPOINTS
+            self._begin(self._target(None, None, None), message, checkpoint, kept_as, makes_way)
+        except Exception as error:  # a push must never end a run
+            logger.warning(f"Not pushed: {one_line(error)}")
+
+    def _begin(
+        self,
+        target: Target,
+        message: str,
+        checkpoint: Path | None = None,
+        kept_as: str | None = None,
+        makes_way: bool = True,
+        token: str | None = None,
+    ) -> Future[CommitInfo]:
+        run = Path(self.args.output_dir)
+        folder = stage(run, target, checkpoint, kept_as)
+        used = token or self.args.hub_token
+        return self._pushes.begin(folder, lambda: push(folder, run, target, message, kept_as, used), makes_way)
+
+    def _finish_current_push(self) -> None:
+        """Wait on all ranks for the pushes of the main process, which lets the others know that it is there."""
+        if not self._pushes_itself:
+            super()._finish_current_push()
+            return
+        done = [False]
+        while not done[0]:
+            if self.args.world_size == 1 or self.is_world_process_zero():
+                done = [self._pushes.are_done(PATIENCE)]
+            if self.args.world_size > 1:
+                broadcast_object_list(done)
+
+    def _target(self, revision: str | None, private: bool | None, finetuned_from: str | None) -> Target:
+        """Return where to push, and write it down for a push later."""
+        args, run = self.args, Path(self.args.output_dir)
+        target = Target(
+            self.hub_model_id or args.hub_model_id or run.absolute().name,
+            revision or args.hub_revision,
+            args.hub_private_repo if private is None else private,
+            base_on_the_hub(finetuned_from or self._name_of_base(), getattr(args, "hub_base_model", None)),
+        )
+        run.mkdir(parents=True, exist_ok=True)
+        target.remember(run)
+        return target
+
+    def _name_of_base(self) -> str | None:
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        return getattr(config, "_name_or_path", None) or None
+
+    def write_summary(self, **card: Any) -> None:
+        """Write `abr_summary.json`: what rule, what it cost and reached; and what a later push puts into its card.
+
+        Args:
+            card: As for `push_to_hub`.
+        """
+        if not self.is_world_process_zero():
+            return
+        run = Path(self.args.output_dir)
+        remember_local_names(run, [self._name_of_base(), *names_given_to(run)])
+        summary = {
+            "repeat_scheduler": self._scheduler_description,
+            "ledger": self.ledger.summary(),
+            "perplexity": self._perplexities((read_json(run / HISTORY_NAME) or {}).get("metric", "eval_perplexity")),
+            "arguments": {name: plain(getattr(self.args, name, None)) for name in SUMMARISED},
+            "model": type(without_adapter(self.accelerator.unwrap_model(self.model))).__name__,
+            "versions": versions_of_packages(),
+            "card": {
+                "language": card.get("language"),
+                "license": card.get("license"),
+                "tags": as_list(card.get("tags")),
+                "datasets": as_list(card.get("dataset_tags")),
+            },
+        }
+        write_whole(run / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
+
+    def _perplexities(self, metric: str) -> dict[str, Any]:
+        """Return perplexity before training, at best, and of the weights as they are, as far as it was measured."""
+        measured = [
+            (logs["step"], logs[metric], logs.get("eval_target_tokens"))
+            for logs in self.state.log_history
+            if isinstance(logs.get(metric), float) and math.isfinite(logs[metric])
+        ]
+        is_best_loaded = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
+        now = self.state.best_global_step if is_best_loaded else self.state.global_step
+        return {
+            "metric": metric,
+            "before": next((value for step, value, _ in measured if step == 0), None),
+            "best": min((value for _, value, _ in measured), default=None),
+            "final": next((value for step, value, _ in measured[::-1] if step == now), None),
+            "target_tokens": measured[-1][2] if measured else None,
+        }
+
+
+def plain(value: Any) -> Any:
+    """Return what a value is without the enumeration that it is of."""
+    return getattr(value, "value", value)
+
+
+def as_list(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])

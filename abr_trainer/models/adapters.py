@@ -1,0 +1,140 @@
+"""Adapters that were trained before: what they say of themselves, and how they come onto a base."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from ..records.errors import one_line
+
+logger = logging.get_logger(__name__)
+
+FLAG = "--adapter_name_or_path"
+FLAGS = (FLAG, "--adapter")
+
+MODELS = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}
+"""What the models are called that adapters of a kind are for."""
+
+WRAPPED = ("base_layer", "original_module")
+"""Names of modules in which an adapter keeps those of the base."""
+
+
+def read_adapter(adapter: str, task: TaskType = TaskType.CAUSAL_LM) -> PeftConfig:
+    """Return the configuration of an adapter, in a directory or on the Hub.
+
+    Raises:
+        ValueError: There is none, or it is not for models of this task.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{FLAG} {adapter} holds no adapter: {one_line(error)}") from error
+    if config.task_type not in (None, task):
+        raise ValueError(f"{FLAG} {adapter} is an adapter for {config.task_type}, not for {MODELS[task]}.")
+    return config
+
+
+def is_of_classifier(adapter: str) -> bool:
+    """Tell whether this is an adapter for a sequence classifier; what is no adapter is not."""
+    with contextlib.suppress(ValueError):
+        return bool(read_adapter(adapter, TaskType.SEQ_CLS).task_type)
+    return False
+
+
+def base_of(adapter: str, config: PeftConfig) -> str:
+    """Return what an adapter was trained on.
+
+    Raises:
+        ValueError: It does not say.
+    """
+    if not config.base_model_name_or_path:
+        raise ValueError(f"{FLAG} {adapter} does not say what it was trained on: give --model_name_or_path.")
+    return str(config.base_model_name_or_path)
+
+
+def virtual_tokens_in(adapter: str) -> int:
+    """Return how many tokens an adapter puts before those of the text: prompts that were trained, and prefixes."""
+    return getattr(read_adapter(adapter), "num_virtual_tokens", None) or 0
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    adapter: str,
+    name: str,
+    is_trainable: bool = False,
+    dropout: float | None = None,
+    task: TaskType = TaskType.CAUSAL_LM,
+) -> PeftModel:
+    """Attach a trained adapter, and say so where it names another base than this model.
+
+    A model whose table of embeddings has another number of rows than one that the adapter holds is resized first.
+
+    Args:
+        name: What the model was loaded from: a copy of the adapter saved later names it as its base.
+        is_trainable: Whether to train it further; what a new adapter would keep in fp32, it then does, too.
+        dropout: Another one than the adapter was trained with.
+
+    Raises:
+        ValueError: There is no adapter there, or it does not fit the model.
+    """
+    config = read_adapter(adapter, task)
+    base = config.base_model_name_or_path or "a model that it does not name"
+    if dropout is not None:
+        config.lora_dropout = dropout  # type: ignore[attr-defined]
+    try:
+        weights = load_peft_weights(adapter, device="cpu")
+        if is_deepspeed_zero3_enabled() and any("lora_" not in key for key in weights):
+            raise ValueError("layers that it holds whole cannot be loaded into those that ZeRO-3 has split")
+        _resize_embeddings(model, weights)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(
+                model,
+                adapter,
+                is_trainable=is_trainable,
+                config=config,
+                # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
+                autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
+                torch_device="cpu",
+            )
+        known = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) | set(adapted.state_dict())
+        if lost := set(weights) - known:
+            raise ValueError(f"the model has no {min(lost)}")
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
+        raise ValueError(
+            f"{FLAG} {adapter} does not fit --model_name_or_path {name}; it was trained on {base}: {one_line(error)}"
+        ) from error
+    if base != name and Path(base).resolve() != Path(name).resolve():
+        logger.warning(f"{FLAG} {adapter} was trained on {base}, and is used on {name}.")
+    adapted.peft_config["default"].base_model_name_or_path = name
+    return adapted
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module of the base inside what an adapter has put around it."""
+    while inside := [each for name in (*WRAPPED, "token_adapter") if (each := module._modules.get(name)) is not None]:
+        module = inside[0]
+    return module
+
+
+def embeddings_in(model: Any) -> int:
+    """Return how many tokens the model has embeddings of, also beneath an adapter."""
+    return int(unwrapped(model.get_input_embeddings()).num_embeddings)
+
+
+def _resize_embeddings(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Make room for the table of embeddings that an adapter holds, if it holds one."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    for key in (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"):
+        if key in weights and len(weights[key]) != embeddings_in(model):
+            model.resize_token_embeddings(len(weights[key]), mean_resizing=False)

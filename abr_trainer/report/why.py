@@ -1,0 +1,161 @@
+"""Why a batch was repeated or skipped: the rule of a run, replayed over its trace."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
+from ..schedulers import Observation, Outcome, RepeatScheduler
+from ..schedulers.base import NO_TARGETS
+
+OF_THE_RULE = (
+    *("repeat_scheduler", "repeat_scheduler_kwargs", "loss_threshold", "max_repeats", "seed"),
+    *("repeat_until", "skip_outliers", "outlier_sigmas", "outlier_window", "skip_grad_norm"),
+)
+
+WITHOUT_THE_RULE = {
+    "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
+    NO_TARGETS: "the batch has no label other than -100 to train on: no update is made on it, whatever the rule",
+    "primer": "the first --primer_batches batches are trained on once each, whatever the rule",
+}
+
+
+def read_trace(directory: Path) -> list[dict[str, Any]]:
+    """Return the batches of a run.
+
+    Raises:
+        ValueError: The directory holds no run.
+    """
+    path = directory / TRACE_NAME
+    if not path.is_file():
+        hint = " It holds a comparison: report_comparison.py." if (directory / COMPARISON).exists() else ""
+        raise ValueError(f"{directory} holds no run: there is no {TRACE_NAME} in it.{hint}")
+    trace = list(read_lines(path))
+    if trace and "passes" not in trace[0]:
+        raise ValueError(f"{path} was written by an earlier version, which did not say what a batch had cost.")
+    return trace
+
+
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """Return what `run.json` says of a run; None where a trainer was used without the script."""
+    provenance: dict[str, Any] | None = read_json(directory / PROVENANCE)
+    return provenance
+
+
+def explain_batch(directory: Path, step: int) -> list[str]:
+    """Return lines that say what became of a batch and what the rule saw: its loss, its history, its thresholds.
+
+    The rule is built from `run.json`, and shown every batch before this one.
+
+    Raises:
+        ValueError: There is no such batch, or the rule cannot be built any more.
+    """
+    trace = read_trace(directory)
+    batch = next((batch for batch in trace if batch["step"] == step), None)
+    if batch is None:
+        held = f"batches 1 to {trace[-1]['step']}" if trace else "no batch yet"
+        raise ValueError(f"--why {step}: {directory} holds {held}.")
+    spent = next((before["passes"] for before in reversed(trace) if before["step"] < step), 0.0)
+    lines = [f"Batch {step} {describe_repeats(batch)}.", "", *describe_losses(batch)]
+    lines.append(f"{'spent before':<24} {spent:g} passes, {batch['progress']:.1%} of the run")
+    lines.append(f"{'learning rate':<24} {batch['learning_rate']:.4g}")
+    lines.append(f"{'decided by':<24} {batch['reason']}")
+    if batch["reason"] in WITHOUT_THE_RULE:
+        lines.append(f"{'':<24} {WITHOUT_THE_RULE[batch['reason']]}")
+    elif (provenance := read_provenance(directory)) is None:
+        lines.append(f"{'':<24} {PROVENANCE} is missing: the parameters of the rule are unknown")
+    else:
+        lines += explain_rule(rule_of(provenance["arguments"]), trace, batch)
+    if again := batch.get("replayed"):
+        named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
+        lines.append(f"{'trained on after it':<24} batch {named}, once more")
+    texts = read_skipped(directory).get(step, [])
+    return [*lines, *(f"{'text' if i == 0 else '':<24} {text}" for i, text in enumerate(texts))]
+
+
+def describe_repeats(batch: dict[str, Any]) -> str:
+    if batch["repeats"] == 0:
+        return "was skipped"
+    return "was trained on once" if batch["repeats"] == 1 else f"was trained on {batch['repeats']} times"
+
+
+def without_loss(batch: dict[str, Any]) -> str:
+    """Return what to say instead of the first-pass loss of a batch that has none in the trace."""
+    return "none" if batch["reason"] == NO_TARGETS else "not finite"
+
+
+def describe_losses(batch: dict[str, Any]) -> list[str]:
+    if batch["loss"] is None:
+        return [f"{'first-pass loss':<24} {without_loss(batch)}"]
+    lines = [f"{'first-pass loss':<24} {batch['loss']:.4f} nats a target"]
+    if len(batch["losses"]) > 1:
+        losses = ", ".join("not finite" if loss is None else f"{loss:.4f}" for loss in batch["losses"])
+        lines.append(f"{'losses of all passes':<24} {losses}")
+    return lines
+
+
+def explain_rule(rule: RepeatScheduler, trace: list[dict[str, Any]], batch: dict[str, Any]) -> list[str]:
+    """Show the rule all batches before this one, and return what it thinks of this one."""
+    for before in trace:
+        if before["step"] < batch["step"]:
+            rule.observe(outcome_of(before))
+    observation = outcome_of(batch).observation
+    lines = [f"{'the rule':<24} {rule!r}"]
+    lines += [f"  {name:<22} {value:.6g}" for name, value in rule.evidence(observation).items()]
+    decided = rule.decide(observation)
+    if decided != batch["repeats"]:
+        why = "the budget left no more" if batch["reason"] == "budget" else "the code of the rule has changed since"
+        if 2 <= batch["repeats"] < decided and batch["reason"] == rule.explain(observation):
+            why = "it was not to go on after the last pass, or its code has changed since"
+        lines.append(f"{'it asks for':<24} {decided}, and {batch['repeats']} were made: {why}")
+    return lines
+
+
+def rule_of(arguments: dict[str, Any]) -> RepeatScheduler:
+    """Build the scheduler that these arguments of a run describe."""
+    from ..training.config import ABRConfig
+
+    settings = {name: arguments[name] for name in OF_THE_RULE if name in arguments}
+    return ABRConfig(output_dir="", use_cpu=True, report_to="none", **settings).build_repeat_scheduler()
+
+
+def outcome_of(batch: dict[str, Any]) -> Outcome:
+    """Return what the scheduler was told of this batch of a trace."""
+    losses = tuple(math.nan if loss is None else loss for loss in batch["losses"])
+    observation = Observation(
+        batch["step"] - 1, losses[0], batch["progress"], batch.get("accuracy"), batch.get("grad_norm")
+    )
+    replayed = tuple(
+        (earlier["step"] - 1, math.nan if earlier["loss"] is None else earlier["loss"])
+        for earlier in batch.get("replayed", ())
+    )
+    return Outcome(observation, batch["repeats"], losses, batch["reason"], replayed)
+
+
+def read_skipped(directory: Path) -> dict[int, list[str]]:
+    """Return the beginning of each row of the skipped batches, decoded, by step."""
+    path = directory / SKIPPED_NAME
+    skipped = {line["step"]: line["input_ids"] for line in read_lines(path)} if path.is_file() else {}
+    if not skipped:
+        return {}
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        return {step: [f"tokens {' '.join(map(str, row))}" for row in rows] for step, rows in skipped.items()}
+    return {step: [repr(tokenizer.decode(row))[1:-1] for row in rows] for step, rows in skipped.items()}
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer that a run has left, or that it began with; None if neither is there any more."""
+    from transformers import AutoTokenizer
+
+    arguments = (read_provenance(directory) or {"arguments": {}})["arguments"]
+    places = [str(directory), last_state(directory)]
+    places += [arguments.get("tokenizer_name"), arguments.get("model_name_or_path")]
+    for place in filter(None, places):
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError):
+            continue
+    return None

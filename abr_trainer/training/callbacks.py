@@ -1,0 +1,255 @@
+"""What watches a run: statistics for the log, the per-batch trace, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerState
+from transformers.utils import logging
+
+from ..perplexity.windows import perplexity_of
+from ..records.files import SKIPPED_NAME, TRACE_NAME, cut_lines
+from ..schedulers import Outcome
+from .ledger import ComputeLedger
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class LogWindow:
+    """Counts over the batches since the last log."""
+
+    batches: int = 0
+    updates: int = 0
+    skipped: int = 0
+    non_finite: int = 0
+    measured: int = 0
+    losses: float = 0.0
+
+    def observe(self, outcome: Outcome) -> None:
+        loss = outcome.observation.loss
+        self.batches += 1
+        self.updates += outcome.updates
+        self.skipped += outcome.skipped
+        if math.isfinite(loss):
+            self.measured += 1
+            self.losses += loss
+        else:
+            self.non_finite += 1
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss per target of the batches that have one; Trainer may divide by other labels too."""
+        return self.losses / self.measured if self.measured else math.nan
+
+    def finite_mean(self, mean: float) -> float:
+        """Turn a mean over all batches, to which non-finite ones gave 0, into one over the finite batches."""
+        finite = self.batches - self.non_finite
+        return mean * self.batches / finite if finite else math.nan
+
+    def logs(self, ledger: ComputeLedger) -> dict[str, float]:
+        """Return what is logged beside the first-pass loss."""
+        return {
+            "repeats": self.updates / self.batches,
+            "skipped": self.skipped / self.batches,
+            "passes": float(ledger.passes),
+            "updates": ledger.updates,
+        }
+
+    def state_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class ABRCallback(TrainerCallback):
+    """A `TrainerCallback` with one more event. Any callback that has an `on_outcome` method gets it."""
+
+    def on_outcome(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        outcome: Outcome,
+        ledger: ComputeLedger,
+        learning_rate: float,
+        seconds: float,
+        memory: int,
+        excerpts: list[list[int]],
+        **kwargs: Any,
+    ) -> None:
+        """Event after a batch is finished, before it is logged, evaluated or saved.
+
+        Args:
+            outcome: What the scheduler saw, and what was done.
+            ledger: What the run has spent, this batch included.
+            learning_rate: The rate of the first update on the batch.
+            seconds: Wall-clock time of the batch.
+            memory: Bytes: on a GPU the most that was allocated so far, elsewhere what the process holds.
+            excerpts: The first tokens of each row of a skipped batch, of all ranks; nothing for other batches.
+        """
+
+
+class TraceCallback(ABRCallback):
+    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial, and what a
+    skipped batch was about to `_skipped_batches.jsonl`; not in that of a trial, from where it could be pushed.
+
+    Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
+    trace has neither gaps nor doubles. A loss that is not finite is written as null.
+    """
+
+    def __init__(self) -> None:
+        self.directory: Path | None = None
+        self._files: list[IO[str]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._close()
+        directory = self.directory or Path(args.output_dir)
+        names = [TRACE_NAME, SKIPPED_NAME] if directory == Path(args.output_dir) else [TRACE_NAME]
+        paths = [directory / name for name in names]
+        kept, *_ = [cut_lines(path, state.global_step) for path in paths]
+        if kept < state.global_step:
+            logger.warning(f"{paths[0]} holds {kept} of the {state.global_step} batches before this checkpoint.")
+        self._files = [path.open("a", encoding="utf-8") for path in paths]
+
+    def on_outcome(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        outcome: Outcome,
+        ledger: ComputeLedger,
+        learning_rate: float,
+        seconds: float,
+        memory: int,
+        excerpts: list[list[int]],
+        **kwargs: Any,
+    ) -> None:
+        if not self._files:
+            return
+        trace, *skipped = self._files
+        losses = [loss if math.isfinite(loss) else None for loss in outcome.losses]
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "progress": outcome.observation.progress,
+            "passes": float(ledger.passes),
+            "loss": losses[0],
+            "losses": losses,
+            "repeats": outcome.repeats,
+            "reason": outcome.reason,
+            "learning_rate": learning_rate,
+            "seconds": seconds,
+            "memory": memory,
+            **_seldom(outcome),
+        }
+        _append(trace, line)
+        if outcome.skipped and skipped:
+            _append(skipped[0], {"step": state.global_step, "input_ids": excerpts})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files = []
+
+
+def _seldom(outcome: Outcome) -> dict[str, Any]:
+    """Return what the trace tells of a batch under rules that ask for it, or replay."""
+    seen = outcome.observation
+    told: dict[str, Any] = {"accuracy": seen.accuracy, "grad_norm": seen.grad_norm}
+    told = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
+    if outcome.replayed:
+        told["replayed"] = [
+            {"step": batch + 1, "loss": loss if math.isfinite(loss) else None} for batch, loss in outcome.replayed
+        ]
+    return told
+
+
+def _append(file: IO[str], line: dict[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+class ABRProgressCallback(ProgressCallback):
+    """Trainer's progress bar, with repeats and perplexity; it counts passes where a budget bounds them."""
+
+    def __init__(self, *args: Any, shows_perplexity: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shows_perplexity = shows_perplexity
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._budget = getattr(args, "max_passes", None)
+        if self.training_bar is not None and self._budget is not None:
+            self.training_bar.reset(total=self._budget)
+            self.training_bar.unit = "pass"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._budget is None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_outcome(
+        self, args: Any, state: Any, control: Any, outcome: Outcome, ledger: ComputeLedger, **kwargs: Any
+    ) -> None:
+        if self.training_bar is None:
+            return
+        loss = outcome.observation.loss
+        level = {"perplexity": f"{perplexity_of(loss):.2f}"} if self._shows_perplexity else {"loss": f"{loss:.3f}"}
+        self.training_bar.set_postfix(repeats=f"{ledger.repeats:.2f}", skips=ledger.skips, **level, refresh=False)
+        if self._budget is not None:
+            self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
+
+
+def last_evaluation(state: TrainerState) -> dict[str, float] | None:
+    """Return the metrics of the last evaluation if nothing was trained since, or None."""
+    logs = next((logs for logs in reversed(state.log_history) if "eval_loss" in logs), None)
+    if logs is None or logs["step"] != state.global_step:
+        return None
+    return {name: value for name, value in logs.items() if name != "step"}
+
+
+def summarise(
+    log_history: list[dict[str, float]], ledger: ComputeLedger, results: dict[str, float], output_dir: Path
+) -> list[str]:
+    """Return a line each on the perplexity that a run reached, what it spent, and where its files are."""
+    return [*perplexity_lines(log_history, ledger, results), *cost_lines(ledger, output_dir)]
+
+
+def perplexity_lines(
+    log_history: list[dict[str, float]], ledger: ComputeLedger, results: dict[str, float]
+) -> list[str]:
+    lines = []
+    evaluations = [logs for logs in log_history if "eval_perplexity" in logs]
+    if evaluations:
+        first, last = evaluations[0]["eval_perplexity"], evaluations[-1]["eval_perplexity"]
+        tokens = f"exp(nll per target token) over {evaluations[-1]['eval_target_tokens']:,} tokens"
+        if evaluations[0]["step"] == 0 and ledger.batches:
+            lines.append(
+                f"evaluation  perplexity {first:.2f} before, {last:.2f} after ({last / first - 1:+.1%}); {tokens}"
+            )
+        else:
+            lines.append(f"evaluation  perplexity {last:.2f}; {tokens}")
+    if "test_perplexity" in results:
+        lines.append(f"test        perplexity {results['test_perplexity']:.2f}")
+    return lines
+
+
+def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
+    """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates."""
+    if not ledger.batches:
+        return []
+    return [
+        f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
+        f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
+        f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
+        f"model       {output_dir}",
+        f"trace       {output_dir / TRACE_NAME}",
+        *(f"TensorBoard tensorboard --logdir {logs}" for logs in output_dir.glob("runs")),
+    ]

@@ -1,0 +1,147 @@
+"""What a run needs later, checked before its first batch; and what to say where the disk gets full all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..records.errors import one_line
+from ..records.files import last_complete_checkpoint, passed_over
+from .config import ABRConfig
+
+logger = logging.get_logger(__name__)
+
+SWITCHES = {"do_sample", "num_beams", "return_dict_in_generate", "use_cache"}
+"""Settings of generation that others need: without them, those others are ignored, and refused where it is saved."""
+
+
+def mend_generation_config(model: Any) -> None:
+    """Unset what a model's generation config holds but `generate` ignores: transformers refuses to save such a config.
+
+    Raises:
+        ValueError: It cannot be saved for another reason.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return  # an adapter is saved without it
+    unset = []
+    while error := _refusal(config):
+        named = re.findall(r"`(\w+)`", error) if "GenerationConfig is invalid" in error else []
+        ignored = [each for each in named if each not in SWITCHES and getattr(config, each, None) is not None]
+        if not ignored:
+            raise ValueError(f"The model could not be saved: {error} Mend its generation_config.json.")
+        unset.append(f"{ignored[0]} {getattr(config, ignored[0])}")
+        setattr(config, ignored[0], None)
+    if unset:
+        logger.warning(
+            f"generation_config.json will be saved without {', '.join(unset)}, which the model ignores as it is: "
+            "transformers refuses to save that. To keep sampling settings, set do_sample to true there."
+        )
+
+
+def _refusal(config: Any) -> str | None:
+    """Return why a generation config cannot be saved, or None."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            config.save_pretrained(scratch)
+        except ValueError as error:
+            return one_line(error, width=10_000)
+    return None
+
+
+def check_disk(args: ABRConfig, model: Any) -> None:
+    """Refuse an output directory whose disk does not hold one checkpoint, and warn if it does not hold two.
+
+    Raises:
+        ValueError: It does not.
+    """
+    sizes: list[tuple[int, int, bool]] = [
+        (getattr(each, "ds_numel", each.numel()), each.element_size(), each.requires_grad)
+        for each in model.parameters()
+    ]
+    is_adapter = not isinstance(model, PreTrainedModel) and any(not trained for _, _, trained in sizes)
+    weights = sum(count * size for count, size, trained in sizes if trained or not is_adapter)
+    saves = args.save_strategy != "no" or args.save_passes is not None
+    checkpoint = weights
+    if saves and not args.save_only_model:
+        checkpoint += sum(
+            count * moments_of(getattr(args.optim, "value", args.optim), size)
+            for count, size, trained in sizes
+            if trained
+        )
+    free = shutil.disk_usage(str(args.output_dir)).free
+    if free < checkpoint:
+        raise ValueError(
+            f"--output_dir {args.output_dir}: its disk has {gigabytes(free)} free, and "
+            f"{'a checkpoint' if saves else 'the model'} takes at least {gigabytes(checkpoint)}. Free some, or give "
+            "another directory."
+        )
+    if saves and args.process_index == 0 and free < 2 * checkpoint + weights:
+        logger.warning(
+            f"The disk of {args.output_dir} has {gigabytes(free)} free, and a checkpoint takes at least "
+            f"{gigabytes(checkpoint)}. It may get full; --save_total_limit 1 keeps the last one only."
+        )
+
+
+def moments_of(optimizer: str, size: int) -> int:
+    """Return the bytes that an optimizer keeps of a parameter of so many bytes, at least.
+
+    >>> moments_of("adamw_torch_fused", 4), moments_of("adamw_bnb_8bit", 4), moments_of("sgd", 4)
+    (8, 2, 0)
+    >>> moments_of("adamw_torch_4bit", 4), moments_of("paged_adamw_32bit", 4)
+    (1, 8)
+    """
+    if not re.match("(paged_)?adamw", optimizer):
+        return 0
+    by_bits = {"4bit": 1, "8bit": 2}
+    return next((count for bits, count in by_bits.items() if optimizer.endswith(bits)), 2 * size)
+
+
+def gigabytes(count: int) -> str:
+    """Return a number of bytes in words.
+
+    >>> gigabytes(13_500_000_000), gigabytes(2_500_000)
+    ('13.5 GB', '0.003 GB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e9:.3f} GB"
+
+
+@contextlib.contextmanager
+def telling_of_a_full_disk(args: ABRConfig) -> Iterator[None]:
+    """End the program with one line where the disk gets full, and remove the checkpoint that it cut.
+
+    Raises:
+        SystemExit: The disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        path = Path(str(args.output_dir))
+        if not is_full(error, path):
+            raise
+        cut = [checkpoint for checkpoint, _ in passed_over(path)] if args.process_index == 0 else []
+        for checkpoint in cut:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        removed = f" {', '.join(each.name for each in cut)}, cut off, is removed." if cut else ""
+        newest = last_complete_checkpoint(path)
+        go_on = f"--resume_from_checkpoint true goes on from {newest}" if newest else "start again"
+        raise SystemExit(f"error: the disk of {path} is full.{removed} Free some of it; {go_on}.") from error
+
+
+def is_full(error: BaseException, path: Path) -> bool:
+    """Tell whether an error is that of a full disk: each library has its own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    if re.search(r"No space left on device|Disk quota exceeded|os error 28\b", text):
+        return True
+    return "inline_container.cc" in text and shutil.disk_usage(path).free < 1 << 20

@@ -1,0 +1,365 @@
+"""A resumed run equals an unbroken one: what a checkpoint must hold, and where to go on in the data."""
+
+from __future__ import annotations
+
+import copy
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from ..records.files import (
+    ABR_STATE_NAME,
+    CHECKPOINT_PREFIX,
+    flaw_of,
+    last_complete_checkpoint,
+    passed_over,
+    read_json,
+    tensors_in,
+    write_whole,
+)
+from .callbacks import LogWindow
+from .held import HELD_NAME, load_held, save_held
+from .tracking import evaluations_without_gain
+
+logger = logging.get_logger(__name__)
+
+
+class UnfitCheckpoint(ValueError):
+    """A run cannot go on from this checkpoint: it is damaged, or of another model."""
+
+
+def newest_checkpoint(output_dir: str, says_so: bool) -> str:
+    """Return the last complete checkpoint in an output directory.
+
+    Args:
+        says_so: Whether to warn of newer ones that are damaged.
+
+    Raises:
+        UnfitCheckpoint: There is none.
+    """
+    damaged = list(passed_over(output_dir))
+    found = last_complete_checkpoint(output_dir)
+    if found is None:
+        why = "".join(f" {checkpoint.name}: {flaw}." for checkpoint, flaw in damaged)
+        raise UnfitCheckpoint(f"--resume_from_checkpoint true: there is no complete checkpoint in {output_dir}.{why}")
+    for checkpoint, flaw in damaged if says_so else ():
+        logger.warning(f"{checkpoint} is passed over: {flaw}. The run goes on from {found}.")
+    return found
+
+
+def refuse_damaged(checkpoint: str) -> None:
+    """Refuse a checkpoint that a run cannot go on from, and offer the newest beside it that is complete.
+
+    Raises:
+        UnfitCheckpoint: It is damaged, or was saved without what is needed.
+    """
+    flaw = flaw_of(Path(checkpoint))
+    if flaw is None:
+        return
+    other = last_complete_checkpoint(Path(checkpoint).absolute().parent)
+    offer = f" The newest complete one beside it is {other}." if other else ""
+    raise UnfitCheckpoint(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: {flaw}.{offer}")
+
+
+def refuse_unfit(checkpoint: str, model: Any) -> None:
+    """Refuse a checkpoint of another model: other layers, other shapes, an adapter in the place of whole weights.
+
+    Only `.safetensors` files are looked at, and not under ZeRO-3, which leaves no shapes in the model.
+
+    Raises:
+        UnfitCheckpoint: It is of another model.
+    """
+    saved = _shapes_in(Path(checkpoint))
+    if not saved or any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
+        return
+    adapter = read_json(Path(checkpoint, "adapter_config.json"))
+    kinds = {True: "an adapter", False: "all weights"}
+    difference: str | None
+    if (adapter is not None) != isinstance(model, PeftModel):
+        difference = f"it holds {kinds[adapter is not None]}, and this run trains {kinds[adapter is None]}"
+    else:
+        difference = _difference(saved, model) if adapter is None else _difference_of_adapters(saved, model, adapter)
+    if difference:
+        raise UnfitCheckpoint(
+            f"--resume_from_checkpoint {checkpoint} does not fit the model of this run: {difference}. Give the flags "
+            "that it was begun with."
+        )
+
+
+def _shapes_in(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in checkpoint.glob("*.safetensors"):
+        if not path.match(HELD_NAME.format(rank="*")):
+            shapes |= {name: tuple(tensor["shape"]) for name, tensor in tensors_in(path).items()}
+    return shapes
+
+
+def _difference(saved: dict[str, tuple[int, ...]], model: Any) -> str | None:
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    other = next((name for name in saved if own.get(name, saved[name]) != saved[name]), None)
+    return other and f"{other} is {saved[other]} there and {own[other]} here"
+
+
+def lacks_names(checkpoint: Path, model: Any) -> bool:
+    """Tell whether weights of a model are not in its checkpoint by the names that it has for them.
+
+    The experts of a mixture are one tensor in the model, and one each in the file.
+    """
+    saved, own = _shapes_in(checkpoint), model.state_dict()
+    found = {own[name].data_ptr() for name in saved if name in own}  # of weights that are tied one is saved
+    ignored = model._keys_to_ignore_on_save or ()
+    lacking = (name for name, value in own.items() if name not in saved and value.data_ptr() not in found)
+    return bool(saved) and any(name not in ignored for name in lacking)
+
+
+def load_by_other_names(checkpoint: Path, model: Any) -> None:
+    """Load weights as `from_pretrained` does, which knows the names in the file.
+
+    Raises:
+        UnfitCheckpoint: Some weights are not there by any name.
+    """
+    loaded, told = type(model).from_pretrained(
+        checkpoint, config=copy.deepcopy(model.config), dtype=torch.float32, output_loading_info=True
+    )
+    if told["missing_keys"]:
+        raise UnfitCheckpoint(
+            f"{checkpoint} does not fit the model of this run: it has no {min(told['missing_keys'])}."
+        )
+    model.load_state_dict(loaded.state_dict())
+
+
+def _difference_of_adapters(saved: dict[str, tuple[int, ...]], model: PeftModel, config: dict[str, Any]) -> str | None:
+    name = model.active_adapters[0]
+    before, now = config.get("r"), getattr(model.peft_config[name], "r", None)
+    if before != now:
+        return f"it was saved with --lora_r {before}, and this run has {now}"
+    if config.get("peft_type") == "ADALORA":
+        return None  # its shapes change while it is trained
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = {name: tuple(value.shape) for name, value in state.items()}
+    if missing := own.keys() - saved.keys():
+        return f"it has no {min(missing)}"
+    if unknown := [name for name in saved.keys() - own.keys() if ".lora_" in name]:
+        return f"the model has no {min(unknown)}"
+    other = next((name for name in own if own[name] != saved[name]), None)
+    return other and f"{other} is {saved[other]} there and {own[other]} here"
+
+
+_AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
+
+
+class ResumeMixin(_AnyTrainer):
+    """Write `abr_state.json` into each checkpoint of a Trainer with repetition, and go on from it."""
+
+    _restored_log: tuple[list[float], int] | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last complete checkpoint.
+
+        Raises:
+            UnfitCheckpoint: The run cannot go on from the checkpoint, or there is none.
+        """
+        if self._is_active and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = newest_checkpoint(self.args.output_dir, self.is_world_process_zero())
+            self.check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Check that this run can go on from a checkpoint, and warn where the size of a batch is another one.
+
+        Raises:
+            UnfitCheckpoint: It cannot.
+        """
+        refuse_damaged(checkpoint)
+        if isinstance(self.model, PreTrainedModel | PeftModel):
+            refuse_unfit(checkpoint, self.model)
+        if self._budget is not None and not Path(checkpoint, ABR_STATE_NAME).exists():
+            raise UnfitCheckpoint(f"{checkpoint} has no {ABR_STATE_NAME}: what it spent of --max_passes is unknown.")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._loads_by_other_names(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._loads_by_other_names(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _loads_by_other_names(self, checkpoint: str) -> bool:
+        """Load a checkpoint where Trainer would leave out the weights that have other names in it, with a warning."""
+        is_whole = isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (self._is_active and is_whole and lacks_names(Path(checkpoint), self.model)):
+            return False
+        load_by_other_names(Path(checkpoint), self.model)
+        return True
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        if self._is_active and skip_scheduler and self.state.global_step > 0:
+            return {}  # `eval_on_start` of a resumed run: the evaluation before the first batch is in its log already.
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._is_active:
+            save_held(Path(output_dir), self.args.process_index, self._held)
+            state = self._repetition_state()  # on every rank: an error must not leave the others waiting
+            if self.args.should_save:
+                write_whole(Path(output_dir, ABR_STATE_NAME), state)
+
+    def _repetition_state(self) -> str:
+        """Return what a resumed run needs, as strict JSON."""
+        state = {
+            "format": 1,
+            "ledger": self.ledger.state_dict(),
+            "repeat_scheduler": {
+                "description": self._scheduler_description,
+                "state": self.repeat_scheduler.state_dict(),
+            },
+            "skips_in_a_row": self._skips_in_a_row,
+            "batch": self._batch_size(),
+            "batches_in_epoch": 0 if self.state.global_step == self._primer_epoch else self._batches_in_epoch,
+            "log": {
+                "window": self._window.state_dict(),
+                "tr_loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+                "last_logged": self._globalstep_last_logged,
+            },
+        }
+        try:
+            return json.dumps(state, allow_nan=False, indent=2) + "\n"
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"The state_dict of {self._scheduler_description} is not JSON: {error}.") from error
+
+    def _batch_size(self) -> dict[str, int]:
+        """Return what a batch is made of."""
+        return {
+            "processes": self.args.world_size,
+            "per_device_train_batch_size": self._train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+        }
+
+    def _warn_of_another_batch_size(self, checkpoint: str, state: dict[str, Any]) -> None:
+        now = self._batch_size()
+        of_older_versions = {"processes": len(state["log"]["tr_loss"])}
+        before = state.get("batch", of_older_versions)
+        changed = [f"{name} {before[name]}, now {now[name]}" for name in before if before[name] != now[name]]
+        if changed and self.is_world_process_zero():
+            logger.warning(
+                f"{checkpoint} was saved with {'; '.join(changed)}. Position in the data, length of the run and "
+                "learning rate are counted in batches, so that this run is not the one that was begun."
+            )
+
+    # ---- A run that has ended ----
+
+    def _restore_evaluations(self, checkpoint: str) -> None:
+        """Go on with the count of evaluations that were not better, and with the best checkpoint.
+
+        The output directory may have been moved. Where the best checkpoint is gone, another one may be the best.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = evaluations_without_gain(self.state, callback)
+        if self.state.best_global_step and self.state.best_model_checkpoint is None:
+            beside = Path(checkpoint).with_name(f"{CHECKPOINT_PREFIX}{self.state.best_global_step}")
+            if beside.is_dir():
+                self.state.best_model_checkpoint = str(beside)
+            else:
+                self.state.best_metric = self.state.best_global_step = None
+
+    def _why_it_has_ended(self, checkpoint: str) -> str | None:
+        """Return why nothing is left to train after a checkpoint, None if there is."""
+        spent = self._read_repetition_state(checkpoint).get("ledger", {}).get("passes")
+        if self._budget is not None and spent is not None and self._budget - Fraction(spent) < 1:
+            return f"--max_passes {self._budget} are spent"
+        if self.state.global_step >= self.state.max_steps:
+            by_steps = self.args.max_steps > 0
+            return f"--max_steps {self.state.max_steps} is reached" if by_steps else "all epochs are done"
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                counted = callback.early_stopping_patience_counter
+                if counted >= callback.early_stopping_patience:
+                    return f"{counted} evaluations in a row were not better, as many as --early_stopping_patience"
+        return None
+
+    def _has_ended(self, checkpoint: str) -> bool:
+        """Tell whether nothing is left to train after a checkpoint, and say why."""
+        why = self._why_it_has_ended(checkpoint)
+        control = self.state.stateful_callbacks.get("TrainerControl")
+        had_stopped = isinstance(control, dict) and control["args"]["should_training_stop"]
+        if self.is_world_process_zero() and why:
+            logger.warning(f"The run ended with {checkpoint}: {why}. Nothing is trained; to go on, raise that.")
+        elif self.is_world_process_zero() and had_stopped:
+            logger.warning(f"The run was stopped after {checkpoint}. It goes on.")
+        return why is not None
+
+    def _read_repetition_state(self, checkpoint: str) -> dict[str, Any]:
+        path = Path(checkpoint, ABR_STATE_NAME)
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return state
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._is_active and checkpoint is not None:
+            self._load_repetition_state(checkpoint)
+
+    def _load_repetition_state(self, checkpoint: str) -> None:
+        state = self._read_repetition_state(checkpoint)
+        if not state:
+            step = self.state.global_step
+            logger.warning(
+                f"{checkpoint} has no {ABR_STATE_NAME}: taking each of its {step} batches for one ordinary pass."
+            )
+            self.ledger.batches = self.ledger.updates = step
+            self.ledger.passes = Fraction(step)
+            return
+        self.ledger.load_state_dict(state["ledger"])
+        self._warn_of_another_batch_size(checkpoint, state)
+        self._skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
+        self._batches_in_epoch = state["batches_in_epoch"]
+        saved, now = state["repeat_scheduler"]["description"], self._scheduler_description
+        if saved == now:
+            self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
+        else:
+            logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
+        log = state["log"]
+        if self.repeat_scheduler.held():
+            if len(log["tr_loss"]) != self.args.world_size:
+                raise UnfitCheckpoint(
+                    f"{checkpoint} holds batches to train on again, of {len(log['tr_loss'])} processes: resume with "
+                    f"as many. There are {self.args.world_size}."
+                )
+            self._held = load_held(Path(checkpoint), self.args.process_index, self.args.device)
+        if len(log["tr_loss"]) == self.args.world_size:
+            self._window = LogWindow(**log["window"])
+            self._restored_log = log["tr_loss"], log["last_logged"]
+
+    def _position_in_data(self, checkpoint: str, batches_in_epoch: int) -> tuple[int, int] | None:
+        """Return the epoch, and the micro-batches of it that are done, where Trainer would get that wrong.
+
+        Args:
+            batches_in_epoch: Those of the training set.
+        """
+        accumulation = self.args.gradient_accumulation_steps
+        if not has_length(self.train_dataset):
+            # Trainer takes a data set without length for endless, and would look for the position in its first round.
+            done = self._read_repetition_state(checkpoint).get("batches_in_epoch")
+            if done is not None:
+                return int(self.state.epoch or 0), done * accumulation
+        if not self._primer_epoch:
+            return None
+        epoch, done = divmod(self.state.global_step - self._primer_epoch, batches_in_epoch)
+        return epoch, done * accumulation
+
+    def _continue_log(self) -> None:
+        """After a checkpoint between two logs, go on with the loss that the killed run had summed up."""
+        if self._restored_log is not None:
+            tr_loss, self._globalstep_last_logged = self._restored_log
+            self._tr_loss += tr_loss[self.args.process_index]
+            self._total_loss_scalar -= sum(tr_loss) / len(tr_loss)  # `train` returns the mean loss of its own batches
+            self._restored_log = None

@@ -1,0 +1,309 @@
+"""How perplexity moves in the course of a run: a line an evaluation, a file, a table at the end, a word of warning."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.utils import logging
+
+from ..records.files import HISTORY_NAME, TRACE_NAME, read_json, read_lines, step_of, write_whole
+from ..schedulers import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
+
+WORSE = 0.005
+"""By how much, as a share, perplexity must have risen to count as a rise."""
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """That of transformers, for several calls of `train`, and for evaluations by `eval_passes`."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.early_stopping_patience_counter = evaluations_without_gain(state, self)
+
+
+def evaluations_without_gain(state: TrainerState, callback: EarlyStoppingCallback) -> int:
+    """Return how many evaluations in a row were not better when the checkpoint was saved that a run goes on from."""
+    states: Any = state.stateful_callbacks
+    kept = states.get(type(callback).__name__) if state.global_step else None
+    counted = kept["attributes"] if isinstance(kept, dict) else {}
+    return int(counted.get("early_stopping_patience_counter", 0))
+
+
+def doubt_of_the_best(args: Any, state: TrainerState) -> str | None:
+    """Return what is to be said of the best model that a run loads at its end; None if it is the best evaluated."""
+    metric = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+    values = [(logs["step"], logs[metric]) for logs in state.log_history if metric in logs]
+    best, saved = state.best_global_step, state.best_model_checkpoint
+    loaded = f"the model is that of batch {step_of(Path(saved)) if saved else state.global_step}"
+    if not any(step for step, _ in values):
+        return f"No best model: nothing was evaluated while training, and {loaded}."
+    if best is None:
+        return f"No best model: {metric} was at no evaluation a finite number, and {loaded}."
+    if saved is None or step_of(Path(saved)) != best or not Path(saved).is_dir():
+        return f"No checkpoint of the best evaluation, that of batch {best}, is there any more, and {loaded}."
+    sign = 1 if args.greater_is_better else -1
+    before = next((value for step, value in values if step == 0), math.nan)
+    if state.best_metric is not None and sign * before > sign * state.best_metric:
+        return (
+            f"Training made the model worse: {metric} was {before:.4g} before the first batch and is "
+            f"{state.best_metric:.4g} at best after it. Of the checkpoints the best is loaded: {loaded}."
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation in the course of a run.
+
+    Attributes:
+        name: Baseline, before the first batch; the epoch that has ended; or the step.
+        step: Batches finished.
+        perplexity: None where it is not finite.
+        loss: Mean first-pass loss of the batches since the evaluation before, in nats; None where there are none, or
+            the trainer repeats no batches.
+        memory: Bytes of the process and of its GPU: `before` the batches since the evaluation before, `consumed` by
+            them, and the `peak` so far.
+    """
+
+    name: str
+    step: int
+    epoch: float
+    perplexity: float | None
+    loss: float | None
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class PerplexityCallback(TrainerCallback):
+    """Say at each evaluation how perplexity has moved since the first, and keep it in `perplexity_history.json`.
+
+    It reads what an evaluation has measured, and spends nothing itself.
+    An evaluation after the end of a run belongs to it unless these weights were evaluated already. A resumed run goes
+    on with the history up to its checkpoint. It warns once of overfitting: perplexity rises while the training loss
+    falls. It is silent in a hyperparameter search.
+
+    Args:
+        metric: Which one to follow, such as `eval_wanda_perplexity` of an `eval_measurement`. Default: the token-exact
+            perplexity of a causal language model, of several evaluation sets on the first.
+    """
+
+    def __init__(self, metric: str | None = None) -> None:
+        self.history: list[Evaluation] = []
+        self._metric = metric
+        self._losses: list[tuple[int, float]] = []
+        self._has_ended = False
+        self._has_warned = False
+        self._before: dict[str, int] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_warned = self._has_ended = False
+        path = Path(args.output_dir, HISTORY_NAME)
+        written = (read_json(path) or {"evaluations": []})["evaluations"] if state.global_step else []
+        self.history = [Evaluation(**entry) for entry in written if entry["step"] <= state.global_step]
+        self._losses = batch_losses(Path(args.output_dir), state.global_step) if state.global_step else []
+        self._before = memory_in_use()
+
+    def on_outcome(self, args: Any, state: Any, control: Any, outcome: Outcome, **kwargs: Any) -> None:
+        loss = outcome.losses[0]
+        if not outcome.skipped and math.isfinite(loss):
+            self._losses.append((state.global_step, loss))
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        metrics = metrics or {}
+        if self._metric is None:
+            self._metric = next((name for name in metrics if re.fullmatch(r"eval_(\w+_)?perplexity", name)), None)
+        perplexity = metrics.get(self._metric or "")
+        if perplexity is None or not (self._before and state.is_world_process_zero) or state.is_hyper_param_search:
+            return  # another metric, or a run that only evaluates
+        is_of_earlier_weights = self._has_ended and args.load_best_model_at_end
+        if is_of_earlier_weights or (self.history and self.history[-1].step == state.global_step):
+            return
+        since = self.history[-1].step if self.history else 0
+        evaluation = Evaluation(
+            name_of(state.global_step, state.epoch),
+            state.global_step,
+            state.epoch or 0.0,
+            perplexity if math.isfinite(perplexity) else None,
+            mean([loss for batch, loss in self._losses if batch > since]),
+            self._memory(),
+        )
+        self.history.append(evaluation)
+        tqdm.write(trend(evaluation, self.history[0]))
+        data = {
+            "metric": self._metric,
+            "evaluations": [asdict(each) for each in self.history],
+            "summary": summary(self.history, self._losses),
+        }
+        write_whole(Path(args.output_dir, HISTORY_NAME), json.dumps(data, indent=1) + "\n")
+        if not self._has_warned and (warning := overfitting(self.history)):
+            logger.warning(warning)
+            self._has_warned = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_ended = True
+
+    def _memory(self) -> dict[str, dict[str, int]]:
+        """Return what memory there was, what has come to it, and the most so far; count from here on."""
+        before, self._before = self._before, memory_in_use()
+        peaks = memory_peaks()
+        return {
+            where: {"before": before[where], "consumed": now - before[where], "peak": max(peaks[where], now)}
+            for where, now in self._before.items()
+        }
+
+
+# ---- What evaluations say ----
+
+
+def name_of(step: int, epoch: float | None) -> str:
+    """Return how to call an evaluation: by the epoch that it ends, if it does.
+
+    >>> name_of(0, 0), name_of(50, 1.0), name_of(60, 1.2)
+    ('Baseline', 'Epoch 1', 'Step 60')
+    """
+    if step == 0:
+        return "Baseline"
+    return f"Epoch {epoch:.0f}" if epoch and float(epoch).is_integer() else f"Step {step}"
+
+
+def change(now: float | None, before: float | None) -> float | None:
+    """Return by which share a perplexity has changed; None where one of them is not finite."""
+    return None if now is None or before is None else now / before - 1
+
+
+def trend(evaluation: Evaluation, first: Evaluation) -> str:
+    """Return a line on an evaluation, beside the first one.
+
+    >>> first, later = Evaluation("Baseline", 0, 0.0, 27.45, None), Evaluation("Epoch 1", 50, 1.0, 25.82, 3.1)
+    >>> trend(first, first), trend(later, first)
+    ('Baseline: 27.45', 'Epoch 1: 25.82 (-5.9 %)')
+    """
+    if evaluation.perplexity is None:
+        return f"{evaluation.name}: not finite"
+    changed = None if evaluation is first else change(evaluation.perplexity, first.perplexity)
+    beside = "" if changed is None else f" ({100 * changed:+.1f} %)"
+    return f"{evaluation.name}: {evaluation.perplexity:.2f}{beside}"
+
+
+def overfitting(history: Sequence[Evaluation]) -> str | None:
+    """Return a warning if perplexity has risen since it was best, while the training loss has gone on falling."""
+    finite = [each for each in history if each.perplexity is not None]
+    if len(history) < 3 or not finite or finite[-1] is not history[-1]:
+        return None
+    best, last = min(finite, key=lambda each: each.perplexity or math.inf), history[-1]
+    loss = history[1].loss if best is history[0] else best.loss
+    risen = change(last.perplexity, best.perplexity)
+    if risen is None or risen < WORSE or last.loss is None or loss is None or last.loss >= loss:
+        return None
+    return (
+        f"Overfitting: since {best.name} perplexity has risen from {best.perplexity:.2f} to {last.perplexity:.2f}, "
+        f"while the training loss fell from {loss:.3f} to {last.loss:.3f}. --early_stopping_patience stops such a "
+        "run, and keeps the best checkpoint."
+    )
+
+
+def batch_losses(directory: Path, last: int) -> list[tuple[int, float]]:
+    """Return step and first-pass loss of the batches up to the `last` that a run was trained on, by its trace."""
+    path = directory / TRACE_NAME
+    lines = read_lines(path) if path.exists() else iter(())
+    losses = ((line["step"], line["loss"]) for line in lines if line["repeats"])
+    return [(step, loss) for step, loss in losses if loss is not None and step <= last]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def summary(history: Sequence[Evaluation], losses: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Return where a run came from, how far it got, where it was best, and on how many batches of which mean loss."""
+    finite = [each for each in history if each.perplexity is not None]
+    best = min(finite, key=lambda each: each.perplexity or math.inf, default=None)
+    return {
+        "baseline": history[0].perplexity,
+        "final": history[-1].perplexity,
+        "best": best and best.perplexity,
+        "best_at": best and best.name,
+        "improvement": change(history[-1].perplexity, history[0].perplexity),
+        "batches": history[-1].step,
+        "mean_loss": mean([loss for _, loss in losses]),
+    }
+
+
+def show_history(directory: Path, console: Console | None = None) -> None:
+    """Print the evaluations of a run as a table, and their summary; nothing if there were fewer than two."""
+    found = read_json(directory / HISTORY_NAME)
+    if found is None or len(found["evaluations"]) < 2:
+        return
+    from rich import box  # here, because the trainer imports this module
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
+    for column in ("", "perplexity", "change", "training loss", "memory, MB", "peak, MB"):
+        table.add_column(column, justify="right" if column else "left")
+    history = [Evaluation(**entry) for entry in found["evaluations"]]
+    for each in history:
+        where = "gpu" if "gpu" in each.memory else "process"
+        kept, peak = (each.memory[where][name] for name in ("before", "peak"))
+        kept += each.memory[where]["consumed"]
+        changed = None if each is history[0] else change(each.perplexity, history[0].perplexity)
+        table.add_row(
+            each.name,
+            "not finite" if each.perplexity is None else f"{each.perplexity:.2f}",
+            "" if changed is None else f"{100 * changed:+.1f} %",
+            "" if each.loss is None else f"{each.loss:.3f}",
+            f"{kept / 1e6:.0f}",
+            f"{peak / 1e6:.0f}",
+        )
+    console.print(table)
+    told = found["summary"]
+    if None not in (told["best"], told["improvement"], told["mean_loss"]):
+        followed = found["metric"].removeprefix("eval_").replace("_", " ")
+        console.print(
+            f"{followed} {told['baseline']:.2f} to {told['final']:.2f} ({100 * told['improvement']:+.1f} %), best "
+            f"{told['best']:.2f} at {told['best_at']}; {told['batches']} batches of mean loss {told['mean_loss']:.3f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+# ---- Memory ----
+
+
+def memory_in_use() -> dict[str, int]:
+    """Return the bytes that the process holds, and those allocated on its GPU, if it has one."""
+    found = {"process": psutil.Process().memory_info().rss}
+    return found | ({"gpu": torch.cuda.memory_allocated()} if torch.cuda.is_available() else {})
+
+
+def memory_peaks() -> dict[str, int]:
+    """Return the most bytes that the process has held, and that were allocated on its GPU."""
+    if resource is None:
+        found = {"process": int(getattr(psutil.Process().memory_info(), "peak_wset", 0))}
+    else:
+        found = {
+            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        }
+    return found | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
