@@ -5,8 +5,9 @@ The names below are imported on first use, so that `abr_trainer.schedulers` cost
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .records.lazy import on_first_use
 
 __version__ = "0.1.0"
 
@@ -45,12 +46,4 @@ if TYPE_CHECKING:
     from .training.trainer import ABRMixin as ABRMixin
     from .training.trainer import ABRTrainer as ABRTrainer
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

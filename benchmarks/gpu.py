@@ -400,7 +400,17 @@ def hand_written(setup: Setup, directory: Path, probes: bool, repeats: int, time
 
 def run_tests(_setup: Setup, directory: Path, seconds: float = 120.0) -> dict[str, Any]:
     """Run the tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "tests/benchmarks/test_gpu.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from abr_trainer.models.devices import provenance_of
 from abr_trainer.perplexity.definitions import DEFINITIONS, Text
 from abr_trainer.perplexity.measurement import cut_windows, numbers_of
 from abr_trainer.perplexity.windows import window_nlls
 from abr_trainer.records.files import write_whole
-from abr_trainer.records.provenance import versions_and_machine
 
 RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "model": Path(args.model).name,
         "text": args.text.name,
         "rows": len(lines),
-        **versions_and_machine(torch.device(device), 1),
+        **provenance_of(torch.device(device), 1),
         "found": found,
     }
     write_whole(RESULTS, json.dumps(result, indent=1) + "\n")

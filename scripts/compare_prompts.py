@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from abr_trainer.classification.glue import PROMPTS
 from abr_trainer.cli.comparing import add_arguments, compare
 from abr_trainer.comparison.arms import prompt_arm
+from abr_trainer.data.tasks import PROMPTS
 from abr_trainer.records.flags import complete_prompt_flags
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding
 
-from abr_trainer.classification.glue import logits_of
 from abr_trainer.classification.records import beside_earlier, predictions_file, recalled_flags, write_predictions
+from abr_trainer.classification.scores import logits_of
 from abr_trainer.classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
 from abr_trainer.classification.trainer import (
     DEFAULT_LENGTH,

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # several processes share the cores
-check() { echo "ruff" && ruff format --check . && ruff check . && echo "mypy" && mypy; }
+check() { echo "ruff" && ruff format --check . && ruff check . && echo "mypy" && mypy && echo "layers" && lint-imports --no-cache; }
 test_all() {
     echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 }

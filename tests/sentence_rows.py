@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from abr_trainer.classification.glue import GLUE
 from abr_trainer.data.demo import passages
+from abr_trainer.data.tasks import GLUE
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--learning_rate", "2e-2", "--max_seq_length"]
 QUICK += ["24", "--per_device_train_batch_size", "4"]

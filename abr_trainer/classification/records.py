@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
+from ..data.tasks import BY_NAME, Task
 from ..models.adapters import FLAG, FLAGS
 from ..records.files import (
     CHECKPOINT_PREFIX,
@@ -32,8 +33,8 @@ from ..records.files import (
     write_whole,
 )
 from ..records.flags import expand_flags_file, given_flags, is_on
-from .glue import BY_NAME, Task, logits_of, predictions_of
 from .labels import key_of, shown
+from .scores import logits_of, predictions_of
 from .sentences import SentenceArguments
 
 logger = logging.get_logger(__name__)

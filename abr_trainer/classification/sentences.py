@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from ..data.demo import demo_rows
 from ..data.readers import format_of
+from ..data.tasks import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
 from ..data.text import load_or_refuse, load_table
 from ..records.errors import find_named, refuse_below, refuse_missing_files
-from .glue import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
 from .labels import (
     Classes,
     LabelColumn,

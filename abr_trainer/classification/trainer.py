@@ -22,16 +22,17 @@ from transformers import EvalPrediction, TrainerCallback, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..data.tasks import Task
 from ..models.loading import ModelArguments, load_config
-from ..perplexity.windows import without_adapter
+from ..models.unwrapping import without_adapter
 from ..records.errors import find_named, refuse_below, refuse_missing_directory
 from ..schedulers import OUTLIER_RULES
 from ..training.config import ABRConfig
 from ..training.tracking import name_of
 from ..training.trainer import ABRTrainer
-from .glue import Task, evaluate_judge, judge, logits_of, predictions_of
 from .labels import shown
 from .records import classes_in, differ_in_order, remember_model, remember_task
+from .scores import evaluate_judge, judge, logits_of, predictions_of
 from .sentences import SentenceArguments, Sentences
 
 logger = logging.get_logger(__name__)
@@ -298,7 +299,7 @@ def _columns(sentences: Sentences, split: str) -> list[str]:
 def scores_in(metrics: dict[str, float], task: Task, prefix: str = "eval") -> str:
     """Return the scores among the metrics of an evaluation, in words.
 
-    >>> from .glue import own_task
+    >>> from abr_trainer.data.tasks import own_task
     >>> scores_in({"eval_accuracy": 0.75, "eval_f1": 0.8, "eval_loss": 0.5}, own_task(["text"], ["a", "b"]))
     'accuracy 0.7500, f1 0.8000'
     """

@@ -1,1 +1,1 @@
-"""cli."""
+"""The command `abr`: from a command line to work. One module for each verb."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +19,14 @@ from ..report.files import write_report
 from ..report.of_comparison import report_on_comparison, summary_lines
 from ..report.tensorboard import write_events
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+
+OF_A_RUN = (
+    *("classification.sentences", "classification.trainer", "models.loading", "perplexity.measurement"),
+    *("training.tracking", "training.trainer", "cli.command_line", "cli.job"),
+)
+PRELOAD = [f"abr_trainer.{name}" for name in (*OF_A_RUN, "cli.comparing")]
+"""All of a run that takes long to import, and this module: a fork imports the main module anew."""
 
 Asked = Callable[[argparse.Namespace, list[str]], dict[str, Any]]
 """From the arguments before `--` and those behind to what an `Experiment` gets beside what all comparisons have."""
@@ -74,6 +83,8 @@ def compare(
         path = ROOT / script
         experiment = Experiment(
             out=args.out,
+            check=check_arguments,
+            preload=PRELOAD,
             script=path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path,
             seeds=seeds,
             tune=parse_tuning(args.tune),
@@ -96,6 +107,33 @@ def compare(
     if experiment.failures:
         raise SystemExit(1)
     return data
+
+
+def check_arguments(script: Path, arguments: list[list[str]], sender: Any) -> None:
+    """Parse these command lines as the script does, and send what the first of them asks for, or what is wrong.
+
+    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`. The script names the
+    dataclasses of its arguments in `ARGUMENTS`, the last one an `ABRConfig`.
+    """
+    import torch  # here, in the process that checks: a mistyped flag is to be answered at once
+
+    from .command_line import parse_arguments
+
+    argument_classes = runpy.run_path(str(script))["ARGUMENTS"]
+    found: dict[str, Any] | ValueError
+    try:
+        first, *_ = [parse_arguments(argument_classes, argv)[-1] for argv in arguments]
+        found = {
+            "device": first.device.type,
+            "devices": torch.cuda.device_count(),
+            "max_passes": first.max_passes,
+            "max_steps": first.most_batches,
+            "epochs": first.num_train_epochs,
+        }
+    except ValueError as error:
+        found = ValueError(str(error))
+    with contextlib.suppress(OSError):  # the comparison was interrupted
+        sender.send(found)
 
 
 def write_up(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:

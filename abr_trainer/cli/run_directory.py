@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from ..hub.repository import fetch_checkpoint
+from ..models.devices import provenance_of
 from ..records.errors import one_line_errors
 from ..records.files import (
     CHECKPOINT_PREFIX,
@@ -32,7 +33,6 @@ from ..records.files import (
     write_whole,
 )
 from ..records.locking import locked
-from ..records.provenance import versions_and_machine
 from ..training.config import ABRConfig
 from ..training.resume import newest_checkpoint, refuse_damaged
 
@@ -178,7 +178,7 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
     else:
         provenance = {
             "argv": list(argv),
-            **versions_and_machine(config.device, config.world_size),
+            **provenance_of(config.device, config.world_size),
             "arguments": arguments,
         }
     write_whole(path, json.dumps(provenance, indent=2, default=str) + "\n")

@@ -1,1 +1,21 @@
-"""comparison."""
+"""Run rules against each other with paired seeds, and say what that shows. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+from ..records.lazy import on_first_use
+
+_HOMES = {
+    "Arm": "arms",
+    "Experiment": "experiment",
+    "Run": "experiment",
+    "RunFailed": "experiment",
+    "SCORES": "scores",
+    "Score": "scores",
+    "collect": "statistics",
+    "parse_arm": "arms",
+    "prompt_arm": "arms",
+    "write_comparison": "statistics",
+}
+
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

@@ -8,14 +8,13 @@ import json
 import math
 import multiprocessing
 import os
-import runpy
 import shlex
 import shutil
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,10 @@ from .processes import Forked, Launched, Process, start_quietly
 from .progress import Progress
 from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
 
-OF_A_RUN = ("command_line", "classification", "job", "measurement", "modeling", "sentences", "tracking", "trainer")
-OF_THE_SCRIPT = ("comparing",)  # a fork imports the main module anew
-STACK = [f"abr_trainer.{name}" for name in (*OF_A_RUN, *OF_THE_SCRIPT)]
-"""What a process is to have imported before runs are forked from it: all that takes long."""
-
 EXPERIMENT = "experiment.json"
+
+Check = Callable[[Path, list[list[str]], Any], None]
+"""Takes a script, command lines, and the end of a pipe."""
 
 Values = tuple[tuple[str, str], ...]
 """A value for each tuned flag, by its name without dashes."""
@@ -143,6 +140,9 @@ class Experiment:
         keep_going: Leave out runs that fail, instead of stopping.
         keeps_checkpoints: They are wanted for themselves. Else they are there to resume by, and go when a run is
             finished.
+        check: Called in a process of its own: sends what the first of these command lines asks for, as `device`,
+            `devices` (how many GPUs), `max_passes`, `max_steps` and `epochs`, or a ValueError. `prepare` needs it.
+        preload: Modules that a process is to have imported before runs are forked from it: all that takes long.
         controlled: The names of arms that decide and of the controls that spend the same mean repeats.
         failures: Why runs have failed.
     """
@@ -161,6 +161,8 @@ class Experiment:
     jobs: int = 1
     keep_going: bool = False
     keeps_checkpoints: bool = False
+    check: Check | None = None
+    preload: Sequence[str] = ()
     controlled: list[tuple[str, str]] = field(default_factory=list)
     failures: dict[Run, str] = field(default_factory=dict)
 
@@ -322,14 +324,15 @@ class Experiment:
         if self.jobs > 1:
             share = max(1, len(os.sched_getaffinity(0)) // self.jobs)
             os.environ.setdefault("OMP_NUM_THREADS", str(share))
+        assert self.check is not None
         self._stack = multiprocessing.get_context("forkserver")
-        self._stack.set_forkserver_preload(STACK)
+        self._stack.set_forkserver_preload(list(self.preload))
         arguments = [
             list(self.run_of(arm, self.seeds[0], tuned).argv) for arm in self.arms for tuned in self.candidates(arm)
         ]
         start_quietly()
         receiver, sender = self._stack.Pipe(duplex=False)
-        process = self._stack.Process(target=_parse_all, args=(self.script, arguments, sender), daemon=True)
+        process = self._stack.Process(target=self.check, args=(self.script, arguments, sender), daemon=True)
         process.start()
         sender.close()
         try:
@@ -453,31 +456,6 @@ class Experiment:
                 shutil.rmtree(checkpoint)
 
 
-def _parse_all(script: Path, arguments: list[list[str]], sender: Any) -> None:
-    """Parse these command lines as the script does, and send what the first of them asks for, or what is wrong.
-
-    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`. The script names the
-    dataclasses of its arguments in `ARGUMENTS`, the last one an `ABRConfig`.
-    """
-    from ..cli.command_line import parse_arguments
-
-    argument_classes = runpy.run_path(str(script))["ARGUMENTS"]
-    found: dict[str, Any] | ValueError
-    try:
-        first, *_ = [parse_arguments(argument_classes, argv)[-1] for argv in arguments]
-        found = {
-            "device": first.device.type,
-            "devices": _visible_gpus(),
-            "max_passes": first.max_passes,
-            "max_steps": first.most_batches,
-            "epochs": first.num_train_epochs,
-        }
-    except ValueError as error:
-        found = ValueError(str(error))
-    with contextlib.suppress(OSError):  # the comparison was interrupted
-        sender.send(found)
-
-
 def device_of(slot: int, devices: int) -> str:
     """Return which of the visible GPUs the runs of a slot use.
 
@@ -486,12 +464,6 @@ def device_of(slot: int, devices: int) -> str:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
     return visible[slot % len(visible)]
-
-
-def _visible_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def last_words(log: Path) -> str:

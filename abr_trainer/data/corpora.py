@@ -21,6 +21,9 @@ class Corpus:
     rows_are_lines: bool = False
 
 
+C4_DOCUMENTS = 1100
+"""Documents of C4 that published perplexities are measured on."""
+
 CORPORA = {
     "wikitext": Corpus("Salesforce/wikitext", config="wikitext-2-raw-v1", rows_are_lines=True),
     # The data set is a loading script, which `datasets` no longer runs: read what the Hub converted it to.

@@ -27,11 +27,10 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..perplexity.definitions import C4_DOCUMENTS
 from ..records.errors import BadRow, one_line, refuse_below, refuse_missing_files
 from .columns import EXAMPLES, TOKENS, Column, Place, as_text, as_tokens, check_tokens, choose_text_column, parse_line
 from .context import fit_context
-from .corpora import CORPORA, Corpus, find_corpus, parse_mix
+from .corpora import C4_DOCUMENTS, CORPORA, Corpus, find_corpus, parse_mix
 from .demo import demo_texts
 from .readers import READERS, TABLES, Format, check_file, holds_json_lines, read_cells, read_files, what_is_wrong
 

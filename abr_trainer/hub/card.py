@@ -12,9 +12,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..classification.glue import BY_NAME, DEMO, GLUE, TASKS, ask
 from ..comparison.scores import OF_CLASSIFIERS
 from ..data.corpora import find_corpus, parse_mix
+from ..data.tasks import BY_NAME, DEMO, GLUE, TASKS, ask
 from ..perplexity.definitions import DEFINITIONS, Definition
 from ..records.files import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
 from .card_merging import MARKER

@@ -16,11 +16,10 @@ from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..perplexity.windows import without_adapter
+from ..models.unwrapping import without_adapter
 from ..records.errors import one_line
 from ..records.files import HISTORY_NAME, SUMMARY_NAME, read_json, step_of, write_whole
 from ..records.provenance import versions_of_packages
-from ..training.config import ABRConfig
 from .card import names_given_to
 from .local_names import remember_local_names
 from .repository import (
@@ -93,7 +92,7 @@ class HubMixin(_AnyTrainer):
     @property
     def _pushes_itself(self) -> bool:
         """Whether pushes are ours. Trainer makes the repository while it is constructed."""
-        return bool(getattr(self, "_is_active", isinstance(self.args, ABRConfig)))
+        return bool(getattr(self, "_is_active", hasattr(self.args, "repeat_scheduler")))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, on the main process.

@@ -1,1 +1,21 @@
-"""models."""
+"""Load a base model, quantise it, attach adapters; prune and merge."""
+
+from __future__ import annotations
+
+from ..records.lazy import on_first_use
+
+_HOMES = {
+    "LoadArguments": "loading",
+    "ModelArguments": "loading",
+    "load_adapter": "adapters",
+    "load_config": "loading",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
+    "merge_adapter": "merging",
+    "prune": "pruning",
+    "read_adapter": "adapters",
+    "sparsity_report": "pruning",
+}
+
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

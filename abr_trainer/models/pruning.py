@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..perplexity.windows import without_adapter
 from .adapters import WRAPPED
 from .experts import has_inputs_first, is_router
 from .loading import LoadArguments, load_base, load_config, load_tokenizer, load_written
+from .unwrapping import without_adapter
 
 LAYERS = (nn.Linear, Conv1D)
 """Layers that are pruned; quantised ones are kinds of these."""

@@ -15,10 +15,11 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..data.corpora import C4_DOCUMENTS
 from ..records.errors import find_named
 from .windows import IntArray, Window, perplexity_of, sliding_windows
 
-C4_DOCUMENTS, C4_WINDOWS = 1100, 256
+C4_WINDOWS = 256
 """How much of C4's validation split GPTQ, SparseGPT and Wanda are measured on."""
 
 

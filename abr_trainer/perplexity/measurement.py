@@ -21,11 +21,11 @@ from ..data.context import fit_context
 from ..data.corpora import parse_mix
 from ..data.text import DataArguments, TextArguments, load_texts
 from ..models.adapters import embeddings_in, load_adapter, virtual_tokens_in
+from ..models.devices import provenance_of
 from ..models.loading import AdaptedArguments, load_base, load_config, load_tokenizer
 from ..models.pruning import nonzero_shares
 from ..records.errors import one_line, refuse_below, refuse_missing_directory
 from ..records.files import write_whole
-from ..records.provenance import versions_and_machine
 from .definitions import DEFINITIONS, Definition, Text, find_definition
 from .windows import Window, window_nlls
 
@@ -316,7 +316,7 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantisation": quantisation,
         "nonzero_share": nonzero_shares(model),
-        **versions_and_machine(state.device, state.num_processes),
+        **provenance_of(state.device, state.num_processes),
     }
     start = time.perf_counter()
     try:

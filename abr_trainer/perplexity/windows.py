@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..models.unwrapping import without_adapter
+
 IntArray = npt.NDArray[np.int64]
 IGNORE_INDEX = -100
 
@@ -178,8 +180,3 @@ def _logits_and_targets(
         options["logits_to_keep"], targets = kept, targets[:, -kept:]
     logits = model(input_ids=ids.to(device), use_cache=False, **options).logits
     return logits[:, -targets.shape[1] :], targets.to(logits.device)
-
-
-def without_adapter(model: Any) -> Any:
-    """Return the model inside an adapter: it says what it takes and what it has, which the adapter around it hides."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -9,19 +9,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 
+def versions_and_machine(device: str, threads: int, processes: int) -> dict[str, Any]:
+    """Return what made a result, beside its arguments: `versions`, `git` and `machine`.
 
-def versions_and_machine(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return what made a result, beside its arguments: `versions`, `git` and `machine`."""
+    Args:
+        device: Name of the GPU, or "cpu".
+        threads: Threads of torch in each process.
+    """
     return {
         "versions": versions_of_packages(),
         "git": _git_commit(),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": threads,
+            "device": device,
             "processes": processes,
         },
     }
@@ -35,7 +38,7 @@ def versions_of_packages() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """Return the commit of this checkout, with "-dirty" if it was changed; None without git or outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)

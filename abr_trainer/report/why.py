@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
-from ..schedulers import Observation, Outcome, RepeatScheduler
+from ..schedulers import Observation, Outcome, RepeatScheduler, build_rule
 from ..schedulers.base import NO_TARGETS
 
 OF_THE_RULE = (
@@ -67,7 +67,7 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     elif (provenance := read_provenance(directory)) is None:
         lines.append(f"{'':<24} {PROVENANCE} is missing: the parameters of the rule are unknown")
     else:
-        lines += explain_rule(rule_of(provenance["arguments"]), trace, batch)
+        lines += explain_rule(build_rule(provenance["arguments"]), trace, batch)
     if again := batch.get("replayed"):
         named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
         lines.append(f"{'trained on after it':<24} batch {named}, once more")
@@ -111,14 +111,6 @@ def explain_rule(rule: RepeatScheduler, trace: list[dict[str, Any]], batch: dict
             why = "it was not to go on after the last pass, or its code has changed since"
         lines.append(f"{'it asks for':<24} {decided}, and {batch['repeats']} were made: {why}")
     return lines
-
-
-def rule_of(arguments: dict[str, Any]) -> RepeatScheduler:
-    """Build the scheduler that these arguments of a run describe."""
-    from ..training.config import ABRConfig
-
-    settings = {name: arguments[name] for name in OF_THE_RULE if name in arguments}
-    return ABRConfig(output_dir="", use_cpu=True, report_to="none", **settings).build_repeat_scheduler()
 
 
 def outcome_of(batch: dict[str, Any]) -> Outcome:

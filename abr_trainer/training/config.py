@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +10,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..records.errors import refuse_below
-from ..schedulers import (
-    OUTLIER_RULES,
-    SCHEDULERS,
-    GradNormSkip,
-    RepeatScheduler,
-    RepeatUntil,
-    find_repeat_scheduler,
-    get_outlier_rule,
-    get_repeat_scheduler,
-    reads_flag,
-)
+from ..schedulers import OUTLIER_RULES, RepeatScheduler, build_rule, reads_flag
 from ..schedulers.threshold import parse_threshold
 from .ledger import forward_share
 from .support import refuse_pushing_inputs, refuse_single_process_launch
@@ -44,9 +32,6 @@ LEAST_VALUES = {
 
 SEEDS = {"seed": (0, 2**32 - 1), "data_seed": (-(2**63), 2**64 - 1)}
 """What NumPy and torch take for a seed: the least and the most."""
-
-FIXED_REPEATS = 2
-"""What 'fixed' makes of a batch where nothing else is said."""
 
 CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 """The least a batch can cost, in passes."""
@@ -314,34 +299,12 @@ class ABRConfig(TrainingArguments):
         Raises:
             ValueError: A name is unknown, or a parameter out of range.
         """
-        scheduler = get_repeat_scheduler(self.repeat_scheduler, **self._scheduler_parameters())
-        if self.repeat_until is not None:
-            scheduler = RepeatUntil(scheduler, until=self.repeat_until)
-        if self.skip_grad_norm is not None:
-            scheduler = GradNormSkip(scheduler, sigmas=self.skip_grad_norm)
-        if self.skip_outliers == "none":
-            return scheduler
-        sigmas = {} if self.outlier_sigmas is None else {"sigmas": self.outlier_sigmas}
-        return get_outlier_rule(self.skip_outliers, scheduler, window=self.outlier_window, **sigmas)
+        return build_rule(vars(self))
 
     def _warn_of_unread_flags(self) -> None:
         for flag in ("loss_threshold", "max_repeats"):
             if getattr(self, flag) is not None and not reads_flag(self.repeat_scheduler, flag):
                 logger.warning(f"--{flag} means nothing to --repeat_scheduler {self.repeat_scheduler}.")
-
-    def _scheduler_parameters(self) -> dict[str, Any]:
-        """Return the flags that the named scheduler takes, under the explicit `repeat_scheduler_kwargs`."""
-        flags: dict[str, Any] = {"loss_threshold": self.loss_threshold, "max_repeats": self.max_repeats}
-        if self.repeat_scheduler == "fixed":
-            flags["repeats"] = self.max_repeats or FIXED_REPEATS
-        scheduler_class = find_repeat_scheduler(self.repeat_scheduler)
-        if scheduler_class in SCHEDULERS.values() or self.seed != type(self).seed:
-            flags["seed"] = self.seed  # a rule of one's own keeps its own default
-        takes = inspect.signature(scheduler_class).parameters
-        explicit = self.repeat_scheduler_kwargs or {}
-        if isinstance(explicit, str):
-            explicit = _parse_json_object("--repeat_scheduler_kwargs", explicit)
-        return {name: value for name, value in flags.items() if name in takes and value is not None} | explicit
 
 
 def scaled_with_batch_size(base_learning_rate: float, samples: int, batch: int) -> dict[str, float]:
@@ -356,16 +319,6 @@ def scaled_with_batch_size(base_learning_rate: float, samples: int, batch: int) 
     if samples < batch:
         raise ValueError(f"--base_samples {samples} is less than one batch, which has {batch}.")
     return {"learning_rate": base_learning_rate * math.sqrt(batch), "max_steps": samples // batch}
-
-
-def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} is not valid JSON: {error}. Got: {text}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
-    return value
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:

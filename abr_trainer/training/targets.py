@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..perplexity.windows import IGNORE_INDEX, without_adapter
+from ..models.unwrapping import without_adapter
+from ..perplexity.windows import IGNORE_INDEX
 
 CAUSAL_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 

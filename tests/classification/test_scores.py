@@ -8,16 +8,8 @@ import evaluate
 import numpy as np
 import pytest
 
-from abr_trainer.classification.glue import (
-    PROMPTS,
-    TASKS,
-    ask,
-    evaluate_judge,
-    find_prompt,
-    judge,
-    own_task,
-    predictions_of,
-)
+from abr_trainer.classification.scores import evaluate_judge, judge, predictions_of
+from abr_trainer.data.tasks import PROMPTS, TASKS, ask, find_prompt, own_task
 
 RNG = np.random.default_rng(0)
 

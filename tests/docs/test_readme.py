@@ -17,7 +17,7 @@ from abr_trainer import ABRTrainer, Observation
 from abr_trainer.data.demo import DEMO_MODEL
 from tests.conftest import tiny_llama, token_rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE, OWN_RULE, TRL_EXAMPLE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

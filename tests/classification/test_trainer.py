@@ -26,11 +26,11 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
-from abr_trainer.classification.glue import TASKS, own_task
 from abr_trainer.classification.records import OF_TASK, recalled_flags, write_predictions
 from abr_trainer.classification.sentences import SentenceArguments
 from abr_trainer.classification.trainer import ClassifierArguments, Judge, check_order, mean_loss
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.models.loading import heads_in, load_config, load_model, load_tokenizer, lora_config
 from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import SCHEDULERS

@@ -20,7 +20,7 @@ from abr_trainer.data.text import DataArguments, load_blocks
 from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 from abr_trainer.records.files import read_lines
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]
 QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "20"]
 ABR = ["--repeat_scheduler", "abr", "--loss_threshold", "0.9"]

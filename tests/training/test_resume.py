@@ -29,7 +29,7 @@ from abr_trainer.training.resume import UnfitCheckpoint, newest_checkpoint, refu
 from tests.conftest import QUIET, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 from tests.jobs import resumable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def trace_of(directory):

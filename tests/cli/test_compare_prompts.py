@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from abr_trainer.classification.glue import TASKS, own_task
 from abr_trainer.cli.comparing import write_up
 from abr_trainer.comparison.arms import prompt_arm
 from abr_trainer.comparison.experiment import Experiment
 from abr_trainer.comparison.scores import OF_CLASSIFIERS
 from abr_trainer.comparison.statistics import COSTS, collect, read_comparison
+from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.records.flags import complete_prompt_flags, given_flags
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison, shortcomings

@@ -1,0 +1,154 @@
+"""Rules by name, and the rule that the flags of a run describe."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ..records.errors import find_named
+from .base import RepeatScheduler
+from .constant import ConstantScheduler
+from .deferred import ReplayScheduler
+from .easy import EasySkip
+from .gain import GainScheduler
+from .gradients import GradNormSkip
+from .learnable import LearnableScheduler
+from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
+from .tail import RepeatUntil
+from .threshold import ThresholdScheduler
+from .uniform import UniformScheduler
+from .window import WindowScheduler
+
+FIXED_REPEATS = 2
+"""How many updates 'fixed' makes on a batch where nothing else is said."""
+
+RULE_FIELDS: dict[str, Any] = {
+    "repeat_scheduler": "baseline",
+    "repeat_scheduler_kwargs": None,
+    "loss_threshold": None,
+    "max_repeats": None,
+    "repeat_until": None,
+    "skip_outliers": "robust",
+    "outlier_sigmas": None,
+    "outlier_window": 100,
+    "skip_grad_norm": None,
+    "seed": 42,
+}
+"""The fields of `ABRConfig` that make a rule, with their defaults."""
+
+SCHEDULERS: dict[str, type[RepeatScheduler]] = {
+    "abr": ThresholdScheduler,
+    "baseline": ConstantScheduler,
+    "easy": EasySkip,
+    "fixed": ConstantScheduler,
+    "gain": GainScheduler,
+    "learnable": LearnableScheduler,
+    "random": UniformScheduler,
+    "replay": ReplayScheduler,
+    "window": WindowScheduler,
+}
+
+OUTLIER_RULES: dict[str, type[OutlierSkip]] = {"classic": ClassicOutlierSkip, "robust": RobustOutlierSkip}
+
+
+def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
+    """Build a scheduler by registered name or as `package.module:ClassName`, as `--repeat_scheduler` does.
+
+    Raises:
+        ValueError: `name` is unknown, cannot be imported or is no scheduler, or does not take one of `kwargs`.
+    """
+    scheduler_class = find_repeat_scheduler(name)
+    if dataclasses.is_dataclass(scheduler_class):
+        known = [field.name for field in dataclasses.fields(scheduler_class) if field.init]
+        if unknown := sorted(set(kwargs) - set(known)):
+            takes = ", ".join(known) or "none"
+            raise ValueError(f"Repeat scheduler {name!r} has no parameter {unknown[0]!r}. It takes: {takes}.")
+    try:
+        return scheduler_class(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"Repeat scheduler {name!r} cannot be built from {kwargs}: {error}.") from error
+
+
+def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
+    """Return the class that goes by a registered name or by `package.module:ClassName`."""
+    if ":" in name:
+        return _import_scheduler(name)
+    return find_named("repeat scheduler", name, SCHEDULERS)
+
+
+def reads_flag(name: str, flag: str) -> bool:
+    """Tell whether a rule has a use for a flag that is a parameter of rules, such as `max_repeats`."""
+    if name in ("baseline", "fixed"):
+        return (name, flag) == ("fixed", "max_repeats")
+    return flag in inspect.signature(find_repeat_scheduler(name)).parameters
+
+
+def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> OutlierSkip:
+    """Wrap `inner` in an outlier rule by name, as `--skip_outliers` does."""
+    return find_named("outlier rule", name, OUTLIER_RULES)(inner, **kwargs)
+
+
+def _import_scheduler(path: str) -> type[RepeatScheduler]:
+    module_name, _, class_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `python path/to/script.py` finds modules beside the script only
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Cannot import repeat scheduler {path!r}: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, RepeatScheduler)):
+        raise ValueError(f"{path!r} is not a RepeatScheduler subclass.")
+    return found
+
+
+def build_rule(settings: Mapping[str, Any]) -> RepeatScheduler:
+    """Return the rule that these flags describe, outlier skipping included.
+
+    Args:
+        settings: Values by the names of `RULE_FIELDS`; other names are ignored, missing ones have their defaults.
+
+    Raises:
+        ValueError: A name is unknown, or a parameter out of range.
+    """
+    given = {name: settings.get(name, default) for name, default in RULE_FIELDS.items()}
+    rule = get_repeat_scheduler(given["repeat_scheduler"], **_parameters(given))
+    if given["repeat_until"] is not None:
+        rule = RepeatUntil(rule, until=given["repeat_until"])
+    if given["skip_grad_norm"] is not None:
+        rule = GradNormSkip(rule, sigmas=given["skip_grad_norm"])
+    if given["skip_outliers"] == "none":
+        return rule
+    sigmas = {} if given["outlier_sigmas"] is None else {"sigmas": given["outlier_sigmas"]}
+    return get_outlier_rule(given["skip_outliers"], rule, window=given["outlier_window"], **sigmas)
+
+
+def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that the named rule takes, under the explicit `repeat_scheduler_kwargs`."""
+    name = given["repeat_scheduler"]
+    flags: dict[str, Any] = {"loss_threshold": given["loss_threshold"], "max_repeats": given["max_repeats"]}
+    if name == "fixed":
+        flags["repeats"] = given["max_repeats"] or FIXED_REPEATS
+    rule_class = find_repeat_scheduler(name)
+    if rule_class in SCHEDULERS.values() or given["seed"] != RULE_FIELDS["seed"]:
+        flags["seed"] = given["seed"]  # a rule of one's own keeps its own default
+    takes = inspect.signature(rule_class).parameters
+    explicit = given["repeat_scheduler_kwargs"] or {}
+    if isinstance(explicit, str):
+        explicit = _parse_json_object("--repeat_scheduler_kwargs", explicit)
+    return {name: value for name, value in flags.items() if name in takes and value is not None} | explicit
+
+
+def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} is not valid JSON: {error}. Got: {text}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
+    return value
