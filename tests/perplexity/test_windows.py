@@ -22,7 +22,7 @@ from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 from abr_trainer.training.evaluation import NoSuchMetric
 from abr_trainer.training.targets import shifts_labels
 from tests.conftest import QUIET, VOCABULARY, Scripted, Stream, broken_row, tiny_llama, token_rows, weights
-from tests.test_loss_scale import class_rows, classifier, own_bart, translator
+from tests.training.test_loss_scale import class_rows, classifier, own_bart, translator
 
 
 def ragged_rows():
