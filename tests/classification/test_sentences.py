@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import math
 import random
@@ -19,6 +20,9 @@ from tests.conftest import SHARED
 from tests.sentence_rows import lay_out_as_on_the_hub, write_rows
 
 PAIR = {"sentence1": "Rain fell.", "sentence2": "It rained.", "label": 1}
+
+gzipped = functools.partial(gzip.compress, mtime=0)
+"""The same each time: what tests are called depends on it."""
 
 
 def load(tmp_path, rows, splits=("train",), **options):
@@ -500,7 +504,7 @@ def test_tables_are_read_by_their_suffix_compressed_or_not(tmp_path, name):
         row = f'"Rain, fell."{separator}%d'
     lines = [*([f"sentence{separator}label"] if "json" not in name else []), row % 0, row % 1]
     data = "".join(f"{line}\n" for line in lines).encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / name).write_bytes(gzipped(data) if name.endswith(".gz") else data)
     found = load_sentences(SentenceArguments(train_file=str(tmp_path / name)), ["train"]).splits["train"]
     assert found["text"][:] == ["Sentence: Rain, fell."] * 2
     assert found["label"][:] == [0, 1]
@@ -513,8 +517,8 @@ def test_tables_are_read_by_their_suffix_compressed_or_not(tmp_path, name):
         ("train.jsonl", b'{"sentence": "caf\xe9", "label": 0}\n', "line 1 of train.jsonl holds 0xe9"),
         ("train.csv", b"sentence,label\nRain, fell,1\nSnow, fell,0\n", "row 1 has more cells than the header."),
         ("train.csv", b"sentence,label\n", "is empty."),
-        ("train.csv", gzip.compress(b"sentence,label\n"), "is not text but gzip: name it .gz."),
-        ("train.txt.gz", gzip.compress(b"Rain."), "has no columns: it must be one of .json, .jsonl"),
+        ("train.csv", gzipped(b"sentence,label\n"), "is not text but gzip: name it .gz."),
+        ("train.txt.gz", gzipped(b"Rain."), "has no columns: it must be one of .json, .jsonl"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path, name, data, message):

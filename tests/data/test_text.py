@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import importlib.util
 import io
@@ -22,6 +23,9 @@ from abr_trainer.data.text import DataArguments, TextArguments, choose_block_siz
 from abr_trainer.records.errors import BadRow
 from run_clm_abr import main
 from tests.conftest import RUN, SHARED
+
+gzipped = functools.partial(gzip.compress, mtime=0)
+"""The same each time: what tests are called depends on it."""
 
 
 @pytest.fixture(scope="module")
@@ -470,14 +474,14 @@ def test_a_table_is_read_by_its_suffix_compressed_or_not(tmp_path, tokenizer, ta
     ("name", "data", "message"),
     [
         ("rows.zip", zipped(b"A letter.", "a.txt", "b.txt"), "must hold one file, and holds 2"),
-        ("rows.jsonl", gzip.compress(b"{}"), "is not text but gzip: name it .gz."),
+        ("rows.jsonl", gzipped(b"{}"), "is not text but gzip: name it .gz."),
         ("rows.docx", zipped(b"A letter.", "word.xml"), "is not text but a ZIP archive"),
         ("rows.pdf", b"%PDF-1.7\n1 0 obj", "is not text but PDF"),
         ("rows.bin", b"A letter.\0\0\1", "is not text but binary data"),
         ("rows.txt", "A letter.".encode("utf-16"), "is not text but UTF-16: save it as UTF-8."),
         ("rows.jsonl.gz", b'{"text": "A letter."}', "Not a gzipped file"),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "A letter."}' * 99)[:40], "Compressed file ended before"),
-        ("rows.parquet.gz", gzip.compress(b"PAR1"), "is compressed Parquet, which has no reader: decompress it."),
+        ("rows.jsonl.gz", gzipped(b'{"text": "A letter."}' * 99)[:40], "Compressed file ended before"),
+        ("rows.parquet.gz", gzipped(b"PAR1"), "is compressed Parquet, which has no reader: decompress it."),
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_refused(tmp_path, tokenizer, name, data, message):
@@ -498,7 +502,7 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path, tokenizer, suffix):
     path = tmp_path / f"rows{suffix}"
     data = {".jsonl": b'{"text": "A letter was lost."}\n', ".csv": b"text\nA letter was lost.\n"}
     data = b"\xef\xbb\xbf" + data.get(suffix, b"A letter was lost.\n") * 20
-    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    path.write_bytes(gzipped(data) if suffix.endswith(".gz") else data)
     assert tokens_of(load_train(path, tokenizer))[:3] == ids(tokenizer, "A letter was lost.")[:3]
 
 
@@ -514,7 +518,7 @@ def test_a_directory_gives_the_blocks_of_the_file_in_it(tmp_path, tokenizer, nam
     folder = tmp_path / "folder"
     folder.mkdir()
     path = folder / name
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    path.write_bytes(gzipped(text.encode()) if name.endswith(".gz") else text.encode())
     in_folder = load_train(folder, tokenizer, streaming=streaming)
     assert [list(row["input_ids"]) for row in in_folder] == load_train(path, tokenizer)["input_ids"][:]
     named, _ = load_texts(TextArguments(dataset_name=str(folder), split="train"))
@@ -691,7 +695,7 @@ def test_bytes_that_are_not_utf8_are_told_by_their_line(tmp_path, tokenizer, suf
     }.get(suffix, (b"", b"A letter.\n", b"caf\xe9\n", b""))
     data = begin + row * 120 + bad + end
     path = tmp_path / f"rows{suffix}"
-    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    path.write_bytes(gzipped(data) if suffix.endswith(".gz") else data)
     number = 121 + (suffix in (".csv", ".json"))
     message = message_of(path, tokenizer, streaming=streaming)
     assert message.endswith(f"line {number} of {path.name} holds 0xe9, which is not UTF-8. Save it as UTF-8.")
