@@ -103,7 +103,7 @@ def passed_over(output_dir: str | os.PathLike[str]) -> Iterator[tuple[Path, str]
 
 def last_state(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the newest checkpoint whose `trainer_state.json` can be read, or None: enough for a report."""
-    return next((str(checkpoint) for checkpoint in newest_first(output_dir) if _step_in_state(checkpoint)), None)
+    return next((str(checkpoint) for checkpoint in newest_first(output_dir) if has_state(checkpoint)), None)
 
 
 def newest_first(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -130,7 +130,7 @@ def flaw_of(checkpoint: Path) -> str | None:
         return "it is no directory"
     if not (checkpoint / TRAINER_STATE).exists():
         return f"{TRAINER_STATE} is missing"
-    if not _step_in_state(checkpoint):
+    if not has_state(checkpoint):
         return f"{TRAINER_STATE} is damaged"
     state = checkpoint / ABR_STATE_NAME  # stock Trainer writes none
     if state.exists() and not ABR_STATE_KEYS.issubset(read_json(state) or ()):
@@ -142,7 +142,8 @@ def flaw_of(checkpoint: Path) -> str | None:
     return _missing(checkpoint)
 
 
-def _step_in_state(checkpoint: Path) -> bool:
+def has_state(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was written to its end: the state of the trainer comes last."""
     state = read_json(checkpoint / TRAINER_STATE)
     return isinstance(state, dict) and "global_step" in state
 

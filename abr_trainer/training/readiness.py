@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..records.errors import one_line
-from ..records.files import last_complete_checkpoint, passed_over
+from ..records.files import has_state, last_complete_checkpoint, newest_first
 from .config import ABRConfig
 
 logger = logging.get_logger(__name__)
@@ -128,10 +128,11 @@ def telling_of_a_full_disk(args: ABRConfig) -> Iterator[None]:
         path = Path(str(args.output_dir))
         if not is_full(error, path):
             raise
-        cut = [checkpoint for checkpoint, _ in passed_over(path)] if args.process_index == 0 else []
-        for checkpoint in cut:
+        removed = ""
+        checkpoint = next(iter(newest_first(path)), None)
+        if args.process_index == 0 and checkpoint is not None and not has_state(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        removed = f" {', '.join(each.name for each in cut)}, cut off, is removed." if cut else ""
+            removed = f" {checkpoint.name}, cut off, is removed."
         newest = last_complete_checkpoint(path)
         go_on = f"--resume_from_checkpoint true goes on from {newest}" if newest else "start again"
         raise SystemExit(f"error: the disk of {path} is full.{removed} Free some of it; {go_on}.") from error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -82,7 +82,7 @@ def refuse_unfit(checkpoint: str, model: Any) -> None:
     adapter = read_json(Path(checkpoint, "adapter_config.json"))
     kinds = {True: "an adapter", False: "all weights"}
     difference: str | None
-    if (adapter is not None) != isinstance(model, PeftModel):
+    if (adapter is not None) != is_adapted(model):
         difference = f"it holds {kinds[adapter is not None]}, and this run trains {kinds[adapter is None]}"
     else:
         difference = _difference(saved, model) if adapter is None else _difference_of_adapters(saved, model, adapter)
@@ -91,6 +91,12 @@ def refuse_unfit(checkpoint: str, model: Any) -> None:
             f"--resume_from_checkpoint {checkpoint} does not fit the model of this run: {difference}. Give the flags "
             "that it was begun with."
         )
+
+
+def is_adapted(model: Any) -> bool:
+    """Tell whether a model is one of PEFT; where nobody has imported that library, it is not."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def _shapes_in(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -135,7 +141,9 @@ def load_by_other_names(checkpoint: Path, model: Any) -> None:
     model.load_state_dict(loaded.state_dict())
 
 
-def _difference_of_adapters(saved: dict[str, tuple[int, ...]], model: PeftModel, config: dict[str, Any]) -> str | None:
+def _difference_of_adapters(saved: dict[str, tuple[int, ...]], model: Any, config: dict[str, Any]) -> str | None:
+    from peft import get_peft_model_state_dict  # here, because whole weights need no PEFT
+
     name = model.active_adapters[0]
     before, now = config.get("r"), getattr(model.peft_config[name], "r", None)
     if before != now:
@@ -179,7 +187,7 @@ class ResumeMixin(_AnyTrainer):
             UnfitCheckpoint: It cannot.
         """
         refuse_damaged(checkpoint)
-        if isinstance(self.model, PreTrainedModel | PeftModel):
+        if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
             refuse_unfit(checkpoint, self.model)
         if self._budget is not None and not Path(checkpoint, ABR_STATE_NAME).exists():
             raise UnfitCheckpoint(f"{checkpoint} has no {ABR_STATE_NAME}: what it spent of --max_passes is unknown.")

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import run_clm_abr
 from abr_trainer.records.files import last_complete_checkpoint
-from abr_trainer.training.readiness import check_disk, is_full, mend_generation_config
+from abr_trainer.training.readiness import check_disk, is_full, mend_generation_config, telling_of_a_full_disk
 from tests.conftest import RUN, tiny_llama
 
 Usage = namedtuple("Usage", "total used free")
@@ -142,6 +143,21 @@ def test_a_disk_that_gets_full_is_one_line_and_costs_one_checkpoint(tmp_path, mo
     monkeypatch.setattr(torch, "save", save)
     resumed = run_clm_abr.run([*flags, "--resume_from_checkpoint", "true"])
     assert resumed["eval_perplexity"] == whole["eval_perplexity"]
+
+
+def test_a_disk_that_gets_full_costs_no_checkpoint_that_was_saved_without_its_optimizer(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), process_index=0)
+    for step in (2, 4):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "model.safetensors").write_bytes(b"whole")
+        (checkpoint / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    (tmp_path / "checkpoint-6").mkdir()
+    with pytest.raises(SystemExit, match="is full. checkpoint-6, cut off, is removed."), telling_of_a_full_disk(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(SystemExit, match="is full. Free some"), telling_of_a_full_disk(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_each_library_says_in_its_own_words_that_the_disk_is_full(tmp_path, monkeypatch):
