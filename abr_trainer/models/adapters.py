@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from ..data.demo import DEMO_MODEL, is_demo_elsewhere
 from ..records.errors import one_line
 
 logger = logging.get_logger(__name__)
@@ -58,7 +59,8 @@ def base_of(adapter: str, config: PeftConfig) -> str:
     """
     if not config.base_model_name_or_path:
         raise ValueError(f"{FLAG} {adapter} does not say what it was trained on: give --model_name_or_path.")
-    return str(config.base_model_name_or_path)
+    name = str(config.base_model_name_or_path)
+    return str(DEMO_MODEL) if is_demo_elsewhere(name) else name
 
 
 def virtual_tokens_in(adapter: str) -> int:
@@ -87,7 +89,7 @@ def load_adapter(
         ValueError: There is no adapter there, or it does not fit the model.
     """
     config = read_adapter(adapter, task)
-    base = config.base_model_name_or_path or "a model that it does not name"
+    base = base_of(adapter, config) if config.base_model_name_or_path else "a model that it does not name"
     if dropout is not None:
         config.lora_dropout = dropout  # type: ignore[attr-defined]
     try:

@@ -36,6 +36,7 @@ from huggingface_hub.utils import httpx
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
+from abr_trainer.data.demo import DEMO_MODEL
 from tests.conftest import ROOT, tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, Account
 
@@ -428,7 +429,7 @@ def test_an_adapter_comes_back_with_its_weights(hub, tmp_path):
 
 
 def test_a_tokenizer_and_a_model_come_back(hub, api):
-    demo = ROOT / "abr_trainer" / "demo" / "model"
+    demo = Path(DEMO_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(demo)
     tokenizer.push_to_hub("me/model")
     tiny_llama().push_to_hub("me/model", revision="tiny")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +214,13 @@ def test_a_run_does_not_overwrite_what_it_starts_from(finished, text):
 
 def test_a_new_adapter_is_not_said_to_start_from_one():
     assert not any(line.startswith("adapter") for line in describe_model(load()))
+
+
+def test_an_adapter_of_the_demo_model_in_another_installation_is_loaded(tmp_path, caplog):
+    path = Path(random_adapter(tmp_path / "adapter"), "adapter_config.json")
+    config = json.loads(path.read_text())
+    for earlier in ("/gone/abr_trainer/demo/model", "/gone/site-packages/abr_trainer/data/demo/model"):
+        path.write_text(json.dumps({**config, "base_model_name_or_path": earlier}))
+        model = load(adapter_name_or_path=str(path.parent))
+        assert model.peft_config["default"].base_model_name_or_path == str(DEMO_MODEL)
+    assert "was trained on" not in caplog.text

@@ -22,6 +22,12 @@ difficulties.
 """
 
 
+def is_demo_elsewhere(name: str) -> bool:
+    """Tell whether a name is the path of the demo model in another installation, or in an earlier version."""
+    path = Path(name)
+    return path.parts[-2:] == ("demo", "model") and "abr_trainer" in path.parts and not path.exists()
+
+
 def demo_texts(split: str) -> list[str]:
     """Return the passages of one split. Only the training split has broken ones."""
     seed, count, broken = SPLITS[split]
