@@ -1,10 +1,12 @@
 """Fine-tune a causal language model with adaptive batch repetition.
 
-    python run_clm_abr.py --dataset_name demo --do_train --do_eval --eval_on_start --output_dir runs/demo
-    python run_clm_abr.py --model_name_or_path huggyllama/llama-7b --load_in_8bit --dataset_name wikitext \
+    abr train --dataset_name demo --do_train --do_eval --eval_on_start --output_dir runs/demo
+    abr train --model_name_or_path huggyllama/llama-7b --load_in_8bit --dataset_name wikitext \
         --repeat_scheduler abr --max_passes 2000 --bf16 --do_train --do_eval --output_dir runs/wikitext
-    python run_clm_abr.py --adapter_name_or_path runs/wikitext --do_train --do_eval --output_dir runs/further
-    torchrun --nproc_per_node 8 run_clm_abr.py config.yaml --learning_rate 3e-4
+    abr train --adapter_name_or_path runs/wikitext --do_train --do_eval --output_dir runs/further
+    torchrun --nproc_per_node 8 -m abr_trainer train config.yaml --learning_rate 3e-4
+
+`abr train` calls `main` below; `python run_clm_abr.py` does the same.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def train_and_evaluate(
             callbacks=[PerplexityCallback(f"eval_{eval_args.metric}")],
             eval_measurement=measurement,
         )
-    command = command_of(argv, "run_clm_abr.py")
+    command = command_of(argv, "train")
     described = describe_model(model, model_args.adapter_name_or_path)
 
     def test() -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Make the tiny pretrained LLaMA that `--dataset_name demo` fine-tunes, from nothing but this repository.
 
-    python scripts/build_demo_model.py --output_dir /tmp/demo_model
+    python benchmarks/build_demo_model.py --output_dir /tmp/demo_model
 
 A byte-level BPE tokenizer is trained on tales and reports alike, the model on tales and a few plain reports: enough to
 have met the words, so that fine-tuning on reports of all difficulties is a change of domain, not of language.

@@ -1,11 +1,11 @@
 """Fine-tune a classifier of sentences with adaptive batch repetition: MRPC, the rest of GLUE, or files of your own.
 
-    python scripts/run_glue_abr.py --model_name_or_path demo --task_name demo --num_train_epochs 2 \
+    abr classify --model_name_or_path demo --task_name demo --num_train_epochs 2 \
         --learning_rate 3e-3 --use_cpu --do_train --do_eval --do_predict --output_dir runs/reports
-    python scripts/run_glue_abr.py --model_name_or_path meta-llama/Meta-Llama-3-8B --task_name mrpc --prompt perfect \
+    abr classify --model_name_or_path meta-llama/Meta-Llama-3-8B --task_name mrpc --prompt perfect \
         --load_in_4bit --bf16 --gradient_checkpointing --load_best_model_at_end \
         --do_train --do_eval --do_predict --output_dir runs/mrpc
-    torchrun --nproc_per_node 8 scripts/run_glue_abr.py config.yaml --prompt "Do these two agree?"
+    torchrun --nproc_per_node 8 -m abr_trainer classify config.yaml --prompt "Do these two agree?"
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding
 
-from abr_trainer.classification.records import predict, recalled_flags, take_up_classes
-from abr_trainer.classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
-from abr_trainer.classification.trainer import (
+from ..classification.records import predict, recalled_flags, take_up_classes
+from ..classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
+from ..classification.trainer import (
     DEFAULT_LENGTH,
     ClassifierArguments,
     ClassifierCallback,
@@ -30,16 +30,16 @@ from abr_trainer.classification.trainer import (
     score_lines,
     show_scores,
 )
-from abr_trainer.cli.command_line import parse_arguments
-from abr_trainer.cli.job import begin, carry_out, command_of, push_result, wanted_splits
-from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint, only_run_in
-from abr_trainer.data.context import fit_context
-from abr_trainer.models.loading import describe_model, load_config, load_model, load_tokenizer
-from abr_trainer.records.errors import one_line_errors
-from abr_trainer.training.callbacks import cost_lines
-from abr_trainer.training.config import checkpoints_activations
-from abr_trainer.training.engines import leave_ranks
-from abr_trainer.training.readiness import telling_of_a_full_disk
+from ..data.context import fit_context
+from ..models.loading import describe_model, load_config, load_model, load_tokenizer
+from ..records.errors import one_line_errors
+from ..training.callbacks import cost_lines
+from ..training.config import checkpoints_activations
+from ..training.engines import leave_ranks
+from ..training.readiness import telling_of_a_full_disk
+from .command_line import parse_arguments
+from .job import begin, carry_out, command_of, push_result, wanted_splits
+from .run_directory import check_output_dir, find_checkpoint, only_run_in
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
 """What the command line is parsed into."""
@@ -100,7 +100,7 @@ def train_and_evaluate(
     results = carry_out(
         trainer,
         checkpoint,
-        command_of(argv, "scripts/run_glue_abr.py"),
+        command_of(argv, "classify"),
         (model_args, data_args),
         [*describe_model(model, model_args.adapter_name_or_path), *describe_rows(sentences)],
         test,
@@ -110,7 +110,7 @@ def train_and_evaluate(
         if args.do_train:
             show_scores(trainer.state, task)
         reached = score_lines(trainer.state.log_history, results, task)
-        print("", *reached, *cost_lines(trainer.ledger, Path(args.output_dir).resolve()), sep="\n")
+        print("", *reached, *cost_lines(trainer.ledger, Path(str(args.output_dir)).resolve()), sep="\n")
     push_result(trainer)
     return results
 

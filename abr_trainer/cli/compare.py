@@ -1,9 +1,9 @@
 """Find out which repeat scheduler pays on your model and data: every one with every seed, at equal compute.
 
-    python scripts/compare_schedulers.py --schedulers baseline abr fixed:2 --seeds 5 --out runs/cmp -- \
+    abr compare --schedulers baseline abr fixed:2 --seeds 5 --out runs/cmp -- \
         --dataset_name demo --block_size 128 --max_passes 200 --learning_rate 2e-3 --use_cpu
 
-What follows `--` are arguments of run_clm_abr.py. The same command goes on where it was stopped, and keeps what is
+What follows `--` are flags of `abr train`. The same command goes on where it was stopped, and keeps what is
 finished. The report lies in --out: report.html, report.md and plots/, made of comparison.json.
 """
 
@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from abr_trainer.cli.comparing import add_arguments, compare
-from abr_trainer.comparison.arms import parse_arm
-from abr_trainer.records.flags import complete_flags
+from ..comparison.arms import parse_arm
+from ..records.flags import complete_flags
+from .comparing import add_arguments, compare
 
 HELP = {
     "schedulers": "name, name:value, name:parameter=value,... or module:Class:parameter=value,...; a parameter that "
-    "the rule does not have is a flag of the script",
+    "the rule does not have is a flag of abr train",
     "match": "passes: the same compute, --max_passes, and the same final learning rate; batches: the same data, "
     "whatever that costs (the published protocol)",
     "reference": "what the others are compared with; default: baseline, or the first",
@@ -37,15 +37,13 @@ def asked(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "abr compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--schedulers", nargs="+", default=["baseline", "abr"], help=HELP["schedulers"])
     parser.add_argument("--match", choices=("passes", "batches"), default="passes", help=HELP["match"])
     parser.add_argument("--reference", help=HELP["reference"])
     parser.add_argument("--controls", action="store_true", help=HELP["controls"])
     parser.add_argument("--evaluations", type=int, default=10, help=HELP["evaluations"])
     add_arguments(parser)
-    return compare("scripts/compare_schedulers.py", "run_clm_abr.py", parser, asked, argv)
-
-
-if __name__ == "__main__":
-    main()
+    return compare("compare", "train", parser, asked, argv)

@@ -1,10 +1,10 @@
-"""What the scripts that compare have in common: their command line, and the way from it to a report."""
+"""What the verbs that compare have in common: their command line, and the way from it to a report."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import runpy
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any
 from ..comparison.experiment import Experiment, RunFailed
 from ..comparison.processes import interruptible
 from ..comparison.statistics import collect, copy_configs, write_comparison
+from ..records.commands import command
 from ..records.errors import one_line_errors
 from ..records.flags import asks_to_save, expand_flags_file, parse_tuning
 from ..report.files import write_report
 from ..report.of_comparison import report_on_comparison, summary_lines
 from ..report.tensorboard import write_events
-
-ROOT = Path(__file__).resolve().parents[2]
+from .main import VERBS
 
 OF_A_RUN = (
     *("classification.sentences", "classification.trainer", "models.loading", "perplexity.measurement"),
@@ -52,23 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-going", action="store_true", help="leave out runs that fail, instead of stopping")
 
 
-def split(argv: Sequence[str], parser: argparse.ArgumentParser, script: str) -> tuple[argparse.Namespace, list[str]]:
+def split(argv: Sequence[str], parser: argparse.ArgumentParser, of_runs: str) -> tuple[argparse.Namespace, list[str]]:
     """Parse what stands before `--`, and return it with what stands behind."""
     cut = argv.index("--") if "--" in argv else len(argv)
     args, unknown = parser.parse_known_args(argv[:cut])
     if unknown:
-        parser.error(f"{unknown[0]} is no argument of this script. Those of {Path(script).name} stand behind --.")
+        parser.error(f"{unknown[0]} is no argument of this command. Those of abr {of_runs} stand behind --.")
     return args, list(argv[cut + 1 :])
 
 
 def compare(
-    program: str, script: str, parser: argparse.ArgumentParser, asked: Asked, argv: Sequence[str] | None = None
+    verb: str, of_runs: str, parser: argparse.ArgumentParser, asked: Asked, argv: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Run a comparison as its command line asks for, write the report, and return the data it is made of.
 
     Args:
-        program: The script that compares, below the root of the repository.
-        script: The one that each run is.
+        verb: The verb that compares.
+        of_runs: The verb that each run is.
         parser: Has the arguments of its own.
         asked: Returns `arms`, `flags`, `reference` and whatever else of an `Experiment` is special.
 
@@ -76,16 +76,15 @@ def compare(
         SystemExit: With one line, if it cannot be done, was interrupted, or left out runs that failed.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    args, rest = split(given, parser, script)
+    args, rest = split(given, parser, of_runs)
     with one_line_errors(ValueError, OSError, RunFailed, when_interrupted="the same command goes on"):
         rest = expand_flags_file(rest)
         seeds = list(range(args.seeds[0])) if len(args.seeds) == 1 else args.seeds
-        path = ROOT / script
         experiment = Experiment(
             out=args.out,
             check=check_arguments,
             preload=PRELOAD,
-            script=path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path,
+            module=VERBS[of_runs].module,
             seeds=seeds,
             tune=parse_tuning(args.tune),
             tune_seeds=seeds if args.tune_seeds is None else seeds[: args.tune_seeds],
@@ -100,26 +99,26 @@ def compare(
             try:
                 experiment.carry_out(getattr(args, "controls", False))
             except (RunFailed, KeyboardInterrupt):
-                write_up(experiment, [program, *given])
+                write_up(experiment, command(verb, given))
                 raise
-            data = write_up(experiment, [program, *given])
+            data = write_up(experiment, command(verb, given))
     print(*summary_lines(data, args.out), sep="\n")
     if experiment.failures:
         raise SystemExit(1)
     return data
 
 
-def check_arguments(script: Path, arguments: list[list[str]], sender: Any) -> None:
-    """Parse these command lines as the script does, and send what the first of them asks for, or what is wrong.
+def check_arguments(module: str, arguments: list[list[str]], sender: Any) -> None:
+    """Parse these command lines as the module does, and send what the first of them asks for, or what is wrong.
 
-    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`. The script names the
+    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`. The module names the
     dataclasses of its arguments in `ARGUMENTS`, the last one an `ABRConfig`.
     """
     import torch  # here, in the process that checks: a mistyped flag is to be answered at once
 
     from .command_line import parse_arguments
 
-    argument_classes = runpy.run_path(str(script))["ARGUMENTS"]
+    argument_classes = importlib.import_module(module).ARGUMENTS
     found: dict[str, Any] | ValueError
     try:
         first, *_ = [parse_arguments(argument_classes, argv)[-1] for argv in arguments]

@@ -1,9 +1,9 @@
-"""Evaluate a classifier that run_glue_abr.py has trained: adapter or whole model, in a directory or on the Hub.
+"""Evaluate a classifier that `abr classify` has trained: adapter or whole model, in a directory or on the Hub.
 
-    python scripts/eval_glue.py --adapter_name_or_path runs/reports
-    python scripts/eval_glue.py --adapter_name_or_path runs/mrpc/checkpoint-459 --split validation
-    python scripts/eval_glue.py --adapter_name_or_path me/mrpc --test_file mine.jsonl --output_file predictions.jsonl
-    torchrun --nproc_per_node 8 scripts/eval_glue.py --model_name_or_path runs/whole
+    abr evaluate --adapter_name_or_path runs/reports
+    abr evaluate --adapter_name_or_path runs/mrpc/checkpoint-459 --split validation
+    abr evaluate --adapter_name_or_path me/mrpc --test_file mine.jsonl --output_file predictions.jsonl
+    torchrun --nproc_per_node 8 -m abr_trainer evaluate --model_name_or_path runs/whole
 
 Task, prompt, length, quantisation and precision are those of the training, which `task.json` beside the weights tells;
 a flag wins over it. Files that were trained or tested on are not remembered: rows come from the Hub unless given.
@@ -17,10 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding
 
-from abr_trainer.classification.records import beside_earlier, predictions_file, recalled_flags, write_predictions
-from abr_trainer.classification.scores import logits_of
-from abr_trainer.classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
-from abr_trainer.classification.trainer import (
+from ..classification.records import beside_earlier, predictions_file, recalled_flags, write_predictions
+from ..classification.scores import logits_of
+from ..classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
+from ..classification.trainer import (
     DEFAULT_LENGTH,
     ClassifierArguments,
     ClassifierTrainer,
@@ -29,12 +29,12 @@ from abr_trainer.classification.trainer import (
     labels_in_config,
     scores_in,
 )
-from abr_trainer.cli.command_line import parse_arguments
-from abr_trainer.data.context import fit_context
-from abr_trainer.data.demo import DEMO_MODEL
-from abr_trainer.models.loading import load_config, load_model, load_tokenizer
-from abr_trainer.records.errors import one_line_errors
-from abr_trainer.training.engines import leave_ranks
+from ..data.context import fit_context
+from ..data.demo import DEMO_MODEL
+from ..models.loading import load_config, load_model, load_tokenizer
+from ..records.errors import one_line_errors
+from ..training.engines import leave_ranks
+from .command_line import parse_arguments
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, EvaluateArguments)
 """What the command line is parsed into."""
@@ -91,7 +91,3 @@ def run(argv: list[str] | None) -> dict[str, float]:
                 second = output.with_stem(f"{output.stem}_mm")
                 write_predictions(output if split == eval_args.split else second, task, found, rows[split])
     return results
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,13 @@
 """Merge an adapter into its base, and write a model that plain transformers loads, tokenizer included.
 
-    python scripts/export_adapter.py --adapter_name_or_path runs/wikitext --output_dir runs/whole
-    python scripts/export_adapter.py --adapter_name_or_path runs/pruned-lora --dataset_name demo --token_length 128 \
+    abr export --adapter_name_or_path runs/wikitext --output_dir runs/whole
+    abr export --adapter_name_or_path runs/pruned-lora --dataset_name demo --token_length 128 \
         --output_dir runs/merged      # of a pruned base: zeros stay zero, which --keep_mask false prevents
 
 The base is what the adapter says it was trained on, unless --model_name_or_path names another copy. What was written
 is loaded again: its logits must be those of base and adapter. Given a text, the base, the base with the adapter beside
-it, and what was merged are measured by the same definition, see eval_perplexity.py; --output_file holds the three.
-Classifiers of run_glue_abr.py are exported, too: eval_glue.py --model_name_or_path evaluates what was written.
+it, and what was merged are measured by the same definition, see `abr perplexity`; --output_file holds the three.
+Classifiers of `abr classify` are exported, too: `abr evaluate --model_name_or_path` evaluates what was written.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from abr_trainer.classification.records import named_in, recall_labels, task_of_merged
-from abr_trainer.cli.command_line import parse_arguments
-from abr_trainer.data.text import OptionalTextArguments
-from abr_trainer.models.adapters import FLAGS, is_of_classifier
-from abr_trainer.models.loading import AdaptedArguments, AdaptedClassifierArguments
-from abr_trainer.models.merging import MergeArguments, check_mergeable, describe_merge, merge_to
-from abr_trainer.models.pruning import describe_sparsity
-from abr_trainer.perplexity.measurement import (
+from ..classification.records import named_in, recall_labels, task_of_merged
+from ..data.text import OptionalTextArguments
+from ..models.adapters import FLAGS, is_of_classifier
+from ..models.loading import AdaptedArguments, AdaptedClassifierArguments
+from ..models.merging import MergeArguments, check_mergeable, describe_merge, merge_to
+from ..models.pruning import describe_sparsity
+from ..perplexity.measurement import (
     MeasureArguments,
     describe_measurement,
     measure,
@@ -33,15 +32,16 @@ from abr_trainer.perplexity.measurement import (
     shown_number,
     write_measurement,
 )
-from abr_trainer.records.errors import one_line_errors
+from ..records.errors import one_line_errors
+from .command_line import parse_arguments
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     with one_line_errors(
         ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="look for --output_dir"
     ):
-        adapter = named_in(argv, FLAGS)
-        is_classifier = adapter is not None and is_of_classifier(adapter)
+        adapter = named_in(argv, FLAGS) or ""
+        is_classifier = bool(adapter) and is_of_classifier(adapter)
         loading = AdaptedClassifierArguments if is_classifier else AdaptedArguments
         load, source, arguments, merge = parse_arguments(
             (loading, OptionalTextArguments, MeasureArguments, MergeArguments), argv
@@ -51,13 +51,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
         if source.is_given and is_classifier:
             raise ValueError(
                 f"{adapter} is an adapter of a classifier, which has no perplexity: export it without a text, and "
-                "evaluate it with scripts/eval_glue.py --model_name_or_path."
+                "evaluate it with abr evaluate --model_name_or_path."
             )
         if not source.is_given:
             refuse_without_text(source, arguments)
         state = PartialState(cpu=arguments.use_cpu)
         if state.num_processes > 1:
-            raise ValueError("Merging is the work of one process: start this script without a launcher.")
+            raise ValueError("Merging is the work of one process: start abr export without a launcher.")
         base = replace(load, adapter_name_or_path=None)
         found: dict[str, dict[str, Any]] = {}
         if source.is_given:
@@ -77,7 +77,3 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     for name, each in found.items():
         print(f"{name:12}{shown_number(each['perplexity'])}, {1 - each['nonzero_share']['all']:.2%} zeros")
     return {"merge": asdict(merged), **found}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,7 @@
-"""What all training scripts do once trainer and data are there: train, evaluate, test, save, push."""
+"""What all trainings do once trainer and data are there: train, evaluate, test, save, push."""
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import set_seed
 
 from ..hub.repository import PushError
+from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
 from ..records.files import read_json
 from ..training.callbacks import last_evaluation
@@ -45,7 +45,7 @@ def begin(args: ABRConfig) -> None:
 def carry_out(
     trainer: ABRTrainer,
     checkpoint: str | None,
-    command: Sequence[str],
+    recorded: Sequence[str],
     arguments: Sequence[Any],
     described: Sequence[str],
     test: Callable[[], Mapping[str, float]],
@@ -55,7 +55,7 @@ def carry_out(
 
     Args:
         checkpoint: What to go on from.
-        command: The command line, the script first.
+        recorded: The command that is recorded.
         arguments: Dataclasses beside those of the trainer, for `run.json`.
         described: What is printed before the first batch.
         test: Measures the test split.
@@ -71,7 +71,7 @@ def carry_out(
             trainer.check_checkpoint(checkpoint)
     with replacing_previous_run(args), one_line_errors(TooManySkips, NoSuchMetric, BadRow, UnfitCheckpoint):
         if trainer.is_world_process_zero():
-            write_provenance(args, command, *arguments)
+            write_provenance(args, recorded, *arguments)
             print(*described, sep="\n", flush=True)
             if args.scale_with_batch_size:
                 print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)
@@ -107,10 +107,10 @@ def push_result(trainer: ABRTrainer) -> None:
     try:
         trainer.push_to_hub()
     except PushError as error:
-        later = f"python scripts/push_adapter.py {shlex.quote(str(trainer.args.output_dir))}"
+        later = pasted(command("push", [str(trainer.args.output_dir)]))
         raise SystemExit(f"error: trained, but not pushed: {one_line(error)}\nFinish it with: {later}") from error
 
 
-def command_of(argv: Sequence[str] | None, script: str) -> list[str]:
-    """Return the command line of this run, the script first: that of the process, if none was given."""
-    return sys.argv if argv is None else [script, *argv]
+def command_of(argv: Sequence[str] | None, verb: str) -> list[str]:
+    """Return the command that makes this run again. Without arguments given, they are those of the process."""
+    return command(verb, sys.argv[1:] if argv is None else argv)

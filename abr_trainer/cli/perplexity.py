@@ -1,9 +1,9 @@
 """Measure the perplexity of a model by a named definition, and say all that defines the number.
 
-    python scripts/eval_perplexity.py --dataset_name demo --token_length 128
-    python scripts/eval_perplexity.py --model_name_or_path huggyllama/llama-7b --dataset_name wikitext \
+    abr perplexity --dataset_name demo --token_length 128
+    abr perplexity --model_name_or_path huggyllama/llama-7b --dataset_name wikitext \
         --definition wanda --token_length 2048 --torch_dtype float16 --output_file perplexity.json
-    torchrun --nproc_per_node 8 scripts/eval_perplexity.py --adapter_name_or_path runs/mine \
+    torchrun --nproc_per_node 8 -m abr_trainer perplexity --adapter_name_or_path runs/mine \
         --text_file my.txt --stride 1024
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from abr_trainer.cli.command_line import parse_arguments
-from abr_trainer.data.text import TextArguments
-from abr_trainer.models.loading import AdaptedArguments
-from abr_trainer.perplexity.measurement import MeasureArguments, describe_measurement, measure, write_measurement
-from abr_trainer.records.errors import one_line_errors
-from abr_trainer.training.engines import leave_ranks
+from ..data.text import TextArguments
+from ..models.loading import AdaptedArguments
+from ..perplexity.measurement import MeasureArguments, describe_measurement, measure, write_measurement
+from ..records.errors import one_line_errors
+from ..training.engines import leave_ranks
+from .command_line import parse_arguments
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -35,7 +35,3 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 write_measurement(found, arguments.output_file)
     leave_ranks()
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,17 @@
 """Prune a model by magnitude into a directory of its own, and say how sparse it is.
 
-python scripts/prune_model.py --output_dir runs/pruned            # half of the demo model
-python scripts/prune_model.py --model_name_or_path my/model --pattern 2:4 --output_dir runs/2of4
+abr prune --output_dir runs/pruned            # half of the demo model
+abr prune --model_name_or_path my/model --pattern 2:4 --output_dir runs/2of4
 """
 
 from __future__ import annotations
 
 from safetensors import SafetensorError
 
-from abr_trainer.cli.command_line import parse_arguments
-from abr_trainer.models.loading import LoadArguments
-from abr_trainer.models.pruning import PruneArguments, describe_pruned, prune_to
-from abr_trainer.records.errors import one_line_errors
+from ..models.loading import LoadArguments
+from ..models.pruning import PruneArguments, describe_pruned, prune_to
+from ..records.errors import one_line_errors
+from .command_line import parse_arguments
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -22,7 +22,3 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         pruned = prune_to(load, arguments)
     print(*describe_pruned(pruned), f"model  {arguments.output_dir}", sep="\n")
     return pruned.sparsity
-
-
-if __name__ == "__main__":
-    main()

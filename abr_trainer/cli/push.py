@@ -1,7 +1,7 @@
 """Push what a run has left in its directory: after a push that failed, or from a machine without a network.
 
-python scripts/push_adapter.py runs/mine
-python scripts/push_adapter.py runs/mine --hub_model_id me/mine --hub_private_repo --hub_base_model huggyllama/llama-7b
+abr push runs/mine
+abr push runs/mine --hub_model_id me/mine --hub_private_repo --hub_base_model huggyllama/llama-7b
 
 What the run was told of the Hub holds unless flags say otherwise. The token is that of HF_TOKEN or `hf auth login`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
-from abr_trainer.hub.repository import (
+from ..hub.repository import (
     PushError,
     Target,
     base_on_the_hub,
@@ -23,8 +23,8 @@ from abr_trainer.hub.repository import (
     stage,
     warn_of_a_base_that_is_here_only,
 )
-from abr_trainer.records.errors import one_line_errors
-from abr_trainer.records.files import PROVENANCE, read_json
+from ..records.errors import one_line_errors
+from ..records.files import PROVENANCE, read_json
 
 
 def target_of(directory: Path) -> Target:
@@ -46,11 +46,13 @@ def base_of(directory: Path) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="--output_dir of run_clm_abr.py, or of any ABRTrainer")
+    parser = argparse.ArgumentParser(
+        "abr push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, help="--output_dir of a run, or of any ABRTrainer")
     parser.add_argument("--hub_model_id", help="where to; default: as in the run, or the name of the directory")
     parser.add_argument("--hub_revision", help="branch, made if there is none; default: as in the run, or main")
-    private = {"type": string_to_bool, "nargs": "?", "const": True}
+    private: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True}
     parser.add_argument("--hub_private_repo", **private, help="make a private repository, where there is none")
     parser.add_argument("--hub_base_model", help="what the base model is called on the Hub")
     args = parser.parse_args(argv)
@@ -69,7 +71,3 @@ def main(argv: list[str] | None = None) -> Any:
         done = push(stage(args.directory, target), args.directory, target, "Push of a finished run")
     print(done.repo_url)
     return done
-
-
-if __name__ == "__main__":
-    main()

@@ -1,30 +1,47 @@
-"""Make report.md, report.html and plots/ of a comparison anew, from its comparison.json alone.
+"""Make the report of a run, finished or not, or of a comparison, from what lies in its directory.
 
-python scripts/report_comparison.py runs/cmp
+abr report runs/demo    # a page with pictures, in runs/demo/_report
+abr report runs/cmp     # report.html, report.md and plots/, from comparison.json alone
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from abr_trainer.comparison.statistics import read_comparison
-from abr_trainer.records.errors import one_line_errors
-from abr_trainer.report.files import write_report
-from abr_trainer.report.of_comparison import report_on_comparison, summary_lines
+from ..comparison.statistics import read_comparison
+from ..records.errors import one_line_errors
+from ..records.files import COMPARISON, REPORT_FOLDER, TRACE_NAME
+from ..report.files import write_report
+from ..report.of_comparison import report_on_comparison, summary_lines
+from ..report.of_run import report_on_run
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="--out of compare_schedulers.py or compare_prompts.py")
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    parser = argparse.ArgumentParser("abr report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("directory", type=Path, help="--output_dir of a run, or --out of a comparison")
     args = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
-        data = read_comparison(args.directory)
-        write_report(report_on_comparison(data), args.directory)
-    print(*summary_lines(data, args.directory), sep="\n")
-    return data
+        lines = report_in(args.directory)
+    print(*lines, sep="\n")
+    return lines
 
 
-if __name__ == "__main__":
-    main()
+def report_in(directory: Path) -> list[str]:
+    """Write the report of what a directory holds, and return lines that say what it shows and where it lies.
+
+    Raises:
+        ValueError: The directory holds neither a run nor a comparison.
+    """
+    if (directory / COMPARISON).is_file():
+        data = read_comparison(directory)
+        write_report(report_on_comparison(data), directory)
+        return list(summary_lines(data, directory))
+    if not (directory / TRACE_NAME).is_file():
+        raise ValueError(
+            f"{directory} holds neither a run (no {TRACE_NAME}) nor a finished part of a comparison (no {COMPARISON})."
+        )
+    folder = directory / REPORT_FOLDER
+    write_report(report_on_run(directory), folder)
+    return [str(folder / "report.html")]

@@ -1,4 +1,4 @@
-"""The alternatives of a comparison: a repeat scheduler or a prompt, and flags of the script."""
+"""The alternatives of a comparison: a repeat scheduler or a prompt, and flags of the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..records.flags import given_flags
 from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler, reads_flag
 
 OF_RULES = ("loss_threshold", "max_repeats")
-"""Flags of the script that are parameters of rules, and nothing to those that do not have them."""
+"""Flags of a run that are parameters of rules, and nothing to those that do not have them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Arm:
         return self.rule not in ("", "baseline", "fixed", "random")
 
     def leaves_open(self, flag: str) -> bool:
-        """Tell whether a flag of the script, given without dashes, changes anything about this arm."""
+        """Tell whether a flag of the run, given without dashes, changes anything about this arm."""
         own = json.loads(self.parameters or "{}")
         if flag in own or f"--{flag}" in given_flags(self.flags):
             return False
@@ -88,7 +88,7 @@ def parse_arm(text: str) -> Arm:
     """Parse `name`, `name:value`, `name:parameter=value,...` or `module:Class:parameter=value,...`.
 
     A bare value goes to the first parameter of the rule. A parameter that the rule does not have is a flag of the
-    script, without its dashes.
+    run, without its dashes.
 
     Raises:
         ValueError: There is no such rule, or it does not take the value.
@@ -120,7 +120,7 @@ def parse_arm(text: str) -> Arm:
 
 
 def prompt_arm(text: str) -> Arm:
-    """Return the arm that puts this prompt before each row: the name of one that the script knows, or any text.
+    """Return the arm that puts this prompt before each row: the name of one that `abr classify` knows, or any text.
 
     Raises:
         ValueError: There is no text.

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..records.commands import arguments_in, as_module
 from ..records.errors import refuse_below
 from ..records.files import (
     PROVENANCE,
@@ -38,8 +39,8 @@ from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
 
 EXPERIMENT = "experiment.json"
 
-Check = Callable[[Path, list[list[str]], Any], None]
-"""Takes a script, command lines, and the end of a pipe."""
+Check = Callable[[str, list[list[str]], Any], None]
+"""Takes a module, command lines, and the end of a pipe."""
 
 Values = tuple[tuple[str, str], ...]
 """A value for each tuned flag, by its name without dashes."""
@@ -54,7 +55,7 @@ class Run:
     """One training of the comparison.
 
     Attributes:
-        argv: What the script gets; `--output_dir` and what resumes it come on top.
+        argv: The arguments of the run; `--output_dir` and what resumes it come on top.
         varied: What the comparison varies.
     """
 
@@ -89,7 +90,7 @@ class Run:
         provenance = read_json(self.directory / PROVENANCE)
         if provenance is None:
             return None
-        before, now = given_flags(_own_arguments(provenance["argv"][1:])), given_flags(self.argv)
+        before, now = given_flags(_own_arguments(arguments_in(provenance["argv"]))), given_flags(self.argv)
         if changed := [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]:
             each = [f"{flag}: {_values(before.get(flag))} -> {_values(now.get(flag))}" for flag in changed[:3]]
             raise ValueError(
@@ -103,7 +104,7 @@ class Run:
         return results if is_finished and metrics_in(results, self.varied) else None
 
     def arguments(self) -> list[str]:
-        """Return the whole command line of the script, to begin the run or to go on with it."""
+        """Return all arguments of the run, to begin the run or to go on with it."""
         arguments = [*self.argv, "--output_dir", str(self.directory)]
         if last_complete_checkpoint(self.directory):
             arguments += ["--resume_from_checkpoint", "true"]
@@ -127,15 +128,15 @@ class Experiment:
 
     Attributes:
         out: Directory of all runs and of the report.
-        script: The script that each run is.
-        flags: Arguments of the script that all runs share, complete.
+        module: The module that each run starts, as `python -m` does.
+        flags: Arguments that all runs share, complete.
         varied: What the arms differ in: "scheduler" or "prompt".
         match: What the runs have in common: "passes" or "batches".
         reference: Name of the arm that the others are compared with; empty for the one that leaves out what is varied
             (baseline, none), or the first.
         tune: Values to try, by flag without dashes.
         tune_seeds: Seeds to choose the values by.
-        launcher: What starts the script, e.g. `accelerate launch`; empty for one process.
+        launcher: What starts the module, e.g. `accelerate launch`; empty for one process.
         jobs: Runs at a time.
         keep_going: Leave out runs that fail, instead of stopping.
         keeps_checkpoints: They are wanted for themselves. Else they are there to resume by, and go when a run is
@@ -148,7 +149,7 @@ class Experiment:
     """
 
     out: Path
-    script: Path
+    module: str
     arms: list[Arm]
     seeds: list[int]
     flags: list[str]
@@ -319,7 +320,7 @@ class Experiment:
         """Check the arguments of all arms before the first run, in a process of its own.
 
         Raises:
-            ValueError: The script would not take them.
+            ValueError: A run would not take them.
         """
         if self.jobs > 1:
             share = max(1, len(os.sched_getaffinity(0)) // self.jobs)
@@ -332,7 +333,7 @@ class Experiment:
         ]
         start_quietly()
         receiver, sender = self._stack.Pipe(duplex=False)
-        process = self._stack.Process(target=self.check, args=(self.script, arguments, sender), daemon=True)
+        process = self._stack.Process(target=self.check, args=(self.module, arguments, sender), daemon=True)
         process.start()
         sender.close()
         try:
@@ -410,12 +411,11 @@ class Experiment:
     def _start(self, run: Run, slot: int) -> Process:
         run.directory.parent.mkdir(parents=True, exist_ok=True)
         if not self.launcher and self._facts["device"] == "cpu":
-            return Forked(self._stack, self.script, run.arguments(), run.log)
+            return Forked(self._stack, self.module, run.arguments(), run.log)
         environment = dict(os.environ)
         if not self.launcher and self._facts["devices"] > 1:
             environment["CUDA_VISIBLE_DEVICES"] = device_of(slot, self._facts["devices"])
-        launcher = shlex.split(self.launcher) or [sys.executable]
-        command = [*launcher, str(self.script), *run.arguments()]
+        command = [*as_module(self.launcher or shlex.quote(sys.executable), self.module), *run.arguments()]
         return Launched(command, environment, run.log, held=(self._lock,))
 
     def _finish(self, run: Run, status: int, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Scripts at work, each in a process of its own."""
+"""Runs at work, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class Forked:
 
     Args:
         context: Of the start method "forkserver".
+        module: What is run, as `python -m` does.
         log: File for what the run prints.
     """
 
-    def __init__(self, context: Any, script: Path, argv: list[str], log: Path) -> None:
-        self._process = context.Process(target=_run_script, args=(str(script), argv, str(log)))
+    def __init__(self, context: Any, module: str, argv: list[str], log: Path) -> None:
+        self._process = context.Process(target=_run_module, args=(module, argv, str(log)))
         self._process.start()
 
     def poll(self) -> int | None:
@@ -62,8 +63,8 @@ def start_quietly() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_script(script: str, argv: list[str], log: str) -> None:
-    """Be the script: called in a forked process."""
+def _run_module(module: str, argv: list[str], log: str) -> None:
+    """Be the run: called in a forked process."""
     gc.freeze()  # no collection looks through all that was imported before, which takes a second each time
     os.setsid()  # an interrupt from the keyboard is for the comparison, which ends its runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves nothing behind in the system
@@ -73,8 +74,8 @@ def _run_script(script: str, argv: list[str], log: str) -> None:
     with open(log, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = [script, *argv]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = [module, *argv]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _end_with(sentinel: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,6 +15,7 @@ from ..comparison.scores import OF_CLASSIFIERS
 from ..data.corpora import find_corpus, parse_mix
 from ..data.tasks import BY_NAME, DEMO, GLUE, TASKS, ask
 from ..perplexity.definitions import DEFINITIONS, Definition
+from ..records.commands import pasted
 from ..records.files import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
 from .card_merging import MARKER
 from .local_names import is_id, is_on_the_hub, local_path
@@ -314,7 +314,7 @@ def sections(
         )
     commands = [provenance["argv"], *provenance.get("resumed", [])] if "argv" in provenance else []
     if commands:
-        lines = "\n".join(shlex.join(["python", *masked(argv)]) for argv in commands)
+        lines = "\n".join(pasted(masked(argv)) for argv in commands)
         yield f"```bash\n{lines}\n```"
     versions = provenance.get("versions") or summary.get("versions", {})
     yield "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."

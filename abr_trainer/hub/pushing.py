@@ -138,7 +138,7 @@ class HubMixin(_AnyTrainer):
             The commit, or the future of it if not `blocking`; None on other ranks.
 
         Raises:
-            PushError: It did not work. The model is saved, and `scripts/push_adapter.py` can push it later.
+            PushError: It did not work. The model is saved, and `abr push` can push it later.
         """
         if not self._pushes_itself:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **card)

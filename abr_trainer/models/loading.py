@@ -204,7 +204,7 @@ class ModelArguments(AdaptedArguments):
         """
         config = read_adapter(adapter, self.task)
         if not self.use_lora:
-            advice = "" if self.task is TaskType.SEQ_CLS else ". Make them one model with scripts/export_adapter.py, "
+            advice = "" if self.task is TaskType.SEQ_CLS else ". Make them one model with abr export, "
             advice += "and give that as --model_name_or_path" if advice else ""
             raise ValueError(f"--use_lora false would train all weights beside {FLAG} {adapter}{advice}.")
         if not isinstance(config, LoraConfig):

@@ -1,4 +1,4 @@
-"""Command lines of the training scripts, read and completed without running them; no torch, no transformers."""
+"""Command lines of trainings, read and completed without running them; no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VARIED = {
     },
     "prompt": {"--prompt": "--prompts"},
 }
-"""Flags of the script that are what a comparison varies, and what to use instead."""
+"""Flags of a run that are what a comparison varies, and what to use instead."""
 
 OF_THE_COMPARISON = {
     "--seed": "--seeds",
@@ -152,7 +152,7 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
     """Return the flags that all runs share: those given, and what a comparison needs where nothing else is said.
 
     Args:
-        rest: Arguments of `run_clm_abr.py`, a file of flags expanded.
+        rest: Arguments of `abr train`, a file of flags expanded.
         match: "passes" or "batches": what is to be equal between runs.
         evaluations: How often to evaluate in the course of a run, at equal distances on that clock.
 
@@ -181,10 +181,10 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
 def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
     """Return the flags that all runs of a comparison of prompts share: those given, and what it needs beside them.
 
-    When to evaluate is left to the script: before training, after every epoch and at the end.
+    When to evaluate is left to the run: before training, after every epoch and at the end.
 
     Args:
-        rest: Arguments of `run_glue_abr.py`, a file of flags expanded.
+        rest: Arguments of `abr classify`, a file of flags expanded.
 
     Raises:
         ValueError: An argument is not for one run to decide.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..comparison.arms import quoted
 from ..comparison.scores import Score, metrics_in, score_of, sentence_case, words_for
+from ..records.commands import pasted
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .text import DASH, number
 
@@ -620,11 +620,10 @@ def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         for pair in data["against_controls"]
         if {pair["name"], pair["control"]} <= updates.keys()
     ]
-    launcher = shlex.split(data["launcher"]) or ["python"]
     return (
         *([f"Controls, which look at nothing: {'; '.join(controls)}."] if controls else []),
-        Commands("The comparison", (shlex.join(["python", *data["argv"]]),)),
-        Commands("Each run", tuple(shlex.join([*launcher, *run["argv"]]) for run in data["runs"])),
+        Commands("The comparison", (pasted(data["argv"]),)),
+        Commands("Each run", tuple(pasted(run["argv"], data["launcher"]) for run in data["runs"])),
         run_table(data),
         machine_table(data["runs"]),
     )

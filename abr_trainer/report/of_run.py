@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from ..comparison.statistics import learning_curve, over_loss, over_passes, over_time
+from ..records.commands import pasted
 from ..records.files import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
@@ -190,7 +190,7 @@ def skips(directory: Path, skipped: list[dict[str, Any]]) -> tuple[Any, ...]:
         )
         for batch in skipped[:MOST_SKIPPED]
     ]
-    notes = ["Of the text, the beginning of each row of the batch. `--why STEP` tells more of a batch."]
+    notes = ["Of the text, the beginning of each row of the batch. `abr why` tells more of a batch."]
     if len(skipped) > MOST_SKIPPED:
         notes.append(f"The first {MOST_SKIPPED} of {len(skipped)}; all are in the trace.")
     return (
@@ -244,9 +244,9 @@ def ledger(trace: list[dict[str, Any]], results: dict[str, Any]) -> Table:
 def how(directory: Path) -> tuple[Any, ...]:
     provenance = read_provenance(directory)
     if provenance is None:
-        return ("The trainer was used without the script: the directory does not tell how.",)
+        return ("The trainer was used from Python: the directory does not tell how.",)
     commands = [provenance["argv"], *provenance.get("resumed", [])]
     return (
-        Commands("The command", tuple(shlex.join(["python", *argv]) for argv in commands)),
+        Commands("The command", tuple(map(pasted, commands))),
         machine_table([provenance]),
     )

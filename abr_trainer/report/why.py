@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
 from ..schedulers import Observation, Outcome, RepeatScheduler, build_rule
 from ..schedulers.base import NO_TARGETS
-
-OF_THE_RULE = (
-    *("repeat_scheduler", "repeat_scheduler_kwargs", "loss_threshold", "max_repeats", "seed"),
-    *("repeat_until", "skip_outliers", "outlier_sigmas", "outlier_window", "skip_grad_norm"),
-)
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
@@ -30,7 +30,7 @@ def read_trace(directory: Path) -> list[dict[str, Any]]:
     """
     path = directory / TRACE_NAME
     if not path.is_file():
-        hint = " It holds a comparison: report_comparison.py." if (directory / COMPARISON).exists() else ""
+        hint = " It holds a comparison: abr report makes its report." if (directory / COMPARISON).exists() else ""
         raise ValueError(f"{directory} holds no run: there is no {TRACE_NAME} in it.{hint}")
     trace = list(read_lines(path))
     if trace and "passes" not in trace[0]:
@@ -39,7 +39,7 @@ def read_trace(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_provenance(directory: Path) -> dict[str, Any] | None:
-    """Return what `run.json` says of a run; None where a trainer was used without the script."""
+    """Return what `run.json` says of a run; None where a trainer was used from Python."""
     provenance: dict[str, Any] | None = read_json(directory / PROVENANCE)
     return provenance
 
@@ -56,7 +56,7 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     batch = next((batch for batch in trace if batch["step"] == step), None)
     if batch is None:
         held = f"batches 1 to {trace[-1]['step']}" if trace else "no batch yet"
-        raise ValueError(f"--why {step}: {directory} holds {held}.")
+        raise ValueError(f"Batch {step}: {directory} holds {held}.")
     spent = next((before["passes"] for before in reversed(trace) if before["step"] < step), 0.0)
     lines = [f"Batch {step} {describe_repeats(batch)}.", "", *describe_losses(batch)]
     lines.append(f"{'spent before':<24} {spent:g} passes, {batch['progress']:.1%} of the run")
@@ -132,22 +132,28 @@ def read_skipped(directory: Path) -> dict[int, list[str]]:
     skipped = {line["step"]: line["input_ids"] for line in read_lines(path)} if path.is_file() else {}
     if not skipped:
         return {}
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
+    decode = find_decoder(directory)
+    if decode is None:
         return {step: [f"tokens {' '.join(map(str, row))}" for row in rows] for step, rows in skipped.items()}
-    return {step: [repr(tokenizer.decode(row))[1:-1] for row in rows] for step, rows in skipped.items()}
+    return {step: [repr(decode(row))[1:-1] for row in rows] for step, rows in skipped.items()}
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer that a run has left, or that it began with; None if neither is there any more."""
-    from transformers import AutoTokenizer
+def find_decoder(directory: Path) -> Callable[[list[int]], Any] | None:
+    """Return what makes text of tokens, special ones included; None if there is no tokenizer any more.
 
+    It is the tokenizer that a run has left, or that it began with. transformers is imported only if none of them has
+    a `tokenizer.json`.
+    """
     arguments = (read_provenance(directory) or {"arguments": {}})["arguments"]
     places = [str(directory), last_state(directory)]
     places += [arguments.get("tokenizer_name"), arguments.get("model_name_or_path")]
-    for place in filter(None, places):
-        try:
-            return AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError):
-            continue
+    known = [str(place) for place in places if place]
+    for place in known:
+        if (file := Path(place, "tokenizer.json")).is_file():
+            return partial(Tokenizer.from_file(str(file)).decode, skip_special_tokens=False)
+    from transformers import AutoTokenizer
+
+    for place in known:
+        with contextlib.suppress(OSError, ValueError):
+            return AutoTokenizer.from_pretrained(place).decode
     return None

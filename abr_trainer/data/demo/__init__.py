@@ -12,7 +12,7 @@ from .prose import Register, passages
 __all__ = ["DEMO_MODEL", "SPLITS", "Register", "demo_rows", "demo_texts", "passages"]
 
 DEMO_MODEL = Path(__file__).parent / "model"
-"""A `LlamaForCausalLM` of half a million parameters with its tokenizer, made by `scripts/build_demo_model.py` from
+"""A `LlamaForCausalLM` of half a million parameters with its tokenizer, made by `benchmarks/build_demo_model.py` from
 tales.
 """
 

@@ -1,0 +1,133 @@
+"""The command `abr`: it finds the verb and calls its module. It imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from .. import __version__
+
+WRONG_USAGE = 2
+"""Exit status."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One of the things that `abr` does.
+
+    Attributes:
+        module: The module whose `main` does it.
+        summary: What it does, in one line.
+        example: A command that works when pasted.
+    """
+
+    module: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "train": Verb(
+        "run_clm_abr",
+        "fine-tune a causal language model",
+        "abr train --dataset_name demo --do_train --do_eval --output_dir runs/demo",
+    ),
+    "classify": Verb(
+        "abr_trainer.cli.classify",
+        "fine-tune a sentence classifier: GLUE or your own rows",
+        "abr classify --model_name_or_path demo --task_name demo --do_train --do_eval --output_dir runs/reports",
+    ),
+    "compare": Verb(
+        "abr_trainer.cli.compare",
+        "train with several rules and seeds, and report which rule is better",
+        "abr compare --schedulers baseline abr --seeds 5 --out runs/cmp -- --dataset_name demo --max_passes 200",
+    ),
+    "compare-prompts": Verb(
+        "abr_trainer.cli.compare_prompts",
+        "train a classifier with several prompts and seeds, and report which prompt is better",
+        "abr compare-prompts --prompts none perfect --seeds 5 --out runs/prompts -- --task_name mrpc",
+    ),
+    "report": Verb(
+        "abr_trainer.cli.report",
+        "make the report of a run or of a comparison",
+        "abr report runs/demo",
+    ),
+    "why": Verb(
+        "abr_trainer.cli.why",
+        "explain why a batch was repeated or skipped",
+        "abr why runs/demo 37",
+    ),
+    "perplexity": Verb(
+        "abr_trainer.cli.perplexity",
+        "measure the perplexity of a model, by the definition that you name",
+        "abr perplexity --dataset_name demo --token_length 128",
+    ),
+    "prune": Verb(
+        "abr_trainer.cli.prune",
+        "prune a model by magnitude",
+        "abr prune --output_dir runs/pruned",
+    ),
+    "export": Verb(
+        "abr_trainer.cli.export",
+        "merge an adapter into its base model",
+        "abr export --adapter_name_or_path runs/demo --output_dir runs/whole",
+    ),
+    "push": Verb(
+        "abr_trainer.cli.push",
+        "push a finished run to the Hugging Face Hub",
+        "abr push runs/demo",
+    ),
+    "evaluate": Verb(
+        "abr_trainer.cli.evaluate",
+        "evaluate a classifier that was trained before",
+        "abr evaluate --adapter_name_or_path runs/reports",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what a command line asks for.
+
+    Raises:
+        SystemExit: The verb is unknown (status 2), or its work failed.
+    """
+    verb, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        print(overview())
+    elif verb == "--version":
+        print(f"abr {__version__}")
+    elif verb in VERBS:
+        from .quick import check  # which may describe the verbs, and so import this module
+
+        check(verb, arguments)
+        importlib.import_module(VERBS[verb].module).main(arguments)
+    else:
+        refuse(verb)
+
+
+def overview() -> str:
+    """Return what `abr` shows: all verbs, on one screen."""
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            "usage: abr VERB [flags]",
+            "",
+            *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()),
+            "",
+            f"Try it: {VERBS['train'].example}",
+            "abr VERB --help shows the flags of a verb. On several GPUs: torchrun -m abr_trainer VERB [flags]",
+        ]
+    )
+
+
+def refuse(verb: str) -> NoReturn:
+    """End the program: there is no such verb."""
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"Did you mean {close[0]}?" if close else "`abr` lists the verbs."
+    found = f"Give a verb before {verb}." if verb.startswith("-") else f"Unknown verb {verb}."
+    print(f"error: {found} {hint}", file=sys.stderr)
+    raise SystemExit(WRONG_USAGE)
