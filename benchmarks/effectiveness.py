@@ -1,4 +1,4 @@
-"""Which rule pays where: every regime as a comparison of compare_schedulers.py, and one table of all of them.
+"""Which rule pays where: every regime as a run of `abr compare`, and one table of all of them.
 
     python benchmarks/effectiveness.py --data DIR --models DIR --out runs/effectiveness            # hours
     python benchmarks/effectiveness.py --data DIR --models DIR --out runs/quick --quick            # under ten minutes
@@ -90,10 +90,10 @@ class Study:
     Attributes:
         regime: Heads its table.
         title: What is special about it, beside the setting.
-        arms: By their names in the table; what compare_schedulers.py takes for each.
+        arms: By their names in the table; what `abr compare` takes for each.
         data: Names of the files that it trains on, see `write_data`.
-        options: Of compare_schedulers.py.
-        flags: Of run_clm_abr.py.
+        options: Of `abr compare`.
+        flags: Of `abr train`.
     """
 
     regime: str
@@ -318,7 +318,7 @@ def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     flags = [part for split, name in files.items() for part in (f"--{split}_file", str(data / name))]
     arms = {name: arm.replace("{data}", str(data)) for name, arm in study.arms.items()}
     command = [
-        *(sys.executable, str(ROOT / "scripts" / "compare_schedulers.py"), "--schedulers", *arms.values()),
+        *(sys.executable, "-m", "abr_trainer", "compare", "--schedulers", *arms.values()),
         *("--seeds", *map(str, study.seeds), "--jobs", str(args.jobs), "--out", str(out), "--evaluations", "1"),
         *(*study.options, "--", "--model_name_or_path", str(args.models / study.setting.model)),
         *(*FLAGS, *flags, *study.flags),
@@ -349,7 +349,7 @@ def rows_of(study: Study, names: dict[str, str], data: dict[str, Any], out: Path
     """Yield a row an arm: the nll that it has reached for each seed, what it spent, and what it skipped.
 
     Args:
-        names: By what compare_schedulers.py calls an arm; a control goes by that.
+        names: By what `abr compare` calls an arm; a control goes by that.
     """
     for entry in data["arms"]:
         arm = entry["name"]

@@ -3,7 +3,7 @@
     python benchmarks/main_job.py --data DIR --model DIR --out runs/main_job
 
 DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens` and `dailydialog/{train,validation,test}.jsonl`; the
-model is any causal language model, stories260k in the README. Each run is `run_clm_abr.py` in its own process:
+model is any causal language model, stories260k in the README. Each run is `abr train` in its own process:
 LoRA, blocks of 256, 50 batches of 4 (the same for both schedulers), and once more with the same `--max_passes` for
 both. Finished runs are kept. The table is made from the runs' `all_results.json` alone; all numbers go to `--json`.
 """
@@ -35,7 +35,7 @@ def run(output: Path, flags: list[str]) -> dict[str, float]:
     """Run the main job unless it is finished, and return its results."""
     results = output / "all_results.json"
     if not (results.exists() and "test_perplexity" in json.loads(results.read_text())):
-        command = [sys.executable, str(ROOT / "run_clm_abr.py"), *flags, "--output_dir", str(output)]
+        command = [sys.executable, "-m", "abr_trainer", "train", *flags, "--output_dir", str(output)]
         print(" ".join(command), flush=True)
         subprocess.run([*command, "--overwrite_output_dir"], check=True, stdout=subprocess.DEVNULL)
     return json.loads(results.read_text())

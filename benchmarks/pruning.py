@@ -4,7 +4,7 @@
 
 The model is pruned by magnitude to a half, as any weights and as 2:4; an adapter is trained on the frozen sparse model
 with each rule, at the same passes; and, to tell recovery from fine-tuning, on the dense model too. Perplexity is that
-by `token` of a text that was not trained on. Every step is the script that a user runs; what is there already is not
+by `token` of a text that was not trained on. Every step is the command that a user runs; what is there already is not
 made again. Numbers go to benchmarks/results/pruning.json, and a table of them is printed.
 """
 
@@ -26,8 +26,8 @@ PATTERNS = ("unstructured", "2:4")
 LENGTH = "128"
 
 
-def call(script: str, *flags: str) -> None:
-    subprocess.run([sys.executable, str(ROOT / script), *flags], check=True, cwd=ROOT)
+def call(verb: str, *flags: str) -> None:
+    subprocess.run([sys.executable, "-m", "abr_trainer", verb, *flags], check=True, cwd=ROOT)
 
 
 def measured(args: argparse.Namespace, model: Path, adapter: Path | None, name: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def measured(args: argparse.Namespace, model: Path, adapter: Path | None, name: 
             "--use_cpu",
         ]
         flags += ["--torch_dtype", "float32"] + (["--adapter_name_or_path", str(adapter)] if adapter else [])
-        call("scripts/eval_perplexity.py", *flags, "--output_file", str(path))
+        call("perplexity", *flags, "--output_file", str(path))
     return {"name": name, **json.loads(path.read_text(encoding="utf-8"))}
 
 
@@ -54,7 +54,7 @@ def trained(args: argparse.Namespace, model: Path, rule: str, out: Path) -> Path
         flags += ["--block_size", LENGTH, "--per_device_train_batch_size", "4", "--learning_rate", args.learning_rate]
         flags += ["--max_passes", str(args.passes), "--save_strategy", "no", "--use_cpu", "--disable_tqdm", "true"]
         flags += ["--repeat_scheduler", *RULES[rule], "--do_train", "--output_dir", str(out), "--overwrite_output_dir"]
-        call("run_clm_abr.py", *flags)
+        call("train", *flags)
     return out
 
 
@@ -69,7 +69,7 @@ def merged(args: argparse.Namespace, model: Path, adapter: Path, keep_mask: bool
             str(adapter),
         ]
         flags += ["--text_file", str(args.test), "--token_length", LENGTH, "--max_windows", "50", "--use_cpu"]
-        call("scripts/export_adapter.py", *flags, "--keep_mask", str(keep_mask).lower(), "--output_dir", str(out))
+        call("export", *flags, "--keep_mask", str(keep_mask).lower(), "--output_dir", str(out))
     return out
 
 
@@ -82,7 +82,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         pruned: Path = args.out / f"pruned-{pattern}"
         if not pruned.exists():
             flags = ["--model_name_or_path", str(args.model), "--torch_dtype", "float32", "--pattern", pattern]
-            call("scripts/prune_model.py", *flags, "--output_dir", str(pruned))
+            call("prune", *flags, "--output_dir", str(pruned))
         found.append(measured(args, pruned, None, f"{pattern}"))
         for rule in RULES:
             name = f"{pattern}, LoRA {rule}"

@@ -33,13 +33,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
+from abr_trainer.cli import classify
 from abr_trainer.data import text as data
 from abr_trainer.models.loading import ModelArguments, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import nlls_over_ranks
 from abr_trainer.perplexity.windows import Window
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler
 from abr_trainer.training.engines import leave_ranks
-from scripts import run_glue_abr
 from tests.conftest import QUIET, VOCABULARY, broken_row, tiny_llama, token_rows, weights
 
 
@@ -425,16 +425,16 @@ def nll_of_windows(model: torch.nn.Module) -> dict[str, float]:
     return {"windows_nll": math.fsum(nlls_over_ranks(model, some_windows(), 2, PartialState(), shows_progress=False))}
 
 
-def scripts(plans: str) -> None:
-    """Run training scripts as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
+def trainings(plans: str) -> None:
+    """Run trainings as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
     shards_on_cpu()
     without_compiled_communication()
     data.demo_texts = functools.cache(data.demo_texts)
-    known = {"run_clm_abr": run_clm_abr, "run_glue_abr": run_glue_abr}
-    for environment, script, flags in json.loads(Path(plans).read_text()):
+    known = {"train": run_clm_abr, "classify": classify}
+    for environment, verb, flags in json.loads(Path(plans).read_text()):
         before = dict(os.environ)
         os.environ.update(environment)
-        known[script].run(flags)
+        known[verb].run(flags)
         Path(flags[-1], "engine").write_text(AcceleratorState().distributed_type)
         gc.collect()
         for name in environment.keys() - before.keys():
@@ -445,4 +445,4 @@ def scripts(plans: str) -> None:
 
 if __name__ == "__main__":
     gc.freeze()  # each training looks for garbage, and longest among what was imported
-    {"resumable": resumable, "ranks": ranks, "scripts": scripts}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "ranks": ranks, "trainings": trainings}[sys.argv[1]](*sys.argv[2:])

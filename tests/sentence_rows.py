@@ -13,7 +13,7 @@ from abr_trainer.data.tasks import GLUE
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--learning_rate", "2e-2", "--max_seq_length"]
 QUICK += ["24", "--per_device_train_batch_size", "4"]
-"""Flags of a quick run of run_glue_abr.py."""
+"""Flags of a quick run of `abr classify`."""
 
 
 def tales_and_reports(count: int, seed: int = 1) -> list[dict[str, Any]]:

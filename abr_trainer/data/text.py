@@ -328,7 +328,7 @@ def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[
     """Return the texts of a split or a file, and the rows that they are of; of a stream as much as is published of C4.
 
     Args:
-        flag: What named the file or the data set, for messages. Default: that of the scripts which only measure.
+        flag: What named the file or the data set, for messages. Default: that of the verbs which only measure.
 
     Raises:
         ValueError: They cannot be read, or hold no text.

@@ -45,7 +45,7 @@ class Text:
 
     @cached_property
     def trained(self) -> IntArray:
-        """The tokens that the training script would make of it: row by row, the end of a document marked."""
+        """The tokens that `abr train` would make of it: row by row, the end of a document marked."""
         eos = self.tokenizer.eos_token_id
         end = [] if self.rows_are_lines or eos is None else [eos]
         rows = self.tokenizer(self.rows, add_special_tokens=False, verbose=False)["input_ids"]

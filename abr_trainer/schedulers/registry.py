@@ -97,7 +97,7 @@ def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> Outlie
 def _import_scheduler(path: str) -> type[RepeatScheduler]:
     module_name, _, class_name = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `python path/to/script.py` finds modules beside the script only
+        sys.path.append(os.getcwd())  # `abr` finds modules that are installed only
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -137,7 +137,7 @@ class ABRConfig(TrainingArguments):
         metadata={"help": "Train on this many batches at the start once each, neither repeating nor skipping them."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Let the script delete what an earlier run left in --output_dir."}
+        default=False, metadata={"help": "Delete what an earlier run left in --output_dir."}
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many batches; below 1, a share of the run."}
@@ -178,9 +178,9 @@ class ABRConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Stop when so many evaluations in a row are not better than the best by more than "
-            "--early_stopping_threshold, and load the best checkpoint, by --metric_for_best_model (default in the "
-            "scripts: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves, unless "
-            "told otherwise; a checkpoint is saved of each evaluation that is the best so far."
+            "--early_stopping_threshold, and load the best checkpoint, by --metric_for_best_model (default on the "
+            "command line: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves, "
+            "unless told otherwise; a checkpoint is saved of each evaluation that is the best so far."
         },
     )
     early_stopping_threshold: float = field(

@@ -29,13 +29,13 @@ from transformers.trainer_utils import PredictionOutput
 from abr_trainer.classification.records import OF_TASK, recalled_flags, write_predictions
 from abr_trainer.classification.sentences import SentenceArguments
 from abr_trainer.classification.trainer import ClassifierArguments, Judge, check_order, mean_loss
+from abr_trainer.cli import classify, evaluate, export
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.models.loading import heads_in, load_config, load_model, load_tokenizer, lora_config
 from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import SCHEDULERS
-from scripts import eval_glue, export_adapter, run_glue_abr
-from tests.conftest import ROOT, run_module
+from tests.conftest import run_module
 from tests.sentence_rows import QUICK, lay_out_as_on_the_hub, tales_and_reports, write_rows
 
 MODELS = {"quantised": ["--load_in_4bit", "--bf16", "--gradient_checkpointing"], "plain": []}
@@ -62,7 +62,7 @@ def finished(request, files, tmp_path_factory):
 
 
 def run(output, *flags):
-    return run_glue_abr.main([*QUICK, "--output_dir", str(output), *flags])
+    return classify.main([*QUICK, "--output_dir", str(output), *flags])
 
 
 def log_of(output):
@@ -92,12 +92,12 @@ def test_scores_are_those_of_the_predictions_row_by_row(finished, files):
 def test_an_exported_classifier_says_what_base_and_adapter_said(finished, files, tmp_path):
     kind, output, _ = finished
     whole, found = tmp_path / "whole", {}
-    export_adapter.main(["--adapter", str(output), "--output_dir", str(whole)])
+    export.main(["--adapter", str(output), "--output_dir", str(whole)])
     flags = [*files[-2:], "--use_cpu", "--bf16", "false", "--output_file"]
     # The base that the adapter is merged into is not quantised.
     beside = ["--adapter", str(output), *(["--load_in_4bit", "false"] if kind == "quantised" else [])]
     for name, model in (("beside", beside), ("whole", ["--model_name_or_path", str(whole)])):
-        eval_glue.main([*model, *flags, str(tmp_path / f"{name}.jsonl")])
+        evaluate.main([*model, *flags, str(tmp_path / f"{name}.jsonl")])
         found[name] = list(read_lines(tmp_path / f"{name}.jsonl"))
     for one, two in zip(found["beside"], found["whole"], strict=True):
         assert (one["prediction"], one["label"], one["input"]) == (two["prediction"], two["label"], two["input"])
@@ -142,7 +142,7 @@ def test_a_fresh_process_predicts_the_same(finished, files, tmp_path):
         pytest.skip("loading is the same, and a process takes long to start")
     again = tmp_path / "again.jsonl"
     flags = ["--adapter_name_or_path", str(output), *files[-2:], "--use_cpu", "--output_file", str(again)]
-    run_module("scripts.eval_glue", *flags, timeout=300)
+    run_module("abr_trainer", "evaluate", *flags, timeout=300)
     assert again.read_bytes() == (output / "test_predictions.jsonl").read_bytes(), "to the last bit"
 
 
@@ -151,9 +151,9 @@ def test_two_ranks_train_and_are_judged_as_one_process(files, tmp_path):
     """Of 22 and 37 rows the last batches are filled up with rows that must count once, in no score and no loss."""
     flags = [*QUICK, *files, "--do_train", "--do_eval", "--do_predict", "--max_steps", "6", "--learning_rate", "1e-3"]
     flags += ["--lora_dropout", "0", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--output_dir"]
-    script = str(ROOT / "scripts" / "run_glue_abr.py")
-    run_module("torch.distributed.run", "--nproc_per_node", "2", script, *flags, str(tmp_path / "two"), timeout=300)
-    run_glue_abr.main([*flags, str(tmp_path / "one"), "--gradient_accumulation_steps", "2"])
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "-m", "abr_trainer", "classify"]
+    run_module(*launcher, *flags, str(tmp_path / "two"), timeout=300)
+    classify.main([*flags, str(tmp_path / "one"), "--gradient_accumulation_steps", "2"])
     one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
     for name in ("eval_accuracy", "eval_f1", "eval_loss", "test_accuracy", "test_f1", "test_loss", "train_loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
@@ -165,19 +165,19 @@ def test_two_ranks_train_and_are_judged_as_one_process(files, tmp_path):
 
 def test_an_evaluation_knows_task_prompt_and_precision(finished, files, capsys):
     kind, output, results = finished
-    found = eval_glue.main(["--adapter", str(output), *files, "--split", "validation", "--use_cpu"])
+    found = evaluate.main(["--adapter", str(output), *files, "--split", "validation", "--use_cpu"])
     assert "predictions as in" not in capsys.readouterr().out, "there are none of this split"
     assert found["validation_accuracy"] == results["eval_accuracy"]
     told = json.loads((output / "task.json").read_text())["flags"]
     expected = {"prompt": "Is it a tale?", "classes": ["report", "tale"], "sentence_columns": ["sentence"]}
     assert told.items() >= {**expected, "max_seq_length": 24, "load_in_4bit": kind == "quantised"}.items()
     checkpoint = min(output.glob("checkpoint-*"))
-    assert eval_glue.main(["--adapter", str(checkpoint), *files, "--use_cpu"])["test_loss"] > 0
+    assert evaluate.main(["--adapter", str(checkpoint), *files, "--use_cpu"])["test_loss"] > 0
     assert "predictions as in" not in capsys.readouterr().out, "those were of other weights"
     flags = ["--adapter", str(output), *files, "--use_cpu"]
-    assert eval_glue.main(flags)["test_loss"] == results["test_loss"]
+    assert evaluate.main(flags)["test_loss"] == results["test_loss"]
     assert "again       37 of 37 predictions as in" in capsys.readouterr().out
-    assert eval_glue.main([*flags, "--prompt", "none"])["test_loss"] != results["test_loss"], "a flag wins"
+    assert evaluate.main([*flags, "--prompt", "none"])["test_loss"] != results["test_loss"], "a flag wins"
     assert "predictions as in" not in capsys.readouterr().out, "those were of another question"
 
 
@@ -200,9 +200,9 @@ def test_classes_keep_the_order_that_a_classifier_was_trained_with(finished, tmp
     rows = [{"txt": row["sentence"], "label": row["label"]} for row in tales_and_reports(22, seed=1)]
     told = ["--adapter", str(output), "--use_cpu", "--sentence_columns", "txt"]
     only_tales = write_rows(tmp_path / "tales.jsonl", rows[::2])
-    assert eval_glue.main([*told, "--test_file", only_tales])["test_accuracy"] > 0.8
+    assert evaluate.main([*told, "--test_file", only_tales])["test_accuracy"] > 0.8
     with pytest.raises(SystemExit, match="--classes tale report: .* was trained with them in the order report tale."):
-        eval_glue.main([*told, "--test_file", only_tales, "--classes", "tale", "report"])
+        evaluate.main([*told, "--test_file", only_tales, "--classes", "tale", "report"])
 
 
 def test_classes_are_found_by_name_whatever_their_numbers_in_a_file(finished, tmp_path, caplog):
@@ -215,11 +215,11 @@ def test_classes_are_found_by_name_whatever_their_numbers_in_a_file(finished, tm
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
     Dataset.from_dict(data, features=features).to_parquet(tmp_path / "test.parquet")
     flags = ["--use_cpu", "--test_file", str(tmp_path / "test.parquet"), "--adapter"]
-    found = eval_glue.main([*flags, str(output)])["test_accuracy"]
+    found = evaluate.main([*flags, str(output)])["test_accuracy"]
     assert found > 0.8
     untold = shutil.copytree(output, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "task.json"))
     prompt = ["--sentence_columns", "sentence", "--prompt", "Is it a tale?", "--max_seq_length", "24"]
-    assert eval_glue.main([*flags, str(untold), *prompt])["test_accuracy"] == found
+    assert evaluate.main([*flags, str(untold), *prompt])["test_accuracy"] == found
     assert "has no task.json: classes are those of its config.json, report, tale;" in caplog.text
 
 
@@ -235,7 +235,7 @@ def test_classes_are_found_by_name_whatever_their_numbers_in_a_file(finished, tm
 )
 def test_an_evaluation_keeps_the_classes_of_the_training(tmp_path, told, flags, expected):
     (tmp_path / "task.json").write_text(json.dumps({"format": 1, "flags": told}))
-    found = recalled_flags(run_glue_abr.ARGUMENTS, ["--adapter", str(tmp_path), *flags])
+    found = recalled_flags(classify.ARGUMENTS, ["--adapter", str(tmp_path), *flags])
     assert {name: value for name, value in found.items() if name in OF_TASK} == expected
 
 
@@ -249,7 +249,7 @@ def test_an_evaluation_keeps_the_classes_of_the_training(tmp_path, told, flags, 
 def test_another_order_than_that_of_the_training_is_refused(tmp_path, told, flags):
     (tmp_path / "task.json").write_text(json.dumps({"format": 1, "flags": told}))
     with pytest.raises(ValueError, match=f"{' '.join(flags)}: .* was trained with them in the order "):
-        recalled_flags(run_glue_abr.ARGUMENTS, ["--adapter", str(tmp_path), *flags])
+        recalled_flags(classify.ARGUMENTS, ["--adapter", str(tmp_path), *flags])
 
 
 def test_a_classifier_with_its_classes_in_another_order_is_not_evaluated_as_it_is(tmp_path, caplog):
@@ -298,7 +298,7 @@ def test_padding_changes_no_prediction(finished, files):
     flags = ["--adapter", str(output), *files, "--use_cpu", "--per_device_eval_batch_size"]
     tolerance = 1e-5 if kind == "plain" else 5e-2  # bf16
     for rows in ("1", "16"):
-        assert eval_glue.main([*flags, rows])["test_loss"] == pytest.approx(results["test_loss"], rel=tolerance)
+        assert evaluate.main([*flags, rows])["test_loss"] == pytest.approx(results["test_loss"], rel=tolerance)
 
 
 def test_the_parameters_that_llama_3_8b_trains():
@@ -357,7 +357,7 @@ def test_a_flag_wins_over_what_it_excludes(finished, files):
     if kind == "plain":
         pytest.skip("nothing was excluded")
     flags = ["--adapter", str(output), *files, "--use_cpu", "--max_eval_samples", "2", "--bf16", "false"]
-    assert eval_glue.main([*flags, "--load_in_8bit"])["test_loss"] > 0
+    assert evaluate.main([*flags, "--load_in_8bit"])["test_loss"] > 0
 
 
 def test_label_smoothing_is_part_of_the_loss_as_in_training():
@@ -388,7 +388,7 @@ def test_a_llama_of_random_weights_goes_all_the_way_in_4_bit(files, tmp_path):
     flags = ["--model_name_or_path", str(tmp_path / "random"), "--load_in_4bit", "--do_train", "--do_eval"]
     results = run(tmp_path / "run", *files, *flags, "--do_predict", "--max_steps", "4")
     assert results["train_updates"] == 4
-    found = eval_glue.main(["--adapter_name_or_path", str(tmp_path / "run"), *files, "--use_cpu"])
+    found = evaluate.main(["--adapter_name_or_path", str(tmp_path / "run"), *files, "--use_cpu"])
     assert found["test_loss"] == results["test_loss"]
 
 
@@ -397,7 +397,7 @@ def test_all_weights_can_be_trained_and_found_again(files, tmp_path):
     flags = ["--do_train", "--do_predict", "--use_lora", "false", "--max_steps", "3", "--learning_rate", "1e-3"]
     results = run(whole, *files, *flags)
     assert (whole / "model.safetensors").exists()
-    found = eval_glue.main(["--model_name_or_path", str(whole), *files, "--use_cpu"])
+    found = evaluate.main(["--model_name_or_path", str(whole), *files, "--use_cpu"])
     assert found["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6)
 
 
@@ -535,7 +535,7 @@ def test_what_is_not_finite_is_not_judged(caplog):
     ],
 )
 def test_bad_input_gives_one_line_before_a_model_is_loaded(files, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(run_glue_abr, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(classify, "load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         run(tmp_path / "run", *files, *flags)
     assert "\n" not in str(caught.value)
@@ -548,22 +548,22 @@ def test_an_adapter_for_texts_is_no_classifier(finished, files, tmp_path):
     config = json.loads((output / "adapter_config.json").read_text())
     changed.write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
     with pytest.raises(SystemExit, match="is an adapter for CAUSAL_LM, not for a sequence classifier."):
-        eval_glue.main(["--adapter_name_or_path", str(tmp_path), *files, "--use_cpu"])
+        evaluate.main(["--adapter_name_or_path", str(tmp_path), *files, "--use_cpu"])
     with pytest.raises(SystemExit, match="is an adapter, not a model: give the model that it was trained on"):
-        eval_glue.main(["--model_name_or_path", str(output), *files, "--use_cpu"])
+        evaluate.main(["--model_name_or_path", str(output), *files, "--use_cpu"])
     with pytest.raises(SystemExit, match="Give --adapter_name_or_path or --model_name_or_path: what is to be"):
-        eval_glue.main(["--use_cpu"])
+        evaluate.main(["--use_cpu"])
     with pytest.raises(SystemExit, match=r"There are no test rows: give --test_file."):
-        eval_glue.main(["--adapter_name_or_path", str(output), "--use_cpu"])
+        evaluate.main(["--adapter_name_or_path", str(output), "--use_cpu"])
 
 
 def test_help_explains_the_defaults(capsys):
     with pytest.raises(SystemExit):
-        run_glue_abr.main(["--help"])
+        classify.main(["--help"])
     shown = capsys.readouterr().out
     for flag in ("--task_name", "--prompt", "--merge_validation", "--max_passes", "--load_in_4bit"):
         assert flag in shown
-    args = run_glue_abr.parse_arguments(run_glue_abr.ARGUMENTS, ["--use_cpu"])[-1]
+    args = classify.parse_arguments(classify.ARGUMENTS, ["--use_cpu"])[-1]
     assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs, args.seed) == (
         3e-4,
         8,

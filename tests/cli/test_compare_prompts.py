@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
+from abr_trainer.cli import compare_prompts, report
 from abr_trainer.cli.comparing import write_up
 from abr_trainer.comparison.arms import prompt_arm
 from abr_trainer.comparison.experiment import Experiment
@@ -18,17 +18,15 @@ from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.records.flags import complete_prompt_flags, given_flags
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison, shortcomings
-from tests.conftest import ROOT
 from tests.sentence_rows import write_rows
 
-SCRIPT = ROOT / "scripts" / "compare_prompts.py"
 ASKED = "Same, you think?"
 PROMPTS = ("none", "perfect", ASKED)
 ACCURACIES = {"none": (0.6, 0.7), "perfect": (0.71, 0.8), ASKED: (0.5, 0.75)}
 
 
 def experiment_of(out, prompts=PROMPTS, **options):
-    asked = {"script": Path("scripts/run_glue_abr.py"), "seeds": [0, 1], "flags": [], "match": "batches"}
+    asked = {"module": "abr_trainer.cli.classify", "seeds": [0, 1], "flags": [], "match": "batches"}
     asked |= {"arms": [prompt_arm(text) for text in prompts], "varied": "prompt"}
     return Experiment(**{**asked, "out": Path(out), **options})
 
@@ -116,7 +114,7 @@ def test_every_score_of_a_classifier_is_known():
 def leave_run(run, accuracy, prompt=None, **results):
     """Leave in the directory of a run what a finished one of two epochs leaves."""
     run.directory.mkdir(parents=True)
-    provenance = {"argv": ["scripts/run_glue_abr.py", *run.argv], "versions": {}, "git": None, "machine": {}}
+    provenance = {"argv": ["abr", "classify", *run.argv], "versions": {}, "git": None, "machine": {}}
     costs = dict.fromkeys((f"train_{name}" for name in COSTS), 8) | {"train_skips": 0, "train_repeats": 1.0}
     files = {
         "run.json": {**provenance, "arguments": {"prompt_text": prompt}},
@@ -147,7 +145,7 @@ def made_up(tmp_path_factory):
     for arm in experiment.arms:
         for run in experiment.final_runs([arm]):
             leave_run(run, ACCURACIES[arm.name][run.seed], prompt=arm.name, train_tokens=100 * len(arm.name))
-    return experiment, write_up(experiment, ["scripts/compare_prompts.py"])
+    return experiment, write_up(experiment, ["abr", "compare-prompts"])
 
 
 def test_runs_are_judged_by_their_first_score(made_up):
@@ -255,15 +253,14 @@ def sentence_files(directory):
 
 @pytest.mark.slow
 def test_prompts_are_compared_from_the_command_line_to_the_report(tmp_path):
-    main = runpy.run_path(str(SCRIPT))["main"]
     out = tmp_path / "out"
     rest = [*sentence_files(tmp_path), "--model_name_or_path", "demo", "--use_cpu", "--num_train_epochs", "1"]
     rest += ["--learning_rate", "1e-2", "--optim", "adamw_torch"]
     command = ["--prompts", "none", "Are they the same?", "--seeds", "2", "--jobs", "2", "--out", str(out)]
 
     with pytest.raises(SystemExit, match="error: Unknown flag --block_size"):
-        main([*command, "--", *rest, "--block_size", "64"])
-    data = main([*command, "--", *rest])
+        compare_prompts.main([*command, "--", *rest, "--block_size", "64"])
+    data = compare_prompts.main([*command, "--", *rest])
     assert data["warnings"] == data["missing"] == data["failures"] == []
     assert data["metric"] == "test_accuracy"
     none, asked = data["arms"]
@@ -279,10 +276,10 @@ def test_prompts_are_compared_from_the_command_line_to_the_report(tmp_path):
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("all_results.json")}
-    report = (out / "report.md").read_bytes()
-    assert len(main([*command, "--", *rest])["runs"]) == len(before) == 4
+    written = (out / "report.md").read_bytes()
+    assert len(compare_prompts.main([*command, "--", *rest])["runs"]) == len(before) == 4
     assert {path: path.stat().st_mtime_ns for path in before} == before, "finished runs are kept"
     shutil.copy(out / "comparison.json", tmp_path)
-    runpy.run_path(str(ROOT / "scripts" / "report_comparison.py"))["main"]([str(tmp_path)])
-    assert (tmp_path / "report.md").read_bytes() == report
+    report.main([str(tmp_path)])
+    assert (tmp_path / "report.md").read_bytes() == written
     assert read_comparison(tmp_path)["varied"] == "prompt"

@@ -61,7 +61,7 @@ def environment_of(path, monkeypatch, precision="no"):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """The runs of both scripts under each configuration, and the Hub that they pushed to.
+    """The runs of both verbs under each configuration, and the Hub that they pushed to.
 
     On two CPU processes instead of eight GPUs, and in fp32; all in the same two processes, which saves minutes.
     """
@@ -73,15 +73,15 @@ def launched(tmp_path_factory):
                 continue
             environment = environment_of(path, patch)
             pushes = [] if name == "ddp_4_bit" else PUSH
-            for script, flags in (("run_clm_abr", [*TEXTS, *pushes]), ("run_glue_abr", CLASSES)):
-                output = folder / script / name
-                plans.append((environment, script, [*flags, *more, "--output_dir", str(output)]))
-                if script == "run_glue_abr" and "zero2" in name:
+            for verb, flags in (("train", [*TEXTS, *pushes]), ("classify", CLASSES)):
+                output = folder / verb / name
+                plans.append((environment, verb, [*flags, *more, "--output_dir", str(output)]))
+                if verb == "classify" and "zero2" in name:
                     in_bf16 = [*flags, *more, "--bf16", "--output_dir", f"{output}_bf16"]
-                    plans.append((environment_of(path, patch, "bf16"), script, in_bf16))
+                    plans.append((environment_of(path, patch, "bf16"), verb, in_bf16))
         (folder / "plans.json").write_text(json.dumps(plans))
         launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS[0]), "--num_processes", "2"]
-        launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "scripts"]
+        launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "trainings"]
         run_module(*launcher, str(folder / "plans.json"), timeout=500, environment=hub.environment)
         yield folder, hub
 
@@ -93,7 +93,7 @@ def results_in(folder):
 @pytest.mark.slow
 def test_every_configuration_trains_to_the_perplexity_of_ddp(launched):
     folder, hub = launched
-    results = results_in(folder / "run_clm_abr")
+    results = results_in(folder / "train")
     for name, result in results.items():
         expected = results["ddp_4_bit" if "qlora" in name else "ddp"]
         if name != "ddp_4_bit":
@@ -101,11 +101,11 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(launched):
             assert result["train_flops"] == pytest.approx(expected["train_flops"], rel=1e-3)
         assert result["train_updates"] == 4
         engine = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[name.partition("_")[0]]
-        assert (folder / "run_clm_abr" / name / "engine").read_text() == engine
+        assert (folder / "train" / name / "engine").read_text() == engine
         if name != "ddp_4_bit":  # each pushes its adapter, once: the other rank has nothing to do with the Hub
             pushed = hub.repository(f"me/{name}")
             assert [commit.title for commit in pushed.commits[1:]] == ["End of training"]
-            weights = (folder / "run_clm_abr" / name / "adapter_model.safetensors").read_bytes()
+            weights = (folder / "train" / name / "adapter_model.safetensors").read_bytes()
             assert pushed.files("main")["adapter_model.safetensors"] == weights
     created = [request for request in hub.requests if request.path.startswith("/api/repos/create")]
     assert len(created) == 2 * (len(results) - 1), "at the start and at the end of each run"
@@ -114,14 +114,14 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(launched):
 @pytest.mark.slow
 def test_every_configuration_trains_a_classifier_as_ddp_does(launched):
     folder, _ = launched
-    results = results_in(folder / "run_glue_abr")
+    results = results_in(folder / "classify")
     for name, result in results.items():
         expected = results["ddp_4_bit" if "qlora" in name or "4_bit" in name else "ddp"]
         in_halves = name.endswith("bf16")  # a head among them, which is in fp32 elsewhere
         for metric in ("train_loss", "eval_loss", "test_loss"):
             assert result[metric] == pytest.approx(expected[metric], rel=0.1 if in_halves else 1e-4), (name, metric)
         assert in_halves or result["eval_accuracy"] == expected["eval_accuracy"]
-        saved = load_file(folder / "run_glue_abr" / name / "adapter_model.safetensors")
+        saved = load_file(folder / "classify" / name / "adapter_model.safetensors")
         assert saved["base_model.model.score.weight"].shape == (2, 96)
 
 

@@ -90,7 +90,7 @@ def test_tensorboard_has_what_the_log_has(finished):
 def test_the_run_says_where_it_came_from(finished):
     output, _ = finished
     provenance = json.loads((output / "run.json").read_text())
-    assert provenance["argv"][:3] == ["run_clm_abr.py", "--block_size", "64"]
+    assert provenance["argv"][:3] == ["abr", "train", "--block_size"]
     assert provenance["versions"]["torch"] == torch.__version__
 
 

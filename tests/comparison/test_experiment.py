@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from abr_trainer.cli import compare as compare_verb
+from abr_trainer.cli import report as report_verb
 from abr_trainer.comparison.arms import parse_arm
 from abr_trainer.comparison.experiment import Experiment, RunFailed, last_words
 from abr_trainer.comparison.progress import share_done
@@ -21,11 +22,11 @@ from abr_trainer.comparison.statistics import COSTS, collect, tuning_of
 from abr_trainer.data.demo import demo_texts
 from abr_trainer.records.files import last_complete_checkpoint, read_lines
 from abr_trainer.records.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
-from abr_trainer.report.of_comparison import circumstances, shortcomings
+from abr_trainer.report.markdown import render_markdown
+from abr_trainer.report.of_comparison import circumstances, report_on_comparison, shortcomings
 from tests.conftest import ROOT
 
-SCRIPT = ROOT / "scripts" / "compare_schedulers.py"
-EXPERIMENT = {"out": Path("out"), "script": Path("run_clm_abr.py"), "seeds": [0, 1], "flags": ["--max_passes", "12"]}
+EXPERIMENT = {"out": Path("out"), "module": "run_clm_abr", "seeds": [0, 1], "flags": ["--max_passes", "12"]}
 
 
 # ---- What is asked for ----
@@ -168,10 +169,10 @@ def test_tuning_that_cannot_be_is_refused_in_one_line(settings, message):
         parse_tuning(settings)
 
 
-def leave_run(run, **results):
+def leave_run(run, program=("abr", "train"), **results):
     """Leave in the directory of a run what a finished one leaves."""
     run.directory.mkdir(parents=True)
-    provenance = {"argv": ["run_clm_abr.py", *run.argv], "versions": {}, "git": None, "machine": {}}
+    provenance = {"argv": [*program, *run.argv], "versions": {}, "git": None, "machine": {}}
     costs = dict.fromkeys((f"train_{name}" for name in COSTS), 9) | {"train_skips": 0}
     (run.directory / "run.json").write_text(json.dumps(provenance))
     (run.directory / "all_results.json").write_text(json.dumps({"eval_perplexity": 5.0, **costs, **results}))
@@ -309,10 +310,10 @@ def test_controls_stay_the_same_when_seeds_are_added_and_serve_every_rule_of_tha
 
 def test_one_gpu_of_several_is_given_to_a_run_and_all_of_them_to_a_launcher(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    script = tmp_path / "script.py"
-    script.write_text("import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "told.py").write_text("import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))")
     for launcher, seen in {"": "0", sys.executable: "None"}.items():
-        options = {**EXPERIMENT, "out": tmp_path / seen, "script": script, "launcher": launcher}
+        options = {**EXPERIMENT, "out": tmp_path / seen, "module": "told", "launcher": launcher}
         experiment = Experiment(**options, arms=[parse_arm("abr")])
         experiment._facts = {"device": "cuda", "devices": 2}
         (run, *_) = experiment.final_runs(experiment.arms)
@@ -321,10 +322,10 @@ def test_one_gpu_of_several_is_given_to_a_run_and_all_of_them_to_a_launcher(tmp_
         assert run.log.read_text() == f"{seen}\n"
 
 
-def test_a_directory_stays_locked_while_a_launched_run_outlives_its_comparison(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("import time; time.sleep(60)")
-    options = {**EXPERIMENT, "out": tmp_path / "out", "script": script, "launcher": sys.executable}
+def test_a_directory_stays_locked_while_a_launched_run_outlives_its_comparison(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    options = {**EXPERIMENT, "out": tmp_path / "out", "module": "slow", "launcher": sys.executable}
     experiment = Experiment(**options, arms=[parse_arm("abr")])
     with experiment.locked():
         process = experiment._start(experiment.final_runs(experiment.arms)[0], slot=0)
@@ -347,12 +348,21 @@ def test_the_same_flags_in_another_order_are_the_same_run(tmp_path):
         other.final_runs(arms)[0].results()
 
 
+@pytest.mark.parametrize("program", [["run_clm_abr.py"], ["/home/you/abr-trainer/run_clm_abr.py"], ["abr", "train"]])
+def test_a_finished_run_is_kept_whatever_command_it_was_started_by(tmp_path, program):
+    experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("abr")])
+    for run in experiment.final_runs(experiment.arms):
+        leave_run(run, program)
+        assert run.results()
+    shown = render_markdown(report_on_comparison(collect(experiment, [*program[:1], "--out", str(tmp_path)])))
+    assert f"{'python ' * (len(program) == 1)}{' '.join(program)} --max_passes 12 --repeat_scheduler abr" in shown
+
+
 def test_flags_of_the_runs_without_dashes_before_them_are_told_apart(capsys):
     with pytest.raises(SystemExit):
-        runpy.run_path(str(SCRIPT))["main"](["--out", "x", "--max_passes", "9"])
+        compare_verb.main(["--out", "x", "--max_passes", "9"])
     assert (
-        "--max_passes is no argument of this script. Those of run_clm_abr.py stand behind --."
-        in capsys.readouterr().err
+        "--max_passes is no argument of this command. Those of abr train stand behind --." in capsys.readouterr().err
     )
 
 
@@ -382,8 +392,7 @@ def quick(tmp_path_factory):
 
 
 def compare(out, rest, *options, schedulers=("baseline", "abr:loss_threshold=0.8")):
-    main = runpy.run_path(str(SCRIPT))["main"]
-    return main(["--schedulers", *schedulers, "--out", str(out), *options, "--", *rest])
+    return compare_verb.main(["--schedulers", *schedulers, "--out", str(out), *options, "--", *rest])
 
 
 @pytest.fixture(scope="module")
@@ -466,7 +475,7 @@ def test_another_launcher_in_the_same_directory_is_refused(finished, quick):
 def test_the_report_is_remade_from_the_data_alone(finished, tmp_path):
     out, _ = finished
     shutil.copy(out / "comparison.json", tmp_path)
-    runpy.run_path(str(ROOT / "scripts" / "report_comparison.py"))["main"]([str(tmp_path)])
+    report_verb.main([str(tmp_path)])
     for name in ("report.md", "report.html"):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
     names = {path.name for path in (out / "plots").iterdir()}
@@ -497,7 +506,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, quick, 
     for attempt in range(4):  # on a busy machine, a run may have ended before it was seen to have a checkpoint
         out = tmp_path / f"cmp-{attempt}"
         directory = out / "runs" / "baseline" / "seed-0"  # after its first checkpoint ten batches are still to come
-        command = [sys.executable, str(SCRIPT), *options, "--out", str(out), "--", *quick]
+        command = [sys.executable, "-m", "abr_trainer", "compare", *options, "--out", str(out), "--", *quick]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while process.poll() is None and not last_complete_checkpoint(directory):
             if (directory / "all_results.json").exists():

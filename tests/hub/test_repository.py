@@ -17,13 +17,14 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
+from abr_trainer.cli import classify, evaluate
+from abr_trainer.cli import push as push_verb
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.hub import repository as hub_module
 from abr_trainer.hub.card import text_of
 from abr_trainer.hub.card_merging import MARKER, merged_card, read_card
 from abr_trainer.hub.local_names import LOCAL_NAMES, is_on_the_hub, local_path
 from abr_trainer.report import pictures
-from scripts import eval_glue, push_adapter, run_glue_abr
 from tests.conftest import RUN, tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN
 from tests.sentence_rows import QUICK, tales_and_reports, write_rows
@@ -71,7 +72,7 @@ def finished(trained, tmp_path):
 
 
 def push(run, *flags):
-    return push_adapter.main([str(run), *flags])
+    return push_verb.main([str(run), *flags])
 
 
 def test_a_stranger_loads_what_was_pushed(hub, tmp_path):
@@ -402,7 +403,7 @@ def test_a_push_that_fails_costs_nothing_but_the_push(hub, tmp_path):
     hub.fail("POST", "/commit/", status=503, times=hub_module.ATTEMPTS)
     message = error_of(run, "--hub_strategy", "end")
     assert message.startswith("error: trained, but not pushed: 503: ")
-    assert message.endswith(f"Finish it with: python scripts/push_adapter.py '{run}'")
+    assert message.endswith(f"Finish it with: abr push '{run}'")
     assert len(hub.repository("me/adapter").commits) == 1
     assert (run / "adapter_model.safetensors").exists()
     assert json.loads((run / "all_results.json").read_text())["eval_perplexity"] > 1
@@ -599,7 +600,7 @@ def test_a_classifier_on_the_hub_tells_scores_labels_and_what_it_was_asked(hub, 
     rows = write_rows(tmp_path / "rows.jsonl", tales_and_reports(21))
     flags = ["--train_file", rows, "--validation_file", rows, "--do_train", "--do_eval", "--prompt", "Is it a tale?"]
     flags += ["--max_steps", "4", *PUSH, "--hub_strategy", "end", "--output_dir", str(tmp_path / "run")]
-    results = run_glue_abr.main([*QUICK, *flags])
+    results = classify.main([*QUICK, *flags])
     files = hub.repository("me/adapter").files("main")
     assert "task.json" in files
     card = ModelCard(files["README.md"].decode())
@@ -619,4 +620,4 @@ def test_a_classifier_on_the_hub_tells_scores_labels_and_what_it_was_asked(hub, 
     assert names["model"].config.label2id == {"report": 0, "tale": 1}
     assert names["model"].base_model.model.score.modules_to_save["default"].weight.shape[0] == 2
     again = ["--adapter", "me/adapter", "--model_name_or_path", "demo", "--test_file", rows, "--use_cpu"]
-    assert eval_glue.main(again)["test_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+    assert evaluate.main(again)["test_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
+from abr_trainer.cli import perplexity
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.models.loading import ModelArguments, describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.records.files import read_lines
-from scripts import eval_perplexity
 from tests.conftest import tiny_llama, token_rows
 
 WEIGHTS = "adapter_model.safetensors"
@@ -136,7 +136,7 @@ def test_a_table_of_embeddings_that_had_grown_comes_back(text, tmp_path):
     again = run_clm_abr.main([*QUICK, *text, *flags])
     assert again["eval_perplexity"] == pytest.approx(results["eval_perplexity"], rel=1e-6)
     flags = ["--text_file", text[1], "--token_length", "32", "--definition", "trainer", "--use_cpu"]
-    found = eval_perplexity.main(["--adapter", output, *flags])
+    found = perplexity.main(["--adapter", output, *flags])
     assert found["perplexity"] == pytest.approx(results["eval_perplexity"], rel=1e-5)
     tokenizer.add_tokens(["lamps"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")

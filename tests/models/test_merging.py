@@ -17,11 +17,12 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from abr_trainer.cli import export
+from abr_trainer.cli import prune as prune_verb
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.models.loading import AdaptedArguments, load_written
 from abr_trainer.models.merging import MergeArguments, merge_adapter, merge_to
 from abr_trainer.models.pruning import layers, nonzero_shares, prune, sparsity_report
-from scripts import export_adapter, prune_model
 from tests.conftest import model_for, tiny_llama, tiny_mixture, tokenizer_that_adds
 
 IDS = torch.arange(0, 1024, 11)[None]
@@ -61,7 +62,7 @@ def random_adapter(path, base=DEMO_MODEL, config=LoraConfig, dtype="auto", std=0
 )
 def test_what_is_written_says_in_plain_transformers_what_base_and_adapter_said(tmp_path, options, is_tied):
     adapter, whole = random_adapter(tmp_path / "adapter", **options), tmp_path / "whole"
-    found = export_adapter.main(["--adapter", adapter, "--output_dir", str(whole)])["merge"]
+    found = export.main(["--adapter", adapter, "--output_dir", str(whole)])["merge"]
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), adapter))
     model = AutoModelForCausalLM.from_pretrained(whole)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -81,7 +82,7 @@ def test_what_is_written_is_whole_and_tells_nothing_of_the_machine(tmp_path, cap
     (tmp_path / "whole.unfinished").mkdir()
     (tmp_path / "whole.unfinished" / "model-00007.safetensors").touch()  # what a kill has left
     flags = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", adapter, "--output_dir", str(whole)]
-    export_adapter.main(flags)
+    export.main(flags)
     assert "mask        not kept: up to 0.0% of a matrix that the adapter changes is zero" in capsys.readouterr().out
     files = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert files.keys() == {
@@ -103,7 +104,7 @@ def test_an_adapter_of_a_base_whose_tokenizer_adds_bos_is_exported_and_measured(
     tokenizer.save_pretrained(base)
     adapter, whole = random_adapter(tmp_path / "adapter", base=base), tmp_path / "whole"
     flags = ["--dataset_name", "demo", "--max_rows", "6", "--definition", "wanda", "--token_length", "32", "--use_cpu"]
-    found = export_adapter.main(["--adapter", adapter, "--output_dir", str(whole), *flags])
+    found = export.main(["--adapter", adapter, "--output_dir", str(whole), *flags])
     assert (whole / "model.safetensors").exists()
     assert found["merged"]["begun_by"] == found["base"]["begun_by"] == "<s>"
     assert found["merged"]["perplexity"] == pytest.approx(found["beside"]["perplexity"], rel=1e-4)
@@ -113,7 +114,7 @@ def test_an_adapter_of_a_base_whose_tokenizer_adds_bos_is_exported_and_measured(
 def test_half_precision_stays_and_rounds(tmp_path, dtype):
     adapter, whole = random_adapter(tmp_path / "adapter"), tmp_path / "whole"
     flags = ["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(whole)]
-    found = export_adapter.main(flags)["merge"]
+    found = export.main(flags)["merge"]
     assert found["dtype"] == dtype == json.loads((whole / "config.json").read_text())["dtype"]
     assert 1e-5 < found["by_merging"] < 0.05
 
@@ -130,7 +131,7 @@ def test_half_precision_stays_and_rounds(tmp_path, dtype):
 )
 def test_an_adapter_that_is_lost_in_rounding_is_told_of(tmp_path, capsys, dtype, std, is_lost):
     adapter = random_adapter(tmp_path / "adapter", std=std)
-    export_adapter.main(["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(tmp_path / "whole")])
+    export.main(["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(tmp_path / "whole")])
     message = f"warning     the adapter is lost in rounding: that to {dtype} moves the logits by "
     shown = capsys.readouterr().out
     assert (message in shown) == is_lost
@@ -143,7 +144,7 @@ def test_an_adapter_that_does_nothing_is_not_lost(tmp_path, capsys):
     )
     model.save_pretrained(tmp_path / "adapter")  # untrained: it changes nothing
     flags = ["--adapter", str(tmp_path / "adapter"), "--torch_dtype", "bfloat16"]
-    found = export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])["merge"]
+    found = export.main([*flags, "--output_dir", str(tmp_path / "whole")])["merge"]
     assert found["by_adapter"] == found["by_merging"] == 0
     assert "warning" not in capsys.readouterr().out
 
@@ -154,7 +155,7 @@ def test_an_adapter_of_which_the_mask_leaves_little_is_told_of(tmp_path, capsys)
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
     flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base")]
-    export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    export.main([*flags, "--output_dir", str(tmp_path / "whole")])
     assert re.search(
         r"warning     mask and rounding take away \d+% of what the adapter does: ", capsys.readouterr().out
     )
@@ -166,13 +167,13 @@ def test_a_sparse_base_stays_sparse_unless_told_otherwise(tmp_path, capsys):
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
     flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base")]
-    kept = export_adapter.main([*flags, "--output_dir", str(tmp_path / "kept")])["merge"]
+    kept = export.main([*flags, "--output_dir", str(tmp_path / "kept")])["merge"]
     assert "mask        kept: up to 30.0% of a matrix that the adapter changes is zero" in capsys.readouterr().out
     assert kept["keep_mask"]
     assert kept["by_writing"] == 0
     assert kept["by_merging"] > 1e-3
     assert kept["sparsity"]["all"]["zeros"] == pytest.approx(0.3, abs=1e-3)
-    plain = export_adapter.main([*flags, "--keep_mask", "false", "--output_dir", str(tmp_path / "plain")])["merge"]
+    plain = export.main([*flags, "--keep_mask", "false", "--output_dir", str(tmp_path / "plain")])["merge"]
     assert plain["by_merging"] < 1e-5
     assert plain["sparsity"]["q_proj"]["zeros"] == 0
 
@@ -182,7 +183,7 @@ def test_what_is_not_what_was_trained_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("abr_trainer.models.merging._untie", lambda model: False)
     adapter = random_adapter(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(SystemExit, match="error: What would be written says something else than .* above 1e-05"):
-        export_adapter.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole")])
+        export.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole")])
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -199,15 +200,15 @@ def test_what_cannot_be_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, 
     monkeypatch.setattr("abr_trainer.models.merging.load_base", lambda *_: pytest.fail("a model was loaded"))
     adapter = random_adapter(tmp_path / "adapter")
     with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
-        export_adapter.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole"), *flags])
+        export.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole"), *flags])
 
 
 def test_a_merge_without_an_adapter_or_of_one_that_changes_no_weights_is_told(tmp_path):
     with pytest.raises(SystemExit, match="error: --adapter_name_or_path is missing: what to merge."):
-        export_adapter.main(["--output_dir", str(tmp_path / "whole")])
+        export.main(["--output_dir", str(tmp_path / "whole")])
     prompt = random_adapter(tmp_path / "prompt", config=PromptTuningConfig, num_virtual_tokens=2)
     with pytest.raises(SystemExit, match="is of the kind PROMPT_TUNING: it changes no weights."):
-        export_adapter.main(["--adapter", prompt, "--output_dir", str(tmp_path / "whole")])
+        export.main(["--adapter", prompt, "--output_dir", str(tmp_path / "whole")])
 
 
 def test_a_base_that_was_saved_quantised_is_told(tmp_path):
@@ -222,7 +223,7 @@ def test_a_base_that_was_saved_quantised_is_told(tmp_path):
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     flags = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", adapter]
     with pytest.raises(SystemExit, match="are quantised: give the model that they were made from."):
-        export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
+        export.main([*flags, "--output_dir", str(tmp_path / "whole")])
 
 
 def adapted(model):
@@ -266,7 +267,7 @@ def test_a_plain_merge_fills_the_zeros_and_says_what_the_model_said():
 
 def test_a_merge_in_float16_is_written_in_float16_with_its_zeros(tmp_path):
     pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
-    before = prune_model.main(["--torch_dtype", "float16", "--pattern", "2:4", "--output_dir", pruned])
+    before = prune_verb.main(["--torch_dtype", "float16", "--pattern", "2:4", "--output_dir", pruned])
     adapted(AutoModelForCausalLM.from_pretrained(pruned)).save_pretrained(lora)
     load = AdaptedArguments(pruned, torch_dtype="float16", adapter_name_or_path=lora)
     report = merge_to(load, MergeArguments(merged)).sparsity
@@ -324,14 +325,14 @@ def test_a_merge_keeps_the_zeros_of_experts_and_of_what_chooses_them(tmp_path, c
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
     options = {"target_modules": targets, "target_parameters": parameters}
     flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base", **options)]
-    export_adapter.main([*flags, "--output_dir", str(tmp_path / "kept")])
+    export.main([*flags, "--output_dir", str(tmp_path / "kept")])
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
     assert all((parameter[zeros[name]] == 0).all() for name, parameter in written.named_parameters())
     assert sparsity_report(written)["all"]["2:4"] == 1
     # Biases of a layer may be zero, too; those of a stack have two dimensions.
     counted = sum(int(mask.sum()) for mask in zeros.values() if mask.dim() > 1)
     assert f"; all {counted:,} zeros in " in capsys.readouterr().out
-    plain = export_adapter.main([*flags, "--keep_mask", "false", "--output_dir", str(tmp_path / "plain")])["merge"]
+    plain = export.main([*flags, "--keep_mask", "false", "--output_dir", str(tmp_path / "plain")])["merge"]
     assert plain["by_merging"] < 1e-5
     assert plain["sparsity"]["all"]["zeros"] < 0.5
 
@@ -365,7 +366,7 @@ def test_zeros_that_are_lost_in_the_file_are_noticed(tmp_path, monkeypatch):
     flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"])]
     monkeypatch.setattr("abr_trainer.models.merging.load_written", filled)
     with pytest.raises(SystemExit, match="error: 1 matrices have fewer zeros .*: model.layers.1.mlp.down_proj."):
-        export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])
+        export.main([*flags, "--output_dir", str(tmp_path / "whole")])
     assert not (tmp_path / "whole").exists()
 
 
@@ -386,7 +387,7 @@ def classifier_adapter(path, **labels):
 def test_a_classifier_is_exported_with_its_head_and_as_many_labels(tmp_path, dtype, labels):
     adapter, model = classifier_adapter(tmp_path / "adapter", **labels)
     flags = ["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(tmp_path / "whole")]
-    found = export_adapter.main(flags)["merge"]
+    found = export.main(flags)["merge"]
     written = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
     trained = model.base_model.model.score.modules_to_save["default"].weight
     assert torch.equal(written.score.weight, trained.to(written.dtype))
@@ -403,7 +404,7 @@ def test_a_classifier_of_a_sparse_base_keeps_the_zeros_of_the_base_and_its_whole
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "base")
     adapter, _ = classifier_adapter(tmp_path / "adapter", num_labels=2)
     flags = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", adapter]
-    found = export_adapter.main([*flags, "--output_dir", str(tmp_path / "whole")])["merge"]
+    found = export.main([*flags, "--output_dir", str(tmp_path / "whole")])["merge"]
     assert found["keep_mask"]
     assert found["sparsity"]["q_proj"]["zeros"] == pytest.approx(0.5, abs=1e-3)
     assert found["sparsity"]["score"]["zeros"] == 0
@@ -415,5 +416,5 @@ def test_the_perplexity_of_a_classifier_is_refused(tmp_path):
     with pytest.raises(
         SystemExit, match="error: .* is an adapter of a classifier, which has no perplexity: export it wi"
     ):
-        export_adapter.main(flags)
+        export.main(flags)
     assert not (tmp_path / "whole").exists()

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import run_clm_abr
+from abr_trainer.cli import export
+from abr_trainer.cli import prune as prune_verb
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.models.pruning import layers, left_in, nonzero_shares, parse_pattern, prune, sparsity_report
-from scripts import export_adapter, prune_model
 from tests.conftest import ROOT, tiny_llama, tiny_mixture
 
 MATRIX = torch.tensor([[4.0, -1.0, 2.0, -3.0], [0.5, 5.0, -6.0, 0.1]])
@@ -129,7 +130,7 @@ def test_what_is_said_of_a_mixture_is_counted_in_the_file(tmp_path, capsys):
     tiny_mixture("mixtral", vocab_size=1024).save_pretrained(tmp_path / "dense")
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "dense")
     flags = ["--model_name_or_path", str(tmp_path / "dense"), "--output_dir", str(tmp_path / "pruned")]
-    report = prune_model.main(flags)
+    report = prune_verb.main(flags)
     shown = capsys.readouterr().out
     tensors = load_file(tmp_path / "pruned" / "model.safetensors").values()
     zeros, weights = sum(int((each == 0).sum()) for each in tensors), sum(each.numel() for each in tensors)
@@ -201,7 +202,7 @@ def test_quantised_weights_are_not_pruned():
 
 
 def test_zeros_survive_quantisation_to_4_bit(tmp_path):
-    prune_model.main(["--output_dir", str(tmp_path / "pruned")])
+    prune_verb.main(["--output_dir", str(tmp_path / "pruned")])
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", quantization_config=options)
     assert nonzero_shares(model)["q_proj"] <= 0.5  # small values may be rounded to zero as well
@@ -209,7 +210,7 @@ def test_zeros_survive_quantisation_to_4_bit(tmp_path):
 
 def test_the_path_from_dense_to_merged(tmp_path, capsys):
     pruned, lora, merged = (str(tmp_path / name) for name in ("pruned", "lora", "merged"))
-    report = prune_model.main(["--sparsity", "0.6", "--output_dir", f"{pruned}/"])
+    report = prune_verb.main(["--sparsity", "0.6", "--output_dir", f"{pruned}/"])
     assert report["all"]["zeros"] == pytest.approx(0.6, abs=1e-3)
     data = ["--dataset_name", "demo", "--use_cpu"]
     train = [
@@ -227,7 +228,7 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     flags = [*data, "--model_name_or_path", pruned, "--adapter", lora, "--token_length", "64", "--max_rows", "40"]
     (tmp_path / "merged").mkdir()
     written = ["--output_file", str(tmp_path / "found.json")]
-    found = export_adapter.main([*flags, "--output_dir", f"{merged}/", *written])
+    found = export.main([*flags, "--output_dir", f"{merged}/", *written])
     merge = found.pop("merge")
     assert merge["keep_mask"], "the base is sparse"
     assert json.loads((tmp_path / "found.json").read_text()) == found
@@ -239,7 +240,7 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     assert "model  " in shown
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
     with pytest.raises(SystemExit, match=f"error: --output_dir {merged} is in use. Give a new one."):
-        export_adapter.main([*flags, "--output_dir", merged])
+        export.main([*flags, "--output_dir", merged])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
 )
 def test_a_share_that_cannot_be_is_told(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
-        prune_model.main([*flags, "--output_dir", str(tmp_path / "pruned")])
+        prune_verb.main([*flags, "--output_dir", str(tmp_path / "pruned")])
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from abr_trainer.cli import perplexity
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.models import quantisation
 from abr_trainer.models.loading import ModelArguments, load_base, load_config
 from abr_trainer.models.quantisation import check_kernels, dequantised
-from scripts import eval_perplexity
 
 IDS = torch.arange(0, 1024, 11)[None]
 
@@ -127,9 +127,9 @@ def test_a_model_with_such_layers_says_and_trains_what_it_should(broken_kernel):
 def test_the_perplexity_does_not_depend_on_the_processor(broken_kernel):
     flags = ["--dataset_name", "demo", "--token_length", "64", "--use_cpu", "--max_rows", "4", "--load_in_4bit"]
     flags += ["--torch_dtype", "float32", "--bnb_4bit_compute_dtype", "float32"]
-    around = eval_perplexity.main(flags)["perplexity"]
+    around = perplexity.main(flags)["perplexity"]
     quantisation._around.wrong.clear()
-    plain = eval_perplexity.main([flag for flag in flags if flag != "--load_in_4bit"])["perplexity"]
+    plain = perplexity.main([flag for flag in flags if flag != "--load_in_4bit"])["perplexity"]
     assert around == pytest.approx(plain, rel=0.05)
 
 

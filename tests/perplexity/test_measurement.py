@@ -1,4 +1,4 @@
-"""eval_perplexity.py, as a user runs it."""
+"""`abr perplexity`, as a user runs it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 import run_clm_abr
+from abr_trainer.cli import perplexity
 from abr_trainer.data.demo import DEMO_MODEL, demo_texts
 from abr_trainer.models.pruning import nonzero_shares
 from abr_trainer.perplexity.definitions import DEFINITIONS
 from abr_trainer.perplexity.windows import Window, sliding_windows, window_nlls
-from scripts import eval_perplexity
 from tests.conftest import RUN, model_for, tiny_llama, tokenizer_that_adds
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -44,7 +44,7 @@ DEMO = ["--dataset_name", "demo", *QUICK]
 
 
 def run(*flags):
-    return eval_perplexity.main([*flags])
+    return perplexity.main([*flags])
 
 
 def error_of(*flags):
@@ -294,10 +294,10 @@ def test_a_tokenizer_without_an_end_of_text_token_is_told(tmp_path, caplog):
         (ViTModel(ViTConfig(**TINY)), "but of another kind (vit, ViTModel)."),
     ],
 )
-@pytest.mark.parametrize("script", [eval_perplexity, run_clm_abr])
+@pytest.mark.parametrize("script", [perplexity, run_clm_abr])
 def test_what_is_no_causal_language_model_is_refused(tmp_path, model, message, script):
     model.save_pretrained(tmp_path / "model")
-    flags = DEMO if script is eval_perplexity else [*RUN, "--output_dir", str(tmp_path / "run")]
+    flags = DEMO if script is perplexity else [*RUN, "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as ended:
         script.main([*flags, "--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(DEMO_MODEL)])
     told = str(ended.value)

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 import run_clm_abr
+from abr_trainer.cli import classify
 from abr_trainer.records.files import LOCK_NAME, is_unused
 from abr_trainer.records.locking import SILENCE, Holder, locked
-from scripts import run_glue_abr
 from tests.conftest import RUN
 
 ELSEWHERE = replace(Holder.this(), host="another-machine", pid=4711)
@@ -138,7 +138,7 @@ def test_a_directory_that_cannot_be_made_is_one_line():
 @pytest.mark.parametrize(
     "flags", [[], ["--resume_from_checkpoint", "true"], ["--overwrite_output_dir"], ["--do_eval"]], ids=str
 )
-@pytest.mark.parametrize("script", [run_clm_abr, run_glue_abr], ids=["clm", "glue"])
+@pytest.mark.parametrize("script", [run_clm_abr, classify], ids=["clm", "glue"])
 def test_a_run_is_refused_before_its_first_check_where_another_one_is_at_work(tmp_path, script, flags):
     output = tmp_path / "run"
     task = ["--model_name_or_path", "demo", "--task_name", "demo", "--use_cpu", "--report_to", "none"]

@@ -164,7 +164,7 @@ def commands() -> Commands:
     return Commands(
         "The commands of this comparison, one run a line:",
         tuple(
-            f"python run_clm_abr.py configs/demo.yaml --repeat_scheduler {name} --seed {seed} --output_dir runs/{seed}"
+            f"abr train configs/demo.yaml --repeat_scheduler {name} --seed {seed} --output_dir runs/{seed}"
             for name in ("constant", "threshold")
             for seed in (1, 2)
         ),

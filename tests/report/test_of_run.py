@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
 import run_clm_abr
+from abr_trainer.cli import report
 from abr_trainer.records.files import read_lines, updates_of
 from abr_trainer.report.of_run import report_on_run
 from abr_trainer.report.why import explain_batch, explain_rule
 from abr_trainer.schedulers import ReplayScheduler
-from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +66,13 @@ def test_skipped_batches_are_shown_with_their_text(run):
     assert any("audit" in row[4] or "statute" in row[4] or "committee" in row[4] for row in rows), "words, not numbers"
 
 
-def test_the_script_writes_the_page_where_no_push_takes_it_along(run):
+def test_the_page_is_written_where_no_push_takes_it_along(run):
     directory, _ = run
-    main = runpy.run_path(str(ROOT / "scripts" / "report_run.py"))["main"]
-    (page,) = main([str(directory)])
+    (page,) = report.main([str(directory)])
     assert page == str(directory / "_report" / "report.html")
     assert (directory / "_report" / "plots" / "batches.png").stat().st_size > 1000
-    with pytest.raises(SystemExit, match="error: .* holds no run: there is no abr_trace.jsonl"):
-        main([str(directory / "_report")])
+    with pytest.raises(SystemExit, match="error: .* holds neither a run .no abr_trace.jsonl. nor a finished part"):
+        report.main([str(directory / "_report")])
 
 
 def test_why_a_batch_was_skipped_is_told_by_what_the_rule_saw(run):
@@ -103,7 +101,7 @@ def test_every_decision_of_the_run_is_explained_by_the_replayed_rule(run):
 
 def test_a_batch_that_is_not_there_is_told(run):
     directory, trace = run
-    with pytest.raises(ValueError, match=f"--why 999: .* holds batches 1 to {len(trace)}"):
+    with pytest.raises(ValueError, match=f"Batch 999: .* holds batches 1 to {len(trace)}"):
         explain_batch(directory, 999)
 
 

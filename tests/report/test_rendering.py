@@ -162,7 +162,7 @@ def test_markdown_says_all_that_the_report_says():
         in markdown
     )
     assert "| **abr:loss_threshold=2.0,max_repeats=3** | **19.71** |" in markdown
-    assert "```text\npython run_clm_abr.py configs/demo.yaml --repeat_scheduler constant --seed 1" in markdown
+    assert "```text\nabr train configs/demo.yaml --repeat_scheduler constant --seed 1" in markdown
 
 
 def test_markdown_takes_no_text_for_markup():
