@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run run_clm_abr.py on several nodes under Slurm: one torchrun a node, which meet on the first one. Everything after the
-# script's name goes to run_clm_abr.py:
+# Run `abr train` on several nodes under Slurm: one torchrun a node, which meet on the first one. Everything after the
+# script's name goes to `abr train`:
 #     sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh run.yaml --max_passes 20000
 # To go through accelerate instead, for FSDP or DeepSpeed, name a configuration:
 #     ACCELERATE_CONFIG=configs/accelerate/fsdp2_lora.yaml sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh ...
@@ -13,10 +13,11 @@
 set -euo pipefail
 
 : "${SLURM_JOB_NODELIST:?start this with sbatch: $0 runs one process group over the nodes that Slurm gives}"
-[ "$#" -gt 0 ] || { echo "error: no arguments for run_clm_abr.py, e.g. sbatch $0 run.yaml" >&2; exit 2; }
+[ "$#" -gt 0 ] || { echo "error: no arguments for abr train, e.g. sbatch $0 run.yaml" >&2; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-.}"
-[ -f run_clm_abr.py ] || { echo "error: submit from the repository; there is no run_clm_abr.py in $PWD" >&2; exit 2; }
 if [ -d "${ABR_VENV:-.venv}" ]; then source "${ABR_VENV:-.venv}/bin/activate"; fi
+python -c 'import abr_trainer' 2> /dev/null ||
+    { echo "error: abr_trainer is not installed in the environment of $(command -v python): set ABR_VENV" >&2; exit 2; }
 
 export MASTER_ADDR MASTER_PORT
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
@@ -37,4 +38,4 @@ fi
 command=$(printf '%q ' "${launcher[@]}")
 echo "$nodes nodes of $gpus processes, meeting on $MASTER_ADDR:$MASTER_PORT"
 # The rank of a node is known on the node only.
-srun --kill-on-bad-exit=1 bash -c "exec $command ${rank[*]-} run_clm_abr.py $(printf '%q ' "$@")"
+srun --kill-on-bad-exit=1 bash -c "exec $command ${rank[*]-} -m abr_trainer train $(printf '%q ' "$@")"

@@ -7,12 +7,12 @@
 #
 # The directory then holds pruned/, lora/ and merged/; what is there already is not made again. PATTERN (unstructured, 2:4,
 # 16x16) and SPARSITY (0.5) say how to prune; PRUNED names a model that is pruned already. Flags after the directory go to
-# run_clm_abr.py. It ends with perplexity and share of zeros of the pruned model, with the adapter beside it, and merged.
+# `abr train`. It ends with perplexity and share of zeros of the pruned model, with the adapter beside it, and merged.
 set -euo pipefail
-[ $# -ge 3 ] || { echo "usage: bash $0 MODEL DATASET DIRECTORY [flags of run_clm_abr.py]" >&2; exit 2; }
+[ $# -ge 3 ] || { echo "usage: bash $0 MODEL DATASET DIRECTORY [flags of abr train]" >&2; exit 2; }
 model=$1 dataset=$2 out=$3
 shift 3
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+abr() { python -m abr_trainer "$@"; }  # that of the python in PATH
 pruned=${PRUNED:-$out/pruned}
 length=${TOKEN_LENGTH:-$([ "$dataset" = demo ] && echo 128 || echo 1024)}
 measured=(--dataset_name "$dataset" --token_length "$length")
@@ -23,13 +23,13 @@ original=(--config_name "$model" --tokenizer_name "$model")
 
 mkdir -p "$out"
 if [ -z "${PRUNED:-}" ] && [ ! -e "$pruned/config.json" ]; then
-    python "$here/prune_model.py" --model_name_or_path "$model" ${SPARSITY:+--sparsity "$SPARSITY"} \
+    abr prune --model_name_or_path "$model" ${SPARSITY:+--sparsity "$SPARSITY"} \
         --pattern "${PATTERN:-unstructured}" --output_dir "$pruned"
 fi
 if [ ! -e "$out/lora/all_results.json" ]; then
-    python "$here/../run_clm_abr.py" --model_name_or_path "$pruned" "${original[@]}" --dataset_name "$dataset" \
+    abr train --model_name_or_path "$pruned" "${original[@]}" --dataset_name "$dataset" \
         --block_size "$length" --max_passes 1000 --do_train --do_eval --output_dir "$out/lora" --overwrite_output_dir \
         "${streamed[@]}" "$@"
 fi
-[ -e "$out/merged/config.json" ] || python "$here/export_adapter.py" --model_name_or_path "$pruned" "${original[@]}" \
+[ -e "$out/merged/config.json" ] || abr export --model_name_or_path "$pruned" "${original[@]}" \
     --adapter_name_or_path "$out/lora" "${measured[@]}" --output_dir "$out/merged"

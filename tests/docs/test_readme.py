@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import re
 import runpy
@@ -14,6 +15,7 @@ import pytest
 from datasets import Dataset
 
 from abr_trainer import ABRTrainer, Observation
+from abr_trainer.cli.main import VERBS
 from abr_trainer.data.demo import DEMO_MODEL
 from tests.conftest import tiny_llama, token_rows
 
@@ -55,42 +57,71 @@ def flags_in(text):
 
 
 def commands():
-    """Return what the README runs of this repository: a script, and the words after it."""
+    """Return what is said to run of this repository: a verb of `abr` or a script, and the words after it."""
     found = []
-    text = README.replace("\\\n", " ")
-    for line in re.findall(r"^    (\S.*)", text, flags=re.MULTILINE) + re.findall(r"`([^`\n]+)`", text):
+    for line in re.findall(r"^    (\S.*)", TEXTS, flags=re.MULTILINE) + re.findall(r"`([^`\n]+)`", TEXTS):
         for command in line.split("; "):
-            if re.match(r"(\w+=\S+ )*(python (?!-m )|torchrun |accelerate )", command):
+            if re.match(
+                rf"(do )?(\w+=\S+ )*(abr ({'|'.join(VERBS)})\b|python (?!-m )|torchrun |accelerate )", command
+            ):
                 words = shlex.split(command, comments=True)
-                found += [(word, words[i + 1 :]) for i, word in enumerate(words) if word.endswith(".py")][:1]
+                starts = [i for i, word in enumerate(words) if word in ("abr", "abr_trainer") or word.endswith(".py")]
+                found += [(words[i + (not words[i].endswith(".py"))], words[i:]) for i in starts[:1]]
     return found
 
 
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs").glob("*.md"),
+    ROOT / "docs/compare/README.md",
+]
+DOCSTRINGS = [importlib.import_module(verb.module).__doc__ for verb in VERBS.values()]
+EXAMPLES = [f"    {verb.example}" for verb in VERBS.values()]
+TEXTS = "\n".join([*(path.read_text(encoding="utf-8") for path in DOCUMENTS), *DOCSTRINGS, *EXAMPLES]).replace(
+    "\\\n", " "
+)
 COMMANDS = commands()
 
 
 @functools.cache
-def flags_of(script):
-    """Return the flags in the usage of a script, which is the first paragraph of its help."""
+def flags_of(target):
+    """Return the flags in the usage of a verb or a script, which is the first paragraph of its help."""
+    main = importlib.import_module(VERBS[target].module).main if target in VERBS else None
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / script))["main"](["--help"])
+        (main or runpy.run_path(str(ROOT / target))["main"])(["--help"])
     return flags_in(shown.getvalue().partition("\n\n")[0])
 
 
-@pytest.mark.parametrize(("script", "words"), COMMANDS, ids=[" ".join((script, *words)) for script, words in COMMANDS])
-def test_every_flag_of_a_command_is_one_of_its_script(script, words):
+@pytest.mark.parametrize(("target", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])
+def test_every_flag_of_a_command_is_one_that_it_takes(target, words):
     own, _, passed_on = " ".join(words).partition(" -- ")
-    assert flags_in(own) <= flags_of(script)
-    passed_to = "scripts/run_glue_abr.py" if "compare_prompts" in script else "run_clm_abr.py"
-    assert flags_in(passed_on) <= flags_of(passed_to)
+    assert flags_in(own) <= flags_of(target)
+    assert flags_in(passed_on) <= flags_of("classify" if target == "compare-prompts" else "train")
 
 
-def test_every_flag_is_one_of_a_script():
+def test_every_verb_is_shown_and_exists():
+    assert {target for target, _ in COMMANDS if not target.endswith(".py")} == VERBS.keys()
+    said = set(re.findall(r"(?:^    |`|; do )abr ([a-z-]+)(?= |`|$)", TEXTS, flags=re.MULTILINE))
+    assert said - {"beside"} == VERBS.keys(), "a rule is called abr, too: abr beside its control"
+
+
+def test_no_document_names_a_script_that_is_gone():
+    named = set(re.findall(r"\b(?:scripts|benchmarks|configs|tests)/[\w/]+\.\w+", TEXTS))
+    gone = {
+        "scripts/compare_schedulers.py",
+        "scripts/compare_prompts.py",
+        "scripts/run_glue_abr.py",
+    }  # as is said there
+    assert {name for name in named - gone if not (ROOT / name).exists()} == set()
+
+
+def test_every_flag_is_one_of_a_command():
     of_launchers = {"--nodes", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
     of_launchers |= {"--config_file", "--num_processes", "--cpu"}
     of_others = {"--help", "--logdir", "--no-build-isolation"}
-    known = set().union(*(flags_of(script) for script, _ in COMMANDS))
+    known = set().union(*(flags_of(target) for target, _ in COMMANDS))
     assert flags_in(README) <= known | of_launchers | of_others
 
 

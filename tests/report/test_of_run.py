@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import run_clm_abr
 from abr_trainer.cli import report
-from abr_trainer.records.files import read_lines, updates_of
+from abr_trainer.records.files import SKIPPED_NAME, read_lines, updates_of
 from abr_trainer.report.of_run import report_on_run
-from abr_trainer.report.why import explain_batch, explain_rule
+from abr_trainer.report.why import explain_batch, explain_rule, read_skipped
 from abr_trainer.schedulers import ReplayScheduler
 
 
@@ -73,6 +76,33 @@ def test_the_page_is_written_where_no_push_takes_it_along(run):
     assert (directory / "_report" / "plots" / "batches.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="error: .* holds neither a run .no abr_trace.jsonl. nor a finished part"):
         report.main([str(directory / "_report")])
+
+
+def test_report_and_why_need_neither_torch_nor_transformers(run):
+    directory, trace = run
+    skipped = next(batch["step"] for batch in trace if batch["repeats"] == 0)
+    code = "import sys; from abr_trainer.cli.main import main; _, directory, step = sys.argv; main(['report', directory]);"
+    code += "main(['why', directory, step]); print({'torch', 'transformers'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code, str(directory), str(skipped)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    assert told[0] == str(directory / "_report" / "report.html")
+    assert told[1:-1] == explain_batch(directory, skipped)
+    assert told[-1] == "set()"
+
+
+def test_skipped_text_is_that_of_the_tokenizer_of_transformers(run):
+    directory, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for line in read_lines(directory / SKIPPED_NAME):
+        decoded = [repr(tokenizer.decode(row))[1:-1] for row in line["input_ids"]]
+        assert read_skipped(directory)[line["step"]] == decoded
+
+
+def test_without_a_tokenizer_the_tokens_are_shown(run, tmp_path):
+    directory, _ = run
+    shutil.copy(directory / SKIPPED_NAME, tmp_path)
+    (texts, *_) = read_skipped(tmp_path).values()
+    assert re.fullmatch(r"tokens( \d+)+", texts[0])
 
 
 def test_why_a_batch_was_skipped_is_told_by_what_the_rule_saw(run):
