@@ -43,12 +43,12 @@ VERBS = {
     ),
     "compare": Verb(
         "abr_trainer.cli.compare",
-        "train with several rules and seeds, and report which rule is better",
+        "compare rules at equal compute: train each with several seeds",
         "abr compare --schedulers baseline abr --seeds 5 --out runs/cmp -- --dataset_name demo --max_passes 200",
     ),
     "compare-prompts": Verb(
         "abr_trainer.cli.compare_prompts",
-        "train a classifier with several prompts and seeds, and report which prompt is better",
+        "compare what is written before each row of a classifier",
         "abr compare-prompts --prompts none perfect --seeds 5 --out runs/prompts -- --task_name mrpc",
     ),
     "report": Verb(
@@ -119,15 +119,18 @@ def overview() -> str:
             *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()),
             "",
             f"Try it: {VERBS['train'].example}",
-            "abr VERB --help shows the flags of a verb. On several GPUs: torchrun -m abr_trainer VERB [flags]",
+            "abr VERB --help shows the flags of a verb.",
+            "On several GPUs: torchrun --nproc_per_node 8 -m abr_trainer VERB [flags]",
         ]
     )
 
 
 def refuse(verb: str) -> NoReturn:
     """End the program: there is no such verb."""
-    close = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f"Did you mean {close[0]}?" if close else "`abr` lists the verbs."
-    found = f"Give a verb before {verb}." if verb.startswith("-") else f"Unknown verb {verb}."
-    print(f"error: {found} {hint}", file=sys.stderr)
+    if verb.startswith("-"):
+        message = f"Give a verb before {verb}. `abr` lists the verbs."
+    else:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        message = f"Unknown verb {verb!r}. " + (f"Did you mean {close[0]!r}?" if close else "`abr` lists the verbs.")
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(WRONG_USAGE)

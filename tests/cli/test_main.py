@@ -29,12 +29,12 @@ def test_the_version_is_told(capsys):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["trian", "--do_train"], "error: Unknown verb trian. Did you mean train?"),
-        (["compare_prompts"], "error: Unknown verb compare_prompts. Did you mean compare-prompts?"),
-        (["frobnicate"], "error: Unknown verb frobnicate. `abr` lists the verbs."),
-        (["run.yaml"], "error: Unknown verb run.yaml. `abr` lists the verbs."),
+        (["trian", "--do_train"], "error: Unknown verb 'trian'. Did you mean 'train'?"),
+        (["compare_prompts"], "error: Unknown verb 'compare_prompts'. Did you mean 'compare-prompts'?"),
+        (["frobnicate"], "error: Unknown verb 'frobnicate'. `abr` lists the verbs."),
+        (["run.yaml"], "error: Unknown verb 'run.yaml'. `abr` lists the verbs."),
         (["--do_train"], "error: Give a verb before --do_train. `abr` lists the verbs."),
-        ([""], "error: Unknown verb . `abr` lists the verbs."),
+        ([""], "error: Unknown verb ''. `abr` lists the verbs."),
     ],
 )
 def test_an_unknown_verb_gets_one_line(capsys, argv, line):

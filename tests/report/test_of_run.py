@@ -81,8 +81,10 @@ def test_the_page_is_written_where_no_push_takes_it_along(run):
 def test_report_and_why_need_neither_torch_nor_transformers(run):
     directory, trace = run
     skipped = next(batch["step"] for batch in trace if batch["repeats"] == 0)
-    code = "import sys; from abr_trainer.cli.main import main; _, directory, step = sys.argv; main(['report', directory]);"
-    code += "main(['why', directory, step]); print({'torch', 'transformers'} & sys.modules.keys())"
+    code = (
+        "import sys; from abr_trainer.cli.main import main; _, directory, step = sys.argv; main(['report', directory])"
+    )
+    code += "; main(['why', directory, step]); print({'torch', 'transformers'} & sys.modules.keys())"
     command = [sys.executable, "-c", code, str(directory), str(skipped)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
     assert told[0] == str(directory / "_report" / "report.html")
