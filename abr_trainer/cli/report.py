@@ -32,8 +32,10 @@ def report_in(directory: Path) -> list[str]:
     """Write the report of what a directory holds, and return lines that say what it shows and where it lies.
 
     Raises:
-        ValueError: The directory holds neither a run nor a comparison.
+        ValueError: It is no directory, or holds neither a run nor a comparison.
     """
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory.")
     if (directory / COMPARISON).is_file():
         data = read_comparison(directory)
         write_report(report_on_comparison(data), directory)

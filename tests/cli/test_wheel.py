@@ -103,5 +103,5 @@ def test_a_comparison_is_run_and_reported(abr):
     assert "fixed:2: no verdict: one seed." in told
     data = json.loads((abr.directory / "cmp" / "comparison.json").read_text())
     assert data["argv"] == ["abr", "compare", *options, "--", *QUICK, "--max_passes", "3"]
-    assert [run["argv"][:2] for run in data["runs"]] == [["abr", "train"]] * 2
+    assert [(run["argv"][:2], run["git"]) for run in data["runs"]] == [(["abr", "train"], None)] * 2
     assert "abr train --dataset_name demo" in (abr.directory / "cmp" / "report.md").read_text()
