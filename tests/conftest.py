@@ -43,7 +43,7 @@ RUN = [
     "24",
 ]
 RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
-"""Flags of a run of the script that takes a second or two."""
+"""Flags of a run of `abr train` that takes a second or two."""
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

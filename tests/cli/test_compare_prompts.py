@@ -98,7 +98,7 @@ def test_the_test_split_is_judged_where_its_labels_are_known(rest, predicts):
     flags = complete_prompt_flags(rest)
     assert ("--do_predict" in flags) == predicts
     assert {"--do_train", "--do_eval"} <= given_flags(flags).keys()
-    assert not {"--eval_strategy", "--eval_steps"} & given_flags(flags).keys(), "the script evaluates every epoch"
+    assert not {"--eval_strategy", "--eval_steps"} & given_flags(flags).keys(), "a run evaluates every epoch"
 
 
 def test_every_score_of_a_classifier_is_known():
