@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser
 
 from ..records.flags import expand_flags_file
+from .parsing import prepared, refuse_rest
 
 
 def parse_arguments(
@@ -26,16 +26,20 @@ def parse_arguments(
         ValueError: A flag is unknown or has a bad value.
     """
     argv = expand_flags_file(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(argument_classes)
+    parser = build_parser(argument_classes)
     parser.set_defaults(**(defaults or {}))
-    parser.error = _raise_value_error  # type: ignore[method-assign]
-    known = [option for action in parser._actions for option in action.option_strings]
-    for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
-        if flag not in known:
-            close = difflib.get_close_matches(flag, known, n=1)
-            raise ValueError(f"Unknown flag {flag}." + (f" Did you mean {close[0]}?" if close else " See --help."))
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        prepared(parser, argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    refuse_rest(rest)
+    return tuple(parsed)
 
 
-def _raise_value_error(message: str) -> NoReturn:
-    raise ValueError(message)
+def build_parser(argument_classes: Any) -> HfArgumentParser:
+    """Return the parser of these dataclasses. `--no_X` is described as the opposite of `--X`."""
+    parser = HfArgumentParser(argument_classes)
+    for action in parser._actions:
+        if action.const is False and action.nargs == 0:
+            action.help = f"The opposite of --{action.dest}."
+    return parser
+

@@ -1,9 +1,171 @@
-"""What is answered before torch and transformers are imported."""
+"""What is answered before torch and transformers are imported: help, mistyped flags, unknown rules, missing files."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..comparison.arms import parse_arm
+from ..records.errors import one_line, refuse_missing_directory, refuse_missing_files
+from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, parse_tuning
+from ..schedulers import SCHEDULERS, build_rule
+from .help_page import help_page
+from .parsing import names_in, prepared, refuse_rest
+from .upstream import FALSE, TRUE, unknown
+
+FLAGS_FILE = Path(__file__).with_name("flags.json")
+"""Written by `describe.py`."""
+
+WRONG_USAGE = 2
+"""Exit status."""
+
+INPUTS = ("train_file", "validation_file", "test_file", "primer_file", "text_file")
+"""Flags that name a file to read."""
+
+OF_RUNS = {"compare": "train", "compare-prompts": "classify"}
+"""Verbs that start runs, and the verb whose flags they take behind `--`."""
 
 
 def check(verb: str, argv: Sequence[str]) -> None:
-    """Answer a command line that needs no more than its words; else return."""
+    """Answer a command line that needs no more than its words; else return.
+
+    It refuses nothing that the command itself would take: both use the same parsers, rules and checks. What it leaves
+    to the command is whatever needs a model, the data or the Hub.
+
+    Raises:
+        SystemExit: Help was shown, or the command line is wrong (status 2).
+    """
+    known = json.loads(FLAGS_FILE.read_text(encoding="utf-8"))
+    if verb not in known["verbs"]:
+        return
+    own = list(argv[: argv.index("--")]) if verb in OF_RUNS and "--" in argv else list(argv)
+    if not {"--help", "-h", "--help-all"}.isdisjoint(own):
+        print(help_page(verb, known, OF_RUNS.get(verb), whole="--help-all" in own))
+        raise SystemExit(0)
+    try:
+        if verb in OF_RUNS:
+            _check_comparison(verb, own, argv[len(own) + 1 :], known)
+        else:
+            _check_run(verb, own, known)
+    except ValueError as error:
+        print(f"error: {one_line(error, width=sys.maxsize)}", file=sys.stderr)
+        raise SystemExit(WRONG_USAGE) from None
+
+
+def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any]) -> None:
+    """Check flags, files and rule of one run.
+
+    Raises:
+        ValueError: One of them is wrong.
+    """
+    parsed = _parse(verb, expand_flags_file(argv), known)
+    if parsed is None:
+        return
+    refuse_missing_files(parsed, *(name for name in INPUTS if hasattr(parsed, name)))
+    if hasattr(parsed, "output_file"):
+        refuse_missing_directory(parsed, "output_file")
+    if not _is_own(getattr(parsed, "repeat_scheduler", ":")):
+        build_rule(vars(parsed))
+
+
+def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], known: dict[str, Any]) -> None:
+    """Check what a comparison varies, and what all of its runs get.
+
+    Raises:
+        ValueError: Something in it is wrong.
+    """
+    runs = OF_RUNS[verb]
+    args = _parse(verb, own, known)
+    rest = expand_flags_file(behind)
+    added: list[Sequence[str]] = [[]]
+    if args is not None and verb == "compare":
+        added += [parse_arm(text).arguments for text in args.schedulers if not _is_own(text)]
+        rest = complete_flags(rest, args.match, args.evaluations)
+    elif args is not None:
+        rest = complete_prompt_flags(rest)
+    for name, values in parse_tuning(args.tune if args is not None else []).items():
+        added += [[f"--{name}", value] for value in values]
+    for flags in added:
+        _check_run(runs, [*rest, *flags], known)
+
+
+def _is_own(rule: str) -> bool:
+    """Tell whether a rule is of the user's own, `package.module:ClassName`, which may import anything."""
+    return ":" in rule and rule.partition(":")[0] not in SCHEDULERS
+
+
+def _parse(verb: str, argv: Sequence[str], known: dict[str, Any]) -> Namespace | None:
+    """Parse a command line as its command will, as far as that can be told from here.
+
+    Returns:
+        None if it has flags of a transformers that this data was not written for.
+
+    Raises:
+        ValueError: A flag is unknown or has a bad value.
+    """
+    described = known["verbs"][verb]
+    trainer = known["trainer"] if described["takes_trainer"] else []
+    is_current = not trainer or importlib.metadata.version("transformers") == known["transformers"]
+    own = {flag["dest"] for flag in described["flags"]}
+    parser = ArgumentParser(add_help=False)
+    for flag in described["flags"]:
+        _add(parser, flag)
+    for flag in trainer:
+        if flag["dest"] not in own:
+            _add(parser, flag if is_current else _lenient(flag))
+    if described["exact"]:
+        names = names_in(parser)
+        if not is_current and any(each.startswith("--") and each.partition("=")[0] not in names for each in argv):
+            return None
+        parsed, rest = parser.parse_known_args(prepared(parser, argv))
+        refuse_rest(rest)
+        return parsed
+    return _parse_plain(verb, parser, argv, known)
+
+
+def _parse_plain(verb: str, parser: ArgumentParser, argv: Sequence[str], known: dict[str, Any]) -> Namespace:
+    """Parse a command line of a verb whose command uses argparse, abbreviated flags and all."""
+    prepared(parser, [])
+    parsed, rest = parser.parse_known_args(list(argv))
+    if rest and rest[0].startswith("-"):
+        flag = rest[0].partition("=")[0]
+        runs = OF_RUNS.get(verb, verb)
+        of_runs = {name for each in (*known["verbs"][runs]["flags"], *known["trainer"]) for name in each["names"]}
+        if runs != verb and flag in of_runs:
+            raise ValueError(f"{flag} is a flag of abr {runs}: it stands behind --.")
+        raise ValueError(unknown(flag, names_in(parser)))
+    refuse_rest(rest)
+    return parsed
+
+
+def _lenient(flag: dict[str, Any]) -> dict[str, Any]:
+    """Return a flag that takes any value: what another version of transformers has for it is not known here."""
+    return {"names": flag["names"], "dest": flag["dest"], "nargs": "*", "default": flag.get("default")}
+
+
+def _add(parser: ArgumentParser, flag: dict[str, Any]) -> None:
+    """Add an argument as `describe.py` has found it."""
+    types: dict[str, Any] = {"int": int, "float": float, "bool": _boolean}
+    options = {
+        name: flag[name] for name in ("nargs", "const", "choices", "default", "required", "action") if name in flag
+    }
+    if options.get("action", "").startswith("store_"):
+        options = {"action": flag["action"], "default": flag.get("default")}
+    if "metavar" in flag:
+        options["metavar"] = tuple(flag["metavar"]) if isinstance(flag["metavar"], list) else flag["metavar"]
+    if flag["names"]:
+        options["dest"] = flag["dest"]
+    if "type" in flag:
+        options["type"] = types[flag["type"]]
+    parser.add_argument(*(flag["names"] or [flag["dest"]]), **options)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in (*TRUE, *FALSE):
+        return text.lower() in TRUE
+    raise ValueError

@@ -62,8 +62,8 @@ class LoadArguments:
     model_name_or_path: str = field(
         default="",
         metadata={
-            "help": "A model on the Hub or in a directory, or 'demo', the tiny LLaMA in this package. "
-            "Default: what the adapter was trained on, if one is given; else demo."
+            "help": "A model: its id on the Hub, its directory, or demo, a tiny LLaMA. Default: what the adapter was "
+            "trained on, if one is given; else demo."
         },
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
@@ -74,8 +74,9 @@ class LoadArguments:
     torch_dtype: str = field(
         default="auto",
         metadata={
-            "help": "Precision of the base weights; auto is that of the checkpoint.",
+            "help": "Precision of the base weights: auto is that of the checkpoint.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
+            "aliases": ["--dtype"],
         },
     )
     attn_implementation: str | None = field(
@@ -86,7 +87,7 @@ class LoadArguments:
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 8 bit (LLM.int8)."})
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4, double quantisation)."}
+        default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4)."}
     )
     bnb_4bit_compute_dtype: str = field(
         default="bfloat16",
@@ -130,7 +131,7 @@ class AdaptedArguments(LoadArguments):
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "A LoRA adapter that was trained before, in a directory or on the Hub: a run starts from it.",
+            "help": "Start from this LoRA adapter: a directory, or its id on the Hub.",
             "aliases": ["--adapter"],
         },
     )
@@ -159,7 +160,7 @@ class ModelArguments(AdaptedArguments):
     lora_defaults: ClassVar[dict[str, Any]] = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
     usual_targets: ClassVar[tuple[str, ...]] = LLAMA_PROJECTIONS
 
-    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter on the frozen model."})
+    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter; --no_use_lora trains all weights of the model."})
     lora_r: int | None = field(
         default=None, metadata={"help": "Rank of the adapter. Default: 8, or that of --adapter_name_or_path."}
     )

@@ -1,0 +1,231 @@
+"""Write `flags.json`: the flags of all verbs as data, so that help and typing errors need no heavy import.
+
+python -m abr_trainer.cli.describe    # after a flag, a default or a help text has changed
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from ..records.files import write_whole
+from .command_line import build_parser
+from .quick import FLAGS_FILE
+
+MODULES = {
+    "train": "run_clm_abr",
+    "classify": "scripts.run_glue_abr",
+    "compare": "scripts.compare_schedulers",
+    "compare-prompts": "scripts.compare_prompts",
+    "perplexity": "scripts.eval_perplexity",
+    "prune": "scripts.prune_model",
+    "export": "scripts.export_adapter",
+    "push": "scripts.push_adapter",
+    "evaluate": "scripts.eval_glue",
+}
+"""Where the `main` of each verb is."""
+
+USUAL = {
+    "model": (
+        *("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "torch_dtype", "attn_implementation"),
+        *("load_in_8bit", "load_in_4bit", "use_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    ),
+    "data": (
+        *("dataset_name", "dataset_config_name", "task_name", "train_file", "validation_file", "test_file"),
+        *("text_column", "block_size", "sentence_columns", "label_column", "max_seq_length", "prompt"),
+        *("max_train_samples", "max_eval_samples", "streaming"),
+    ),
+    "which batches": (
+        *("repeat_scheduler", "repeat_scheduler_kwargs", "loss_threshold", "max_repeats", "skip_outliers"),
+        *("skip_grad_norm",),
+    ),
+    "training and budget": (
+        *("do_train", "max_passes", "num_train_epochs", "max_steps", "learning_rate"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "activation_checkpointing", "seed"),
+    ),
+    "evaluation": (
+        *("do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_passes", "load_best_model_at_end"),
+        *("early_stopping_patience", "eval_definition"),
+    ),
+    "output": (
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "report_to"),
+        *("save_strategy", "save_steps", "save_total_limit", "push_to_hub", "hub_model_id"),
+    ),
+}
+"""The flags that `abr train --help` and `abr classify --help` show, in the order of the page."""
+
+GROUP_OF = {
+    "LoadArguments": "model",
+    "AdaptedArguments": "model",
+    "ModelArguments": "model",
+    "ClassifierArguments": "model",
+    "DataArguments": "data",
+    "TextArguments": "data",
+    "OptionalTextArguments": "data",
+    "SentenceArguments": "data",
+    "EvaluationArguments": "evaluation",
+    "MeasureArguments": "evaluation",
+    "EvaluateArguments": "evaluation",
+    "PruneArguments": "pruning",
+    "MergeArguments": "merging",
+    "ABRConfig": "which batches",
+    "ClassifierConfig": "which batches",
+}
+"""Where `--help-all` shows the flags of a class that are not among the usual ones."""
+
+ELSEWHERE = {
+    "evaluation": ("eval_on_start", "early_stopping_threshold"),
+    "output": ("save_passes", "hub_base_model"),
+    "training and budget": ("scale_with_batch_size", "base_learning_rate", "base_samples"),
+}
+"""Flags that are not where the others of their class are."""
+
+
+class _Parser(BaseException):
+    """Carries a parser out of the command that has built it."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+@contextmanager
+def _stopping_at_parsers() -> Iterator[None]:
+    usual = argparse.ArgumentParser.parse_known_args
+
+    def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        raise _Parser(self)
+
+    argparse.ArgumentParser.parse_known_args = stop  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.parse_known_args = usual  # type: ignore[method-assign]
+
+
+def parser_of(main: Callable[[list[str]], Any]) -> argparse.ArgumentParser:
+    """Return the parser that a command builds: the command is stopped where it would parse an empty command line.
+
+    Raises:
+        RuntimeError: It parses nothing.
+    """
+    with _stopping_at_parsers():
+        try:
+            main([])
+        except _Parser as stopped:
+            return stopped.parser
+    raise RuntimeError(f"{main} parses no command line.")
+
+
+def describe() -> dict[str, Any]:
+    """Return what `flags.json` holds.
+
+    `trainer` has the flags of `TrainingArguments` under its own headings, `verbs` those of each verb; a verb that
+    `takes_trainer` has the former beside its own, except where it has another of the same name.
+    """
+    headings = _headings()
+    trainer = [_flag(action, headings.get(action.dest)) for action in _actions(build_parser(TrainingArguments))]
+    verbs = {}
+    for verb, name in MODULES.items():
+        module = importlib.import_module(name)
+        parser = parser_of(module.main)
+        is_ours = isinstance(parser, HfArgumentParser)
+        own = _own_groups(parser) if isinstance(parser, HfArgumentParser) else {}
+        takes_trainer = is_ours and any(issubclass(each, TrainingArguments) for each in parser.dataclass_types)
+        flags = [_flag(action, own.get(action.dest, headings.get(action.dest))) for action in _actions(parser)]
+        usual = {group: [name for name in names if name in _dests(parser)] for group, names in USUAL.items()}
+        verbs[verb] = {
+            "description": inspect.cleandoc(module.__doc__ or ""),
+            "exact": is_ours,
+            "takes_trainer": takes_trainer,
+            "usual": usual if takes_trainer else {},
+            "flags": [flag for flag in flags if flag not in trainer] if takes_trainer else flags,
+        }
+    return {"transformers": importlib.metadata.version("transformers"), "trainer": trainer, "verbs": verbs}
+
+
+def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def _dests(parser: argparse.ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions}
+
+
+def _headings() -> dict[str, str]:
+    """Return the heading above each field of `TrainingArguments`, which its source has as comments."""
+    found, heading = {}, "trainer"
+    for line in inspect.getsource(TrainingArguments).splitlines():
+        if comment := re.fullmatch(r"    # -+ (.+?) -+", line):
+            heading = comment[1].lower()
+        elif name := re.match(r"    (\w+):", line):
+            found[name[1]] = heading
+    return found
+
+
+def _own_groups(parser: HfArgumentParser) -> dict[str, str]:
+    """Return the group of each flag that a class of this project has declared, or that is among the usual ones."""
+    groups = {}
+    for kind in parser.dataclass_types:
+        inherited = {field.name for field in fields(TrainingArguments)} if issubclass(kind, TrainingArguments) else ()
+        names = [field.name for field in fields(kind) if field.name not in inherited]
+        groups |= dict.fromkeys(names, GROUP_OF[kind.__name__])
+    for group, names in itertools.chain(USUAL.items(), ELSEWHERE.items()):
+        groups |= {name: group for name in names if name in groups}
+    return groups
+
+
+def _flag(action: argparse.Action, group: str | None) -> dict[str, Any]:
+    """Return an argument of a parser as data, without what it does not have."""
+    help_text = action.help % vars(action) if action.help and "%(" in action.help else action.help
+    described = {
+        "names": list(action.option_strings),
+        "dest": action.dest,
+        "type": _type_name(action),
+        "default": _plain(action.default),
+        "nargs": action.nargs if action.nargs != 0 else None,
+        "const": action.const,
+        "choices": None if action.choices is None else [_plain(choice) for choice in action.choices],
+        "required": action.required if action.option_strings and action.required else None,
+        "metavar": list(action.metavar) if isinstance(action.metavar, tuple) else action.metavar,
+        "action": _action_name(action),
+        "group": group,
+        "help": help_text,
+    }
+    return {name: value for name, value in described.items() if value is not None}
+
+
+def _type_name(action: argparse.Action) -> str | None:
+    """Return "int", "float" or "bool" where a value must be one; any other is read by the command itself."""
+    known: dict[Any, str] = {int: "int", float: "float", string_to_bool: "bool"}
+    return known.get(action.type)
+
+
+def _action_name(action: argparse.Action) -> str | None:
+    names = {argparse._AppendAction: "append"}
+    if action.nargs == 0:
+        return "store_true" if action.const else "store_false"
+    return names.get(type(action))  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)
+
+
+def main() -> None:
+    write_whole(FLAGS_FILE, json.dumps(describe(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The pages of `abr VERB --help` and `--help-all`, from the flags as data."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+INDENT = 2
+COLUMN = 34
+"""Where the texts begin."""
+
+NARROWEST, WIDEST = 80, 100
+
+SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\.\.)\.\s+(?=[A-Z'\"`-])")
+
+Flag = dict[str, Any]
+
+
+def help_page(verb: str, known: dict[str, Any], runs: str | None, whole: bool) -> str:
+    """Return what a verb does and which flags it takes.
+
+    Args:
+        known: What `flags.json` holds.
+        runs: The verb whose flags stand behind `--`.
+        whole: Show all flags with all that is said of them, not just those that people use.
+    """
+    described = known["verbs"][verb]
+    width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
+    groups = _all_groups(described, known) if whole else _usual_groups(described, known)
+    what, _, examples = described["description"].partition("\n\n")
+    blocks = [[f"usage: {_usage(verb, described, runs)}"], textwrap.wrap(" ".join(what.split()), width)]
+    if examples and (whole or not described["usual"]):
+        blocks.append(examples.splitlines())
+    for name, flags in groups.items():
+        blocks.append([name, *(line for flag in flags for line in _lines(flag, width, whole))])
+    return "\n\n".join("\n".join(block) for block in [*blocks, list(_hints(verb, described, runs, whole))] if block)
+
+
+def _usage(verb: str, described: dict[str, Any], runs: str | None) -> str:
+    positional = [flag["dest"].upper() for flag in described["flags"] if not flag["names"]]
+    first = "[FILE.yaml] " if described["exact"] else ""
+    behind = f" -- [flags of abr {runs}]" if runs else ""
+    return " ".join([f"abr {verb}", *positional, f"{first}[--flag value ...]{behind}"])
+
+
+def _hints(verb: str, described: dict[str, Any], runs: str | None, whole: bool) -> Iterator[str]:
+    if described["usual"] and not whole:
+        yield f"abr {verb} --help-all shows all flags. FILE.yaml holds flags without their dashes."
+    if runs:
+        yield f"abr {runs} --help shows the flags of the runs."
+
+
+def _flags(described: dict[str, Any], known: dict[str, Any]) -> dict[str, Flag]:
+    """Return the flags by what they set; `--no_X` is told where `--X` is."""
+    flags: dict[str, Flag] = {}
+    trainer = known["trainer"] if described["takes_trainer"] else []
+    for flag in itertools.chain(described["flags"], trainer):
+        flags.setdefault(flag["dest"], flag)
+    return flags
+
+
+def _usual_groups(described: dict[str, Any], known: dict[str, Any]) -> dict[str, list[Flag]]:
+    flags = _flags(described, known)
+    if described["usual"]:
+        return {group: [flags[name] for name in names] for group, names in described["usual"].items()}
+    return _all_groups(described, known)
+
+
+def _all_groups(described: dict[str, Any], known: dict[str, Any]) -> dict[str, list[Flag]]:
+    groups: dict[str, list[Flag]] = {group: [] for group in described["usual"]}
+    for flag in _flags(described, known).values():
+        groups.setdefault(flag.get("group", "flags" if flag["names"] else "arguments"), []).append(flag)
+    for group, names in described["usual"].items():
+        groups[group].sort(key=lambda flag: names.index(flag["dest"]) if flag["dest"] in names else len(names))
+    return groups
+
+
+def _lines(flag: Flag, width: int, whole: bool) -> list[str]:
+    """Return the lines of one flag: its name, what it does, its default."""
+    name = " ".join(filter(None, (flag["names"][0] if flag["names"] else flag["dest"], _value_of(flag))))
+    said = re.sub(r"\s+", " ", flag.get("help", "")).strip()
+    text = " ".join([said, *_choices(flag, said)]) if whole else _first_sentence(said)
+    lines = textwrap.wrap(" ".join([text, *_default(flag, said, text)]), width - COLUMN)
+    left = " " * INDENT + name
+    if len(left) > COLUMN - 2:
+        return [left, *(" " * COLUMN + line for line in lines)]
+    first, *others = lines or [""]
+    return [f"{left:{COLUMN}}{first}".rstrip(), *(" " * COLUMN + line for line in others)]
+
+
+def _value_of(flag: Flag) -> str:
+    """Return what stands for the value of a flag: nothing for one that may stand alone."""
+    if not flag["names"] or flag.get("nargs") == "?" or flag.get("action", "").startswith("store_"):
+        return ""
+    if "metavar" in flag:
+        return " ".join(flag["metavar"]) if isinstance(flag["metavar"], list) else flag["metavar"]
+    kinds = {"int": "N", "float": "X", "bool": "true|false"}
+    named = {"_file": "FILE", "_dir": "DIR", "_path": "NAME", "_name": "NAME"}
+    value = kinds.get(flag.get("type", "")) or next(
+        (shown for end, shown in named.items() if flag["dest"].endswith(end)), "VALUE"
+    )
+    return f"{value} ..." if flag.get("nargs") in ("+", "*") else value
+
+
+def _choices(flag: Flag, said: str) -> list[str]:
+    choices = [str(choice) for choice in flag.get("choices", ())]
+    if not choices or all(choice in said for choice in choices):
+        return []
+    return [f"One of {', '.join(choices)}."]
+
+
+def _first_sentence(said: str) -> str:
+    return SENTENCE_END.split(said, maxsplit=1)[0].rstrip(".")
+
+
+def _default(flag: Flag, said: str, shown: str) -> list[str]:
+    """Return the default in brackets, unless it is said in what is shown."""
+    default = flag.get("default")
+    if isinstance(default, bool):
+        return ["[on]" if default else "[off]"]
+    if default not in (None, "", []):
+        listed = default if isinstance(default, list) else [default]
+        return [f"[{' '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in listed)}]"]
+    told = re.search(r"[Dd]efault: (.+?)(?:\.(?:\s+[A-Z]|$)|$)", said)
+    return [f"[{told[1]}]"] if told and told[0] not in shown else []

@@ -1,0 +1,38 @@
+"""What all parsers of command lines share, without torch and transformers."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .upstream import accepted
+
+
+def prepared(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Let a parser raise `ValueError` where it would end the program, and return what it is to parse.
+
+    Raises:
+        ValueError: A flag is unknown.
+    """
+    parser.error = _raise_value_error  # type: ignore[method-assign]
+    return accepted(argv, names_in(parser))
+
+
+def names_in(parser: ArgumentParser) -> list[str]:
+    """Return all flags that a parser knows."""
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def refuse_rest(rest: Sequence[str]) -> None:
+    """Refuse what a parser has left over.
+
+    Raises:
+        ValueError: It has left something over.
+    """
+    if rest:
+        raise ValueError(f"{rest[0]} does not belong to a flag: flags begin with --, and those before it are complete.")
+
+
+def _raise_value_error(message: str) -> NoReturn:
+    raise ValueError(message)

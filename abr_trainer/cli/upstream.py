@@ -1,0 +1,108 @@
+"""Flags of transformers' example scripts that users paste, and that are not flags here."""
+
+from __future__ import annotations
+
+import difflib
+from collections import deque
+from collections.abc import Collection, Sequence
+
+SAME_HERE = {
+    "keep_linebreaks": (True, "Line breaks of a text file are always kept: without them, give a .jsonl file."),
+    "low_cpu_mem_usage": (None, ""),
+    "overwrite_cache": (None, ""),
+    "pad_to_max_length": (False, "Rows are padded to the longest of their batch, with the same results. Leave it out."),
+    "save_safetensors": (True, "Weights are always saved as safetensors. Leave it out."),
+    "use_fast_tokenizer": (True, "transformers 5 chooses the implementation of a tokenizer itself. Leave it out."),
+}
+"""Flags that are true or false and say what is done anyway: with which value (None: with either, the results are the
+same), and what to tell who gives the other one. They are accepted where a command has no flag of this name."""
+
+LOGIN = "It could be written to logs and files. Set the environment variable HF_TOKEN, or run `hf auth login`."
+FROM_SCRATCH = (
+    "Training starts from a checkpoint. Save one with new weights, `AutoModelForCausalLM.from_config(config)"
+    ".save_pretrained(directory)`, and give it as --model_name_or_path with --no_use_lora."
+)
+ON_CPU = "Use --use_cpu."
+PRECISION = "Use --bf16 or --fp16."
+COMPILE = "Use --torch_compile."
+
+INSTEAD = {
+    "cache_dir": "Set the environment variable HF_HOME: models and data are then cached below that directory.",
+    "config_overrides": FROM_SCRATCH,
+    "model_type": FROM_SCRATCH,
+    "token": LOGIN,
+    "use_auth_token": LOGIN,
+    "push_to_hub_token": LOGIN,
+    # of train, where it is a flag of classify
+    "ignore_mismatched_sizes": "A language model has no head that is made anew. Give a checkpoint of this model.",
+    "max_predict_samples": "Use --max_eval_samples, which also limits the test set.",
+    "max_seq_length": "Use --block_size.",
+    # of classify, where it is a flag of train
+    "block_size": "Use --max_seq_length.",
+    "streaming": "Rows of a classifier are read before training. Leave it out.",
+    "validation_split_percentage": "Give --validation_file, or --do_eval false.",
+    "preprocessing_num_workers": "Rows are tokenized by one process. Leave it out.",
+    # gone from TrainingArguments
+    "evaluation_strategy": "Use --eval_strategy.",
+    "fp16_backend": PRECISION,
+    "fp16_opt_level": PRECISION,
+    "half_precision_backend": PRECISION,
+    "group_by_length": "Use --train_sampling_strategy group_by_length.",
+    "jit_mode_eval": COMPILE,
+    "logging_dir": "Set the environment variable TENSORBOARD_LOGGING_DIR.",
+    "no_cuda": ON_CPU,
+    "per_gpu_eval_batch_size": "Use --per_device_eval_batch_size.",
+    "per_gpu_train_batch_size": "Use --per_device_train_batch_size.",
+    "push_to_hub_model_id": "Use --hub_model_id.",
+    "push_to_hub_organization": "Use --hub_model_id organization/name.",
+    "torchdynamo": COMPILE,
+    "use_mps_device": "The device is found without it. Leave it out.",
+    "warmup_ratio": "Use --warmup_steps: below 1 it is a share of the run.",
+}
+"""What to do instead of giving a flag, where a command has no flag of this name."""
+
+TRUE = ("yes", "true", "t", "y", "1")
+FALSE = ("no", "false", "f", "n", "0")
+"""How a command line writes them, as `HfArgumentParser` reads it."""
+
+
+def accepted(argv: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return a command line without the flags of `SAME_HERE`.
+
+    Args:
+        known: Flags that the command has, with their dashes.
+
+    Raises:
+        ValueError: A flag is unknown; the message says what to use instead, or which one may have been meant. It
+            never repeats a value, which may be a token.
+
+    >>> accepted(["--use_fast_tokenizer", "true", "--seed", "1", "--low-cpu-mem-usage"], ["--seed"])
+    ['--seed', '1']
+    """
+    kept: list[str] = []
+    left = deque(argv)
+    while left:
+        argument = left.popleft()
+        flag, has_value, value = argument.partition("=")
+        if not flag.startswith("--") or flag == "--" or flag in known:
+            kept.append(argument)
+            continue
+        name = flag[2:].replace("-", "_")
+        is_on = name.removeprefix("no_") not in SAME_HERE or not name.startswith("no_")
+        name = name if is_on else name.removeprefix("no_")
+        if name not in SAME_HERE:
+            raise ValueError(unknown(flag, known))
+        if has_value or (left and left[0].lower() in (*TRUE, *FALSE)):
+            is_on = (value if has_value else left.popleft()).lower() in TRUE
+        done, reason = SAME_HERE[name]
+        if done is not None and is_on is not done:
+            raise ValueError(f"--{name} {str(is_on).lower()} is not supported. {reason}")
+    return kept
+
+
+def unknown(flag: str, known: Collection[str]) -> str:
+    """Return what to say of a flag that a command does not have."""
+    if instead := INSTEAD.get(flag[2:].replace("-", "_")):
+        return f"{flag} is not a flag here. {instead}"
+    close = difflib.get_close_matches(flag, known, n=1)
+    return f"Unknown flag {flag}." + (f" Did you mean {close[0]}?" if close else " See --help.")
