@@ -46,8 +46,8 @@ class SentenceArguments:
     task_name: str | None = field(
         default=None,
         metadata={
-            "help": f"A task of GLUE: {', '.join(TASKS)}; read from the Hub, or from files that have its columns. Or "
-            "demo, made on the spot. Default: mrpc, unless files are given: then a task of your own."
+            "help": f"A task of GLUE, or demo: {', '.join(TASKS)}. Read from the Hub, or from files that have its "
+            "columns; demo is made on the spot. Default: mrpc, unless files are given: then a task of your own."
         },
     )
     train_file: str | None = field(
@@ -83,7 +83,9 @@ class SentenceArguments:
     )
     max_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a row; what is longer is cut. Default: the model's context, at most 512."},
+        metadata={
+            "help": "Most tokens of a row; what is longer is cut. Default: 512, or the model's context if less."
+        },
     )
     merge_validation: bool = field(
         default=False, metadata={"help": "Train on training and validation rows, with --do_predict for the test."}

@@ -61,8 +61,8 @@ class ClassifierArguments(ModelArguments):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt, by the end of their names, or all-linear. Default: those of "
-            "--adapter_name_or_path, else q_proj and v_proj of LLaMA-like models, all-linear of others."
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: q_proj and v_proj of LLaMA-"
+            "like models, all-linear of others, or those of --adapter_name_or_path."
         },
     )
 
@@ -80,8 +80,8 @@ class ClassifierConfig(ABRConfig):
     skip_outliers: str = field(
         default="none",
         metadata={
-            "help": "Skip batches whose first-pass loss stands out: 'robust', 'classic' or 'none'. The losses "
-            "of few rows scatter widely, so that good batches are skipped as well, on MRPC one in 70.",
+            "help": "Skip batches with outlying losses: robust, classic or none. The losses of few rows "
+            "scatter widely, so that good batches are skipped as well, on MRPC one in 70.",
             "choices": [*sorted(OUTLIER_RULES), "none"],
         },
     )

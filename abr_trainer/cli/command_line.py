@@ -42,4 +42,3 @@ def build_parser(argument_classes: Any) -> HfArgumentParser:
         if action.const is False and action.nargs == 0:
             action.help = f"The opposite of --{action.dest}."
     return parser
-

@@ -39,32 +39,57 @@ MODULES = {
 
 USUAL = {
     "model": (
-        *("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "torch_dtype", "attn_implementation"),
-        *("load_in_8bit", "load_in_4bit", "use_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+        *("model_name_or_path", "adapter_name_or_path", "torch_dtype"),
+        *("load_in_8bit", "load_in_4bit", "use_lora", "lora_r", "lora_alpha"),
     ),
     "data": (
         *("dataset_name", "dataset_config_name", "task_name", "train_file", "validation_file", "test_file"),
         *("text_column", "block_size", "sentence_columns", "label_column", "max_seq_length", "prompt"),
-        *("max_train_samples", "max_eval_samples", "streaming"),
+        *("max_train_samples", "max_eval_samples"),
     ),
     "which batches": (
-        *("repeat_scheduler", "repeat_scheduler_kwargs", "loss_threshold", "max_repeats", "skip_outliers"),
-        *("skip_grad_norm",),
+        "repeat_scheduler",
+        "repeat_scheduler_kwargs",
+        "loss_threshold",
+        "max_repeats",
+        "skip_outliers",
     ),
     "training and budget": (
         *("do_train", "max_passes", "num_train_epochs", "max_steps", "learning_rate"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "activation_checkpointing", "seed"),
     ),
     "evaluation": (
-        *("do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_passes", "load_best_model_at_end"),
-        *("early_stopping_patience", "eval_definition"),
+        *("do_eval", "do_predict", "eval_strategy", "eval_passes", "load_best_model_at_end"),
+        *("early_stopping_patience",),
     ),
     "output": (
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "report_to"),
-        *("save_strategy", "save_steps", "save_total_limit", "push_to_hub", "hub_model_id"),
+        *("save_strategy", "save_steps", "save_total_limit", "push_to_hub"),
     ),
 }
 """The flags that `abr train --help` and `abr classify --help` show, in the order of the page."""
+
+SHORT = {
+    "do_train": "Train the model.",
+    "do_eval": "Evaluate on the validation split.",
+    "do_predict": "Evaluate on the test split.",
+    "num_train_epochs": "How often to go over the training set.",
+    "max_steps": "Stop after so many batches; -1: after --num_train_epochs.",
+    "learning_rate": "Learning rate of the first batch after warm-up.",
+    "per_device_train_batch_size": "Rows of a micro-batch, on each device.",
+    "gradient_accumulation_steps": "Micro-batches in a batch.",
+    "bf16": "Compute in bf16: mixed precision.",
+    "activation_checkpointing": "Need less memory: compute activations twice.",
+    "seed": "Seed of the order of rows, of dropout and of new weights.",
+    "load_best_model_at_end": "End with the best checkpoint, by --metric_for_best_model.",
+    "output_dir": "Directory of the run.",
+    "resume_from_checkpoint": "true: go on from the last checkpoint; or the name of one.",
+    "save_strategy": "When to save a checkpoint: no, steps, epoch or best.",
+    "save_steps": "Batches between checkpoints, with --save_strategy steps.",
+    "save_total_limit": "Keep only so many checkpoints.",
+    "push_to_hub": "Push to the Hub whenever a checkpoint is saved.",
+}
+"""What the short page says of flags whose help is that of `TrainingArguments`."""
 
 GROUP_OF = {
     "LoadArguments": "model",
@@ -143,16 +168,29 @@ def describe() -> dict[str, Any]:
         is_ours = isinstance(parser, HfArgumentParser)
         own = _own_groups(parser) if isinstance(parser, HfArgumentParser) else {}
         takes_trainer = is_ours and any(issubclass(each, TrainingArguments) for each in parser.dataclass_types)
-        flags = [_flag(action, own.get(action.dest, headings.get(action.dest))) for action in _actions(parser)]
+        flags = [
+            _flag(action, own.get(action.dest, headings.get(action.dest) if takes_trainer else None))
+            for action in _actions(parser)
+        ]
         usual = {group: [name for name in names if name in _dests(parser)] for group, names in USUAL.items()}
         verbs[verb] = {
-            "description": inspect.cleandoc(module.__doc__ or ""),
+            "description": _lines_as_written(inspect.cleandoc(module.__doc__ or "")),
             "exact": is_ours,
             "takes_trainer": takes_trainer,
             "usual": usual if takes_trainer else {},
             "flags": [flag for flag in flags if flag not in trainer] if takes_trainer else flags,
         }
-    return {"transformers": importlib.metadata.version("transformers"), "trainer": trainer, "verbs": verbs}
+    return {
+        "transformers": importlib.metadata.version("transformers"),
+        "short": SHORT,
+        "trainer": trainer,
+        "verbs": verbs,
+    }
+
+
+def _lines_as_written(text: str) -> str:
+    """Break the lines of commands again that a backslash in a docstring has joined."""
+    return re.sub(r"(?<=\S) {2,}(?=[^#\s])", r" \\\n    ", text)
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -188,7 +226,7 @@ def _own_groups(parser: HfArgumentParser) -> dict[str, str]:
 
 def _flag(action: argparse.Action, group: str | None) -> dict[str, Any]:
     """Return an argument of a parser as data, without what it does not have."""
-    help_text = action.help % vars(action) if action.help and "%(" in action.help else action.help
+    help_text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%") or None
     described = {
         "names": list(action.option_strings),
         "dest": action.dest,

@@ -15,7 +15,7 @@ COLUMN = 34
 
 NARROWEST, WIDEST = 80, 100
 
-SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\.\.)\.\s+(?=[A-Z'\"`-])")
+SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\.\.)\.\s+")
 
 Flag = dict[str, Any]
 
@@ -30,13 +30,16 @@ def help_page(verb: str, known: dict[str, Any], runs: str | None, whole: bool) -
     """
     described = known["verbs"][verb]
     width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
+    inherited = {flag["dest"] for flag in known["trainer"]} - {flag["dest"] for flag in described["flags"]}
+    short = {name: text for name, text in known["short"].items() if name in inherited}
     groups = _all_groups(described, known) if whole else _usual_groups(described, known)
     what, _, examples = described["description"].partition("\n\n")
     blocks = [[f"usage: {_usage(verb, described, runs)}"], textwrap.wrap(" ".join(what.split()), width)]
     if examples and (whole or not described["usual"]):
         blocks.append(examples.splitlines())
     for name, flags in groups.items():
-        blocks.append([name, *(line for flag in flags for line in _lines(flag, width, whole))])
+        lines = [_lines(flag, width, whole, short.get(flag["dest"])) for flag in flags]
+        blocks.append([name, *itertools.chain.from_iterable(lines)])
     return "\n\n".join("\n".join(block) for block in [*blocks, list(_hints(verb, described, runs, whole))] if block)
 
 
@@ -50,6 +53,8 @@ def _usage(verb: str, described: dict[str, Any], runs: str | None) -> str:
 def _hints(verb: str, described: dict[str, Any], runs: str | None, whole: bool) -> Iterator[str]:
     if described["usual"] and not whole:
         yield f"abr {verb} --help-all shows all flags. FILE.yaml holds flags without their dashes."
+    if described["exact"]:
+        yield "A flag that is on or off takes true or false as well: --bf16, --bf16 true, --use_lora false."
     if runs:
         yield f"abr {runs} --help shows the flags of the runs."
 
@@ -79,14 +84,18 @@ def _all_groups(described: dict[str, Any], known: dict[str, Any]) -> dict[str, l
     return groups
 
 
-def _lines(flag: Flag, width: int, whole: bool) -> list[str]:
-    """Return the lines of one flag: its name, what it does, its default."""
+def _lines(flag: Flag, width: int, whole: bool, short: str | None) -> list[str]:
+    """Return the lines of one flag: its name, what it does, its default.
+
+    Args:
+        short: What the short page says instead of the first sentence of its help.
+    """
     name = " ".join(filter(None, (flag["names"][0] if flag["names"] else flag["dest"], _value_of(flag))))
     said = re.sub(r"\s+", " ", flag.get("help", "")).strip()
-    text = " ".join([said, *_choices(flag, said)]) if whole else _first_sentence(said)
+    text = " ".join([said, *_choices(flag, said)]) if whole else _first_sentence(short or said)
     lines = textwrap.wrap(" ".join([text, *_default(flag, said, text)]), width - COLUMN)
     left = " " * INDENT + name
-    if len(left) > COLUMN - 2:
+    if len(left) > COLUMN - 1:
         return [left, *(" " * COLUMN + line for line in lines)]
     first, *others = lines or [""]
     return [f"{left:{COLUMN}}{first}".rstrip(), *(" " * COLUMN + line for line in others)]
@@ -125,5 +134,7 @@ def _default(flag: Flag, said: str, shown: str) -> list[str]:
     if default not in (None, "", []):
         listed = default if isinstance(default, list) else [default]
         return [f"[{' '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in listed)}]"]
+    if default is None and flag.get("nargs") == "?" and "efault: " not in said:
+        return ["[off]"]
     told = re.search(r"[Dd]efault: (.+?)(?:\.(?:\s+[A-Z]|$)|$)", said)
-    return [f"[{told[1]}]"] if told and told[0] not in shown else []
+    return [f"[{told[1].partition(',')[0]}]"] if told and told[0] not in shown else []

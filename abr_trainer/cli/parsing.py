@@ -31,7 +31,9 @@ def refuse_rest(rest: Sequence[str]) -> None:
         ValueError: It has left something over.
     """
     if rest:
-        raise ValueError(f"{rest[0]} does not belong to a flag: flags begin with --, and those before it are complete.")
+        raise ValueError(
+            f"{rest[0]} does not belong to a flag: flags begin with --, and those before it are complete."
+        )
 
 
 def _raise_value_error(message: str) -> NoReturn:

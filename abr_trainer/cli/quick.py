@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,4 +168,4 @@ def _add(parser: ArgumentParser, flag: dict[str, Any]) -> None:
 def _boolean(text: str) -> bool:
     if text.lower() in (*TRUE, *FALSE):
         return text.lower() in TRUE
-    raise ValueError
+    raise ArgumentTypeError(f"{text!r} is neither true nor false")

@@ -10,7 +10,10 @@ SAME_HERE = {
     "keep_linebreaks": (True, "Line breaks of a text file are always kept: without them, give a .jsonl file."),
     "low_cpu_mem_usage": (None, ""),
     "overwrite_cache": (None, ""),
-    "pad_to_max_length": (False, "Rows are padded to the longest of their batch, with the same results. Leave it out."),
+    "pad_to_max_length": (
+        False,
+        "Rows are padded to the longest of their batch, with the same results. Leave it out.",
+    ),
     "save_safetensors": (True, "Weights are always saved as safetensors. Leave it out."),
     "use_fast_tokenizer": (True, "transformers 5 chooses the implementation of a tokenizer itself. Leave it out."),
 }

@@ -47,8 +47,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "'wikitext', 'dailydialog', 'c4' (streamed), 'demo' (made on the spot, needs no network), any id "
-            "on the Hub, or a local directory. Default: demo, unless --train_file, --validation_file or --test_file "
+            "help": "wikitext, dailydialog, c4, demo, a Hub id, or a directory. c4 is streamed; demo is made "
+            "on the spot and needs no network. Default: demo, unless --train_file, --validation_file or --test_file "
             "is given."
         },
     )
@@ -94,7 +94,7 @@ class DataArguments:
     )
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens in a block. Default: what the model can attend to, at most 1024."},
+        metadata={"help": "Tokens in a block. Default: 1024, or what the model can attend to, if that is less."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only the first so many training blocks."}

@@ -62,8 +62,8 @@ class LoadArguments:
     model_name_or_path: str = field(
         default="",
         metadata={
-            "help": "A model: its id on the Hub, its directory, or demo, a tiny LLaMA. Default: what the adapter was "
-            "trained on, if one is given; else demo."
+            "help": "A model: id on the Hub, directory, or demo, a tiny LLaMA. Default: demo, or what the "
+            "adapter was trained on, if one is given."
         },
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
@@ -74,21 +74,20 @@ class LoadArguments:
     torch_dtype: str = field(
         default="auto",
         metadata={
-            "help": "Precision of the base weights: auto is that of the checkpoint.",
+            "help": "Precision of the weights: auto, bfloat16, float16, float32. auto: as in the checkpoint.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
             "aliases": ["--dtype"],
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the best there is."}
+        default=None,
+        metadata={"help": "How attention is computed, e.g. sdpa or flash_attention_2. Default: the best there is."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model. Only for authors you trust."}
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 8 bit (LLM.int8)."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4)."}
-    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4)."})
     bnb_4bit_compute_dtype: str = field(
         default="bfloat16",
         metadata={"help": "Precision of 4-bit layers' arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
@@ -131,7 +130,7 @@ class AdaptedArguments(LoadArguments):
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Start from this LoRA adapter: a directory, or its id on the Hub.",
+            "help": "A LoRA adapter to put onto the model: id on the Hub, or directory. A run starts from it.",
             "aliases": ["--adapter"],
         },
     )
@@ -160,7 +159,7 @@ class ModelArguments(AdaptedArguments):
     lora_defaults: ClassVar[dict[str, Any]] = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
     usual_targets: ClassVar[tuple[str, ...]] = LLAMA_PROJECTIONS
 
-    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter; --no_use_lora trains all weights of the model."})
+    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter; --no_use_lora trains all weights."})
     lora_r: int | None = field(
         default=None, metadata={"help": "Rank of the adapter. Default: 8, or that of --adapter_name_or_path."}
     )
@@ -178,9 +177,9 @@ class ModelArguments(AdaptedArguments):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt, by the end of their names, or all-linear. Default: those of "
-            "--adapter_name_or_path, else the attention and MLP projections of LLaMA-like models, the attention's "
-            "of mixtures of experts, all-linear of others."
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: attention and MLP of LLaMA-"
+            "like models, the attention of mixtures of experts, all-linear of others, or those of "
+            "--adapter_name_or_path."
         },
     )
 

@@ -74,8 +74,8 @@ class EvaluationArguments:
     eval_definition: str | None = field(
         default=None,
         metadata={
-            "help": "Also measure a perplexity by this definition at each evaluation, in windows of --block_size, and "
-            "follow it in the lines, the history and the choice of the best: " + ", ".join(DEFINITIONS) + "."
+            "help": "Also measure perplexity by this definition: " + ", ".join(DEFINITIONS) + ". At each evaluation, "
+            "in windows of --block_size; it is followed in the lines, the history and the choice of the best."
         },
     )
     eval_text: str | None = field(

@@ -51,32 +51,32 @@ class ABRConfig(TrainingArguments):
     repeat_scheduler: str = field(
         default="baseline",
         metadata={
-            "help": "How often to train on each batch: 'baseline' (once), 'fixed' (--max_repeats times, by default "
-            "twice), 'random' (1 to --max_repeats times), 'abr' (the more often the higher its first-pass loss, by "
-            "--loss_threshold), 'window' (by the trend of the last losses), 'gain' (as long as another pass gains "
-            "more than a fresh batch would), 'replay' (hard batches once more, some batches later), 'learnable' (a "
-            "network learns from what follows), 'easy' (skips easy ones), or your own as package.module:ClassName."
+            "help": "How often to train on each batch: baseline, fixed, random, abr, window, gain, replay, learnable, "
+            "easy, or your own as module:Class. baseline: once. fixed: --max_repeats times, by default twice. random: "
+            "1 to --max_repeats times. abr: the more often the higher its first-pass loss, by --loss_threshold. "
+            "window: by the trend of the last losses. gain: as long as another pass gains more than a fresh batch "
+            "would. replay: hard batches once more, some batches later. learnable: a network learns it from the "
+            "losses that follow. easy: skips easy batches."
         },
     )
     repeat_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Parameters of the repeat scheduler as JSON, e.g. '{\"max_repeats\": 3}'. They win over flags."
+            "help": "Parameters of the rule as JSON: '{\"max_repeats\": 3}'. They win over flags.",
+            "metavar": "JSON",
         },
     )
     loss_threshold: float | str | None = field(
         default=None,
         metadata={
-            "help": "What 'abr' takes for a high first-pass loss. A number: so many nats per target token buy an "
+            "help": "What abr takes for a high first-pass loss. A number: so many nats per target token buy an "
             "update. q0.8: the highest fifth of the recent losses is repeated, of these the highest fifth once more, "
             "and so on. s1.5: once more for each 1.5 robust standard deviations above their median. Default: 1.0."
         },
     )
     max_repeats: int | None = field(
         default=None,
-        metadata={
-            "help": "Most updates that a rule makes on one batch, and how many 'fixed' makes. Default: the rule's own."
-        },
+        metadata={"help": "Most updates on one batch; fixed makes so many. Default: the rule's own."},
     )
     repeat_until: float | None = field(
         default=None,
@@ -87,8 +87,9 @@ class ABRConfig(TrainingArguments):
     skip_outliers: str = field(
         default="robust",
         metadata={
-            "help": "Skip batches whose first-pass loss stands out: 'robust' (median and MAD of the recent losses), "
-            "'classic' (mean and standard deviation, the published rule) or 'none'.",
+            "help": "Skip batches with outlying losses: robust, classic or none. The loss is that of the first pass. "
+            "robust: by median and MAD of the recent losses. classic: by their mean and standard deviation, the "
+            "published rule.",
             "choices": [*sorted(OUTLIER_RULES), "none"],
         },
     )
@@ -102,8 +103,9 @@ class ABRConfig(TrainingArguments):
     skip_grad_norm: float | None = field(
         default=None,
         metadata={
-            "help": "Skip batches whose gradient norm lies so many robust standard deviations (of its logarithm) "
-            "above the recent ones, e.g. 6. Decided after the backward: a skip costs a whole pass. Default: off."
+            "help": "Skip batches whose gradient norm stands out by so many spreads, robust standard deviations of "
+            "the logarithm of the recent norms; try 6. Decided after the backward: a skip costs a whole pass. "
+            "Default: off."
         },
     )
     max_consecutive_skips: int = field(
@@ -121,7 +123,7 @@ class ABRConfig(TrainingArguments):
     eval_passes: float | None = field(
         default=None,
         metadata={
-            "help": "Evaluate whenever so many more passes are spent; below 1, a share of --max_passes. Runs of equal "
+            "help": "Evaluate every so many passes; below 1, a share of --max_passes. Runs of equal "
             "budget are then evaluated at equal compute, however often they repeat."
         },
     )
@@ -143,13 +145,11 @@ class ABRConfig(TrainingArguments):
         default=10, metadata={"help": "Log every so many batches; below 1, a share of the run."}
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036  # HfArgumentParser takes the second type
-        default="tensorboard", metadata={"help": "Where to report logs: tensorboard, wandb, ..., all or none."}
+        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., all or none."}
     )
     eval_strategy: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={
-            "help": "When to evaluate while training: no, steps or epoch. Default: epoch if --do_eval, else no."
-        },
+        metadata={"help": "When to evaluate: no, steps or epoch. Default: epoch if --do_eval, else no."},
     )
 
     scale_with_batch_size: bool = field(
@@ -177,10 +177,10 @@ class ABRConfig(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop when so many evaluations in a row are not better than the best by more than "
-            "--early_stopping_threshold, and load the best checkpoint, by --metric_for_best_model (default on the "
-            "command line: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves, "
-            "unless told otherwise; a checkpoint is saved of each evaluation that is the best so far."
+            "help": "Stop after so many evaluations without a new best. It must be better by more than "
+            "--early_stopping_threshold. The best checkpoint, by --metric_for_best_model, is loaded (default of the "
+            "commands: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves, unless "
+            "told otherwise. Each new best is saved."
         },
     )
     early_stopping_threshold: float = field(
