@@ -12,7 +12,7 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -132,7 +132,7 @@ def _stopping_at_parsers() -> Iterator[None]:
     def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         raise _Parser(self)
 
-    argparse.ArgumentParser.parse_known_args = stop  # type: ignore[assignment, method-assign]
+    argparse.ArgumentParser.parse_known_args = stop  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -165,9 +165,9 @@ def describe() -> dict[str, Any]:
     for verb, name in MODULES.items():
         module = importlib.import_module(name)
         parser = parser_of(module.main)
-        is_ours = isinstance(parser, HfArgumentParser)
-        own = _own_groups(parser) if isinstance(parser, HfArgumentParser) else {}
-        takes_trainer = is_ours and any(issubclass(each, TrainingArguments) for each in parser.dataclass_types)
+        classes: list[Any] = list(parser.dataclass_types) if isinstance(parser, HfArgumentParser) else []
+        own = _own_groups(classes)
+        takes_trainer = any(issubclass(each, TrainingArguments) for each in classes)
         flags = [
             _flag(action, own.get(action.dest, headings.get(action.dest) if takes_trainer else None))
             for action in _actions(parser)
@@ -175,7 +175,7 @@ def describe() -> dict[str, Any]:
         usual = {group: [name for name in names if name in _dests(parser)] for group, names in USUAL.items()}
         verbs[verb] = {
             "description": _lines_as_written(inspect.cleandoc(module.__doc__ or "")),
-            "exact": is_ours,
+            "exact": bool(classes),
             "takes_trainer": takes_trainer,
             "usual": usual if takes_trainer else {},
             "flags": [flag for flag in flags if flag not in trainer] if takes_trainer else flags,
@@ -212,13 +212,13 @@ def _headings() -> dict[str, str]:
     return found
 
 
-def _own_groups(parser: HfArgumentParser) -> dict[str, str]:
+def _own_groups(classes: Sequence[Any]) -> dict[str, str]:
     """Return the group of each flag that a class of this project has declared, or that is among the usual ones."""
-    groups = {}
-    for kind in parser.dataclass_types:
+    groups: dict[str, str] = {}
+    for kind in classes:
         inherited = {field.name for field in fields(TrainingArguments)} if issubclass(kind, TrainingArguments) else ()
-        names = [field.name for field in fields(kind) if field.name not in inherited]
-        groups |= dict.fromkeys(names, GROUP_OF[kind.__name__])
+        own = [field.name for field in fields(kind) if field.name not in inherited]
+        groups |= dict.fromkeys(own, GROUP_OF[kind.__name__])
     for group, names in itertools.chain(USUAL.items(), ELSEWHERE.items()):
         groups |= {name: group for name in names if name in groups}
     return groups

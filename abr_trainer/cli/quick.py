@@ -27,6 +27,9 @@ WRONG_USAGE = 2
 INPUTS = ("train_file", "validation_file", "test_file", "primer_file", "text_file")
 """Flags that name a file to read."""
 
+OPTIONS = ("action", "choices", "const", "default", "metavar", "nargs", "required", "type")
+"""What data says of a flag as argparse does."""
+
 OF_RUNS = {"compare": "train", "compare-prompts": "classify"}
 """Verbs that start runs, and the verb whose flags they take behind `--`."""
 
@@ -151,17 +154,15 @@ def _lenient(flag: dict[str, Any]) -> dict[str, Any]:
 def _add(parser: ArgumentParser, flag: dict[str, Any]) -> None:
     """Add an argument as `describe.py` has found it."""
     types: dict[str, Any] = {"int": int, "float": float, "bool": _boolean}
-    options = {
-        name: flag[name] for name in ("nargs", "const", "choices", "default", "required", "action") if name in flag
-    }
-    if options.get("action", "").startswith("store_"):
-        options = {"action": flag["action"], "default": flag.get("default")}
-    if "metavar" in flag:
-        options["metavar"] = tuple(flag["metavar"]) if isinstance(flag["metavar"], list) else flag["metavar"]
+    taken = ["action", "default"] if flag.get("action", "").startswith("store_") else OPTIONS
+    options: dict[str, Any] = {name: flag[name] for name in taken if name in flag}
+    options.setdefault("default", None)  # that of a switch would be its opposite
+    if isinstance(options.get("metavar"), list):
+        options["metavar"] = tuple(options["metavar"])
+    if "type" in options:
+        options["type"] = types[flag["type"]]
     if flag["names"]:
         options["dest"] = flag["dest"]
-    if "type" in flag:
-        options["type"] = types[flag["type"]]
     parser.add_argument(*(flag["names"] or [flag["dest"]]), **options)
 
 
