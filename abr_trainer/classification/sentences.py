@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.demo import demo_rows
 from ..data.readers import format_of
 from ..data.tasks import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
-from ..data.text import load_or_refuse, load_table
+from ..data.text import SPLIT_ALIASES, is_saved_to_disk, load_or_refuse, load_table
 from ..records.errors import find_named, refuse_below, refuse_missing_files
 from .labels import (
     Classes,
@@ -49,6 +50,16 @@ class SentenceArguments:
             "help": f"A task of GLUE, or demo: {', '.join(TASKS)}. Read from the Hub, or from files that have its "
             "columns; demo is made on the spot. Default: mrpc, unless files are given: then a task of your own."
         },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a task of your own: a data set on the Hub, or a directory. With --task_name, rows that "
+            "have the columns of that task."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, e.g. mrpc of nyu-mll/glue."}
     )
     train_file: str | None = field(
         default=None, metadata={"help": "Training rows: .json, .jsonl, .csv or .parquet, instead of those on the Hub."}
@@ -94,6 +105,10 @@ class SentenceArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Use only the first so many rows of the evaluation and test sets."}
     )
+    max_predict_samples: int | None = field(
+        default=None,
+        metadata={"help": "Use only the first so many rows of the test set. Default: --max_eval_samples."},
+    )
     metrics_from: str = field(
         default="scikit-learn",
         metadata={
@@ -105,7 +120,9 @@ class SentenceArguments:
 
     def __post_init__(self) -> None:
         says_nothing = self.sentence_columns is None and self.classes is None and self.regression is None
-        if self.task_name is None and says_nothing and not self.files:
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("--dataset_config_name means nothing without --dataset_name.")
+        if self.task_name is None and says_nothing and not self.files and self.dataset_name is None:
             self.task_name = "mrpc"
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
@@ -128,7 +145,9 @@ class SentenceArguments:
         if self.classes is not None and (self.regression or len(set(self.classes)) < 2):
             raise ValueError("--classes takes two or more different names, and is not for --regression.")
         refuse_missing_files(self, "train_file", "validation_file", "test_file")
-        refuse_below(self, {"max_seq_length": 8, "max_train_samples": 1, "max_eval_samples": 1})
+        refuse_below(
+            self, {"max_seq_length": 8, "max_train_samples": 1, "max_eval_samples": 1, "max_predict_samples": 1}
+        )
         self.prompt_text = find_prompt(self.prompt)
 
     def settle(self, task: Task) -> None:
@@ -141,6 +160,13 @@ class SentenceArguments:
     def files(self) -> dict[str, str]:
         named = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
         return {split: path for split, path in named.items() if path is not None}
+
+    def limit_of(self, split: str) -> str:
+        """Return the flag, without dashes, that says how many rows of a split are used at most."""
+        if split == "train":
+            return "max_train_samples"
+        has_own = split.startswith("test") and self.max_predict_samples is not None
+        return "max_predict_samples" if has_own else "max_eval_samples"
 
 
 @dataclass(frozen=True)
@@ -164,14 +190,16 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     """
     merges = arguments.merge_validation and "train" in splits
     wanted = [split for split in SPLITS if split in splits or (merges and split == "validation")]
-    if arguments.files or arguments.task_name is None:
+    if arguments.files or arguments.dataset_name or arguments.task_name is None:
         says_labels = arguments.task_name or arguments.classes or arguments.regression
-        loaded = _load_files(arguments, wanted if says_labels else ["train", *wanted])
+        needed = wanted if says_labels else ["train", *wanted]
+        loaded = _load_data_set(arguments, needed) | _load_files(arguments, needed)
     else:
         loaded = _load_named(arguments, wanted)
     for split in wanted:
         if split not in loaded:
-            raise ValueError(f"There are no {split} rows: give --{split}_file.")
+            where = f"--dataset_name {arguments.dataset_name} has" if arguments.dataset_name else "There are"
+            raise ValueError(f"{where} no {split} rows: give --{split}_file.")
     labels = {
         split: read_labels(each.rows, arguments.label_column, each.origin, each.are_cells)
         for split, each in loaded.items()
@@ -188,7 +216,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     for split, found in loaded.items():
         if split not in {*wanted, *(f"{each}_mm" for each in wanted)}:
             continue  # it was there to tell the labels
-        flag = "max_train_samples" if split == "train" else "max_eval_samples"
+        flag = arguments.limit_of(split)
         column, limit = labels.get(split), getattr(arguments, flag)
         if limit is not None and limit < len(found.rows):
             if column is not None:
@@ -225,6 +253,24 @@ def _load_files(arguments: SentenceArguments, splits: Collection[str]) -> dict[s
             flag = f"{split}_file"
             loaded[split] = Loaded(load_table(flag, path), f"--{flag} {path}", format_of(path).reader == "csv")
     return loaded
+
+
+def _load_data_set(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:
+    if arguments.dataset_name is None:
+        return {}
+    name, origin = arguments.dataset_name, f"--dataset_name {arguments.dataset_name}"
+    if is_saved_to_disk(Path(name)):
+        found = load_from_disk(name)
+    else:
+        found = load_or_refuse(origin, name, arguments.dataset_config_name)
+    if isinstance(found, Dataset):
+        found = DatasetDict(train=found)
+    aliases = {alias: split for split in SPLITS for alias in SPLIT_ALIASES[split][::-1]}
+    return {
+        split: Loaded(found[alias], f"{origin}, {alias} split")
+        for alias, split in aliases.items()
+        if alias in found and split in splits
+    }
 
 
 def _load_named(arguments: SentenceArguments, splits: Collection[str]) -> dict[str, Loaded]:

@@ -65,6 +65,10 @@ class ClassifierArguments(ModelArguments):
             "like models, all-linear of others, or those of --adapter_name_or_path."
         },
     )
+    ignore_mismatched_sizes: bool = field(
+        default=False,
+        metadata={"help": "Make a new head where that of the checkpoint is for another number of labels."},
+    )
 
 
 @dataclass

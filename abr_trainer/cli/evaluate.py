@@ -60,6 +60,10 @@ def run(argv: list[str] | None) -> dict[str, float]:
         model_args, data_args, eval_args = parse_arguments(ARGUMENTS, argv, told)
         if model_args.adapter_name_or_path is None and model_args.model_name_or_path == str(DEMO_MODEL):
             raise ValueError(f"Give {NAMES[0]} or {NAMES[-1]}: what is to be evaluated.")
+        if model_args.ignore_mismatched_sizes:
+            raise ValueError(
+                "--ignore_mismatched_sizes makes a new head, which must be trained before it is evaluated."
+            )
         args = eval_args.as_training_arguments(scratch)
         with args.main_process_first(desc="preparing the data"):
             sentences = load_sentences(data_args, [eval_args.split])

@@ -489,7 +489,7 @@ def _find_splits(arguments: DataArguments, origin: str, choose: ChooseColumn) ->
         return {split: partial(_load_demo, split, origin, choose) for split in SPLIT_ALIASES}
     corpus = find_corpus(name)
     streaming, rows_are_lines = arguments.is_streamed, corpus.rows_are_lines
-    if _is_saved_to_disk(Path(name)):
+    if is_saved_to_disk(Path(name)):
         found = load_from_disk(name)
         found = found if isinstance(found, DatasetDict) else {"train": found}
     else:
@@ -536,7 +536,7 @@ def _by_alias(found: Mapping[str, LoadRows]) -> dict[str, LoadRows]:
     }
 
 
-def _is_saved_to_disk(path: Path) -> bool:
+def is_saved_to_disk(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +41,8 @@ LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *LLAMA_MLP)
 HEADS_OF_PEFT = ("classifier", "score")
 """Heads that PEFT trains and saves by itself where an adapter is for classification."""
+NEW_HEAD = "ignore_mismatched_sizes"
+"""The flag of classifiers for a head that does not fit."""
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 
 
@@ -388,15 +391,17 @@ def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | 
         with torch.device("meta"):
             outline = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
         kept = heads_in(outline, arguments.task)
-    model: PreTrainedModel = auto_class.from_pretrained(
-        arguments.model_name_or_path,
-        config=config,
-        dtype=arguments.torch_dtype,
-        attn_implementation=arguments.attn_implementation,
-        quantization_config=quantization_config(arguments, config if is_sharded else None, kept),
-        device_map=arguments.device_map or ({"": device} if has_own_device else None),
-        **arguments.hub_options,
-    )
+    with _naming_other_heads(arguments, config):
+        model: PreTrainedModel = auto_class.from_pretrained(
+            arguments.model_name_or_path,
+            config=config,
+            dtype=arguments.torch_dtype,
+            attn_implementation=arguments.attn_implementation,
+            quantization_config=quantization_config(arguments, config if is_sharded else None, kept),
+            device_map=arguments.device_map or ({"": device} if has_own_device else None),
+            ignore_mismatched_sizes=getattr(arguments, NEW_HEAD, False),
+            **arguments.hub_options,
+        )
     if getattr(model, "is_quantized", False):
         keep_packing(model)
         check_kernels(model)
@@ -409,6 +414,20 @@ def load_written(arguments: LoadArguments, directory: str | Path) -> PreTrainedM
         directory, attn_implementation=arguments.attn_implementation, trust_remote_code=arguments.trust_remote_code
     )
     return model
+
+
+@contextlib.contextmanager
+def _naming_other_heads(arguments: LoadArguments, config: PreTrainedConfig) -> Iterator[None]:
+    """Say which flag makes a new head where a classifier has one for another number of labels."""
+    try:
+        yield
+    except RuntimeError as error:
+        if arguments.task is not TaskType.SEQ_CLS or NEW_HEAD not in str(error):
+            raise
+        raise ValueError(
+            f"The head of --model_name_or_path {arguments.model_name_or_path} is for another number of labels than "
+            f"the {config.num_labels} of the task. Give --{NEW_HEAD} to train a new head."
+        ) from error
 
 
 def heads_in(model: PreTrainedModel, task: TaskType) -> list[str]:

@@ -192,7 +192,7 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
     given = given_flags(rest)
     refuse(rest, "", shared=(), varied="prompt")
     added = _what_to_do(given)
-    has_files = not {"--train_file", "--validation_file"}.isdisjoint(given)
+    has_files = not {"--train_file", "--validation_file", "--dataset_name"}.isdisjoint(given)
     if given.get(ORDER, [])[-1:] == ["group_by_length"]:
         raise ValueError(f"{ORDER} group_by_length: the prompt changes lengths, and so the order of the rows.")
     task = "".join(given.get("--task_name", WITH_TEST_LABELS[:1])[-1:]).lower()
