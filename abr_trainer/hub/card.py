@@ -177,20 +177,29 @@ def classification_scores(results: dict[str, Any]) -> Iterator[tuple[str, str, f
 
 
 def classification_results(results: dict[str, Any], arguments: dict[str, Any]) -> Iterator[EvalResult]:
-    task = arguments.get("task_name")
     for split, score, value in classification_scores(results):
-        file = arguments.get(f"{split}_file")
-        is_on_the_hub = task in TASKS and not file
+        kind, name, config = rows_of(arguments, split)
         yield EvalResult(
             task_type="text-classification",
-            dataset_type=GLUE if is_on_the_hub else "custom",
-            dataset_name=PurePath(file).name if file else task or "a file of their own",
-            dataset_config=task if is_on_the_hub else None,
+            dataset_type=kind,
+            dataset_name=name,
+            dataset_config=config,
             dataset_split=split.partition(",")[0],
             metric_type=score,
             metric_name=f"{score}, {split}",
             metric_value=round(value, 6),
         )
+
+
+def rows_of(arguments: dict[str, Any], split: str) -> tuple[str, str, str | None]:
+    """Return what a classifier's split is of, as `text_of` does."""
+    file, named, task = arguments.get(f"{split}_file"), arguments.get("dataset_name"), arguments.get("task_name")
+    if file:
+        return "custom", PurePath(file).name, None
+    if named:
+        path = id_on_the_hub(named)
+        return path or "custom", path or PurePath(named).name, arguments.get("dataset_config_name")
+    return (GLUE, task, task) if task in TASKS else ("custom", task or "a file of their own", None)
 
 
 def definition_of(summary: dict[str, Any], split: str) -> Definition:
@@ -256,7 +265,7 @@ def named_as_path(name: str, path: Path | None) -> str:
 
 
 def datasets_on_the_hub(arguments: dict[str, Any]) -> list[str]:
-    if arguments.get("task_name") in TASKS and not arguments.get("train_file"):
+    if arguments.get("task_name") in TASKS and not (arguments.get("train_file") or arguments.get("dataset_name")):
         return [GLUE]
     return [path for name in names_of_data_sets(arguments) if (path := id_on_the_hub(name))]
 
@@ -331,11 +340,11 @@ def sections(
 
 def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
     if labels_of(arguments) is not None:
-        file, task = arguments.get("train_file"), arguments.get("task_name")
-        named = f"{GLUE} ({task})" if task in TASKS else task
+        task = arguments.get("task_name")
+        kind, name, config = rows_of(arguments, "train")
         if labels := labels_of(arguments):
             yield f"labels: {', '.join(f'{index} {name}' for index, name in enumerate(labels))}"
-        yield f"data: {PurePath(file).name if file else named}"
+        yield f"data: {name if kind == 'custom' else kind}{f' ({config})' if config else ''}"
         columns = BY_NAME[task].columns if task else arguments["sentence_columns"]
         yield f"input: `{ask(arguments['prompt_text'], [f'{{{column}}}' for column in columns])}`"
         return
