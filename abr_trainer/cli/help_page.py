@@ -93,7 +93,7 @@ def _lines(flag: Flag, width: int, whole: bool, short: str | None) -> list[str]:
     name = " ".join(filter(None, (flag["names"][0] if flag["names"] else flag["dest"], _value_of(flag))))
     said = re.sub(r"\s+", " ", flag.get("help", "")).strip()
     text = " ".join([said, *_choices(flag, said)]) if whole else _first_sentence(short or said)
-    lines = textwrap.wrap(" ".join([text, *_default(flag, said, text)]), width - COLUMN)
+    lines = textwrap.wrap(" ".join([text, *_default(flag, said, text)]), width - COLUMN, break_on_hyphens=False)
     left = " " * INDENT + name
     if len(left) > COLUMN - 1:
         return [left, *(" " * COLUMN + line for line in lines)]

@@ -19,6 +19,7 @@ from ..training.evaluation import NoSuchMetric
 from ..training.readiness import check_disk, mend_generation_config
 from ..training.resume import UnfitCheckpoint
 from ..training.trainer import ABRTrainer, TooManySkips
+from .defaults import describe_defaults
 from .run_directory import replacing_previous_run, set_aside_later_checkpoints, write_provenance
 
 
@@ -72,7 +73,7 @@ def carry_out(
     with replacing_previous_run(args), one_line_errors(TooManySkips, NoSuchMetric, BadRow, UnfitCheckpoint):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)
-            print(*described, sep="\n", flush=True)
+            print(*describe_defaults(recorded, args, arguments), *described, sep="\n", flush=True)
             if args.scale_with_batch_size:
                 print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)
         if checkpoint is not None:
@@ -88,6 +89,8 @@ def carry_out(
         metrics = metrics or trainer.evaluate()
         for prefix, rows in (also_evaluated or {}).items():
             metrics |= trainer.evaluate(rows, metric_key_prefix=prefix)
+        if "eval_perplexity" in metrics:
+            metrics["perplexity"] = metrics["eval_perplexity"]  # as run_clm.py calls it
         trainer.save_metrics("eval", metrics)
         results |= metrics
     if args.do_train:
