@@ -27,6 +27,9 @@ WRONG_USAGE = 2
 INPUTS = ("train_file", "validation_file", "test_file", "primer_file", "text_file")
 """Flags that name a file to read."""
 
+MAY_BE_PATHS = ("model_name_or_path", "adapter_name_or_path", "config_name", "tokenizer_name", "dataset_name")
+"""Flags that name something on the Hub or on this machine. A name that begins like a path is on this machine."""
+
 OPTIONS = ("action", "choices", "const", "default", "metavar", "nargs", "required", "type")
 """What data says of a flag as argparse does."""
 
@@ -72,6 +75,12 @@ def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any]) -> None:
     refuse_missing_files(parsed, *(name for name in INPUTS if hasattr(parsed, name)))
     if hasattr(parsed, "output_file"):
         refuse_missing_directory(parsed, "output_file")
+    for name in MAY_BE_PATHS:
+        value = getattr(parsed, name, None)
+        if value and value.startswith(("/", "./", "../")) and not Path(value).exists():
+            raise ValueError(f"--{name} {value} does not exist.")
+    if hasattr(parsed, "directory") and not Path(parsed.directory).is_dir():
+        raise ValueError(f"{parsed.directory} is no directory.")
     if not _is_own(getattr(parsed, "repeat_scheduler", ":")):
         build_rule(vars(parsed))
 

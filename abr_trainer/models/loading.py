@@ -399,7 +399,7 @@ def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | 
             attn_implementation=arguments.attn_implementation,
             quantization_config=quantization_config(arguments, config if is_sharded else None, kept),
             device_map=arguments.device_map or ({"": device} if has_own_device else None),
-            ignore_mismatched_sizes=getattr(arguments, NEW_HEAD, False),
+            ignore_mismatched_sizes=_gets_other_head(arguments),
             **arguments.hub_options,
         )
     if getattr(model, "is_quantized", False):
@@ -414,6 +414,14 @@ def load_written(arguments: LoadArguments, directory: str | Path) -> PreTrainedM
         directory, attn_implementation=arguments.attn_implementation, trust_remote_code=arguments.trust_remote_code
     )
     return model
+
+
+def _gets_other_head(arguments: LoadArguments) -> bool:
+    """Tell whether the head of a checkpoint is not wanted: one is trained anew, or comes with the adapter."""
+    adapter = getattr(arguments, "adapter_name_or_path", None)
+    if arguments.task is not TaskType.SEQ_CLS or adapter is None:
+        return getattr(arguments, NEW_HEAD, False)
+    return bool(getattr(read_adapter(adapter, arguments.task), "modules_to_save", None))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import random
 import re
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
 from abr_trainer.classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
@@ -528,3 +528,56 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path, name, data, me
         load_sentences(SentenceArguments(train_file=str(path)), ["train"])
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ---- A data set by its name ----
+
+
+def data_set(tmp_path, **splits):
+    """Write a directory with a table for each split, which `datasets` reads as it reads a repository on the Hub."""
+    for split, rows in splits.items():
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    return str(tmp_path)
+
+
+MOODS = [{"text": f"It is {mood}.", "label": mood} for mood in ("good", "bad", "good", "bad")]
+
+
+def test_a_data_set_is_a_task_of_ones_own(tmp_path):
+    name = data_set(tmp_path, train=MOODS, dev=MOODS[:2], test=MOODS[:3])
+    found = load_sentences(
+        SentenceArguments(dataset_name=name, max_predict_samples=1), ["train", "validation", "test"]
+    )
+    assert found.task.labels == ("bad", "good")
+    assert {split: rows["label"][:] for split, rows in found.splits.items()} == {
+        "train": [1, 0, 1, 0],
+        "validation": [1, 0],
+        "test": [1],
+    }
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path):
+    DatasetDict(train=Dataset.from_list(MOODS), validation=Dataset.from_list(MOODS[:1])).save_to_disk(tmp_path)
+    found = load_sentences(SentenceArguments(dataset_name=str(tmp_path)), ["validation"])
+    assert list(found.splits) == ["validation"], "the training rows were read for their labels"
+    assert found.splits["validation"]["label"][:] == [1]
+
+
+def test_a_file_wins_over_a_split_and_a_task_says_the_columns(tmp_path):
+    name = data_set(tmp_path, train=[PAIR], validation=[PAIR])
+    other = write_rows(tmp_path.parent / f"{tmp_path.name}.jsonl", [{**PAIR, "sentence1": "Hail fell."}])
+    arguments = SentenceArguments(dataset_name=name, task_name="mrpc", validation_file=other)
+    found = load_sentences(arguments, ["train", "validation"])
+    assert found.task is TASKS["mrpc"]
+    assert found.splits["train"]["text"][0].startswith("Sentence 1: Rain fell.")
+    assert found.splits["validation"]["text"][0].startswith("Sentence 1: Hail fell.")
+
+
+def test_a_split_or_configuration_that_is_missing_is_named(tmp_path):
+    name = data_set(tmp_path, train=MOODS)
+    with pytest.raises(ValueError, match=f"--dataset_name {name} has no test rows: give --test_file."):
+        load_sentences(SentenceArguments(dataset_name=name), ["test"])
+    with pytest.raises(ValueError, match=f"--dataset_name {name} cannot be loaded: .*'other'"):
+        load_sentences(SentenceArguments(dataset_name=name, dataset_config_name="other"), ["train"])
+    with pytest.raises(ValueError, match="--dataset_config_name means nothing without --dataset_name."):
+        SentenceArguments(dataset_config_name="other")

@@ -23,6 +23,7 @@ from transformers import (
     EvalPrediction,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 from transformers.trainer_utils import PredictionOutput
 
@@ -399,6 +400,20 @@ def test_all_weights_can_be_trained_and_found_again(files, tmp_path):
     assert (whole / "model.safetensors").exists()
     found = evaluate.main(["--model_name_or_path", str(whole), *files, "--use_cpu"])
     assert found["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6)
+
+
+def test_a_head_for_other_labels_is_made_anew_only_where_that_is_asked_for(files, tmp_path):
+    base = tmp_path / "three"
+    LlamaForSequenceClassification(LlamaConfig.from_pretrained(DEMO_MODEL, num_labels=3)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(base)
+    flags = ["--model_name_or_path", str(base), "--do_train", "--do_predict", "--max_steps", "2"]
+    with pytest.raises(SystemExit, match="another number of labels than the 2 .* Give --ignore_mismatched_sizes to"):
+        run(tmp_path / "refused", *files, *flags)
+    results = run(tmp_path / "run", *files, *flags, "--ignore_mismatched_sizes")
+    again = ["--adapter_name_or_path", str(tmp_path / "run"), *files, "--use_cpu"]
+    assert eval_glue.main(again)["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6), "the adapter's head"
+    with pytest.raises(SystemExit, match="--ignore_mismatched_sizes makes a new head, which must be trained"):
+        eval_glue.main([*again, "--ignore_mismatched_sizes"])
 
 
 # ---- Adaptive batch repetition ----

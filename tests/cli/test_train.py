@@ -48,6 +48,7 @@ def test_perplexity_falls_and_is_written_down(finished):
     written = {name: json.loads((output / f"{name}_results.json").read_text()) for name in ("eval", "test", "all")}
     assert written["eval"]["eval_perplexity"] == results["eval_perplexity"] == written["all"]["eval_perplexity"]
     assert written["test"]["test_perplexity"] == results["test_perplexity"]
+    assert written["eval"]["perplexity"] == written["all"]["perplexity"] == results["eval_perplexity"], "as run_clm.py"
     assert 59 < written["all"]["train_passes"] <= 60
 
 
