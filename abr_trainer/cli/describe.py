@@ -190,7 +190,11 @@ def describe() -> dict[str, Any]:
 
 def _lines_as_written(text: str) -> str:
     """Break the lines of commands again that a backslash in a docstring has joined."""
-    return re.sub(r"(?<=\S) {2,}(?=[^#\s])", r" \\\n    ", text)
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines.append(indent + re.sub(r" {2,}(?=[^#\s])", f" \\\\\n{indent}    ", line.lstrip()))
+    return "\n".join(lines)
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

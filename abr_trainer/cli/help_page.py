@@ -47,7 +47,8 @@ def _usage(verb: str, described: dict[str, Any], runs: str | None) -> str:
     positional = [flag["dest"].upper() for flag in described["flags"] if not flag["names"]]
     first = "[FILE.yaml] " if described["exact"] else ""
     behind = f" -- [flags of abr {runs}]" if runs else ""
-    return " ".join([f"abr {verb}", *positional, f"{first}[--flag value ...]{behind}"])
+    flags = f"{first}[--flag value ...]{behind}" if len(positional) < len(described["flags"]) else ""
+    return " ".join(filter(None, [f"abr {verb}", *positional, flags]))
 
 
 def _hints(verb: str, described: dict[str, Any], runs: str | None, whole: bool) -> Iterator[str]:

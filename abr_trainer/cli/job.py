@@ -20,20 +20,8 @@ from ..training.readiness import check_disk, mend_generation_config
 from ..training.resume import UnfitCheckpoint
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
+from .parsing import wanted_splits as wanted_splits
 from .run_directory import replacing_previous_run, set_aside_later_checkpoints, write_provenance
-
-
-def wanted_splits(args: ABRConfig) -> list[str]:
-    """Return the splits that a run needs.
-
-    Raises:
-        ValueError: It needs none.
-    """
-    work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    splits = [split for split, wanted in work.items() if wanted]
-    if not splits:
-        raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
-    return splits
 
 
 def begin(args: ABRConfig) -> None:

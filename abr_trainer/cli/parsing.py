@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .upstream import accepted
 
@@ -34,6 +34,19 @@ def refuse_rest(rest: Sequence[str]) -> None:
         raise ValueError(
             f"{rest[0]} does not belong to a flag: flags begin with --, and those before it are complete."
         )
+
+
+def wanted_splits(args: Any) -> list[str]:
+    """Return the splits that a run needs.
+
+    Raises:
+        ValueError: It needs none.
+    """
+    work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    splits = [split for split, wanted in work.items() if wanted]
+    if not splits:
+        raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    return splits
 
 
 def _raise_value_error(message: str) -> NoReturn:

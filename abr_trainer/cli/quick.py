@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.arms import parse_arm
-from ..records.errors import one_line, refuse_missing_directory, refuse_missing_files
+from ..data.tasks import BY_NAME, find_prompt
+from ..records.errors import find_named, one_line, refuse_missing_directory, refuse_missing_files
 from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, parse_tuning
 from ..schedulers import SCHEDULERS, build_rule
 from .help_page import help_page
-from .parsing import names_in, prepared, refuse_rest
+from .parsing import names_in, prepared, refuse_rest, wanted_splits
 from .upstream import FALSE, TRUE, unknown
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
@@ -81,8 +82,14 @@ def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any]) -> None:
             raise ValueError(f"--{name} {value} does not exist.")
     if hasattr(parsed, "directory") and not Path(parsed.directory).is_dir():
         raise ValueError(f"{parsed.directory} is no directory.")
+    if getattr(parsed, "task_name", None):
+        find_named("--task_name", parsed.task_name.lower(), BY_NAME)
+    if hasattr(parsed, "prompt"):
+        find_prompt(parsed.prompt)
     if not _is_own(getattr(parsed, "repeat_scheduler", ":")):
         build_rule(vars(parsed))
+    if all(isinstance(getattr(parsed, name, None), bool) for name in ("do_train", "do_eval", "do_predict")):
+        wanted_splits(parsed)
 
 
 def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], known: dict[str, Any]) -> None:

@@ -126,6 +126,9 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
         ("train", ["--train_file", "missing.txt"], "--train_file missing.txt does not exist."),
         ("train", ["missing.yaml"], "missing.yaml cannot be read"),
         ("classify", ["--validation_file", "missing.csv"], "--validation_file missing.csv does not exist."),
+        ("classify", ["--task_name", "mrcp"], "Unknown --task_name 'mrcp'. Did you mean 'mrpc'?"),
+        ("classify", ["--prompt", "perfekt"], "--prompt perfekt: did you mean perfect?"),
+        ("train", [], "Nothing to do: give --do_train, --do_eval or --do_predict."),
         ("classify", ["--block_size", "8"], "--block_size is not a flag here. Use --max_seq_length."),
         ("classify", ["--model_name_or_path", "./no/model"], "--model_name_or_path ./no/model does not exist."),
         ("train", ["--dataset_name", "/no/texts"], "--dataset_name /no/texts does not exist."),
@@ -165,9 +168,9 @@ def test_what_is_wrong_is_said_in_one_line(verb, argv, message, capsys):
     ("verb", "argv"),
     [
         ("train", ["--do-train", "--bf16", "false", "--no_use_lora", "--lora_r=8", "--label_names", "a", "b"]),
-        ("train", ["--repeat_scheduler", "a_module_of_mine:MyRule", "--repeat_scheduler_kwargs", '{"x": 1}']),
-        ("train", ["--lr_scheduler_kwargs", '{"num_cycles": 2}', "--debug", "underflow_overflow", "--dtype", "auto"]),
-        ("classify", ["--adapter", "runs/mine", "--classes", "a", "b", "--regression"]),
+        ("train", ["--do_eval", "--repeat_scheduler", "a_module:MyRule", "--repeat_scheduler_kwargs", '{"x": 1}']),
+        ("train", ["--lr_scheduler_kwargs", '{"a": 2}', "--debug", "underflow_overflow", "--dtype=auto", "--do_eval"]),
+        ("classify", ["--do_predict", "--adapter", "runs/mine", "--classes", "a", "b", "--regression"]),
         (
             "compare",
             ["--sched", "abr:2", "fixed:3,lora_r=4", "--out", "x", "--keep-going", "--", *BUDGET, "--do_eval"],
@@ -175,7 +178,7 @@ def test_what_is_wrong_is_said_in_one_line(verb, argv, message, capsys):
         ("compare", ["--schedulers", "my.module:Rule:a=1", "--tune", "lora_r", "8", "4", "--out", "x", "--", *BUDGET]),
         ("compare-prompts", ["--prompts", "none", "Is it?", "--out", "x", "--", "--task_name", "demo"]),
         ("push", [".", "--hub_private"]),
-        ("train", ["--model_name_or_path", "someone/model", "--tokenizer_name", "."]),
+        ("train", ["--do_eval", "--model_name_or_path", "someone/model", "--tokenizer_name", "."]),
         ("no-such-verb", ["--anything"]),
     ],
 )
@@ -189,7 +192,7 @@ def test_a_file_of_flags_is_read_first(tmp_path, capsys):
     assert answer(capsys, "train", flags)[1] == "error: Unknown flag --lerning_rate. Did you mean --learning_rate?\n"
     flags.write_text('{"repeat_scheduler": "abr", "repeat_scheduler_kwargs": {"max_repeats": 0}}')
     assert "must be at least 1, got 0" in answer(capsys, "train", flags)[1]
-    flags.write_text("repeat_scheduler: abr\nsave_strategy: no\n")
+    flags.write_text("do_train: true\nrepeat_scheduler: abr\nsave_strategy: no\n")
     assert answer(capsys, "train", flags)[0] is None
     assert "invalid float" in answer(capsys, "train", flags, "--learning_rate", "x")[1], "flags after it count, too"
 
@@ -197,7 +200,8 @@ def test_a_file_of_flags_is_read_first(tmp_path, capsys):
 def test_with_another_transformers_its_flags_are_left_to_it(monkeypatch, capsys):
     monkeypatch.setattr(quick.importlib.metadata, "version", lambda name: "5.17.0")
     assert answer(capsys, "train", "--a_flag_of_another_version", "1")[0] is None
-    assert answer(capsys, "train", "--optim", "one_of_another_version", "--save_strategy", "some")[0] is None
+    assert answer(capsys, "train", "--do_train", "--optim", "one_of_another_version")[0] is None
+    assert "Nothing to do" in answer(capsys, "train", "--optim", "one_of_another_version")[1]
     assert "invalid int value" in answer(capsys, "train", "--lora_r", "x")[1], "a flag of ours"
     assert "invalid int value" in answer(capsys, "perplexity", *ON_DEMO, "--stride", "x")[1]
 
