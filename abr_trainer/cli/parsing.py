@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 
 from .upstream import accepted
 
+WRONG_USAGE = 2
+"""Exit status."""
+
 
 def prepared(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Let a parser raise `ValueError` where it would end the program, and return what it is to parse.

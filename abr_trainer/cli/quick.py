@@ -16,14 +16,11 @@ from ..records.errors import find_named, one_line, refuse_missing_directory, ref
 from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, parse_tuning
 from ..schedulers import SCHEDULERS, build_rule
 from .help_page import help_page
-from .parsing import names_in, prepared, refuse_rest, wanted_splits
+from .parsing import WRONG_USAGE, names_in, prepared, refuse_rest, wanted_splits
 from .upstream import FALSE, TRUE, unknown
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
 """Written by `describe.py`."""
-
-WRONG_USAGE = 2
-"""Exit status."""
 
 INPUTS = ("train_file", "validation_file", "test_file", "primer_file", "text_file")
 """Flags that name a file to read."""
