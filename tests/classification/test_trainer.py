@@ -411,9 +411,9 @@ def test_a_head_for_other_labels_is_made_anew_only_where_that_is_asked_for(files
         run(tmp_path / "refused", *files, *flags)
     results = run(tmp_path / "run", *files, *flags, "--ignore_mismatched_sizes")
     again = ["--adapter_name_or_path", str(tmp_path / "run"), *files, "--use_cpu"]
-    assert eval_glue.main(again)["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6), "the adapter's head"
+    assert evaluate.main(again)["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6), "the adapter's head"
     with pytest.raises(SystemExit, match="--ignore_mismatched_sizes makes a new head, which must be trained"):
-        eval_glue.main([*again, "--ignore_mismatched_sizes"])
+        evaluate.main([*again, "--ignore_mismatched_sizes"])
 
 
 # ---- Adaptive batch repetition ----
