@@ -22,20 +22,8 @@ from transformers.hf_argparser import string_to_bool
 
 from ..records.files import write_whole
 from .command_line import build_parser
+from .main import VERBS
 from .quick import FLAGS_FILE
-
-MODULES = {
-    "train": "run_clm_abr",
-    "classify": "scripts.run_glue_abr",
-    "compare": "scripts.compare_schedulers",
-    "compare-prompts": "scripts.compare_prompts",
-    "perplexity": "scripts.eval_perplexity",
-    "prune": "scripts.prune_model",
-    "export": "scripts.export_adapter",
-    "push": "scripts.push_adapter",
-    "evaluate": "scripts.eval_glue",
-}
-"""Where the `main` of each verb is."""
 
 USUAL = {
     "model": (
@@ -162,8 +150,8 @@ def describe() -> dict[str, Any]:
     headings = _headings()
     trainer = [_flag(action, headings.get(action.dest)) for action in _actions(build_parser(TrainingArguments))]
     verbs = {}
-    for verb, name in MODULES.items():
-        module = importlib.import_module(name)
+    for verb, known in VERBS.items():
+        module = importlib.import_module(known.module)
         parser = parser_of(module.main)
         classes: list[Any] = list(parser.dataclass_types) if isinstance(parser, HfArgumentParser) else []
         own = _own_groups(classes)

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from .. import __version__
-
-WRONG_USAGE = 2
-"""Exit status."""
+from .parsing import WRONG_USAGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import subprocess
 import sys
 
@@ -45,11 +46,14 @@ def test_an_unknown_verb_gets_one_line(capsys, argv, line):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_calls_the_main_of_its_module(monkeypatch, verb):
+def test_a_verb_calls_the_main_of_its_module(monkeypatch, tmp_path, verb):
     given = []
     monkeypatch.setattr(importlib.import_module(VERBS[verb].module), "main", given.append)
-    main([verb, "anything"])
-    assert given == [["anything"]]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    argv = shlex.split(VERBS[verb].example)[2:]
+    main([verb, *argv])
+    assert given == [argv]
 
 
 def test_an_unknown_verb_is_answered_before_torch_and_transformers_are_imported():

@@ -71,7 +71,7 @@ def test_the_wheel_holds_all_that_is_needed_and_nothing_else(wheel):
         f"abr_trainer/data/demo/model/{path.name}" for path in (ROOT / "abr_trainer/data/demo/model").iterdir()
     }
     expected |= {f"abr_trainer/report/assets/{path.name}" for path in (ROOT / "abr_trainer/report/assets").iterdir()}
-    expected |= {"abr_trainer/py.typed"}
+    expected |= {"abr_trainer/py.typed", "abr_trainer/cli/flags.json"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("LICENSE") for name in names)
 

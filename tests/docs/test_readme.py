@@ -123,7 +123,7 @@ def test_no_document_names_a_script_that_is_gone():
 def test_every_flag_is_one_of_a_command():
     of_launchers = {"--nodes", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
     of_launchers |= {"--config_file", "--num_processes", "--cpu"}
-    of_others = {"--help", "--logdir", "--no-build-isolation"}
+    of_others = {"--help", "--help-all", "--logdir", "--no-build-isolation"}
     known = set().union(*(flags_of(target) for target, _ in COMMANDS))
     assert flags_in(README) <= known | of_launchers | of_others
 
