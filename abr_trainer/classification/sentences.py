@@ -62,7 +62,11 @@ class SentenceArguments:
         default=None, metadata={"help": "Configuration of the data set, e.g. mrpc of nyu-mll/glue."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Training rows: .json, .jsonl, .csv or .parquet, instead of those on the Hub."}
+        default=None,
+        metadata={
+            "help": "Training rows: .json, .jsonl, .ndjson, .csv, .tsv or .parquet, instead of those on the Hub. All but "
+            ".parquet may be compressed: .gz, .bz2, .xz, .zst, .lz4, .zip."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation rows, in the same formats."})
     test_file: str | None = field(
