@@ -324,3 +324,8 @@ def scaled_with_batch_size(base_learning_rate: float, samples: int, batch: int) 
 def checkpoints_activations(args: TrainingArguments) -> bool:
     """Tell whether the backward recomputes activations, by the name that this version of transformers has for it."""
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
+def setting(args: Any, name: str) -> Any:
+    """Return an `ABRConfig` argument, or its default under plain `TrainingArguments`."""
+    return getattr(args, name, ABRConfig.__dataclass_fields__[name].default)

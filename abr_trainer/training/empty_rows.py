@@ -1,4 +1,4 @@
-"""Rows of a data set that have no targets: what is trained on them is nothing."""
+"""Rows of a data set that have no targets: a model learns nothing from them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 from transformers import DataCollatorForLanguageModeling, DataCollatorForPermutationLanguageModeling
+from transformers.utils import logging
 
 from ..perplexity.windows import IGNORE_INDEX, IntArray
+from .targets import first_target
+
+logger = logging.get_logger(__name__)
 
 MAKE_LABELS = (DataCollatorForLanguageModeling, DataCollatorForPermutationLanguageModeling)
 """Collators that replace the labels of the data set."""
@@ -135,3 +139,39 @@ def _of_column(column: Any) -> tuple[IntArray, IntArray] | None:
         return None
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     return lengths.astype(np.int64), pc.list_flatten(column).to_numpy(zero_copy_only=False)
+
+
+class WatchForEmptyRows:
+    """Warns of rows without targets in a training set: before the first batch where they can be found without running
+    anybody's code, after the last one where they can only be counted as they pass.
+    """
+
+    def __init__(self) -> None:
+        self._inspected: tuple[Any, bool] | None = None  # a training set, and whether all of its rows were looked at
+        self._empty = self._passed = 0
+
+    def forget_counts(self) -> None:
+        """Begin to count anew, for another run."""
+        self._empty = self._passed = 0
+
+    def warn_at_start(self, trainer: Any) -> None:
+        """Name the rows of the training set that have no targets; once for a training set."""
+        dataset = trainer.train_dataset
+        if self._inspected is None or self._inspected[0] is not dataset:
+            found = find_rows_without_targets(dataset, trainer.data_collator, first_target(trainer))
+            self._inspected = dataset, found is not None and found.is_all
+            if found is not None and found.indices and trainer.is_world_process_zero():
+                logger.warning(f"{found.describe('training')} A batch of such rows alone is skipped.")
+
+    def count(self, empty: int, rows: int) -> None:
+        """Count the rows of a batch."""
+        self._empty += empty
+        self._passed += rows
+
+    def warn_at_end(self, trainer: Any) -> None:
+        """Say how many rows without targets went by, if the start could not say so."""
+        was_told = self._inspected is not None and self._inspected[1]
+        if self._empty and not was_told and trainer.is_world_process_zero():
+            logger.warning(
+                f"{self._empty:,} of the {self._passed:,} rows that went by had no target (a label other than -100)."
+            )

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..perplexity.windows import TokenPerplexity, causal_nll
+from .config import setting
 from .empty_rows import find_rows_without_targets
 from .targets import base_model, first_target, is_causal_model, shifts_labels
 
@@ -138,7 +139,7 @@ class PerplexityMixin(_AnyTrainer):
             NoSuchMetric: It was not measured.
         """
         metric = self.args.metric_for_best_model
-        is_needed = self.args.eval_strategy != "no" or self._setting("eval_passes")
+        is_needed = self.args.eval_strategy != "no" or setting(self.args, "eval_passes")
         if metric is None or not is_needed or f"eval_{metric.removeprefix('eval_')}" in metrics:
             return
         has_no_targets = metric.endswith("perplexity") and shifts_labels(self)

@@ -6,17 +6,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""Inputs, and the other arguments of one call of `training_step`."""
-
 HELD_NAME = "_abr_held_{rank}.safetensors"
+
+
+class Call(NamedTuple):
+    """Inputs, and the other arguments of one call of `training_step`."""
+
+    inputs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def items_in_batch(self) -> Any:
+        """The number of targets in the whole batch, as Trainer passes it on; None where it counts none."""
+        return self.args[0] if self.args else self.kwargs.get("num_items_in_batch")
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,12 @@ def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:
         for i, (inputs, args, kwargs) in enumerate(batch.calls):
             for name, value in inputs.items():
                 tensors[f"{index}.{i}.{name}"] = value.detach().cpu().contiguous().clone()
-            counts.append({"args": [_as_number(value) for value in args], "kwargs": _as_numbers(kwargs)})
+            counts.append(
+                {
+                    "args": [_as_number(value) for value in args],
+                    "kwargs": {name: _as_number(value) for name, value in kwargs.items()},
+                }
+            )
         described.append(
             {"batch": index, "calls": counts, "tokens": batch.tokens, "forward_flops": batch.forward_flops}
         )
@@ -85,9 +100,8 @@ def load_held(directory: Path, rank: int, device: torch.device) -> dict[int, Hel
                     name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)
                 }
                 args = tuple(_as_argument(value, device) for value in count["args"])
-                calls.append(
-                    (inputs, args, {name: _as_argument(each, device) for name, each in count["kwargs"].items()})
-                )
+                kwargs = {name: _as_argument(value, device) for name, value in count["kwargs"].items()}
+                calls.append(Call(inputs, args, kwargs))
             held[described["batch"]] = HeldBatch(calls, described["tokens"], described["forward_flops"])
     return held
 
@@ -95,10 +109,6 @@ def load_held(directory: Path, rank: int, device: torch.device) -> dict[int, Hel
 def _as_number(value: Any) -> Any:
     """Return what `training_step` is given beside the inputs, the number of targets, as JSON."""
     return {"tensor": value.tolist()} if isinstance(value, Tensor) else value
-
-
-def _as_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _as_number(value) for name, value in values.items()}
 
 
 def _as_argument(value: Any, device: torch.device) -> Any:

@@ -25,7 +25,9 @@ from ..records.files import (
     write_whole,
 )
 from .callbacks import LogWindow
+from .config import setting
 from .held import HELD_NAME, load_held, save_held
+from .primer import Primer
 from .tracking import evaluations_without_gain
 
 logger = logging.get_logger(__name__)
@@ -189,7 +191,7 @@ class ResumeMixin(_AnyTrainer):
         refuse_damaged(checkpoint)
         if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
             refuse_unfit(checkpoint, self.model)
-        if self._budget is not None and not Path(checkpoint, ABR_STATE_NAME).exists():
+        if setting(self.args, "max_passes") is not None and not Path(checkpoint, ABR_STATE_NAME).exists():
             raise UnfitCheckpoint(f"{checkpoint} has no {ABR_STATE_NAME}: what it spent of --max_passes is unknown.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -216,13 +218,14 @@ class ResumeMixin(_AnyTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._is_active:
-            save_held(Path(output_dir), self.args.process_index, self._held)
+            save_held(Path(output_dir), self.args.process_index, self._run.held)
             state = self._repetition_state()  # on every rank: an error must not leave the others waiting
             if self.args.should_save:
                 write_whole(Path(output_dir, ABR_STATE_NAME), state)
 
     def _repetition_state(self) -> str:
         """Return what a resumed run needs, as strict JSON."""
+        primer_has_just_ended = self.state.global_step == Primer.of(self).batches
         state = {
             "format": 1,
             "ledger": self.ledger.state_dict(),
@@ -230,11 +233,11 @@ class ResumeMixin(_AnyTrainer):
                 "description": self._scheduler_description,
                 "state": self.repeat_scheduler.state_dict(),
             },
-            "skips_in_a_row": self._skips_in_a_row,
+            "skips_in_a_row": self._run.skips_in_a_row,
             "batch": self._batch_size(),
-            "batches_in_epoch": 0 if self.state.global_step == self._primer_epoch else self._batches_in_epoch,
+            "batches_in_epoch": 0 if primer_has_just_ended else self._run.batches_in_epoch,
             "log": {
-                "window": self._window.state_dict(),
+                "window": self._run.window.state_dict(),
                 "tr_loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
                 "last_logged": self._globalstep_last_logged,
             },
@@ -283,8 +286,9 @@ class ResumeMixin(_AnyTrainer):
     def _why_it_has_ended(self, checkpoint: str) -> str | None:
         """Return why nothing is left to train after a checkpoint, None if there is."""
         spent = self._read_repetition_state(checkpoint).get("ledger", {}).get("passes")
-        if self._budget is not None and spent is not None and self._budget - Fraction(spent) < 1:
-            return f"--max_passes {self._budget} are spent"
+        budget = self._run.budget.passes
+        if budget is not None and spent is not None and budget - Fraction(spent) < 1:
+            return f"--max_passes {budget} are spent"
         if self.state.global_step >= self.state.max_steps:
             by_steps = self.args.max_steps > 0
             return f"--max_steps {self.state.max_steps} is reached" if by_steps else "all epochs are done"
@@ -328,8 +332,8 @@ class ResumeMixin(_AnyTrainer):
             return
         self.ledger.load_state_dict(state["ledger"])
         self._warn_of_another_batch_size(checkpoint, state)
-        self._skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
-        self._batches_in_epoch = state["batches_in_epoch"]
+        self._run.skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
+        self._run.batches_in_epoch = state["batches_in_epoch"]
         saved, now = state["repeat_scheduler"]["description"], self._scheduler_description
         if saved == now:
             self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
@@ -342,26 +346,40 @@ class ResumeMixin(_AnyTrainer):
                     f"{checkpoint} holds batches to train on again, of {len(log['tr_loss'])} processes: resume with "
                     f"as many. There are {self.args.world_size}."
                 )
-            self._held = load_held(Path(checkpoint), self.args.process_index, self.args.device)
+            self._run.held = load_held(Path(checkpoint), self.args.process_index, self.args.device)
         if len(log["tr_loss"]) == self.args.world_size:
-            self._window = LogWindow(**log["window"])
+            self._run.window = LogWindow(**log["window"])
             self._restored_log = log["tr_loss"], log["last_logged"]
 
-    def _position_in_data(self, checkpoint: str, batches_in_epoch: int) -> tuple[int, int] | None:
-        """Return the epoch, and the micro-batches of it that are done, where Trainer would get that wrong.
+    def _where_to_begin(
+        self, checkpoint: str | None, position: tuple[int, int], epochs: int, batches_in_epoch: int
+    ) -> tuple[int, int]:
+        """Return the epoch to begin with, and how many of its micro-batches are done.
 
         Args:
+            checkpoint: What the run goes on from, if it does.
+            position: What Trainer returns.
+            epochs: Those of the run; to begin after the last one is to train on nothing.
             batches_in_epoch: Those of the training set.
         """
         accumulation = self.args.gradient_accumulation_steps
+        primer, step = Primer.of(self).batches, self.state.global_step
+        if checkpoint is not None:
+            self._restore_evaluations(checkpoint)
+            if self._has_ended(checkpoint):
+                return epochs, 0
+        if step < primer:
+            return -1, step * accumulation
+        if checkpoint is None or self.args.ignore_data_skip:
+            return position
         if not has_length(self.train_dataset):
             # Trainer takes a data set without length for endless, and would look for the position in its first round.
             done = self._read_repetition_state(checkpoint).get("batches_in_epoch")
             if done is not None:
                 return int(self.state.epoch or 0), done * accumulation
-        if not self._primer_epoch:
-            return None
-        epoch, done = divmod(self.state.global_step - self._primer_epoch, batches_in_epoch)
+        if not primer:
+            return position
+        epoch, done = divmod(step - primer, batches_in_epoch)
         return epoch, done * accumulation
 
     def _continue_log(self) -> None:

@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..records.files import HISTORY_NAME, TRACE_NAME, read_json, read_lines, step_of, write_whole
 from ..schedulers import Outcome
+from .memory import memory_in_use, memory_peaks
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -287,23 +280,3 @@ def show_history(directory: Path, console: Console | None = None) -> None:
             highlight=False,
             soft_wrap=True,
         )
-
-
-# ---- Memory ----
-
-
-def memory_in_use() -> dict[str, int]:
-    """Return the bytes that the process holds, and those allocated on its GPU, if it has one."""
-    found = {"process": psutil.Process().memory_info().rss}
-    return found | ({"gpu": torch.cuda.memory_allocated()} if torch.cuda.is_available() else {})
-
-
-def memory_peaks() -> dict[str, int]:
-    """Return the most bytes that the process has held, and that were allocated on its GPU."""
-    if resource is None:
-        found = {"process": int(getattr(psutil.Process().memory_info(), "peak_wset", 0))}
-    else:
-        found = {
-            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        }
-    return found | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})

@@ -152,7 +152,7 @@ def test_a_replayed_batch_counts_as_it_did_where_the_last_batch_of_an_epoch_is_s
 
 def test_only_what_the_rule_wants_back_is_held(train):
     ours = train(repeat_scheduler=Later(2))
-    assert sorted(ours._held) == [4, 5]
+    assert sorted(ours._run.held) == [4, 5]
 
 
 def test_a_budget_leaves_no_room_for_a_replay(train):

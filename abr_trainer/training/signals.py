@@ -1,4 +1,8 @@
-"""The share of target tokens that a pass predicts right, read off the logits that it computes anyway."""
+"""What a rule may want to know of a pass beside its loss: how many target tokens it predicted right, and the norm of
+its gradient.
+
+Neither costs a forward or a backward: the one is read off the logits, the other off the gradients that are there.
+"""
 
 from __future__ import annotations
 
@@ -57,3 +61,13 @@ def accuracy_of(right: float, targets: float) -> float | None:
     0.75
     """
     return right / targets if targets else None
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the 2-norm of all gradients of the model, before clipping; times the loss scale if there is a scaler.
+
+    Sharded gradients (FSDP2) are summed over ranks.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,0 +1,300 @@
+"""One batch, from its first pass to its outcome.
+
+     micro-batches --> super().training_step each         the first pass is the probe: no extra forward
+                         | mean over micro-batches, then over ranks (the one collective)
+                   Observation --> repeat_scheduler.decide --> repeats, clamped to what is left of the budget
+                         |
+          0: the batch never happened    1: nothing to do    n: (n-1) x [clip, optimizer.step, zero_grad, pass again]
+                         |                                      as long as the scheduler says `goes_on`;
+                         |                                      then the same for earlier batches that it `replay`s
+                         |
+     stock Trainer resumes: clip, optimizer.step, lr_scheduler.step, global_step += 1
+                         |
+                     Outcome --> repeat_scheduler.observe
+                             +-> callbacks
+                         |
+     stock Trainer resumes: log / evaluate / save
+
+The decision falls between forward and backward of the micro-batch that completes the batch. A rule that wants the norm
+of the gradient is asked once more, after that backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import operator
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..schedulers import Observation, Outcome
+from ..schedulers.base import NO_TARGETS
+from .config import setting
+from .held import Call, HeldBatch, check_holdable
+from .memory import memory_of_batch
+from .passes import Passes, before_backward, counted_once
+from .signals import Hits, accuracy_of, gradient_norm, summed
+from .targets import first_target, tally
+
+logger = logging.get_logger(__name__)
+
+EXCERPT_TOKENS = 128
+"""How much of each row of a skipped batch is kept, to show which data are broken."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """What a rule saw, and what it decided; the learning rate is that of the first update."""
+
+    observation: Observation
+    repeats: int
+    reason: str
+    learning_rate: float
+
+
+class Batch:
+    """One batch: its micro-batches as they arrive, the decision, and what became of it.
+
+    Attributes:
+        outcome: None until the decision is carried out.
+        update_is_withheld: Trainer must not make its update.
+    """
+
+    def __init__(self) -> None:
+        self.outcome: Outcome | None = None
+        self.update_is_withheld = False
+        self._started = time.perf_counter()
+        self._calls: list[Call] = []
+        self._losses: list[Tensor] = []
+        self._hits: list[Hits] = []
+        self._tr_loss_before: Tensor | None = None
+        self._decision: Decision | None = None
+        self._whole = HeldBatch(self._calls, tokens=0, forward_flops=0.0)
+        self._excerpts: list[list[int]] = []
+        self._evaluation_is_due = self._checkpoint_is_due = False
+
+    # ---- The first pass ----
+
+    def take(self, passes: Passes, call: Call) -> Tensor:
+        """Pass over one micro-batch. If it is the last one, decide, and carry out the decision.
+
+        Returns:
+            What Trainer adds to the sum of losses that it logs.
+        """
+        trainer = passes.trainer
+        if not self._calls:
+            self._begin(passes, call)
+        self._calls.append(call._replace(inputs=copy.copy(call.inputs)))
+        if not trainer.accelerator.gradient_state.sync_gradients:
+            self._losses.append(passes.one(call, self._hits))
+            return self._losses[-1]
+
+        def is_trained_on(loss: Tensor) -> bool:
+            self._decision = self._decision or self._decide(trainer, [*self._losses, loss.detach()])
+            return self._decision.repeats > 0
+
+        # Before its last backward, FSDP keeps the gradients of a batch where `zero_grad` does not reach them.
+        must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
+        with contextlib.nullcontext() if must_finish else before_backward(trainer.accelerator, is_trained_on):
+            loss = passes.one(call, self._hits)
+        backwards = len(self._calls) - (self._decision is not None and self._decision.repeats == 0)
+        is_trained_on(loss)  # decides if no backward has asked
+        assert self._decision is not None
+        self._decision = decision = self._look_at_gradient(passes, self._decision)
+        self._losses.append(loss)
+        self._carry_out(passes, decision, backwards)
+        if math.isfinite(decision.observation.loss):
+            return loss
+        # Neither this loss nor those before it in the batch enter the logged mean; the log divides by the others.
+        trainer._tr_loss.copy_(self._tr_loss_before)
+        trainer._run.non_finite_batches += 1
+        if trainer.is_world_process_zero():
+            loss_is = f"its loss is {decision.observation.loss}"
+            why = "it has no targets (labels other than -100)" if decision.reason == NO_TARGETS else loss_is
+            logger.warning(f"Batch {decision.observation.batch + 1} is skipped: {why}.")
+        return torch.zeros_like(loss)
+
+    def _begin(self, passes: Passes, first: Call) -> None:
+        trainer = passes.trainer
+        consensus = trainer._run.consensus
+        trainer._continue_log()
+        if consensus.loss_scale is None:
+            with counted_once(trainer):
+                consensus.find_loss_scale(trainer, passes.model, first)
+        self._tr_loss_before = trainer._tr_loss.clone()
+
+    # ---- The decision ----
+
+    def _decide(self, trainer: Any, losses: list[Tensor]) -> Decision:
+        """Average the first-pass loss over ranks, and decide. All ranks see the same, and so decide the same."""
+        run = trainer._run
+        tallied = tally([call.inputs for call in self._calls], first_target(trainer), trainer.label_names)
+        main_input = getattr(trainer.model, "main_input_name", "input_ids")
+        own_tokens = sum(call.inputs[main_input].numel() for call in self._calls if main_input in call.inputs)
+        costs = (own_tokens, own_tokens * trainer._forward_flops_per_token)
+        numbers = run.consensus.begin_mean(trainer, self._calls, losses, *tallied, *costs, *summed(self._hits))()
+        loss, targets, empty_rows, rows, tokens, forward_flops, *hits = numbers
+        trainer._rows_without_targets.count(int(empty_rows), int(rows))
+        self._whole = HeldBatch(self._calls, int(tokens), forward_flops)
+        # A loss of somebody's own may have more to it than labels: it tells itself whether there is nothing in it.
+        is_empty = not targets and (trainer._loss_is_of_tokens or not loss or not math.isfinite(loss))
+        observation = Observation(
+            batch=run.ledger.batches,
+            loss=math.nan if is_empty else loss,
+            progress=run.budget.progress(trainer.state.global_step, trainer.state.max_steps),
+            accuracy=accuracy_of(*hits) if hits else None,
+        )
+        repeats, reason = (0, NO_TARGETS) if is_empty else self._choose(trainer, observation)
+        return Decision(observation, repeats, reason, trainer._get_learning_rate())
+
+    @staticmethod
+    def _choose(trainer: Any, observation: Observation) -> tuple[int, str]:
+        """Return the repeats that the budget has room for, and the reason."""
+        rule, left = trainer.repeat_scheduler, trainer._run.budget.left
+        if not math.isfinite(observation.loss):
+            repeats, reason = 0, "non-finite"
+        elif observation.batch < setting(trainer.args, "primer_batches"):
+            repeats, reason = 1, "primer"
+        else:
+            decided = rule.decide(observation)
+            try:
+                repeats = operator.index(decided)
+            except TypeError:
+                raise TypeError(f"decide of {rule} must return an integer, got {decided!r}.") from None
+            if repeats < 0:
+                raise ValueError(f"decide of {rule} must return 0 (skip) or more, got {repeats}.")
+            reason = rule.explain(observation)
+        return (int(left), "budget") if repeats > left else (repeats, reason)
+
+    def _look_at_gradient(self, passes: Passes, decision: Decision) -> Decision:
+        """Decide anew after the backward, if the rule wants the norm of the gradient and has not skipped the batch."""
+        trainer = passes.trainer
+        is_open = decision.repeats > 0 and decision.reason != "primer"
+        if not is_open or "grad_norm" not in trainer.repeat_scheduler.wants:
+            return decision
+        scaler = trainer.accelerator.scaler
+        norm = gradient_norm(passes.model) / (1.0 if scaler is None else scaler.get_scale())
+        (total,) = trainer._run.consensus.begin_sum(norm)()
+        mean = total / trainer.args.world_size  # the same on all ranks, to the last bit
+        observation = dataclasses.replace(decision.observation, grad_norm=mean)
+        if math.isfinite(mean):
+            repeats, reason = self._choose(trainer, observation)
+        elif scaler is None:
+            repeats, reason = 0, "non-finite"
+        else:
+            return decision  # the scaler withholds this update, and lowers its scale
+        return dataclasses.replace(decision, observation=observation, repeats=repeats, reason=reason)
+
+    # ---- Repeats, replays, or a skip ----
+
+    def _carry_out(self, passes: Passes, decision: Decision, backwards: int) -> None:
+        """Make all updates but the last, which Trainer makes; or none, and keep Trainer from making it.
+
+        Args:
+            backwards: Backwards that the first pass has made.
+        """
+        trainer, run = passes.trainer, passes.trainer._run
+        spent_before = run.ledger.passes
+        run.ledger.charge_pass(len(self._calls), backwards, self._whole.tokens, self._whole.forward_flops)
+        losses, repeats, reason = [decision.observation.loss], decision.repeats, decision.reason
+        accuracy: float | None = None
+        while len(losses) < repeats:
+            if len(losses) > 1 and not trainer.repeat_scheduler.goes_on(decision.observation, losses, accuracy):
+                repeats = len(losses)
+                break
+            passes.update()
+            loss, accuracy = passes.again(self._whole)
+            losses.append(loss)
+            if not math.isfinite(loss):
+                repeats, reason = len(losses) - 1, "non-finite"
+        replayed = self._replay(passes, decision) if 0 < repeats == len(losses) else ()
+        if repeats < len(losses) or not all(math.isfinite(loss) for _, loss in replayed):
+            passes.withhold_update()
+            self.update_is_withheld = True
+        if repeats == 0:
+            self._excerpts = run.consensus.gather_lists(excerpts(self._calls))  # all ranks skip it
+        self.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed)
+        if run.budget.is_spent:
+            trainer.state.max_steps = trainer.state.global_step + 1  # Trainer stops, evaluates and saves by its rules
+        is_last = trainer.state.global_step + 1 >= trainer.state.max_steps
+        by_passes = setting(trainer.args, "eval_passes") is not None
+        wants_last = is_last and trainer.args.load_best_model_at_end and by_passes
+        self._evaluation_is_due = run.budget.crosses_mark("eval_passes", spent_before) or wants_last
+        self._checkpoint_is_due = run.budget.crosses_mark("save_passes", spent_before)
+
+    def _replay(self, passes: Passes, decision: Decision) -> tuple[tuple[int, float], ...]:
+        """Pass over the earlier batches that the rule names, up to the first whose loss is not finite."""
+        if decision.reason == "primer":
+            return ()
+        rule, run = passes.trainer.repeat_scheduler, passes.trainer._run
+        replayed: list[tuple[int, float]] = []
+        for index in rule.replay(decision.observation):
+            if index not in run.held:
+                raise ValueError(
+                    f"replay of {rule} must return batches that it held, by index from 0; got {index!r}. To hold "
+                    'any, it must have "inputs" in `wants`.'
+                )
+            if run.budget.left < 1:
+                break
+            passes.update()
+            loss, _ = passes.again(run.held[index])
+            replayed.append((index, loss))
+            if not math.isfinite(loss):
+                break
+        return tuple(replayed)
+
+    # ---- The outcome ----
+
+    def finish(self, trainer: Any, outcome: Outcome) -> None:
+        """Tell the rule, the log and the callbacks what became of the batch, after Trainer's update."""
+        assert self._decision is not None
+        seconds = time.perf_counter() - self._started
+        control = trainer.control
+        control.should_evaluate = control.should_evaluate or self._evaluation_is_due
+        control.should_save = control.should_save or self._checkpoint_is_due
+        trainer.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the process
+        trainer._run.count(outcome, seconds)
+        trainer.repeat_scheduler.observe(outcome)
+        self._hold(trainer)
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "on_outcome"):
+                callback.on_outcome(
+                    trainer.args,
+                    trainer.state,
+                    trainer.control,
+                    outcome=outcome,
+                    ledger=trainer.ledger,
+                    learning_rate=self._decision.learning_rate,
+                    seconds=seconds,
+                    memory=memory_of_batch(trainer.args.device),
+                    excerpts=self._excerpts,
+                )
+
+    def _hold(self, trainer: Any) -> None:
+        """Keep the inputs of the batches that the rule wants to come back to, and no others."""
+        rule, run = trainer.repeat_scheduler, trainer._run
+        if "inputs" not in rule.wants or self._decision is None:
+            return
+        check_holdable(self._calls)
+        batches = {**run.held, self._decision.observation.batch: self._whole}
+        wanted = set(rule.held())
+        run.held = {index: batch for index, batch in batches.items() if index in wanted}
+
+
+def excerpts(calls: list[Call]) -> list[list[int]]:
+    """Return the first tokens of each row of some micro-batches, without padding."""
+    rows: list[list[int]] = []
+    for inputs, _, _ in calls:
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            mask = inputs.get("attention_mask")
+            mask = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
+            rows += [row[kept][:EXCERPT_TOKENS].tolist() for row, kept in zip(ids, mask, strict=True)]
+    return rows

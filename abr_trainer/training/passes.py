@@ -1,0 +1,133 @@
+"""One pass over a batch: each is a call of Trainer's own `training_step` for each micro-batch, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .consensus import Read
+from .engines import forget_batch_of_deepspeed
+from .held import Call, HeldBatch
+from .signals import Hits, accuracy_of, counting_hits, summed
+from .targets import shifts_labels
+
+TRL_COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens")
+
+
+@contextlib.contextmanager
+def before_backward(accelerator: Any, wanted: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Ask `wanted(loss)` before each backward in this context, and leave the backward out if the answer is no."""
+    shadowed = vars(accelerator).get("backward")
+    backward = accelerator.backward
+
+    def gated(loss: Tensor, **kwargs: Any) -> None:
+        if wanted(loss):
+            backward(loss, **kwargs)
+
+    accelerator.backward = gated
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del accelerator.backward
+        else:
+            accelerator.backward = shadowed
+
+
+@contextlib.contextmanager
+def counted_once(trainer: Any) -> Iterator[None]:
+    """Undo what passes in this context add to the counters of TRL's trainers, which count in `compute_loss`."""
+    counters = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name in TRL_COUNTERS}
+    yield
+    vars(trainer).update(counters)
+
+
+class Passes:
+    """Passes over micro-batches, and the updates between them.
+
+    It lives as long as one call of `training_step`: kept longer, it would tie the trainer into a circle.
+
+    Args:
+        trainer: The trainer, with an optimizer.
+        model: The model as `training_step` gets it, with what accelerate has put around it.
+        training_step: Trainer's own.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module, training_step: Callable[..., Tensor]) -> None:
+        self.trainer = trainer
+        self.model = model
+        self._training_step = training_step
+
+    def one(self, call: Call, hits: list[Hits]) -> Tensor:
+        """Run forward and backward over one micro-batch, and return its loss as Trainer does.
+
+        Args:
+            hits: Gets the target tokens that the forward predicts right, if the rule wants to know them.
+        """
+        counts_hits = "accuracy" in self.trainer.repeat_scheduler.wants
+        shifts = counts_hits and shifts_labels(self.trainer)
+        with counting_hits(self.model, call.inputs, shifts, hits) if counts_hits else contextlib.nullcontext():
+            return self._training_step(self.model, call.inputs, *call.args, **call.kwargs)
+
+    def again(self, held: HeldBatch) -> tuple[float, float | None]:
+        """Run one more pass over a whole batch, and return its loss and accuracy over all ranks."""
+        trainer = self.trainer
+        accelerator, consensus = trainer.accelerator, trainer._run.consensus
+        losses: list[Tensor] = []
+        hits: list[Hits] = []
+        mean: Read | None = None
+
+        def begin_mean(loss: Tensor) -> bool:
+            nonlocal mean
+            mean = mean or consensus.begin_mean(trainer, held.calls, [*losses, loss.detach()], *summed(hits))
+            # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
+            return not trainer.is_deepspeed_enabled or math.isfinite(mean()[0])
+
+        # What Trainer divides losses by, where the model does not: the last batch of an epoch may have had fewer.
+        steps_now: int = trainer.current_gradient_accumulation_steps
+        trainer.current_gradient_accumulation_steps = len(held.calls)
+        each_syncs = trainer.is_deepspeed_enabled or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
+        with counted_once(trainer):
+            for i, call in enumerate(held.calls, start=1):
+                is_last = i == len(held.calls)
+                accelerator.gradient_state._set_sync_gradients(is_last)
+                with contextlib.ExitStack() as context:
+                    if is_last:
+                        context.enter_context(before_backward(accelerator, begin_mean))
+                    elif not each_syncs:
+                        context.enter_context(accelerator.no_sync(self.model))
+                    losses.append(self.one(call._replace(inputs=copy.copy(call.inputs)), hits))
+        trainer.current_gradient_accumulation_steps = steps_now
+        loss, *counts = (mean or consensus.begin_mean(trainer, held.calls, losses, *summed(hits)))()
+        trainer.ledger.charge_pass(len(held.calls), len(held.calls), held.tokens, held.forward_flops)
+        return loss, accuracy_of(*counts) if counts else None
+
+    def update(self) -> None:
+        """Do what Trainer does between the last backward of a batch and the next forward."""
+        trainer = self.trainer
+        if trainer.args.max_grad_norm > 0:
+            trainer._clip_grad_norm(self.model)
+        events = trainer.callback_handler
+        trainer.control = events.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+        trainer.optimizer.step()
+        trainer.control = events.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+        if trainer._run.budget.passes is not None:
+            trainer.lr_scheduler.step()
+        self.model.zero_grad()
+
+    def withhold_update(self) -> None:
+        """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
+
+        Gradients of zero would not do: momentum and weight decay move the weights under them.
+        """
+        trainer = self.trainer
+        self.model.zero_grad()
+        if trainer.is_deepspeed_enabled:
+            forget_batch_of_deepspeed(self.model)
+        trainer.accelerator.gradient_state._set_sync_gradients(False)
+        trainer.optimizer._is_overflow = False  # of an earlier batch: it would keep the learning rate from ticking

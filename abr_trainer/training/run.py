@@ -1,0 +1,86 @@
+"""What one run has learnt and spent, beside what its rule remembers and what Trainer counts itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..perplexity.windows import perplexity_of
+from ..schedulers import Outcome
+from ..schedulers.base import NO_TARGETS
+from .budget import Budget
+from .callbacks import LogWindow
+from .consensus import Consensus
+from .held import HeldBatch
+from .ledger import ComputeLedger
+
+
+class Run:
+    """The counts of one run. A trainer starts with a new one at every call of `train`, and at every new attempt of it.
+
+    It must not refer to the trainer: the model would live on in a circle.
+
+    Attributes:
+        ledger: What was spent.
+        budget: What may be spent.
+        consensus: How ranks agree.
+        window: The batches since the last log.
+        held: Batches to train on again later, by index.
+        skips_in_a_row: The last batches, as long as they were skipped: index, and loss or reason.
+        non_finite_batches: Batches whose loss was not finite, or that had no targets.
+        batches_in_epoch: Batches finished in this epoch.
+        saved_at: Step of the last checkpoint of this run.
+    """
+
+    def __init__(self, args: Any, accelerator: Any) -> None:
+        self.ledger = ComputeLedger()
+        self.budget = Budget(args, self.ledger)
+        self.consensus = Consensus(args, accelerator)
+        self.window = LogWindow()
+        self.held: dict[int, HeldBatch] = {}
+        self.skips_in_a_row: list[tuple[int, str]] = []
+        self.non_finite_batches = 0
+        self.batches_in_epoch = 0
+        self.saved_at: int | None = None
+
+    def count(self, outcome: Outcome, seconds: float) -> None:
+        """Count a finished batch."""
+        self.batches_in_epoch += 1
+        self.ledger.close_batch(outcome.updates, seconds)
+        self.window.observe(outcome)
+        if outcome.skipped:
+            loss = NO_TARGETS if outcome.reason == NO_TARGETS else f"{outcome.observation.loss:.4g}"
+            self.skips_in_a_row.append((outcome.observation.batch, loss))
+        else:
+            self.skips_in_a_row.clear()
+
+    def explain_skips(self, limit: int, checkpoint: Path) -> str:
+        """Return why the run ends: too many batches in a row were skipped."""
+        last = ", ".join(
+            f"{batch + 1} ({loss if loss == NO_TARGETS else f'loss {loss}'})"  # kept by index, from 0
+            for batch, loss in self.skips_in_a_row[-5:]
+        )
+        return (
+            f"{len(self.skips_in_a_row)} batches in a row were skipped, --max_consecutive_skips is {limit}. The last "
+            f"were {last}. The run is saved in {checkpoint}: look at these batches and at the learning rate, or raise "
+            "the limit, and resume."
+        )
+
+    def complete_log(self, logs: dict[str, float], loss_is_of_tokens: bool) -> None:
+        """Add repeats, skips and cost of the batches since the last log, and begin to count anew."""
+        logs["loss"] = self.window.finite_mean(logs["loss"])
+        if loss_is_of_tokens:
+            logs["perplexity"] = perplexity_of(self.window.mean_loss)
+        logs.update(self.window.logs(self.ledger))
+        self.window = LogWindow()
+
+    def leave_out_non_finite(self, trainer: Any) -> None:
+        """Make the mean loss that Trainer reports at the end one over finite batches: the others gave 0 to its sum."""
+        if not self.non_finite_batches:
+            return
+        batches = trainer.state.global_step - getattr(trainer, "_initial_global_step", 0)
+        finite = batches - self.non_finite_batches
+        rest = trainer._tr_loss.item()  # Trainer adds it
+        total = trainer._total_loss_scalar + rest
+        trainer._total_loss_scalar = (total * batches / finite if finite else math.nan) - rest
