@@ -14,10 +14,10 @@ from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
 from ..records.files import read_json
 from ..training.callbacks import last_evaluation
+from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig
 from ..training.evaluation import NoSuchMetric
 from ..training.readiness import check_disk, mend_generation_config
-from ..training.resume import UnfitCheckpoint
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
 from .parsing import wanted_splits as wanted_splits

@@ -33,8 +33,8 @@ from ..records.files import (
     write_whole,
 )
 from ..records.locking import locked
+from ..training.checkpoints import newest_checkpoint, refuse_damaged
 from ..training.config import ABRConfig
-from ..training.resume import newest_checkpoint, refuse_damaged
 
 logger = logging.get_logger(__name__)
 

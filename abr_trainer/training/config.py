@@ -7,45 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.utils import logging
 
-from ..records.errors import refuse_below
-from ..schedulers import OUTLIER_RULES, RepeatScheduler, build_rule, reads_flag
-from ..schedulers.threshold import parse_threshold
-from .ledger import forward_share
-from .support import refuse_pushing_inputs, refuse_single_process_launch
-
-logger = logging.get_logger(__name__)
-
-LEAST_VALUES = {
-    "max_repeats": 1,
-    "max_consecutive_skips": 1,
-    "primer_batches": 0,
-    "early_stopping_patience": 1,
-    "early_stopping_threshold": 0,
-    "max_passes": 1,
-    "learning_rate": 0,
-    "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-}
-
-SEEDS = {"seed": (0, 2**32 - 1), "data_seed": (-(2**63), 2**64 - 1)}
-"""What NumPy and torch take for a seed: the least and the most."""
-
-CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
-"""The least a batch can cost, in passes."""
+from ..schedulers import OUTLIER_RULES, RepeatScheduler, build_rule
+from .plan import CHEAPEST_BATCH, check_fields, refuse_best_without_saves, scale_with_batch_size
+from .support import refuse_single_process_launch
 
 
 @dataclass
 class ABRConfig(TrainingArguments):
     """`TrainingArguments` with the fields below.
 
-    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`, `eval_on_start`,
-    which is True where `do_train` and `do_eval` are, and `eval_strategy`, which is "epoch" where `do_eval` asks for
-    evaluation (that of `save_strategy` where the best model is loaded at the end; "no" beside `eval_passes`) and "no"
-    elsewhere. `greater_is_better` is False for a perplexity. `max_passes` sets `max_steps` to the most batches that
-    the budget can buy; a `max_steps` given beside it caps the number of batches.
+    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`. `eval_on_start` is
+    True if `do_train` and `do_eval` are. `eval_strategy` is "no" without `do_eval` or beside `eval_passes`, that of
+    `save_strategy` if the best model is loaded at the end, and else "epoch". `greater_is_better` is False for a
+    perplexity. `max_passes` sets `max_steps` to the most batches that the budget can buy; a `max_steps` given beside
+    it caps the number of batches.
     """
 
     repeat_scheduler: str = field(
@@ -207,7 +183,7 @@ class ABRConfig(TrainingArguments):
                 self.eval_steps = self.save_steps
         loads_best = self.load_best_model_at_end
         if loads_best:
-            self._check_that_the_best_is_saved()
+            refuse_best_without_saves(self)
             self.metric_for_best_model = self.metric_for_best_model or "loss"
         if str(self.resume_from_checkpoint).lower() in ("false", "no"):
             self.resume_from_checkpoint = None
@@ -223,75 +199,19 @@ class ABRConfig(TrainingArguments):
         self.load_best_model_at_end = False  # or each evaluation would have to fall on a checkpoint: we save each best
         super().__post_init__()
         self.load_best_model_at_end = loads_best
-        self._scale_with_batch_size()
-
-    def _check_that_the_best_is_saved(self) -> None:
-        """Refuse to look for the best where there are no evaluations or no checkpoints.
-
-        Raises:
-            ValueError: There are none.
-        """
-        flag = "--load_best_model_at_end" if self.early_stopping_patience is None else "--early_stopping_patience"
-        if self.eval_strategy == "no" and not self.eval_passes:
-            raise ValueError(
-                f"{flag} needs evaluations: --do_eval, and --eval_strategy steps or epoch, or --eval_passes."
-            )
-        if self.save_strategy == "no":
-            raise ValueError(f"{flag} needs checkpoints: --save_strategy steps, epoch or best.")
+        scale_with_batch_size(self)
 
     def plan(self) -> None:
-        """Check the fields above, take `max_steps` for a cap that was asked for, and lower it to what the budget buys.
+        """Check the fields, and lower `max_steps`, kept as `most_batches`, to what the budget can buy.
 
         Raises:
             ValueError: A field is out of range, or names no rule.
         """
-        refuse_below(self, LEAST_VALUES)
-        for name, (least, most) in SEEDS.items():
-            seed = getattr(self, name)
-            if seed is not None and not (isinstance(seed, int) and least <= seed <= most):
-                raise ValueError(f"--{name} must be a whole number from {least} to {most}, got {seed}.")
-        for name in ("eval_passes", "save_passes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name} must be positive, got {value}.")
-            if value is not None and value < 1 and self.max_passes is None:
-                raise ValueError(f"--{name} {value} is a share of --max_passes, which is not given.")
-        if self.loss_threshold is not None:
-            parse_threshold(self.loss_threshold)
-        refuse_pushing_inputs(self, self.build_repeat_scheduler())
-        self._warn_of_unread_flags()
+        check_fields(self)
         self.most_batches = self.max_steps
         if self.max_passes is not None:
             affordable = math.ceil(self.max_passes / CHEAPEST_BATCH)
             self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable
-
-    def _scale_with_batch_size(self) -> None:
-        """Set learning rate and number of batches by the size of a batch, which is known once the ranks are.
-
-        Raises:
-            ValueError: A base is missing or not asked for, or another value was given for what it sets.
-        """
-        bases: dict[str, Any] = {name: getattr(self, name) for name in ("base_learning_rate", "base_samples")}
-        if not self.scale_with_batch_size:
-            for name, value in bases.items():
-                if value is not None:
-                    raise ValueError(f"--{name} means nothing without --scale_with_batch_size.")
-            return
-        for name, value in bases.items():
-            if value is None or value <= 0:
-                raise ValueError(f"--scale_with_batch_size needs --{name}, above 0; got {value}.")
-        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        scaled = scaled_with_batch_size(bases["base_learning_rate"], bases["base_samples"], batch)
-        before = {"learning_rate": self.learning_rate, "max_steps": self.most_batches}
-        defaults = {"learning_rate": type(self).learning_rate, "max_steps": -1}
-        for name, value in scaled.items():
-            if before[name] not in (defaults[name], value):
-                raise ValueError(
-                    f"--{name} {before[name]:g} contradicts --scale_with_batch_size, which makes it {value:g} for a "
-                    f"batch of {batch}. Leave one of them out."
-                )
-        self.learning_rate, self.max_steps = scaled["learning_rate"], int(scaled["max_steps"])
-        self.most_batches = self.max_steps
 
     def build_repeat_scheduler(self) -> RepeatScheduler:
         """Return a new scheduler as the fields describe it, outlier skipping included.
@@ -300,25 +220,6 @@ class ABRConfig(TrainingArguments):
             ValueError: A name is unknown, or a parameter out of range.
         """
         return build_rule(vars(self))
-
-    def _warn_of_unread_flags(self) -> None:
-        for flag in ("loss_threshold", "max_repeats"):
-            if getattr(self, flag) is not None and not reads_flag(self.repeat_scheduler, flag):
-                logger.warning(f"--{flag} means nothing to --repeat_scheduler {self.repeat_scheduler}.")
-
-
-def scaled_with_batch_size(base_learning_rate: float, samples: int, batch: int) -> dict[str, float]:
-    """Return the learning rate for a batch of so many samples, by the square root, and the batches that they make.
-
-    >>> {name: float(f"{value:.3g}") for name, value in scaled_with_batch_size(5e-6, 10_000, batch=8).items()}
-    {'learning_rate': 1.41e-05, 'max_steps': 1250.0}
-
-    Raises:
-        ValueError: There are fewer samples than one batch has.
-    """
-    if samples < batch:
-        raise ValueError(f"--base_samples {samples} is less than one batch, which has {batch}.")
-    return {"learning_rate": base_learning_rate * math.sqrt(batch), "max_steps": samples // batch}
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:

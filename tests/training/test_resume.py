@@ -25,7 +25,7 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
     get_repeat_scheduler,
 )
-from abr_trainer.training.resume import UnfitCheckpoint, newest_checkpoint, refuse_damaged
+from abr_trainer.training.checkpoints import UnfitCheckpoint, newest_checkpoint, refuse_damaged
 from tests.conftest import QUIET, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 from tests.jobs import resumable
 
