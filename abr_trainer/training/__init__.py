@@ -1,8 +1,26 @@
 """The Trainer with repetition.
 
-One batch, by files: Trainer's loop calls `trainer.py` for each micro-batch. Once the last one has passed, the rule is
-asked and its decision is carried out. `held.py` keeps batches for a later replay, `ledger.py` charges what was spent,
-`callbacks.py` writes the log and the trace.
+How one batch goes through the files:
+
+1. `trainer.py` overrides methods of Trainer. Trainer's loop calls `get_batch_samples`, which starts a new batch, and
+   then `training_step` for each micro-batch, which hands it to that batch.
+2. `batch.py` holds the whole life of the batch, from its first pass to its outcome. Each micro-batch goes through one
+   pass (`passes.py`), which calls Trainer's own `training_step`.
+3. Between forward and backward of the last micro-batch, `consensus.py` averages the loss over micro-batches and ranks.
+   `loss_scale.py` knows what the losses of this model mean, `targets.py` which labels count, and `signals.py` what
+   else a rule may want to know.
+4. `batch.py` asks the rule, and cuts the answer to what is left of the budget (`budget.py`). It repeats the batch and
+   replays earlier ones (`held.py`), with an update and one more pass each time, or it skips the batch. Each pass is
+   charged to the ledger (`ledger.py`).
+5. Trainer makes the last update, unless the batch is skipped, and calls `_maybe_log_save_evaluate`. That finishes the
+   batch: `run.py` counts it, the rule observes the outcome, and `callbacks.py` writes it to the trace.
+6. Trainer logs, evaluates and saves. `run.py` adds to the log, `evaluation.py` adds the perplexity, and `resume.py`
+   writes into the checkpoint what a resumed run needs.
+
+Before the first batch, `config.py` has the arguments and `plan.py` checks them. `support.py` refuses what cannot work,
+`readiness.py` checks model and disk, `empty_rows.py` looks for rows without targets, `checkpoints.py` checks the
+checkpoint to resume from, and `primer.py` has the batches that come first. Beside the batches, `tracking.py` follows
+the perplexity, `memory.py` measures memory, and `engines.py` has what DeepSpeed and DDP need.
 """
 
 from __future__ import annotations

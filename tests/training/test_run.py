@@ -1,0 +1,71 @@
+"""What a run counts, by hand; and that it keeps no trainer alive."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from abr_trainer.schedulers import Observation, Outcome
+from abr_trainer.schedulers.base import NO_TARGETS
+from abr_trainer.training.run import Run
+from tests.conftest import Scripted
+
+
+@pytest.fixture
+def run():
+    return Run(SimpleNamespace(), Accelerator(cpu=True))
+
+
+def outcome(batch, loss, repeats, reason=""):
+    return Outcome(Observation(batch, loss, progress=0.0), repeats, (loss,) * max(repeats, 1), reason)
+
+
+def test_skips_in_a_row_are_counted_until_a_batch_is_trained_on(run):
+    run.count(outcome(0, 2.0, repeats=0), seconds=1.0)
+    run.count(outcome(1, 3.0, repeats=2), seconds=1.0)
+    run.count(outcome(2, 12.3456, repeats=0), seconds=1.0)
+    run.count(outcome(3, math.nan, repeats=0, reason=NO_TARGETS), seconds=1.0)
+    assert run.skips_in_a_row == [(2, "12.35"), (3, NO_TARGETS)]
+    assert (run.batches_in_epoch, run.ledger.batches, run.ledger.skips, run.ledger.seconds) == (4, 4, 3, 4.0)
+    told = run.explain_skips(2, Path("run/checkpoint-4"))
+    assert told.startswith(
+        "2 batches in a row were skipped, --max_consecutive_skips is 2. The last were 3 (loss 12.35)"
+    )
+    assert "4 (no targets). The run is saved in run/checkpoint-4: look at" in told, "batches are numbered from 1"
+
+
+def test_a_log_tells_of_the_batches_since_the_last_one(run):
+    run.count(outcome(0, 2.0, repeats=3), seconds=1.0)
+    run.count(outcome(1, math.nan, repeats=0), seconds=1.0)
+    logs = {"loss": 1.0}  # Trainer's mean, to which the second batch gave 0
+    run.complete_log(logs, loss_is_of_tokens=True)
+    expected = {"loss": 2.0, "perplexity": math.exp(2.0), "repeats": 1.5, "skipped": 0.5, "passes": 0.0, "updates": 3}
+    assert logs == pytest.approx(expected)
+    assert run.window.batches == 0
+
+
+def test_the_mean_loss_of_a_run_leaves_out_what_is_not_finite(run):
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=4), _tr_loss=torch.tensor(3.0), _total_loss_scalar=6.0)
+    run.non_finite_batches = 1
+    run.leave_out_non_finite(trainer)
+    # Trainer adds what it has not logged yet, and divides by all four batches: (9 + 3) / 4 is 9 / 3.
+    assert trainer._total_loss_scalar == 9.0
+
+
+def test_a_trainer_that_nobody_needs_any_more_frees_its_model(build):
+    trainer = build(repeat_scheduler=Scripted(2, 0, 1))
+    trainer.train()
+    model = weakref.ref(trainer.model)
+    gc.disable()  # a circle would wait for it
+    try:
+        del trainer
+        assert model() is None
+    finally:
+        gc.enable()
