@@ -64,8 +64,8 @@ class SentenceArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training rows: .json, .jsonl, .ndjson, .csv, .tsv or .parquet, instead of those on the Hub. All but "
-            ".parquet may be compressed: .gz, .bz2, .xz, .zst, .lz4, .zip."
+            "help": "Training rows: .json, .jsonl, .ndjson, .csv, .tsv or .parquet, instead of those on the Hub. All "
+            "but .parquet may be compressed: .gz, .bz2, .xz, .zst, .lz4, .zip."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation rows, in the same formats."})
