@@ -258,7 +258,7 @@ def test_prompts_are_compared_from_the_command_line_to_the_report(tmp_path):
     rest += ["--learning_rate", "1e-2", "--optim", "adamw_torch"]
     command = ["--prompts", "none", "Are they the same?", "--seeds", "2", "--jobs", "2", "--out", str(out)]
 
-    with pytest.raises(SystemExit, match="error: Unknown flag --block_size"):
+    with pytest.raises(SystemExit, match="error: --block_size is not a flag here. Use --max_seq_length"):
         compare_prompts.main([*command, "--", *rest, "--block_size", "64"])
     data = compare_prompts.main([*command, "--", *rest])
     assert data["warnings"] == data["missing"] == data["failures"] == []
