@@ -112,7 +112,7 @@ class Batch:
         self._carry_out(passes, decision, backwards)
         if math.isfinite(decision.observation.loss):
             return loss
-        # Neither this loss nor those before it in the batch enter the logged mean; the log divides by the others.
+        # No loss of this batch enters the logged mean; the log divides by the other batches.
         trainer._tr_loss.copy_(self._tr_loss_before)
         trainer._run.non_finite_batches += 1
         if trainer.is_world_process_zero():
@@ -122,8 +122,7 @@ class Batch:
         return torch.zeros_like(loss)
 
     def _begin(self, passes: Passes, first: Call) -> None:
-        trainer = passes.trainer
-        consensus = trainer._run.consensus
+        trainer, consensus = passes.trainer, passes.trainer._run.consensus
         trainer._continue_log()
         if consensus.loss_scale is None:
             with counted_once(trainer):
@@ -143,7 +142,7 @@ class Batch:
         loss, targets, empty_rows, rows, tokens, forward_flops, *hits = numbers
         trainer._rows_without_targets.count(int(empty_rows), int(rows))
         self._whole = HeldBatch(self._calls, int(tokens), forward_flops)
-        # A loss of somebody's own may have more to it than labels: it tells itself whether there is nothing in it.
+        # A custom loss may use more than labels: then a batch without targets is empty only if its loss says so.
         is_empty = not targets and (trainer._loss_is_of_tokens or not loss or not math.isfinite(loss))
         observation = Observation(
             batch=run.ledger.batches,
@@ -174,7 +173,7 @@ class Batch:
         return (int(left), "budget") if repeats > left else (repeats, reason)
 
     def _look_at_gradient(self, passes: Passes, decision: Decision) -> Decision:
-        """Decide anew after the backward, if the rule wants the norm of the gradient and has not skipped the batch."""
+        """Decide again after the backward, if the rule wants the gradient norm and has not skipped the batch."""
         trainer = passes.trainer
         is_open = decision.repeats > 0 and decision.reason != "primer"
         if not is_open or "grad_norm" not in trainer.repeat_scheduler.wants:

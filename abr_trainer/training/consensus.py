@@ -81,7 +81,7 @@ class Consensus:
 
     def find_loss_scale(self, trainer: Any, model: nn.Module, call: Call) -> None:
         """Find out what the losses of this run mean, by a micro-batch."""
-        # A baseline is Trainer, and needs no loss: somebody's `compute_loss` may count its calls.
+        # A baseline is plain training and needs no exact loss. A custom `compute_loss` may count its calls.
         rule = trainer.repeat_scheduler
         is_baseline = isinstance(rule, ConstantScheduler) and rule.repeats == 1
         is_right = trainer_counts_targets(trainer) or not trainer._loss_is_of_tokens

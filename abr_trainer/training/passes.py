@@ -50,7 +50,7 @@ def counted_once(trainer: Any) -> Iterator[None]:
 class Passes:
     """Passes over micro-batches, and the updates between them.
 
-    It lives as long as one call of `training_step`: kept longer, it would tie the trainer into a circle.
+    It lives as long as one call of `training_step`. If it were kept, the trainer would be part of a reference cycle.
 
     Args:
         trainer: The trainer, with an optimizer.
@@ -88,7 +88,7 @@ class Passes:
             # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
             return not trainer.is_deepspeed_enabled or math.isfinite(mean()[0])
 
-        # What Trainer divides losses by, where the model does not: the last batch of an epoch may have had fewer.
+        # Trainer divides losses by this where the model does not. The last batch of an epoch may have fewer.
         steps_now: int = trainer.current_gradient_accumulation_steps
         trainer.current_gradient_accumulation_steps = len(held.calls)
         each_syncs = trainer.is_deepspeed_enabled or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
@@ -123,7 +123,7 @@ class Passes:
     def withhold_update(self) -> None:
         """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
 
-        Gradients of zero would not do: momentum and weight decay move the weights under them.
+        Setting gradients to zero is not enough: momentum and weight decay would still move the weights.
         """
         trainer = self.trainer
         self.model.zero_grad()

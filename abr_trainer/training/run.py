@@ -1,4 +1,4 @@
-"""What one run has learnt and spent, beside what its rule remembers and what Trainer counts itself."""
+"""What is counted in one run, apart from what its rule remembers and what Trainer counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .ledger import ComputeLedger
 class Run:
     """The counts of one run. A trainer starts with a new one at every call of `train`, and at every new attempt of it.
 
-    It must not refer to the trainer: the model would live on in a circle.
+    It must not refer to the trainer: the reference cycle would keep the model in memory.
 
     Attributes:
         ledger: What was spent.

@@ -157,7 +157,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         return self._where_to_begin(checkpoint, position, num_train_epochs, num_update_steps_per_epoch)
 
     def _reset_repetition(self) -> None:
-        """Forget everything that a run has learnt and spent."""
+        """Start with a fresh rule and fresh counts."""
         if self._given_scheduler is not None:
             self.repeat_scheduler = self._given_scheduler
             self.repeat_scheduler.load_state_dict(copy.deepcopy(self._initial_scheduler_state))

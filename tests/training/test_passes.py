@@ -38,7 +38,7 @@ def test_after_the_gate_backwards_are_made_unasked(weight):
         raise RuntimeError("out of memory")
     accelerator.backward(weight * 2)
     assert weight.grad == 2.0
-    assert "backward" not in vars(accelerator), "a bound method of its own would tie the accelerator into a circle"
+    assert "backward" not in vars(accelerator), "a bound method there would make a reference cycle"
 
 
 def test_somebody_elses_backward_is_put_back(weight):

@@ -1,4 +1,4 @@
-"""What a run counts, by hand; and that it keeps no trainer alive."""
+"""What a run counts, by hand; and that it keeps no model in memory."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_the_mean_loss_of_a_run_leaves_out_what_is_not_finite(run):
     assert trainer._total_loss_scalar == 9.0
 
 
-def test_a_trainer_that_nobody_needs_any_more_frees_its_model(build):
+def test_deleting_a_trainer_frees_its_model(build):
     trainer = build(repeat_scheduler=Scripted(2, 0, 1))
     trainer.train()
     model = weakref.ref(trainer.model)
-    gc.disable()  # a circle would wait for it
+    gc.disable()  # a reference cycle would wait for it
     try:
         del trainer
         assert model() is None
