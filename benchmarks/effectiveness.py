@@ -35,7 +35,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from abr_trainer.comparison.statistics import paired, read_comparison, verdict
+from abr_trainer.comparison.collecting import read_comparison
+from abr_trainer.comparison.statistics import paired, verdict
 from abr_trainer.data.columns import as_text
 from abr_trainer.records.files import TRACE_NAME, read_lines, write_whole
 from abr_trainer.records.flags import given_flags

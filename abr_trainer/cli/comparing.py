@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..comparison.collecting import collect, copy_configs, write_comparison
 from ..comparison.experiment import Experiment, RunFailed
 from ..comparison.processes import interruptible
-from ..comparison.statistics import collect, copy_configs, write_comparison
 from ..records.commands import command
 from ..records.errors import one_line_errors
 from ..records.flags import asks_to_save, expand_flags_file, parse_tuning

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..comparison.statistics import read_comparison
+from ..comparison.collecting import read_comparison
 from ..records.errors import one_line_errors
 from ..records.files import COMPARISON, REPORT_FOLDER, TRACE_NAME
 from ..report.files import write_report

@@ -11,10 +11,10 @@ _HOMES = {
     "RunFailed": "experiment",
     "SCORES": "scores",
     "Score": "scores",
-    "collect": "statistics",
+    "collect": "collecting",
     "parse_arm": "arms",
     "prompt_arm": "arms",
-    "write_comparison": "statistics",
+    "write_comparison": "collecting",
 }
 
 __all__ = sorted(_HOMES)

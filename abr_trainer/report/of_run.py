@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..comparison.statistics import learning_curve, over_loss, over_passes, over_time
+from ..comparison.curves import learning_curve, over_loss, over_passes, over_time
 from ..records.commands import pasted
 from ..records.files import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
 from .figure import Commands, Figure, Notice, Report, Section, Series, Table

@@ -11,9 +11,9 @@ import pytest
 from abr_trainer.cli import compare_prompts, report
 from abr_trainer.cli.comparing import write_up
 from abr_trainer.comparison.arms import prompt_arm
+from abr_trainer.comparison.collecting import COSTS, collect, read_comparison
 from abr_trainer.comparison.experiment import Experiment
 from abr_trainer.comparison.scores import OF_CLASSIFIERS
-from abr_trainer.comparison.statistics import COSTS, collect, read_comparison
 from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.records.flags import complete_prompt_flags, given_flags
 from abr_trainer.report.markdown import render_markdown

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from abr_trainer.cli import compare as compare_verb
 from abr_trainer.cli import report as report_verb
 from abr_trainer.comparison.arms import parse_arm
+from abr_trainer.comparison.collecting import COSTS, collect, tuning_of
 from abr_trainer.comparison.experiment import Experiment, RunFailed, last_words
 from abr_trainer.comparison.progress import share_done
-from abr_trainer.comparison.statistics import COSTS, collect, tuning_of
 from abr_trainer.data.demo import demo_texts
 from abr_trainer.records.files import last_complete_checkpoint, read_lines
 from abr_trainer.records.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning

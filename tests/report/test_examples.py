@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abr_trainer.comparison.statistics import read_comparison
+from abr_trainer.comparison.collecting import read_comparison
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison
 from abr_trainer.report.page import render_page
