@@ -17,8 +17,9 @@ from ..records.commands import command
 from ..records.errors import one_line_errors
 from ..records.flags import asks_to_save, expand_flags_file, parse_tuning
 from ..report.files import write_report
-from ..report.of_comparison import report_on_comparison, summary_lines
+from ..report.of_comparison import report_on_comparison
 from ..report.tensorboard import write_events
+from ..report.verdicts import summary_lines
 from .main import VERBS
 
 OF_A_RUN = (

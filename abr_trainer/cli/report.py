@@ -14,8 +14,9 @@ from ..comparison.collecting import read_comparison
 from ..records.errors import one_line_errors
 from ..records.files import COMPARISON, REPORT_FOLDER, TRACE_NAME
 from ..report.files import write_report
-from ..report.of_comparison import report_on_comparison, summary_lines
+from ..report.of_comparison import report_on_comparison
 from ..report.of_run import report_on_run
+from ..report.verdicts import summary_lines
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:

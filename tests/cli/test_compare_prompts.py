@@ -17,7 +17,8 @@ from abr_trainer.comparison.scores import OF_CLASSIFIERS
 from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.records.flags import complete_prompt_flags, given_flags
 from abr_trainer.report.markdown import render_markdown
-from abr_trainer.report.of_comparison import report_on_comparison, shortcomings
+from abr_trainer.report.of_comparison import report_on_comparison
+from abr_trainer.report.verdicts import shortcomings
 from tests.sentence_rows import write_rows
 
 ASKED = "Same, you think?"

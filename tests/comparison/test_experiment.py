@@ -23,7 +23,8 @@ from abr_trainer.data.demo import demo_texts
 from abr_trainer.records.files import last_complete_checkpoint, read_lines
 from abr_trainer.records.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.report.markdown import render_markdown
-from abr_trainer.report.of_comparison import circumstances, report_on_comparison, shortcomings
+from abr_trainer.report.of_comparison import report_on_comparison
+from abr_trainer.report.verdicts import circumstances, shortcomings
 from tests.conftest import ROOT
 
 EXPERIMENT = {"out": Path("out"), "module": "run_clm_abr", "seeds": [0, 1], "flags": ["--max_passes", "12"]}

@@ -1,0 +1,234 @@
+"""The figures of the report on a comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..comparison.arms import quoted
+from ..comparison.scores import score_of, sentence_case, words_for
+from .figure import Figure, Series
+from .verdicts import validation, what_varies
+
+
+def better_side(metric: str) -> str:
+    return "Left" if score_of(metric).lower_is_better else "Right"
+
+
+def final_figure(arms: list[dict[str, Any]], metric: str, varied: str) -> Figure:
+    series = tuple(
+        Series(
+            arm["name"],
+            x=tuple(value for value in arm[metric]["values"].values() if value is not None),
+            low=(arm[metric]["interval"][0],) if arm[metric]["interval"] else (),
+            high=(arm[metric]["interval"][1],) if arm[metric]["interval"] else (),
+            center=arm[metric]["mean"],
+        )
+        for arm in arms
+        if metric in arm
+    )
+    return Figure(
+        "final",
+        f"{sentence_case(words_for(metric))} at the end",
+        f"Mean over seeds with its 95 % t interval, and each seed. {better_side(metric)} is better. The scatter "
+        f"between seeds is shared by all {varied}s: the next figure takes it out.",
+        "intervals",
+        words_for(metric),
+        varied,
+        series,
+        range_label="95 % t interval",
+    )
+
+
+def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str, varied: str) -> Figure:
+    before: dict[str, Any] = {}
+    for arm in arms:
+        if arm["name"] == reference:
+            before = arm.get(metric, {}).get("values", {})
+    series = []
+    for arm in arms:
+        found = arm[metric]["difference"] if metric in arm else {}
+        if arm["name"] == reference or not found.get("seeds"):
+            continue
+        values = arm[metric]["values"]
+        has_ends = "t_low" in found
+        series.append(
+            Series(
+                arm["name"],
+                x=tuple(
+                    value - before[seed]
+                    for seed, value in values.items()
+                    if value is not None and before.get(seed) is not None
+                ),
+                low=(found["t_low"],) if has_ends else (),
+                high=(found["t_high"],) if has_ends else (),
+                inner=(found["bootstrap_low"], found["bootstrap_high"]) if has_ends else None,
+                center=found["mean"],
+            )
+        )
+    return Figure(
+        "difference",
+        f"Difference in {words_for(metric)} to {quoted(reference)}",
+        "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). "
+        f"{better_side(metric)} of 0 is better than {quoted(reference)}; an interval across 0 is no evidence.",
+        "intervals",
+        f"{words_for(metric)} minus that of {quoted(reference)}",
+        varied,
+        tuple(series),
+        reference=0.0,
+        range_label="95 % t interval",
+        inner_label="95 % bootstrap interval",
+    )
+
+
+def lines(arms: list[dict[str, Any]], key: str, x: str, y: str, band: bool = False) -> tuple[Series, ...]:
+    """Return a line for each arm out of the points that it has under `key`."""
+
+    def column(arm: dict[str, Any], name: str) -> tuple[float, ...]:
+        return tuple(point[name] for point in arm[key])
+
+    return tuple(
+        Series(
+            arm["name"],
+            column(arm, x),
+            column(arm, y),
+            column(arm, "low") if band else (),
+            column(arm, "high") if band else (),
+        )
+        for arm in arms
+        if arm[key]
+    )
+
+
+def on_the_way(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    if what_varies(data) == "scheduler":
+        return curves(arms), relative_curves(arms, data["reference"])
+    return score_curves(data, arms), difference_curves(data, arms), loss_curves(arms)
+
+
+def score_curves(data: dict[str, Any], arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "curves",
+        f"{sentence_case(validation(data))} over epochs",
+        "Mean over seeds and one standard deviation around it.",
+        "lines",
+        "epochs",
+        validation(data),
+        lines(arms, "curve", "epoch", "mean", band=True),
+        range_label="one standard deviation",
+    )
+
+
+def difference_curves(data: dict[str, Any], arms: list[dict[str, Any]]) -> Figure:
+    reference = quoted(data["reference"])
+    return Figure(
+        "relative_curves",
+        f"Difference in {validation(data)} to {reference} over epochs",
+        f"Mean over paired seeds with its 95 % t interval. Above 0 is better than {reference} at that time.",
+        "lines",
+        "epochs",
+        f"{validation(data)} minus that of {reference}",
+        lines([arm for arm in arms if arm["name"] != data["reference"]], "relative_curve", "epoch", "mean", band=True),
+        reference=0.0,
+        range_label="95 % t interval",
+    )
+
+
+def loss_curves(arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "loss",
+        "Training loss over epochs",
+        "First-pass loss of the batches in equal parts of the run: mean over seeds and one standard deviation around "
+        "it.",
+        "lines",
+        "epochs",
+        "first-pass loss",
+        lines(arms, "loss_curve", "epoch", "mean", band=True),
+        range_label="one standard deviation",
+    )
+
+
+def curves(arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "curves",
+        "Validation perplexity against compute",
+        "Mean over seeds and one standard deviation around it. At the same place on the abscissa, runs have spent the "
+        "same.",
+        "lines",
+        "passes spent",
+        words_for("eval_perplexity"),
+        lines(arms, "curve", "passes", "mean", band=True),
+        y_log=True,
+        range_label="one standard deviation",
+    )
+
+
+def relative_curves(arms: list[dict[str, Any]], reference: str) -> Figure:
+    return Figure(
+        "relative_curves",
+        f"Validation perplexity relative to {reference}, at equal compute",
+        f"Mean over paired seeds with its 95 % t interval. Below 0 is better than {reference} at that compute. "
+        f"Between two evaluations of {reference} its negative log-likelihood is interpolated.",
+        "lines",
+        "passes spent",
+        f"% above {reference}",
+        lines([arm for arm in arms if arm["name"] != reference], "relative_curve", "passes", "mean", band=True),
+        reference=0.0,
+        range_label="95 % t interval",
+    )
+
+
+def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    figures: list[Any] = [
+        Figure(
+            "repeats_over_loss",
+            "Repeats against first-pass loss",
+            "Mean updates on batches of about this loss. A skip counts as 0.",
+            "lines",
+            "first-pass loss, nats per token",
+            "updates on a batch",
+            lines(arms, "over_loss", "loss", "mean"),
+        ),
+        Figure(
+            "repeats_over_time",
+            "Repeats in the course of training",
+            "Mean updates on a batch, by the passes spent until then.",
+            "lines",
+            "passes spent",
+            "updates on a batch",
+            lines(arms, "over_time", "passes", "repeats"),
+        ),
+    ]
+    if any(point["skipped"] for arm in arms for point in arm["over_time"]):
+        figures.append(skips_over_time(arms))
+    else:
+        figures.append("No batch was skipped.")
+    repeating = lines(arms, "over_passes", "pass", "mean", band=True)
+    if not repeating:
+        return (*figures, "No batch was repeated.")
+    figures.append(
+        Figure(
+            "loss_over_passes",
+            "Loss after each pass of repeated batches",
+            "Change of the loss of a batch from its first pass to each further one: mean and quartiles, over the "
+            "batches that had so many passes. It tells what was learnt of this batch, not of others.",
+            "lines",
+            "pass over the batch",
+            "loss minus first-pass loss, nats",
+            repeating,
+            whole_x=True,
+            range_label="quartiles",
+        )
+    )
+    return tuple(figures)
+
+
+def skips_over_time(arms: list[dict[str, Any]]) -> Figure:
+    return Figure(
+        "skips_over_time",
+        "Skips in the course of training",
+        "Share of the batches that were skipped, by the passes spent until then.",
+        "lines",
+        "passes spent",
+        "share of batches skipped",
+        lines(arms, "over_time", "passes", "skipped"),
+    )
