@@ -277,10 +277,10 @@ def demo_texts_are_made_once():
     if importlib.util.find_spec("datasets") is None:  # as where only the tests that need a GPU are run
         yield
         return
-    from abr_trainer.data import text as data
+    from abr_trainer.data import sources
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "demo_texts", functools.cache(data.demo_texts))
+        patch.setattr(sources, "demo_texts", functools.cache(sources.demo_texts))
         yield
 
 

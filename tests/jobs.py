@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from abr_trainer.cli import classify
-from abr_trainer.data import text as data
+from abr_trainer.data import sources
 from abr_trainer.models.loading import ModelArguments, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import nlls_over_ranks
 from abr_trainer.perplexity.windows import Window
@@ -429,7 +429,7 @@ def trainings(plans: str) -> None:
     """Run trainings as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
     shards_on_cpu()
     without_compiled_communication()
-    data.demo_texts = functools.cache(data.demo_texts)
+    sources.demo_texts = functools.cache(sources.demo_texts)
     known = {"train": run_clm_abr, "classify": classify}
     for environment, verb, flags in json.loads(Path(plans).read_text()):
         before = dict(os.environ)

@@ -11,10 +11,11 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data.arguments import SPLIT_ALIASES
 from ..data.demo import demo_rows
 from ..data.readers import format_of
+from ..data.sources import is_saved_to_disk, load_or_refuse, load_table
 from ..data.tasks import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
-from ..data.text import SPLIT_ALIASES, is_saved_to_disk, load_or_refuse, load_table
 from ..records.errors import find_named, refuse_below, refuse_missing_files
 from .labels import (
     Classes,

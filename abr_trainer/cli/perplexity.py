@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from ..data.text import TextArguments
+from ..data.arguments import TextArguments
 from ..models.loading import AdaptedArguments
 from ..perplexity.measurement import MeasureArguments, describe_measurement, measure, write_measurement
 from ..records.errors import one_line_errors

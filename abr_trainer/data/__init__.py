@@ -7,13 +7,13 @@ from ..records.lazy import on_first_use
 _HOMES = {
     "CORPORA": "corpora",
     "Corpus": "corpora",
-    "DataArguments": "text",
+    "DataArguments": "arguments",
     "TASKS": "tasks",
     "Task": "tasks",
-    "TextArguments": "text",
+    "TextArguments": "arguments",
     "find_corpus": "corpora",
-    "load_blocks": "text",
-    "load_texts": "text",
+    "load_blocks": "blocks",
+    "load_texts": "sources",
     "parse_mix": "corpora",
 }
 

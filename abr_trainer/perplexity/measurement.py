@@ -17,9 +17,10 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.arguments import DataArguments, TextArguments
 from ..data.context import fit_context
 from ..data.corpora import parse_mix
-from ..data.text import DataArguments, TextArguments, load_texts
+from ..data.sources import load_texts
 from ..models.adapters import embeddings_in, load_adapter, virtual_tokens_in
 from ..models.devices import provenance_of
 from ..models.loading import AdaptedArguments, load_base, load_config, load_tokenizer

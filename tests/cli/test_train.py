@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_abr
+from abr_trainer.data.arguments import DataArguments
+from abr_trainer.data.blocks import load_blocks
 from abr_trainer.data.demo import DEMO_MODEL
-from abr_trainer.data.text import DataArguments, load_blocks
 from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 from abr_trainer.records.files import read_lines
 

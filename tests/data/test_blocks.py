@@ -17,9 +17,11 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig
 
+from abr_trainer.data.arguments import DataArguments, TextArguments
+from abr_trainer.data.blocks import choose_block_size, load_blocks
 from abr_trainer.data.corpora import Corpus, find_corpus
 from abr_trainer.data.demo import DEMO_MODEL
-from abr_trainer.data.text import DataArguments, TextArguments, choose_block_size, load_blocks, load_texts
+from abr_trainer.data.sources import load_texts
 from abr_trainer.records.errors import BadRow
 from run_clm_abr import main
 from tests.conftest import RUN, SHARED

@@ -1,0 +1,223 @@
+"""From rows of text to blocks of tokens for causal language modelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset, interleave_datasets
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .arguments import DataArguments
+from .columns import TOKENS, Column, as_text, as_tokens, check_tokens
+from .context import fit_context
+from .corpora import parse_mix
+from .sources import TextRows, first_rows, load_rows, say_what_is_left_out
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_BLOCK_SIZE = 1024
+
+
+def choose_block_size(arguments: DataArguments, config: PreTrainedConfig) -> int:
+    """Return `--block_size` or its default, checked against what the model can attend to."""
+    return fit_context("block_size", arguments.block_size, DEFAULT_BLOCK_SIZE, config)
+
+
+def load_blocks(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    splits: Collection[str],
+    seed: int = 42,
+    vocabulary: int | None = None,
+) -> dict[str, Dataset | IterableDataset]:
+    """Load, tokenize and cut what `splits` names, out of "train", "validation", "test" and "primer".
+
+    Texts are tokenized without special tokens, one after the other. Where a row is a document or a dialogue, the end-
+    of-text token follows it. Tokens that do not fill a last block are dropped.
+
+    Args:
+        seed: What draws from the data sets of a mix.
+        vocabulary: Token ids that the model knows. Default: those of the tokenizer.
+
+    Returns:
+        Data sets with the columns `input_ids` and `labels`, equal, of `block_size` tokens.
+
+    Raises:
+        ValueError: A split is missing, cannot be read, has no such column, or is too short; the message names the
+            flag. It is a `BadRow` where a row cannot be trained on: a stream raises it when it gets there.
+    """
+    vocabulary = vocabulary or len(tokenizer)
+    if arguments.dataset_mix is not None:
+        return _load_mix(arguments, tokenizer, block_size, splits, seed, vocabulary)
+    loaded = load_rows(arguments, splits)
+    limits = {"train": ("max_train_samples", arguments.max_train_samples), "primer": ("", None)}
+    blocks: dict[str, Dataset | IterableDataset] = {}
+    for split, rows in loaded.items():
+        flag, limit = limits.get(split, ("max_eval_samples", arguments.max_eval_samples))
+        cut = cut_blocks(tokenize(rows, arguments, tokenizer), block_size, arguments, rows, vocabulary)
+        blocks[split] = _at_most(cut, limit, flag, must_end=split != "train")
+    return blocks
+
+
+def _load_mix(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    splits: Collection[str],
+    seed: int,
+    vocabulary: int,
+) -> dict[str, Dataset | IterableDataset]:
+    """Mix the training blocks of several data sets; the other splits are of the first."""
+    shares = parse_mix(arguments.dataset_mix or "")
+    alone = partial(replace, arguments, dataset_mix=None, max_train_samples=None)
+    sources = [alone(train_file=name) if Path(name).is_file() else alone(dataset_name=name) for name in shares]
+    load = partial(load_blocks, tokenizer=tokenizer, block_size=block_size, vocabulary=vocabulary)
+    blocks = load(sources[0], splits=splits)
+    if "train" not in splits:
+        return blocks
+    mixed = [blocks["train"]]
+    mixed += [load(source, splits=["train"])["train"] for source in sources[1:]]
+    if any(isinstance(each, IterableDataset) for each in mixed):
+        mixed = [each if isinstance(each, IterableDataset) else each.to_iterable_dataset() for each in mixed]
+    drawn = interleave_datasets(
+        mixed,
+        probabilities=list(shares.values()),
+        seed=seed,
+        stopping_strategy=arguments.mix_until,
+    )
+    blocks["train"] = _at_most(drawn, arguments.max_train_samples, "max_train_samples", must_end=False)
+    return blocks
+
+
+_SAID: set[str] = set()
+
+
+def _say_first_left_out(column: Column, missing: Sequence[int]) -> None:
+    """Say once of a stream, whose rows are not counted, that some are left out."""
+    if missing and column.place.origin not in _SAID:
+        _SAID.add(column.place.origin)
+        logger.warning(
+            f"Left out, as will be all rows like it: {column.place(missing[0])} has nothing in {column.name}."
+        )
+
+
+def tokenize(
+    rows: TextRows, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> Dataset | IterableDataset:
+    """Turn rows into rows of token ids, `input_ids`: as they are where they are given, none where there is no text.
+
+    Raises:
+        BadRow: A row holds something else.
+    """
+    column = rows.column
+    if column.name == TOKENS and not column.is_json:
+        return rows.rows
+    end = [] if rows.rows_are_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    read = "text" if column.is_json else column.name
+    is_stream = isinstance(rows.rows, IterableDataset)
+
+    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        values = column.values(batch, indices)
+        there = [i for i, value in enumerate(values) if value is not None]
+        if is_stream and len(there) < len(values):
+            raw = zip(values, batch[read], indices, strict=True)
+            _say_first_left_out(column, [i for value, each, i in raw if value is None and column.is_row(each)])
+        found: list[list[int]] = [[] for _ in values]
+        if column.name == TOKENS:
+            for i in there:
+                found[i] = as_tokens(values[i], column.where(indices[i]))
+        elif there:
+            texts = [as_text(values[i], column.where(indices[i])) for i in there]
+            ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            for i, row in zip(there, ids, strict=True):
+                found[i] = row + end
+        return {TOKENS: found}
+
+    return _map(rows.rows, encode, arguments, "Tokenizing", [read], num_proc=arguments.preprocessing_num_workers)
+
+
+def cut_blocks(
+    tokens: Dataset | IterableDataset, block_size: int, arguments: DataArguments, rows: TextRows, vocabulary: int
+) -> Dataset | IterableDataset:
+    """Concatenate all tokens and cut them into blocks. A stream is cut a thousand rows at a time.
+
+    Rows without a token are left out, which a warning says.
+
+    Raises:
+        BadRow: A row has ids that are not of the vocabulary.
+    """
+    column, origin = rows.column, rows.origin
+    is_stream, are_given = isinstance(tokens, IterableDataset), column.name == TOKENS
+
+    def cut(batch: dict[str, Any], indices: list[int]) -> dict[str, np.ndarray]:
+        ids = [np.asarray([] if row is None else row) for row in batch[TOKENS]]
+        if are_given:
+            for row, index in zip(ids, indices, strict=True):
+                check_tokens(row, vocabulary, column.where(index))
+        if are_given and is_stream and not column.is_json:
+            _say_first_left_out(column, [index for row, index in zip(ids, indices, strict=True) if not len(row)])
+        joined = np.concatenate(ids).astype(np.int64)
+        blocks = joined[: len(joined) // block_size * block_size].reshape(-1, block_size)
+        return {TOKENS: blocks, "labels": blocks}
+
+    if is_stream:
+        stream = _map(tokens, cut, arguments, "", [TOKENS])
+        if not first_rows(stream, origin, 1):
+            raise ValueError(f"{origin} is shorter than one block: --block_size is {block_size}.")
+        return stream
+    lengths = pc.list_value_length(tokens.with_format("arrow")[:][TOKENS]).fill_null(0).to_numpy()
+    if not rows.rows_are_lines:
+        empty = np.flatnonzero(lengths == 0).tolist()
+        raw = rows.rows.select(empty)[rows.rows.column_names[0]]
+        missing = [index for index, each in zip(empty, raw, strict=True) if column.is_row(each)]
+        say_what_is_left_out(missing, len(lengths) - len(empty) + len(missing), rows)
+    if lengths.sum() < block_size:
+        raise ValueError(f"{origin} has {lengths.sum()} tokens, less than one block: --block_size is {block_size}.")
+    description = f"Cutting blocks of {block_size}"
+    blocks = _map(tokens.with_format("numpy"), cut, arguments, description, [TOKENS], batch_size=None)
+    return blocks.with_format(None)
+
+
+def _map(
+    data: Dataset | IterableDataset,
+    function: Callable[..., Any],
+    arguments: DataArguments,
+    description: str,
+    remove_columns: list[str],
+    **options: Any,
+) -> Any:
+    if isinstance(data, IterableDataset):
+        return data.map(function, batched=True, with_indices=True, remove_columns=remove_columns)
+    return data.map(
+        function,
+        batched=True,
+        with_indices=True,
+        remove_columns=remove_columns,
+        load_from_cache_file=not arguments.overwrite_cache,
+        desc=description,
+        **options,
+    )
+
+
+def _at_most(
+    blocks: Dataset | IterableDataset, limit: int | None, flag: str, must_end: bool
+) -> Dataset | IterableDataset:
+    if isinstance(blocks, IterableDataset):
+        if must_end and limit is None:
+            raise ValueError(f"A streamed data set has no end to evaluate to: give --{flag}.")
+        taken = blocks if limit is None else blocks.take(limit)
+        return Dataset.from_list(list(taken)) if must_end else taken
+    if limit is None or limit == len(blocks):
+        return blocks
+    if limit > len(blocks):
+        logger.warning(f"--{flag} {limit} asks for more than the {len(blocks)} blocks there are: using all of them.")
+        return blocks
+    return blocks.select(range(limit))
