@@ -21,7 +21,8 @@ from abr_trainer.cli.job import begin, carry_out, command_of, push_result, wante
 from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint, only_run_in
 from abr_trainer.data.arguments import DataArguments
 from abr_trainer.data.blocks import choose_block_size, load_blocks
-from abr_trainer.models.loading import ModelArguments, describe_model, load_config, load_model, load_tokenizer
+from abr_trainer.models.arguments import ModelArguments
+from abr_trainer.models.loading import describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import EvaluationArguments, prepare_measurement
 from abr_trainer.records.errors import one_line_errors
 from abr_trainer.training.callbacks import summarise

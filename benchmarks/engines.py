@@ -32,7 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from turns import ON_GPU, BatchTimes, paired_ratios, peak_memory, reset_peak_memory
 
 from abr_trainer import ABRConfig, ABRTrainer, ConstantScheduler, RepeatScheduler
-from abr_trainer.models.loading import ModelArguments, load_config, load_model, load_tokenizer
+from abr_trainer.models.arguments import ModelArguments
+from abr_trainer.models.loading import load_config, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {

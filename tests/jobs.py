@@ -35,7 +35,8 @@ import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from abr_trainer.cli import classify
 from abr_trainer.data import sources
-from abr_trainer.models.loading import ModelArguments, load_config, load_model, load_tokenizer
+from abr_trainer.models.arguments import ModelArguments
+from abr_trainer.models.loading import load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import nlls_over_ranks
 from abr_trainer.perplexity.windows import Window
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler

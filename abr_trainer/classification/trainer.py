@@ -23,7 +23,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data.tasks import Task
-from ..models.loading import ModelArguments, load_config
+from ..models.arguments import ModelArguments
+from ..models.loading import load_config
 from ..models.unwrapping import without_adapter
 from ..records.errors import find_named, refuse_below, refuse_missing_directory
 from ..schedulers import OUTLIER_RULES

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from ..classification.records import named_in, recall_labels, task_of_merged
 from ..data.arguments import OptionalTextArguments
 from ..models.adapters import FLAGS, is_of_classifier
-from ..models.loading import AdaptedArguments, AdaptedClassifierArguments
+from ..models.arguments import AdaptedArguments, AdaptedClassifierArguments
 from ..models.merging import MergeArguments, check_mergeable, describe_merge, merge_to
 from ..models.pruning import describe_sparsity
 from ..perplexity.measurement import (

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from ..data.arguments import TextArguments
-from ..models.loading import AdaptedArguments
+from ..models.arguments import AdaptedArguments
 from ..perplexity.measurement import MeasureArguments, describe_measurement, measure, write_measurement
 from ..records.errors import one_line_errors
 from ..training.engines import leave_ranks

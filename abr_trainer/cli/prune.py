@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from safetensors import SafetensorError
 
-from ..models.loading import LoadArguments
+from ..models.arguments import LoadArguments
 from ..models.pruning import PruneArguments, describe_pruned, prune_to
 from ..records.errors import one_line_errors
 from .command_line import parse_arguments

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..records.lazy import on_first_use
 
 _HOMES = {
-    "LoadArguments": "loading",
-    "ModelArguments": "loading",
+    "LoadArguments": "arguments",
+    "ModelArguments": "arguments",
     "load_adapter": "adapters",
     "load_config": "loading",
     "load_model": "loading",

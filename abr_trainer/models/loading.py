@@ -6,13 +6,12 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -29,207 +28,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
-from ..data.demo import DEMO_MODEL
-from ..records.errors import one_line, refuse_below
-from .adapters import FLAG, base_of, embeddings_in, load_adapter, read_adapter
+from ..records.errors import one_line
+from .adapters import FLAG, embeddings_in, load_adapter, read_adapter
+from .arguments import LLAMA_MLP, LoadArguments, ModelArguments
 from .experts import holds_stack, layers_beside_experts, linear_routers
 from .quantisation import check_kernels
 
 logger = logging.get_logger(__name__)
 
-LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
-LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *LLAMA_MLP)
 HEADS_OF_PEFT = ("classifier", "score")
 """Heads that PEFT trains and saves by itself where an adapter is for classification."""
+
 NEW_HEAD = "ignore_mismatched_sizes"
 """The flag of classifiers for a head that does not fit."""
-QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 
+QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 
 AUTO_CLASSES: dict[TaskType, Any] = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
 }
-
-
-@dataclass
-class LoadArguments:
-    """Which model to load, and in what form.
-
-    Attributes:
-        task: What it is to be a model for.
-    """
-
-    task: ClassVar[TaskType] = TaskType.CAUSAL_LM
-
-    model_name_or_path: str = field(
-        default="",
-        metadata={
-            "help": "A model: id on the Hub, directory, or demo, a tiny LLaMA. Default: demo, or what the "
-            "adapter was trained on, if one is given."
-        },
-    )
-    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if not the adapter's or the model's own."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    torch_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Precision of the weights: auto, bfloat16, float16, float32. auto: as in the checkpoint.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-            "aliases": ["--dtype"],
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "How attention is computed, e.g. sdpa or flash_attention_2. Default: the best there is."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the model. Only for authors you trust."}
-    )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 8 bit (LLM.int8)."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4)."})
-    bnb_4bit_compute_dtype: str = field(
-        default="bfloat16",
-        metadata={"help": "Precision of 4-bit layers' arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
-    )
-    llm_int8_enable_fp32_cpu_offload: bool = field(
-        default=False,
-        metadata={"help": "Under --load_in_8bit and --device_map, keep on the CPU, in fp32, what does not fit."},
-    )
-    device_map: str | None = field(
-        default=None,
-        metadata={"help": "auto spreads one process's model over its devices. Default: one device a process."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.model_name_or_path in ("", "demo"):
-            self.model_name_or_path = str(DEMO_MODEL)
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("--load_in_8bit and --load_in_4bit exclude each other.")
-        if self.llm_int8_enable_fp32_cpu_offload and not (self.load_in_8bit and self.device_map):
-            raise ValueError("--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit and --device_map auto.")
-        if self.device_map == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                "--device_map auto spreads one model over all devices, but several processes were started. Leave it "
-                "out: each process then loads the model on its own device."
-            )
-
-    @property
-    def is_quantised(self) -> bool:
-        return self.load_in_8bit or self.load_in_4bit
-
-    @property
-    def hub_options(self) -> dict[str, Any]:
-        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
-
-
-@dataclass
-class AdaptedArguments(LoadArguments):
-    """Which model to load, and which adapter onto it."""
-
-    adapter_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A LoRA adapter to put onto the model: id on the Hub, or directory. A run starts from it.",
-            "aliases": ["--adapter"],
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.adapter_name_or_path is not None:
-            adapter = read_adapter(self.adapter_name_or_path, self.task)
-            if not self.model_name_or_path:
-                self.model_name_or_path = base_of(self.adapter_name_or_path, adapter)
-                if adapter.revision and self.model_revision == "main":
-                    self.model_revision = adapter.revision
-        super().__post_init__()
-
-
-@dataclass
-class AdaptedClassifierArguments(AdaptedArguments):
-    """Which classifier to load, and which adapter onto it."""
-
-    task: ClassVar[TaskType] = TaskType.SEQ_CLS
-
-
-@dataclass
-class ModelArguments(AdaptedArguments):
-    """Which model to fine-tune, and how. What is None of LoRA becomes that of the adapter, or the default."""
-
-    lora_defaults: ClassVar[dict[str, Any]] = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
-    usual_targets: ClassVar[tuple[str, ...]] = LLAMA_PROJECTIONS
-
-    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter; --no_use_lora trains all weights."})
-    lora_r: int | None = field(
-        default=None, metadata={"help": "Rank of the adapter. Default: 8, or that of --adapter_name_or_path."}
-    )
-    lora_alpha: int | None = field(
-        default=None,
-        metadata={
-            "help": "Scale of the adapter: its output counts alpha / r times. Default: 32, or that of "
-            "--adapter_name_or_path."
-        },
-    )
-    lora_dropout: float | None = field(
-        default=None,
-        metadata={"help": "Dropout on the adapter's input. Default: 0.1, or that of --adapter_name_or_path."},
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers to adapt, by the end of their names, or all-linear. Default: attention and MLP of LLaMA-"
-            "like models, the attention of mixtures of experts, all-linear of others, or those of "
-            "--adapter_name_or_path."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.is_quantised and not self.use_lora:
-            raise ValueError("Quantised weights cannot be trained: --load_in_8bit and --load_in_4bit need --use_lora.")
-        if self.adapter_name_or_path is not None:
-            self._follow(self.adapter_name_or_path)
-        for flag, default in self.lora_defaults.items():
-            if getattr(self, flag) is None:
-                setattr(self, flag, default)
-        if not 0 <= (self.lora_dropout or 0) < 1:
-            raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
-        refuse_below(self, {"lora_r": 1})
-
-    def _follow(self, adapter: str) -> None:
-        """Take over what an adapter says of itself.
-
-        Raises:
-            ValueError: It is not of LoRA, or a flag contradicts it.
-        """
-        config = read_adapter(adapter, self.task)
-        if not self.use_lora:
-            advice = "" if self.task is TaskType.SEQ_CLS else ". Make them one model with abr export, "
-            advice += "and give that as --model_name_or_path" if advice else ""
-            raise ValueError(f"--use_lora false would train all weights beside {FLAG} {adapter}{advice}.")
-        if not isinstance(config, LoraConfig):
-            raise ValueError(
-                f"{FLAG} {adapter} is of the kind {PeftType(config.peft_type).value}; only LoRA is trained on."
-            )
-        targets = config.target_modules or []
-        own = {
-            "lora_r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "lora_target_modules": [targets] if isinstance(targets, str) else sorted(targets),
-        }
-        for flag, value in own.items():
-            given = getattr(self, flag)
-            if (sorted(given) if isinstance(given, list) else given) not in (None, value):
-                shown = [" ".join(map(str, each)) if isinstance(each, list) else each for each in (given, value)]
-                raise ValueError(
-                    f"--{flag} {shown[0]} contradicts {FLAG} {adapter}, which has {shown[1]}: leave it out."
-                )
-            setattr(self, flag, value)
-        if self.lora_dropout is None:
-            self.lora_dropout = config.lora_dropout
 
 
 def load_config(arguments: LoadArguments, **settings: Any) -> PreTrainedConfig:

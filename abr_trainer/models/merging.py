@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..records.files import write_whole
 from .adapters import FLAG, embeddings_in, load_adapter, read_adapter, unwrapped
-from .loading import AdaptedArguments, heads_in, load_base, load_config, load_tokenizer, load_written
+from .arguments import AdaptedArguments
+from .loading import heads_in, load_base, load_config, load_tokenizer, load_written
 from .pruning import (
     Matrix,
     matrices,

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import WRAPPED
+from .arguments import LoadArguments
 from .experts import has_inputs_first, is_router
-from .loading import LoadArguments, load_base, load_config, load_tokenizer, load_written
+from .loading import load_base, load_config, load_tokenizer, load_written
 from .unwrapping import without_adapter
 
 LAYERS = (nn.Linear, Conv1D)

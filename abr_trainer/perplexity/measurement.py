@@ -22,8 +22,9 @@ from ..data.context import fit_context
 from ..data.corpora import parse_mix
 from ..data.sources import load_texts
 from ..models.adapters import embeddings_in, load_adapter, virtual_tokens_in
+from ..models.arguments import AdaptedArguments
 from ..models.devices import provenance_of
-from ..models.loading import AdaptedArguments, load_base, load_config, load_tokenizer
+from ..models.loading import load_base, load_config, load_tokenizer
 from ..models.pruning import nonzero_shares
 from ..records.errors import one_line, refuse_below, refuse_missing_directory
 from ..records.files import write_whole

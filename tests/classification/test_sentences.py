@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from abr_trainer.classification.sentences import SentenceArguments, load_sentences, tokenize_sentences
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.data.tasks import TASKS
-from abr_trainer.models.loading import LoadArguments, load_tokenizer
+from abr_trainer.models.arguments import LoadArguments
+from abr_trainer.models.loading import load_tokenizer
 from tests.conftest import SHARED
 from tests.sentence_rows import lay_out_as_on_the_hub, write_rows
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run_clm_abr
 from abr_trainer.cli import perplexity
 from abr_trainer.data.demo import DEMO_MODEL
-from abr_trainer.models.loading import ModelArguments, describe_model, load_config, load_model, load_tokenizer
+from abr_trainer.models.arguments import ModelArguments
+from abr_trainer.models.loading import describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.records.files import read_lines
 from tests.conftest import tiny_llama, token_rows
 

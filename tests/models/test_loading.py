@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import (
-    ModelArguments,
     describe_model,
     keep_packing,
     load_config,

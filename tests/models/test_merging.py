@@ -20,7 +20,8 @@ from transformers import (
 from abr_trainer.cli import export
 from abr_trainer.cli import prune as prune_verb
 from abr_trainer.data.demo import DEMO_MODEL
-from abr_trainer.models.loading import AdaptedArguments, load_written
+from abr_trainer.models.arguments import AdaptedArguments
+from abr_trainer.models.loading import load_written
 from abr_trainer.models.merging import MergeArguments, merge_adapter, merge_to
 from abr_trainer.models.pruning import layers, nonzero_shares, prune, sparsity_report
 from tests.conftest import model_for, tiny_llama, tiny_mixture, tokenizer_that_adds

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from abr_trainer.cli import perplexity
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.models import quantisation
-from abr_trainer.models.loading import ModelArguments, load_base, load_config
+from abr_trainer.models.arguments import ModelArguments
+from abr_trainer.models.loading import load_base, load_config
 from abr_trainer.models.quantisation import check_kernels, dequantised
 
 IDS = torch.arange(0, 1024, 11)[None]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from abr_trainer.cli.command_line import parse_arguments
 from abr_trainer.cli.run_directory import check_output_dir, replacing_previous_run, write_provenance
 from abr_trainer.data.arguments import DataArguments
-from abr_trainer.models.loading import ModelArguments
+from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.schedulers import (
     ClassicOutlierSkip,
     ConstantScheduler,
