@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -76,7 +75,7 @@ def test_every_verb_has_a_page(verb, capsys):
 
 @pytest.mark.parametrize("verb", ["train", "classify"])
 def test_help_is_a_page_and_help_all_is_everything(verb, monkeypatch):
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: shutil.os.terminal_size((100, 40)))
+    monkeypatch.setenv("COLUMNS", "100")
     page = help_page(verb, KNOWN, None, whole=False)
     assert len(page.splitlines()) <= 75
     assert max(map(len, page.splitlines())) <= 100
