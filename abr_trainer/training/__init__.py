@@ -11,7 +11,7 @@ How one batch goes through the files:
    else a rule may want to know.
 4. `batch.py` asks the rule, and cuts the answer to what is left of the budget (`budget.py`). It repeats the batch and
    replays earlier ones (`held.py`), with an update and one more pass each time, or it skips the batch. Each pass is
-   charged to the ledger (`ledger.py`).
+   charged to the ledger (`ledger.py`), by what a forward costs (`forward_cost.py`).
 5. Trainer makes the last update, unless the batch is skipped, and calls `_maybe_log_save_evaluate`. That finishes the
    batch: `run.py` counts it, the rule observes the outcome, and `callbacks.py` writes it to the trace.
 6. Trainer logs, evaluates and saves. `run.py` adds to the log, `evaluation.py` adds the perplexity, and `resume.py`

@@ -25,8 +25,9 @@ from .callbacks import ABRProgressCallback, TraceCallback
 from .config import ABRConfig, checkpoints_activations, setting
 from .empty_rows import WatchForEmptyRows
 from .evaluation import PerplexityMixin, refuse_missing_perplexity
+from .forward_cost import forward_flops_per_token, forward_share_of
 from .held import Call
-from .ledger import ComputeLedger, forward_flops_per_token, forward_share_of
+from .ledger import ComputeLedger
 from .loss_scale import has_own_loss
 from .passes import Passes
 from .primer import Primer

@@ -106,8 +106,7 @@ def test_controls_spend_the_mean_they_are_given(mean):
 
 
 def test_schedulers_need_neither_torch_nor_transformers():
-    code = (
-        "import sys, abr_trainer.schedulers, abr_trainer.ledger; print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    modules = "abr_trainer.schedulers, abr_trainer.training.ledger"
+    code = f"import sys, {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
