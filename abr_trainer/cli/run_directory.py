@@ -127,26 +127,29 @@ def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = N
 def replacing_previous_run(config: ABRConfig) -> Iterator[None]:
     """With `overwrite_output_dir`, move the run in the directory aside, and delete it when this one has been trained.
 
-    Where training fails, the previous run stays in `_previous-run/`. Files that no run makes are not touched.
+    If training fails, the previous run stays in `_previous-run/` until a run in this directory ends well. Files that
+    no run makes are not touched.
     """
     path = Path(str(config.output_dir))
-    starts_over = config.overwrite_output_dir and config.do_train and not config.resume_from_checkpoint
-    if config.process_index != 0 or not starts_over or is_unused(path):
+    if config.process_index != 0 or not config.do_train or is_unused(path):
         yield
         return
     previous, failed_before = path / PREVIOUS, (path / PREVIOUS).exists()
-    previous.mkdir(exist_ok=True)
-    for old in [old for pattern in RUN_FILES for old in path.glob(pattern)]:
-        if failed_before:  # what lies beside a previous run is what a failed attempt has left
-            _remove(old)
-        else:
-            old.rename(previous / old.name)
+    if config.overwrite_output_dir and not config.resume_from_checkpoint:
+        previous.mkdir(exist_ok=True)
+        for old in [old for pattern in RUN_FILES for old in path.glob(pattern)]:
+            if failed_before:  # what lies beside a previous run is what a failed attempt has left
+                _remove(old)
+            else:
+                old.rename(previous / old.name)
     try:
         yield
     except BaseException:
-        logger.warning(f"The previous run is kept in {previous}.")
+        if previous.exists():
+            logger.warning(f"The previous run is kept in {previous}.")
         raise
-    _remove(previous)
+    if previous.exists():  # also where the attempt that replaces it was interrupted, and has been resumed
+        _remove(previous)
 
 
 def _remove(path: Path) -> None:

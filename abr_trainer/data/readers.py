@@ -64,6 +64,8 @@ BINARY = {
     b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
 """What the first bytes of a file that is no text say."""
+SEPARATORS = re.compile(r"[;\t|]")
+"""What separates cells in files that are called .csv, beside commas."""
 HEAD = 1 << 16
 """Bytes of a file that are looked at before it is read."""
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -224,6 +226,11 @@ def read_cells(path: str, rows: int) -> Iterator[pd.DataFrame]:
             # Where row 1 is too long, pandas takes the first cells of all rows for their names.
             if not isinstance(frame.index, pd.RangeIndex):
                 raise BadRow("row 1 has more cells than the header. Quote cells that hold the separator.")
+            if len(frame.columns) == 1 and (found := SEPARATORS.search(str(frame.columns[0]))):
+                raise BadRow(
+                    f"its header is one column, {str(frame.columns[0])!r}. Separate cells by commas, not by "
+                    f"{found[0]!r}; with tabs, name the file .tsv."
+                )
             yield frame
 
 

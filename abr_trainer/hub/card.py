@@ -350,9 +350,16 @@ def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
         return
     source = arguments.get("dataset_mix") or arguments.get("train_file") or arguments.get("dataset_name")
     if source:
-        is_file = arguments.get("train_file") or (not arguments.get("dataset_mix") and id_on_the_hub(source) is None)
         config = f" ({arguments['dataset_config_name']})" if arguments.get("dataset_config_name") else ""
-        yield f"data: {PurePath(source).name if is_file else source}{config}"
+        if arguments.get("dataset_mix"):
+            shares = parse_mix(source)
+            named = ",".join(
+                f"{name if id_on_the_hub(name) else PurePath(name).name}={shares[name]:g}" for name in shares
+            )
+        else:
+            is_file = arguments.get("train_file") or id_on_the_hub(source) is None
+            named = PurePath(source).name if is_file else source
+        yield f"data: {named}{config}"
 
 
 def training_lines(
@@ -372,5 +379,10 @@ def training_lines(
 
 
 def masked(argv: list[str]) -> list[str]:
-    """Return a command line without what looks like a token of the Hub."""
-    return [re.sub(r"hf_\w{8,}", "hf_***", word) for word in argv]
+    """Return a command line without what looks like a token of the Hub, and without where files lie on a machine.
+
+    >>> masked(["--train_file", "/home/me/talk.jsonl", "--dataset_mix=../mine.txt=0.5,wikitext=0.5", "runs/a"])
+    ['--train_file', 'talk.jsonl', '--dataset_mix=mine.txt=0.5,wikitext=0.5', 'runs/a']
+    """
+    words = [re.sub(r"hf_\w{8,}", "hf_***", word) for word in argv]
+    return [re.sub(r"(^|(?<=[=,]))(~|\.\.)?/([^/,=]+/)*(?=[^/,=])", "", word) for word in words]

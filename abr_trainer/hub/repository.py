@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import itertools
 import json
 import os
 import re
@@ -32,6 +34,7 @@ from ..records.files import (
     SUMMARY_NAME,
     TASK_NAME,
     TRACE_NAME,
+    TRAINER_STATE,
     is_complete,
     read_json,
     write_whole,
@@ -168,6 +171,7 @@ def stage(run: Path, target: Target, checkpoint: Path | None = None, kept_as: st
                 if path.name not in NOT_IN_A_CHECKPOINT:
                     (folder / kept_as / path.relative_to(checkpoint)).parent.mkdir(parents=True, exist_ok=True)
                     _link(path, folder / kept_as / path.relative_to(checkpoint))
+            _forget_best_path(folder / kept_as / TRAINER_STATE)
             for name in (TRACE_NAME, HISTORY_NAME):
                 if (run / name).exists():
                     shutil.copy2(run / name, folder / kept_as / name)
@@ -195,6 +199,12 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     new = path.with_name(f"{path.name}.new")
     write(new)
     new.replace(path)
+
+
+def _forget_best_path(state: Path) -> None:
+    """Leave out where the best checkpoint lies on this machine: a resumed run looks for it beside its checkpoint."""
+    told = {**(read_json(state) or {}), "best_model_checkpoint": None}
+    _replace(state, lambda new: new.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8"))
 
 
 def _name_labels(run: Path, folder: Path) -> None:
@@ -448,6 +458,20 @@ def _card_of(repository: str, revision: str | None, token: str | None) -> str | 
 # ---- Back ----
 
 
+def _holds(folder: Path, source: Path) -> bool:
+    """Tell whether a folder holds all files of another, byte for byte."""
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    return all(
+        (folder / file).is_file() and filecmp.cmp(folder / file, source / file, shallow=False) for file in files
+    )
+
+
+def _unused(path: Path) -> Path:
+    """Return this path, or the first with a number after it that is not in use."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
+
+
 def fetch_checkpoint(name: str, output_dir: Path) -> str:
     """Download the last checkpoint of a repository, `ID` or `ID@REVISION`, and return where it lies now.
 
@@ -470,10 +494,13 @@ def fetch_checkpoint(name: str, output_dir: Path) -> str:
     step = read_json(source / "trainer_state.json")["global_step"]
     checkpoint = output_dir / f"{CHECKPOINT_PREFIX}{step}"
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not is_complete(checkpoint):
+    if not _holds(checkpoint, source):
         unfinished = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=output_dir))
         shutil.copytree(source, unfinished, dirs_exist_ok=True)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if checkpoint.exists():
+            aside = _unused(checkpoint.with_name(f"abandoned-{checkpoint.name}"))
+            logger.warning(f"{checkpoint} is not that of {name}: it is renamed to {aside.name}.")
+            checkpoint.rename(aside)
         unfinished.rename(checkpoint)
     for record in (TRACE_NAME, HISTORY_NAME):
         if (checkpoint / record).exists() and not (output_dir / record).exists():

@@ -187,23 +187,23 @@ def _is_whole_archive(path: Path) -> bool:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    return bool(tensors_in(path))
+    return tensors_in(path) is not None
 
 
-def tensors_in(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what the header of a `.safetensors` file says of its tensors; nothing if the file is cut."""
+def tensors_in(path: Path) -> dict[str, dict[str, Any]] | None:
+    """Return what the header of a `.safetensors` file says of its tensors; None if the file is cut."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:
-            return {}
+            return None
         try:
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
         except ValueError:
-            return {}
+            return None
     header.pop("__metadata__", None)
     ends = [each["data_offsets"][1] for each in header.values()]
-    return header if size == 8 + length + max(ends, default=0) else {}
+    return header if size == 8 + length + max(ends, default=0) else None
 
 
 WHOLE = {

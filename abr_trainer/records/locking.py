@@ -130,7 +130,8 @@ def _acquire(path: Path, where: str) -> int:
                 _refuse_if_alive(holder, is_ours is None, path, where)
                 logger.warning(f"{where} was in use by {holder}, which has ended without a word.")
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(asdict(Holder.this())).encode(), 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)  # and not `pwrite`, which Windows lacks
+            os.write(descriptor, json.dumps(asdict(Holder.this())).encode())
             _HELD.add(descriptor)
             return descriptor
         except BaseException:
@@ -168,9 +169,13 @@ def _release(path: Path, descriptor: int) -> None:
     os.close(descriptor)
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDWR)
-        if _lock(descriptor) is not False and _holder(descriptor) == ours:
+        is_left = _lock(descriptor) is not False and _holder(descriptor) == ours
+        if fcntl is None:  # Windows removes no file that is open, and has no lock to lose here
+            os.close(descriptor)
+        if is_left:
             path.unlink()
-        os.close(descriptor)
+        if fcntl is not None:
+            os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -194,8 +199,9 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _holder(descriptor: int) -> Holder | None:
+    os.lseek(descriptor, 0, os.SEEK_SET)
     try:
-        return Holder(**json.loads(os.pread(descriptor, 1 << 16, 0)))
+        return Holder(**json.loads(os.read(descriptor, 1 << 16)))
     except (ValueError, TypeError):
         return None
 

@@ -88,7 +88,7 @@ def _shapes_in(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in checkpoint.glob("*.safetensors"):
         if not path.match(HELD_NAME.format(rank="*")):
-            shapes |= {name: tuple(tensor["shape"]) for name, tensor in tensors_in(path).items()}
+            shapes |= {name: tuple(tensor["shape"]) for name, tensor in (tensors_in(path) or {}).items()}
     return shapes
 
 

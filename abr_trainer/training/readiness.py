@@ -7,6 +7,7 @@ import errno
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,18 @@ def check_disk(args: ABRConfig, model: Any) -> None:
             for count, size, trained in sizes
             if trained
         )
-    free = shutil.disk_usage(str(args.output_dir)).free
+    directory = Path(str(args.output_dir)).absolute()
+    disk = shutil.disk_usage(next(each for each in (directory, *directory.parents) if each.exists()))
+    if not args.should_save or not disk.total:  # another rank writes there, or the file system does not say
+        return
+    free = disk.free
     if free < checkpoint:
         raise ValueError(
             f"--output_dir {args.output_dir}: its disk has {gigabytes(free)} free, and "
             f"{'a checkpoint' if saves else 'the model'} takes at least {gigabytes(checkpoint)}. Free some, or give "
             "another directory."
         )
-    if saves and args.process_index == 0 and free < 2 * checkpoint + weights:
+    if saves and free < 2 * checkpoint + weights:
         logger.warning(
             f"The disk of {args.output_dir} has {gigabytes(free)} free, and a checkpoint takes at least "
             f"{gigabytes(checkpoint)}. It may get full; --save_total_limit 1 keeps the last one only."
@@ -122,15 +127,20 @@ def telling_of_a_full_disk(args: ABRConfig) -> Iterator[None]:
     Raises:
         SystemExit: The disk is full.
     """
+    begun = time.time()
     try:
         yield
     except Exception as error:
         path = Path(str(args.output_dir))
         if not is_full(error, path):
             raise
+        elsewhere = getattr(error, "filename", None)
+        if elsewhere and not Path(str(elsewhere)).absolute().is_relative_to(path.absolute()):
+            raise SystemExit(f"error: the disk of {elsewhere} is full. Free some of it.") from error
         removed = ""
         checkpoint = next(iter(newest_first(path)), None)
-        if args.process_index == 0 and checkpoint is not None and not has_state(checkpoint):
+        is_cut = checkpoint is not None and not has_state(checkpoint) and checkpoint.stat().st_mtime >= begun
+        if args.process_index == 0 and checkpoint is not None and is_cut:
             shutil.rmtree(checkpoint, ignore_errors=True)
             removed = f" {checkpoint.name}, cut off, is removed."
         newest = last_complete_checkpoint(path)

@@ -142,9 +142,9 @@ def tally(
     rows = 0
     for inputs in micro_batches:
         counted = _counted(inputs, first)
-        if counted is None or any(name in inputs for name in label_names if name != "labels"):
+        if counted is None or not counted.dim() or any(name in inputs for name in label_names if name != "labels"):
             targets = targets + 1
-        elif counted.dim():
+        else:
             of_rows = counted[:, None].flatten(1).sum(1)
             targets = targets + of_rows.sum()
             empty = empty + of_rows.eq(0).sum()
@@ -159,6 +159,6 @@ def _counted(inputs: Any, first: int) -> Tensor | None:
     labels = inputs.get("shift_labels", inputs.get("labels"))
     if not isinstance(labels, Tensor):
         return None
-    if first and "shift_labels" not in inputs:
+    if first and labels.dim() and "shift_labels" not in inputs:
         labels = labels[..., first:]
     return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels.ne(IGNORE_INDEX)

@@ -476,6 +476,7 @@ def test_a_table_is_read_by_its_suffix_compressed_or_not(tmp_path, tokenizer, ta
     ("name", "data", "message"),
     [
         ("rows.zip", zipped(b"A letter.", "a.txt", "b.txt"), "must hold one file, and holds 2"),
+        ("rows.csv", b"text;label\nhello there;1\n", "its header is one column, 'text;label'. Separate cells by"),
         ("rows.jsonl", gzipped(b"{}"), "is not text but gzip: name it .gz."),
         ("rows.docx", zipped(b"A letter.", "word.xml"), "is not text but a ZIP archive"),
         ("rows.pdf", b"%PDF-1.7\n1 0 obj", "is not text but PDF"),

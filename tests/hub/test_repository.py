@@ -340,6 +340,17 @@ def test_a_run_goes_on_from_the_last_checkpoint_of_the_hub(hub, tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "abr_trace.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
+    fetched = tmp_path / "resumed" / "checkpoint-4"
+    state = json.loads((fetched / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] is None, "no path of the machine that pushed it"
+    assert hub_module.fetch_checkpoint("me/adapter", tmp_path / "resumed") == str(fetched)
+    assert not list(fetched.parent.glob("abandoned-*")), "it is the same"
+    (fetched / "adapter_model.safetensors").write_bytes(b"of another run")
+    assert hub_module.fetch_checkpoint("me/adapter", tmp_path / "resumed") == str(fetched)
+    aside = fetched.with_name("abandoned-checkpoint-4")
+    assert (aside / "adapter_model.safetensors").read_bytes() == b"of another run"
+    assert (fetched / "adapter_model.safetensors").read_bytes() != b"of another run"
+
 
 @pytest.mark.parametrize(
     ("name", "message"),

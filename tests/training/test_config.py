@@ -249,6 +249,14 @@ def test_a_run_is_not_lost_to_one_that_fails(used):
     assert names(used) == ["notes.txt"]
 
 
+def test_a_resumed_attempt_takes_the_place_of_the_run_before(used):
+    with pytest.raises(RuntimeError):
+        fail_in_the_place_of_a_run(in_directory(used, "--do_train", "--overwrite_output_dir"))
+    with replacing_previous_run(in_directory(used, "--do_train", "--resume_from_checkpoint", "true")):
+        assert "_previous-run" in names(used)
+    assert names(used) == ["notes.txt", "run.json"], "or the next attempt would take this run for a failed one"
+
+
 def test_only_a_run_is_overwritten(tmp_path):
     (tmp_path / "model.safetensors").touch()
     overwriting = in_directory(tmp_path, "--do_train", "--overwrite_output_dir")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,9 +153,19 @@ def test_a_disk_that_gets_full_costs_no_checkpoint_that_was_saved_without_its_op
         checkpoint.mkdir()
         (checkpoint / "model.safetensors").write_bytes(b"whole")
         (checkpoint / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
-    (tmp_path / "checkpoint-6").mkdir()
-    with pytest.raises(SystemExit, match="is full. checkpoint-6, cut off, is removed."), telling_of_a_full_disk(args):
+
+    def save_until_the_disk_is_full():
+        (tmp_path / "checkpoint-6").mkdir()
+        os.utime(tmp_path / "checkpoint-6", (time.time() + 1,) * 2)
         raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit, match="is full. checkpoint-6, cut off, is removed."), telling_of_a_full_disk(args):
+        save_until_the_disk_is_full()
+    with (
+        pytest.raises(SystemExit, match="error: the disk of /cache/model is full."),
+        telling_of_a_full_disk(args),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/model")
     with pytest.raises(SystemExit, match="is full. Free some"), telling_of_a_full_disk(args):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]

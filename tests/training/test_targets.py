@@ -107,3 +107,9 @@ def test_targets_of_micro_batches_are_counted():
     assert [int(each) for each in tally([{"labels": torch.tensor([0, -100])}], 0, ["labels"])] == [1, 1, 2]
     assert [int(each) for each in tally([{"labels": rows[1:, :1]}], 1, ["labels"])] == [0, 1, 1]
     assert [int(each) for each in tally([{"labels": rows * 0 - 100, "other": 1}], 1, ["labels", "other"])] == [1, 0, 0]
+
+
+def test_a_label_without_dimensions_is_a_target():
+    label = {"labels": torch.tensor(1)}
+    assert [int(each) for each in tally([label, label], 1, ["labels"])] == [2, 0, 0]
+    assert int(count_targets(label, 1)) == 1
