@@ -29,6 +29,7 @@ from ..records.files import (
     TRACE_NAME,
     TRAINER_STATE,
     is_unused,
+    last_complete_checkpoint,
     step_of,
     write_whole,
 )
@@ -114,9 +115,11 @@ def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = N
         if not (path / PROVENANCE).exists() and not (path / PREVIOUS).exists():
             raise ValueError(f"--overwrite_output_dir: {path} holds no run (no {PROVENANCE}). Clear it yourself.")
     elif not config.resume_from_checkpoint:
+        can_go_on = last_complete_checkpoint(path) is not None
+        go_on = "--resume_from_checkpoint true to go on with the run in it, " if can_go_on else ""
         raise ValueError(
-            f"--output_dir {path} is not empty. Give --resume_from_checkpoint true to go on with the run in it, "
-            "--overwrite_output_dir to start over, or another directory."
+            f"--output_dir {path} is not empty. Give {go_on}--overwrite_output_dir to start over, or another "
+            "directory."
         )
     for file in [file for pattern in RUN_FILES for file in path.glob(pattern)]:
         if not os.access(file, os.W_OK):

@@ -196,7 +196,7 @@ def _keys_of_objects(column: Sequence[Any]) -> list[str]:
 def _shape_of_examples(values: Mapping[str, Sequence[Any]]) -> str | None:
     """Say which columns are chats, or parts of one example, and what reads them; None where there are none."""
     takes = "--text_column takes a column of text, or of turns that are texts."
-    reads = f"ABRSFTTrainer, in Python, reads them. {takes}"
+    reads = f"ABRSFTTrainer of abr_trainer.integrations.trl reads them, in Python. {takes}"
     for name, column in values.items():
         keys = _keys_of_objects(column)
         if tuple(keys) in MESSAGES:

@@ -63,8 +63,10 @@ def refuse_missing_files(arguments: object, *flags: str) -> None:
     for flag in flags:
         path = getattr(arguments, flag)
         if path is not None and not Path(path).is_file():
+            is_data = Path(path).is_dir() and hasattr(arguments, "dataset_name")
+            hint = " Give a directory of data as --dataset_name." if is_data else ""
             what = "is a directory, and must be a file" if Path(path).is_dir() else "does not exist"
-            raise ValueError(f"--{flag} {path} {what}.")
+            raise ValueError(f"--{flag} {path} {what}.{hint}")
 
 
 def refuse_missing_directory(arguments: object, flag: str) -> None:
@@ -88,7 +90,10 @@ def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iter
     try:
         yield
     except KeyboardInterrupt as error:
-        advice = when_interrupted or "--resume_from_checkpoint true goes on from the last checkpoint"
+        advice = when_interrupted or (
+            "--resume_from_checkpoint true goes on from the last checkpoint. If none was saved, "
+            "--overwrite_output_dir starts over"
+        )
         raise SystemExit(f"interrupted: {advice}") from error
     except kinds as error:
         raise SystemExit(f"error: {one_line(error, width=sys.maxsize)}") from error

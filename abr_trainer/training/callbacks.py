@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -251,5 +252,5 @@ def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
         f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
         f"model       {output_dir}",
         f"trace       {output_dir / TRACE_NAME}",
-        *(f"TensorBoard tensorboard --logdir {logs}" for logs in output_dir.glob("runs")),
+        *(f"TensorBoard tensorboard --logdir {shlex.quote(str(logs))}" for logs in output_dir.glob("runs")),
     ]

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..records.files import ABR_STATE_NAME, CHECKPOINT_PREFIX, write_whole
+from ..records.files import ABR_STATE_NAME, CHECKPOINT_PREFIX, TRAINER_STATE, read_json, write_whole
 from .callbacks import LogWindow
 from .checkpoints import (
     UnfitCheckpoint,
@@ -171,7 +171,9 @@ class ResumeMixin(_AnyTrainer):
         """Tell whether nothing is left to train after a checkpoint, and say why."""
         why = self._why_it_has_ended(checkpoint)
         control = self.state.stateful_callbacks.get("TrainerControl")
+        planned = (read_json(Path(checkpoint, TRAINER_STATE)) or {}).get("max_steps", self.state.max_steps)
         had_stopped = isinstance(control, dict) and control["args"]["should_training_stop"]
+        had_stopped = had_stopped and self.state.global_step < planned  # else it had come to its end, which was raised
         if self.is_world_process_zero() and why:
             logger.warning(f"The run ended with {checkpoint}: {why}. Nothing is trained; to go on, raise that.")
         elif self.is_world_process_zero() and had_stopped:

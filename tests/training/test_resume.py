@@ -198,6 +198,12 @@ def test_what_a_callback_has_stopped_goes_on_and_says_so(train, tmp_path, caplog
     assert "checkpoint-3. It goes on." in caplog.text
 
 
+def test_a_run_that_had_come_to_its_end_and_gets_more_epochs_was_not_stopped(train, caplog):
+    train(save_strategy="epoch")
+    assert train(save_strategy="epoch", num_train_epochs=2, resume_from_checkpoint=True).state.global_step == 12
+    assert "was stopped" not in caplog.text
+
+
 @pytest.mark.parametrize("save_steps", [2, 3, 4, 10])
 @pytest.mark.parametrize("has_length", [True, False])
 def test_a_primer_goes_on_where_it_stopped(train, tmp_path, save_steps, has_length):
