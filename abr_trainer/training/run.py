@@ -31,6 +31,7 @@ class Run:
         non_finite_batches: Batches whose loss was not finite, or that had no targets.
         batches_in_epoch: Batches finished in this epoch.
         saved_at: Step of the last checkpoint of this run.
+        begun_at: Step that this call of `train` began with: above 0 if it is resumed.
     """
 
     def __init__(self, args: Any, accelerator: Any) -> None:
@@ -43,6 +44,7 @@ class Run:
         self.non_finite_batches = 0
         self.batches_in_epoch = 0
         self.saved_at: int | None = None
+        self.begun_at = 0
 
     def count(self, outcome: Outcome, seconds: float) -> None:
         """Count a finished batch."""

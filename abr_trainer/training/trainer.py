@@ -115,7 +115,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     @property
     def has_trained(self) -> bool:
         """Whether this call of `train` has trained on any batch: not so if a run that had ended is resumed."""
-        return self.state.global_step > getattr(self, "_initial_global_step", 0)  # Trainer has it since 5.20 or so
+        return self.state.global_step > self._run.begun_at
 
     @property
     def _loss_is_of_tokens(self) -> bool:
@@ -147,6 +147,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         position: tuple[int, int] = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
+        self._run.begun_at = self.state.global_step
         if not self._is_active:
             return position
         self._trace.directory = Path(self._get_output_dir(trial))

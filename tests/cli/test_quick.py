@@ -18,6 +18,9 @@ from abr_trainer.cli.command_line import build_parser, parse_arguments
 from abr_trainer.cli.help_page import help_page
 
 KNOWN = json.loads(quick.FLAGS_FILE.read_text())
+of_this_version = pytest.mark.skipif(
+    version("transformers") != KNOWN["transformers"], reason="the data are those of another version"
+)
 ON_DEMO = ["--dataset_name", "demo"]
 COMPARE = ["--schedulers", "baseline", "abr", "--out", "runs/cmp", "--"]
 BUDGET = [*ON_DEMO, "--max_passes", "20"]
@@ -34,7 +37,7 @@ def answer(capsys, verb, *argv):
     return None, "".join(capsys.readouterr())
 
 
-@pytest.mark.skipif(version("transformers") != KNOWN["transformers"], reason="the data are those of another version")
+@of_this_version
 def test_the_data_are_what_the_commands_parse():
     fresh = json.loads(json.dumps(describe.describe()))
     for verb, described in fresh["verbs"].items():
@@ -42,6 +45,7 @@ def test_the_data_are_what_the_commands_parse():
     assert fresh == KNOWN, "run python -m abr_trainer.cli.describe"
 
 
+@of_this_version
 def test_neither_torch_nor_transformers_is_imported():
     asked = [
         *((verb, ["--help"]) for verb in KNOWN["verbs"]),
@@ -104,6 +108,7 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
     assert told["--no_use_lora"] == "The opposite of --use_lora."
 
 
+@of_this_version
 @pytest.mark.parametrize(
     ("verb", "argv", "message"),
     [
@@ -185,6 +190,7 @@ def test_what_the_command_takes_is_left_to_it(verb, argv, capsys):
     assert answer(capsys, verb, *argv) == (None, "")
 
 
+@of_this_version
 def test_a_file_of_flags_is_read_first(tmp_path, capsys):
     flags = tmp_path / "run.yaml"
     flags.write_text("repeat_scheduler: abr\nlerning_rate: 1\n")
@@ -205,6 +211,7 @@ def test_with_another_transformers_its_flags_are_left_to_it(monkeypatch, capsys)
     assert "invalid int value" in answer(capsys, "perplexity", *ON_DEMO, "--stride", "x")[1]
 
 
+@of_this_version
 def test_real_and_quick_answers_are_the_same(capsys):
     wrong = [["--lerning_rate", "1"], ["--learning_rate", "x"], ["--token", "hf_x"], ["--lora_r"], ["word"]]
     for argv in wrong:

@@ -432,7 +432,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(train, run, caplog):
     options = {"repeat_scheduler": ConstantScheduler(2), "output_dir": str(run), "save_strategy": "steps"}
     resumed = train(**options, resume_from_checkpoint=True)
     assert resumed.repeat_scheduler.repeats == 2
-    assert resumed._initial_global_step == 4
+    assert resumed._run.begun_at == 4
     assert "checkpoint-6 is passed over: optimizer.pt is empty" in caplog.text
     for checkpoint in run.glob("checkpoint-*"):
         cut(checkpoint / "rng_state.pth", 0.5)
