@@ -62,11 +62,12 @@ def refuse_missing_files(arguments: object, *flags: str) -> None:
     """
     for flag in flags:
         path = getattr(arguments, flag)
-        if path is not None and not Path(path).is_file():
-            is_data = Path(path).is_dir() and hasattr(arguments, "dataset_name")
-            hint = " Give a directory of data as --dataset_name." if is_data else ""
-            what = "is a directory, and must be a file" if Path(path).is_dir() else "does not exist"
-            raise ValueError(f"--{flag} {path} {what}.{hint}")
+        if path is None or Path(path).is_file():
+            continue
+        if not Path(path).is_dir():
+            raise ValueError(f"--{flag} {path} does not exist.")
+        hint = " Give a directory of data as --dataset_name." if hasattr(arguments, "dataset_name") else ""
+        raise ValueError(f"--{flag} {path} is a directory, and must be a file.{hint}")
 
 
 def refuse_missing_directory(arguments: object, flag: str) -> None:
