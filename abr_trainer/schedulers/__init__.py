@@ -20,6 +20,7 @@ from .registry import (
     get_repeat_scheduler,
     reads_flag,
 )
+from .rows import Row, RowRule
 from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
 from .uniform import UniformScheduler
@@ -42,6 +43,8 @@ __all__ = [
     "RepeatUntil",
     "ReplayScheduler",
     "RobustOutlierSkip",
+    "Row",
+    "RowRule",
     "ThresholdScheduler",
     "UniformScheduler",
     "WindowScheduler",
