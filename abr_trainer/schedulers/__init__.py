@@ -12,14 +12,17 @@ from .learnable import LearnableScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
 from .registry import (
     OUTLIER_RULES,
+    ROW_RULES,
     RULE_FIELDS,
     SCHEDULERS,
+    build_row_rule,
     build_rule,
     find_repeat_scheduler,
     get_outlier_rule,
     get_repeat_scheduler,
     reads_flag,
 )
+from .robust_rows import RobustRows
 from .rows import Row, RowRule
 from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
@@ -28,6 +31,7 @@ from .window import WindowScheduler
 
 __all__ = [
     "OUTLIER_RULES",
+    "ROW_RULES",
     "RULE_FIELDS",
     "SCHEDULERS",
     "ClassicOutlierSkip",
@@ -43,12 +47,14 @@ __all__ = [
     "RepeatUntil",
     "ReplayScheduler",
     "RobustOutlierSkip",
+    "RobustRows",
     "Row",
     "RowRule",
     "ThresholdScheduler",
     "UniformScheduler",
     "WindowScheduler",
     "WrappedScheduler",
+    "build_row_rule",
     "build_rule",
     "find_repeat_scheduler",
     "get_outlier_rule",

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 NO_TARGETS = "no targets"
 """Why a batch is skipped in which no label counts: it has no mean loss per target."""
 
+TOO_FEW_ROWS = "rows"
+"""Why a batch is skipped of which more than half of the rows were dropped."""
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
@@ -18,7 +21,7 @@ class Observation:
 
     Attributes:
         batch: Index of the batch since training began, from 0. Users read numbers from 1: the step in logs and trace.
-        loss: Mean loss per target token of the first pass, in nats, averaged over ranks.
+        loss: Mean loss per target token of the first pass, in nats, averaged over ranks; over the rows that are kept.
         progress: Share of the training run already spent, in [0, 1).
         accuracy: Share of the target tokens that the first pass predicted right, over all ranks; None unless the rule
             `wants` it, and where the model returns no logits.
@@ -45,6 +48,8 @@ class Outcome:
         reason: Why the batch got these repeats, in one word, for the trace.
         replayed: Earlier batches that were trained on once more after this one, by index, each with the loss of that
             pass.
+        rows: Rows that a row rule has judged, over all ranks.
+        rows_dropped: How many of them were not trained on.
     """
 
     observation: Observation
@@ -52,6 +57,8 @@ class Outcome:
     losses: tuple[float, ...]
     reason: str = ""
     replayed: tuple[tuple[int, float], ...] = ()
+    rows: int = 0
+    rows_dropped: int = 0
 
     @property
     def skipped(self) -> bool:

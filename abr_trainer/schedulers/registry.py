@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ..records.errors import find_named
 from .base import RepeatScheduler
@@ -20,10 +20,14 @@ from .gain import GainScheduler
 from .gradients import GradNormSkip
 from .learnable import LearnableScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
+from .robust_rows import RobustRows
+from .rows import RowRule
 from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
 from .uniform import UniformScheduler
 from .window import WindowScheduler
+
+Rule = TypeVar("Rule", RepeatScheduler, RowRule)
 
 FIXED_REPEATS = 2
 """How many updates 'fixed' makes on a batch where nothing else is said."""
@@ -38,9 +42,12 @@ RULE_FIELDS: dict[str, Any] = {
     "outlier_sigmas": None,
     "outlier_window": 100,
     "skip_grad_norm": None,
+    "skip_rows": "none",
+    "row_sigmas": None,
+    "row_window": None,
     "seed": 42,
 }
-"""The fields of `ABRConfig` that make a rule, with their defaults."""
+"""The fields of `ABRConfig` that make a rule, or a rule for rows, with their defaults."""
 
 SCHEDULERS: dict[str, type[RepeatScheduler]] = {
     "abr": ThresholdScheduler,
@@ -53,6 +60,8 @@ SCHEDULERS: dict[str, type[RepeatScheduler]] = {
     "replay": ReplayScheduler,
     "window": WindowScheduler,
 }
+
+ROW_RULES: dict[str, type[RowRule]] = {"robust": RobustRows}
 
 OUTLIER_RULES: dict[str, type[OutlierSkip]] = {"classic": ClassicOutlierSkip, "robust": RobustOutlierSkip}
 
@@ -78,7 +87,7 @@ def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
 def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
     """Return the class that goes by a registered name or by `package.module:ClassName`."""
     if ":" in name:
-        return _import_scheduler(name)
+        return _import_class(name, RepeatScheduler)
     return find_named("repeat scheduler", name, SCHEDULERS)
 
 
@@ -94,16 +103,41 @@ def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> Outlie
     return find_named("outlier rule", name, OUTLIER_RULES)(inner, **kwargs)
 
 
-def _import_scheduler(path: str) -> type[RepeatScheduler]:
+def build_row_rule(settings: Mapping[str, Any]) -> RowRule | None:
+    """Return the rule for rows that these flags describe; None if no rows are to be dropped.
+
+    Args:
+        settings: Values by the names of `RULE_FIELDS`; other names are ignored, missing ones have their defaults.
+
+    Raises:
+        ValueError: The name is unknown, or a parameter out of range or not one of the rule.
+    """
+    name = settings.get("skip_rows", RULE_FIELDS["skip_rows"])
+    given = {"sigmas": settings.get("row_sigmas"), "window": settings.get("row_window")}
+    parameters = {name: value for name, value in given.items() if value is not None}
+    if name == "none":
+        if parameters:
+            raise ValueError(f"--row_{next(iter(parameters))} means nothing without --skip_rows.")
+        return None
+    rule_class = _import_class(name, RowRule) if ":" in name else find_named("row rule", name, ROW_RULES)
+    takes = inspect.signature(rule_class).parameters
+    for parameter in parameters:
+        if parameter not in takes:
+            raise ValueError(f"--row_{parameter} means nothing to --skip_rows {name}.")
+    return rule_class(**parameters)
+
+
+def _import_class(path: str, base: type[Rule]) -> type[Rule]:
+    what = "row rule" if base is RowRule else "repeat scheduler"
     module_name, _, class_name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `abr` finds modules that are installed only
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"Cannot import repeat scheduler {path!r}: {error}.") from error
-    if not (isinstance(found, type) and issubclass(found, RepeatScheduler)):
-        raise ValueError(f"{path!r} is not a RepeatScheduler subclass.")
+        raise ValueError(f"Cannot import {what} {path!r}: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{path!r} is not a {base.__name__} subclass.")
     return found
 
 

@@ -27,7 +27,8 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -35,15 +36,22 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..schedulers import Observation, Outcome
-from ..schedulers.base import NO_TARGETS
+from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from .config import setting
+from .dropping import BatchRows, DroppedRow, RowGate, batch_rows, without_broken
 from .held import Call, HeldBatch, check_holdable
+from .identity import taken_out
 from .memory import memory_of_batch
 from .passes import Passes, before_backward, counted_once
 from .signals import Hits, accuracy_of, gradient_norm, summed
 from .targets import first_target, tally
 
 logger = logging.get_logger(__name__)
+
+AGAIN = "again"
+"""Why a first pass has no backward: some rows are broken, and it is made once more without them."""
+
+NON_FINITE = "non-finite"
 
 EXCERPT_TOKENS = 128
 """How much of each row of a skipped batch is kept, to show which data are broken."""
@@ -65,15 +73,21 @@ class Batch:
     Attributes:
         outcome: None until the decision is carried out.
         update_is_withheld: Trainer must not make its update.
+        rows: Its rows, over all ranks; None where no rule is asked about rows.
     """
 
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
         self.update_is_withheld = False
+        self.rows: BatchRows | None = None
         self._started = time.perf_counter()
+        self._arrived: list[Call] = []
         self._calls: list[Call] = []
         self._losses: list[Tensor] = []
         self._hits: list[Hits] = []
+        self._indices: list[list[int] | None] = []
+        self._dropped: list[DroppedRow] = []
+        self._spent_before = Fraction(0)
         self._tr_loss_before: Tensor | None = None
         self._decision: Decision | None = None
         self._whole = HeldBatch(self._calls, tokens=0, forward_flops=0.0)
@@ -89,29 +103,36 @@ class Batch:
             What Trainer adds to the sum of losses that it logs.
         """
         trainer = passes.trainer
+        inputs, indices = taken_out(call.inputs)
+        call = call._replace(inputs=inputs)
         if not self._calls:
             self._begin(passes, call)
-        self._calls.append(call._replace(inputs=copy.copy(call.inputs)))
+        self._arrived.append(call._replace(inputs=copy.copy(inputs)))
+        self._calls = self._arrived
+        self._indices.append(indices)
         if not trainer.accelerator.gradient_state.sync_gradients:
-            self._losses.append(passes.one(call, self._hits))
+            self._losses.append(passes.one(call, self._hits, judges_rows=True))
             return self._losses[-1]
 
         def is_trained_on(loss: Tensor) -> bool:
             self._decision = self._decision or self._decide(trainer, [*self._losses, loss.detach()])
             return self._decision.repeats > 0
 
-        # Before its last backward, FSDP keeps the gradients of a batch where `zero_grad` does not reach them.
-        must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
-        with contextlib.nullcontext() if must_finish else before_backward(trainer.accelerator, is_trained_on):
-            loss = passes.one(call, self._hits)
+        with self._before_last_backward(trainer, is_trained_on):
+            loss = passes.one(call, self._hits, judges_rows=True)
         backwards = len(self._calls) - (self._decision is not None and self._decision.repeats == 0)
         is_trained_on(loss)  # decides if no backward has asked
+        if self._decision is not None and self._decision.reason == AGAIN:
+            backwards = self._pass_without_broken_rows(passes, backwards)
         assert self._decision is not None
         self._decision = decision = self._look_at_gradient(passes, self._decision)
-        self._losses.append(loss)
-        self._carry_out(passes, decision, backwards)
+        self._charge(trainer, backwards)
+        self._carry_out(passes, decision)
         if math.isfinite(decision.observation.loss):
-            return loss
+            if self.rows is None or not self.rows.dropped:
+                return loss
+            # The loss of the kept rows was divided by the targets of all. What is logged is their own mean.
+            return decision.observation.loss - (trainer._tr_loss - self._tr_loss_before).to(loss.device)
         # No loss of this batch enters the logged mean; the log divides by the other batches.
         trainer._tr_loss.copy_(self._tr_loss_before)
         trainer._run.non_finite_batches += 1
@@ -122,12 +143,26 @@ class Batch:
         return torch.zeros_like(loss)
 
     def _begin(self, passes: Passes, first: Call) -> None:
-        trainer, consensus = passes.trainer, passes.trainer._run.consensus
+        trainer, run = passes.trainer, passes.trainer._run
         trainer._continue_log()
-        if consensus.loss_scale is None:
+        self._spent_before = run.ledger.passes
+        if run.consensus.loss_scale is None:
             with counted_once(trainer):
-                consensus.find_loss_scale(trainer, passes.model, first)
+                run.consensus.find_loss_scale(trainer, passes.model, first)
+        if run.rows is not None:
+            run.rows.begin(run.ledger.batches, asks=run.ledger.batches >= setting(trainer.args, "primer_batches"))
         self._tr_loss_before = trainer._tr_loss.clone()
+
+    def _before_last_backward(self, trainer: Any, wanted: Callable[[Tensor], bool]) -> Any:
+        """Return a context in which `wanted` is asked before the last backward of the batch, where that may be left
+        out.
+        """
+        # Before its last backward, FSDP keeps the gradients of a batch where `zero_grad` does not reach them.
+        must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
+        return contextlib.nullcontext() if must_finish else before_backward(trainer.accelerator, wanted)
+
+    def _charge(self, trainer: Any, backwards: int) -> None:
+        trainer.ledger.charge_pass(len(self._calls), backwards, self._whole.tokens, self._whole.forward_flops)
 
     # ---- The decision ----
 
@@ -138,27 +173,83 @@ class Batch:
         main_input = getattr(trainer.model, "main_input_name", "input_ids")
         own_tokens = sum(call.inputs[main_input].numel() for call in self._calls if main_input in call.inputs)
         costs = (own_tokens, own_tokens * trainer._forward_flops_per_token)
-        numbers = run.consensus.begin_mean(trainer, self._calls, losses, *tallied, *costs, *summed(self._hits))()
-        loss, targets, empty_rows, rows, tokens, forward_flops, *hits = numbers
+        hits = summed(self._hits)
+        cured, lists, longest = self._own_rows(run.rows)
+        agreed = run.consensus.begin_mean(
+            trainer, self._calls, losses, *tallied, *costs, cured is None, *hits, lists=lists, longest=longest
+        )()
+        targets, empty_rows, rows, tokens, forward_flops, incurable, *hits = agreed.sums
         trainer._rows_without_targets.count(int(empty_rows), int(rows))
-        self._whole = HeldBatch(self._calls, int(tokens), forward_flops)
+        self.rows = batch_rows(agreed.lists) if lists else None
+        self._calls = cured or self._calls
+        self._whole = HeldBatch(self._calls, int(tokens), forward_flops, self.rows.share if self.rows else 1.0)
+        loss = agreed.mean
         # A custom loss may use more than labels: then a batch without targets is empty only if its loss says so.
-        is_empty = not targets and (trainer._loss_is_of_tokens or not loss or not math.isfinite(loss))
+        if not targets and (trainer._loss_is_of_tokens or not loss or not math.isfinite(loss)):
+            return self._decided(trainer, math.nan, hits, NO_TARGETS)
+        if self.rows is not None and self.rows.dropped:
+            if self.rows.most_are_dropped:
+                return self._decided(trainer, self.rows.mean_loss, hits, TOO_FEW_ROWS)
+            if self.rows.has_broken:
+                return self._decided(trainer, math.nan, hits, NON_FINITE if incurable else AGAIN)
+        return self._decided(trainer, loss / self._whole.share, hits)
+
+    def _own_rows(self, gate: RowGate | None) -> tuple[list[Call] | None, list[list[float]], int]:
+        """Return the micro-batches of this rank with the rows that are kept, None if broken ones cannot be taken out;
+        what to tell the other ranks of them; and the most rows that a rank can have.
+        """
+        if gate is None:
+            return self._calls, [], 0
+        gate.check_judged(len(self._calls))
+        return without_broken(self._calls, gate.judged), gate.lists(self._indices), gate.longest
+
+    def _decided(self, trainer: Any, loss: float, hits: list[float], reason: str | None = None) -> Decision:
+        """Return a decision by the rule; or to skip the batch, for a reason that is no rule's."""
         observation = Observation(
-            batch=run.ledger.batches,
-            loss=math.nan if is_empty else loss,
-            progress=run.budget.progress(trainer.state.global_step, trainer.state.max_steps),
+            batch=trainer._run.ledger.batches,
+            loss=loss,
+            progress=trainer._run.budget.progress(trainer.state.global_step, trainer.state.max_steps),
             accuracy=accuracy_of(*hits) if hits else None,
         )
-        repeats, reason = (0, NO_TARGETS) if is_empty else self._choose(trainer, observation)
+        repeats, reason = self._choose(trainer, observation) if reason is None else (0, reason)
         return Decision(observation, repeats, reason, trainer._get_learning_rate())
+
+    def _pass_without_broken_rows(self, passes: Passes, backwards: int) -> int:
+        """Make the first pass once more, over all micro-batches of all ranks, and decide by it.
+
+        The forwards in which broken rows were found are charged like others, and their gradients forgotten.
+
+        Args:
+            backwards: Backwards that were made so far.
+
+        Returns:
+            Those that were made now.
+        """
+        trainer, run = passes.trainer, passes.trainer._run
+        self._charge(trainer, backwards)
+        passes.forget()
+        trainer._tr_loss.copy_(self._tr_loss_before)
+        self._decision = None
+        if run.budget.is_spent:
+            self._decision = self._decided(trainer, math.nan, [], NON_FINITE)
+            return 0
+
+        def is_trained_on(losses: list[Tensor], hits: list[Hits]) -> bool:
+            if self._decision is None:
+                agreed = run.consensus.begin_mean(trainer, self._calls, losses, *summed(hits))()
+                self._decision = self._decided(trainer, agreed.mean / self._whole.share, agreed.sums)
+            return self._decision.repeats > 0
+
+        must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
+        losses, hits = passes.over(self._whole, None if must_finish else is_trained_on)
+        return len(self._calls) - (not is_trained_on(losses, hits) and not must_finish)
 
     @staticmethod
     def _choose(trainer: Any, observation: Observation) -> tuple[int, str]:
         """Return the repeats that the budget has room for, and the reason."""
         rule, left = trainer.repeat_scheduler, trainer._run.budget.left
         if not math.isfinite(observation.loss):
-            repeats, reason = 0, "non-finite"
+            repeats, reason = 0, NON_FINITE
         elif observation.batch < setting(trainer.args, "primer_batches"):
             repeats, reason = 1, "primer"
         else:
@@ -186,22 +277,16 @@ class Batch:
         if math.isfinite(mean):
             repeats, reason = self._choose(trainer, observation)
         elif scaler is None:
-            repeats, reason = 0, "non-finite"
+            repeats, reason = 0, NON_FINITE
         else:
             return decision  # the scaler withholds this update, and lowers its scale
         return dataclasses.replace(decision, observation=observation, repeats=repeats, reason=reason)
 
     # ---- Repeats, replays, or a skip ----
 
-    def _carry_out(self, passes: Passes, decision: Decision, backwards: int) -> None:
-        """Make all updates but the last, which Trainer makes; or none, and keep Trainer from making it.
-
-        Args:
-            backwards: Backwards that the first pass has made.
-        """
+    def _carry_out(self, passes: Passes, decision: Decision) -> None:
+        """Make all updates but the last, which Trainer makes; or none, and keep Trainer from making it."""
         trainer, run = passes.trainer, passes.trainer._run
-        spent_before = run.ledger.passes
-        run.ledger.charge_pass(len(self._calls), backwards, self._whole.tokens, self._whole.forward_flops)
         losses, repeats, reason = [decision.observation.loss], decision.repeats, decision.reason
         accuracy: float | None = None
         while len(losses) < repeats:
@@ -212,21 +297,24 @@ class Batch:
             loss, accuracy = passes.again(self._whole)
             losses.append(loss)
             if not math.isfinite(loss):
-                repeats, reason = len(losses) - 1, "non-finite"
+                repeats, reason = len(losses) - 1, NON_FINITE
         replayed = self._replay(passes, decision) if 0 < repeats == len(losses) else ()
         if repeats < len(losses) or not all(math.isfinite(loss) for _, loss in replayed):
             passes.withhold_update()
             self.update_is_withheld = True
         if repeats == 0:
-            self._excerpts = run.consensus.gather_lists(excerpts(self._calls))  # all ranks skip it
-        self.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed)
+            self._excerpts = run.consensus.gather_lists(excerpts(self._arrived))  # all ranks skip it
+        if run.rows is not None and self.rows is not None and self.rows.dropped:
+            self._dropped = run.consensus.gather_lists(run.rows.describe_dropped(self._arrived, self._indices))
+        judged, dropped = (len(self.rows.judged), len(self.rows.dropped)) if self.rows else (0, 0)
+        self.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed, judged, dropped)
         if run.budget.is_spent:
             trainer.state.max_steps = trainer.state.global_step + 1  # Trainer stops, evaluates and saves by its rules
         is_last = trainer.state.global_step + 1 >= trainer.state.max_steps
         by_passes = setting(trainer.args, "eval_passes") is not None
         wants_last = is_last and trainer.args.load_best_model_at_end and by_passes
-        self._evaluation_is_due = run.budget.crosses_mark("eval_passes", spent_before) or wants_last
-        self._checkpoint_is_due = run.budget.crosses_mark("save_passes", spent_before)
+        self._evaluation_is_due = run.budget.crosses_mark("eval_passes", self._spent_before) or wants_last
+        self._checkpoint_is_due = run.budget.crosses_mark("save_passes", self._spent_before)
 
     def _replay(self, passes: Passes, decision: Decision) -> tuple[tuple[int, float], ...]:
         """Pass over the earlier batches that the rule names, up to the first whose loss is not finite."""
@@ -261,6 +349,8 @@ class Batch:
         trainer.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the process
         trainer._run.count(outcome, seconds)
         trainer.repeat_scheduler.observe(outcome)
+        if trainer._run.rows is not None and self.rows is not None:
+            trainer._run.rows.observe(self.rows)
         self._hold(trainer)
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "on_outcome"):
@@ -274,6 +364,8 @@ class Batch:
                     seconds=seconds,
                     memory=memory_of_batch(trainer.args.device),
                     excerpts=self._excerpts,
+                    rows=self.rows,
+                    dropped_rows=self._dropped,
                 )
 
     def _hold(self, trainer: Any) -> None:
@@ -290,7 +382,7 @@ class Batch:
 def excerpts(calls: list[Call]) -> list[list[int]]:
     """Return the first tokens of each row of some micro-batches, without padding."""
     rows: list[list[int]] = []
-    for inputs, _, _ in calls:
+    for inputs, *_ in calls:
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
         if isinstance(ids, Tensor) and ids.dim() == 2:
             mask = inputs.get("attention_mask")

@@ -30,12 +30,16 @@ class LogWindow:
     non_finite: int = 0
     measured: int = 0
     losses: float = 0.0
+    rows: int = 0
+    rows_dropped: int = 0
 
     def observe(self, outcome: Outcome) -> None:
         loss = outcome.observation.loss
         self.batches += 1
         self.updates += outcome.updates
         self.skipped += outcome.skipped
+        self.rows += outcome.rows
+        self.rows_dropped += outcome.rows_dropped
         if math.isfinite(loss):
             self.measured += 1
             self.losses += loss
@@ -59,6 +63,7 @@ class LogWindow:
             "skipped": self.skipped / self.batches,
             "passes": float(ledger.passes),
             "updates": ledger.updates,
+            **({"rows_dropped": self.rows_dropped} if self.rows else {}),
         }
 
     def state_dict(self) -> dict[str, float]:
@@ -90,6 +95,8 @@ class ABRCallback(TrainerCallback):
             seconds: Wall-clock time of the batch.
             memory: Bytes: on a GPU the most that was allocated so far, elsewhere what the process holds.
             excerpts: The first tokens of each row of a skipped batch, of all ranks; nothing for other batches.
+            kwargs: `rows`: under a row rule the rows of the batch, of all ranks, see `dropping.BatchRows`;
+                `dropped_rows`: those among them that were not trained on, see `dropping.DroppedRow`.
         """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..schedulers import OUTLIER_RULES, RepeatScheduler, build_rule
+from ..schedulers import OUTLIER_RULES, RepeatScheduler, RowRule, build_row_rule, build_rule
 from .plan import CHEAPEST_BATCH, check_fields, refuse_best_without_saves, scale_with_batch_size
 from .support import refuse_single_process_launch
 
@@ -83,6 +83,20 @@ class ABRConfig(TrainingArguments):
             "the logarithm of the recent norms; try 6. Decided after the backward: a skip costs a whole pass. "
             "Default: off."
         },
+    )
+    skip_rows: str = field(
+        default="none",
+        metadata={
+            "help": "Drop rows with outlying losses from their batch; the other rows count as they would have. "
+            "robust: by level and spread of the recent row losses of that length. none: drop no rows. Or your own "
+            "rule, as module:Class. Costs no extra pass."
+        },
+    )
+    row_sigmas: float | None = field(
+        default=None, metadata={"help": "Spreads above the recent row losses at which a row is dropped."}
+    )
+    row_window: int | None = field(
+        default=None, metadata={"help": "Number of recent row losses that rows are judged by."}
     )
     max_consecutive_skips: int = field(
         default=20,
@@ -220,6 +234,14 @@ class ABRConfig(TrainingArguments):
             ValueError: A name is unknown, or a parameter out of range.
         """
         return build_rule(vars(self))
+
+    def build_row_rule(self) -> RowRule | None:
+        """Return a new rule for rows as the fields describe it; None if no rows are to be dropped.
+
+        Raises:
+            ValueError: A name is unknown, or a parameter out of range.
+        """
+        return build_row_rule(vars(self))
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,20 @@ from .targets import trainer_counts_targets
 
 Read = Callable[[], list[float]]
 """Waits for the numbers that were asked for, and returns them."""
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a pass.
+
+    Attributes:
+        mean: Mean loss per target.
+        sums: Of the other numbers.
+        lists: Each list, of all ranks in rank order. Of several ranks, each is filled up with zeros to one length.
+    """
+
+    mean: float
+    sums: list[float]
+    lists: list[list[float]]
 
 
 class Consensus:
@@ -40,10 +54,60 @@ class Consensus:
         Returns:
             A function that waits for the sums: the one place where the host waits for the device.
         """
+        read = self._begin_gather(scalars)
+        return lambda: [sum(column) for column in zip(*read(), strict=True)]
+
+    def begin_mean(
+        self,
+        trainer: Any,
+        calls: list[Call],
+        losses: list[Tensor],
+        *others: Tensor | float,
+        lists: Sequence[Sequence[float]] = (),
+        longest: int = 0,
+    ) -> Callable[[], Agreed]:
+        """Start to average the loss of a pass over ranks.
+
+        Args:
+            calls: The micro-batches of this rank.
+            losses: What `training_step` returned for each of them.
+            others: More numbers of this rank.
+            lists: Lists of numbers of this rank: as many lists on each rank, and of one length on a rank.
+            longest: So long a list travels with the others. If a rank has a longer one, all ranks exchange once more.
+
+        Returns:
+            A function that waits for what all ranks have given.
+        """
+        loss, weight = weighted_loss(trainer, self.loss_scale, losses, calls, calls[0].items_in_batch)
+        length = len(lists[0]) if lists else 0
+        scalars = (loss, weight, *others, length)
+        read = self._begin_gather(scalars, _padded(lists, longest) if self._args.world_size > 1 else ())
+
+        def agreed() -> Agreed:
+            of_ranks = read()
+            total, weights, *sums, _ = (sum(row[i] for row in of_ranks) for i in range(len(scalars)))
+            mean = total / weights if weights else math.nan
+            if self._args.world_size == 1:
+                return Agreed(mean, sums, [list(each) for each in lists])
+            size, padded = longest, [row[len(scalars) :] for row in of_ranks]
+            if (needed := int(max(row[len(scalars) - 1] for row in of_ranks))) > longest:
+                size, padded = needed, self._begin_gather((), _padded(lists, needed))()
+            joined = [[n for row in padded for n in row[i * size : (i + 1) * size]] for i in range(len(lists))]
+            return Agreed(mean, sums, joined)
+
+        return agreed
+
+    def _begin_gather(
+        self, scalars: Sequence[Tensor | float], numbers: Sequence[float] = ()
+    ) -> Callable[[], list[list[float]]]:
+        """Start to exchange numbers, as many on each rank; return a function that waits for those of all ranks."""
         device = self._args.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         full = functools.partial(torch.full, (), dtype=dtype, device=device)  # does not wait, as `torch.tensor` would
-        row = torch.stack([each.to(device, dtype) if isinstance(each, Tensor) else full(each) for each in scalars])
+        parts = [each.to(device, dtype) if isinstance(each, Tensor) else full(each) for each in scalars]
+        row = torch.stack(parts) if parts else torch.empty(0, dtype=dtype, device=device)
+        if numbers:
+            row = torch.cat([row, torch.tensor(numbers, dtype=dtype, device=device)])
         rows = self._accelerator.gather(row[None]) if self._args.world_size > 1 else row[None]
         arrived: Any = None
         if device.type == "cuda":
@@ -51,33 +115,13 @@ class Consensus:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
 
-        def sums() -> list[float]:
+        def of_ranks() -> list[list[float]]:
             if arrived is not None:
                 arrived.synchronize()  # waits for the copy, not for what was launched after it
-            return [sum(column) for column in zip(*rows.tolist(), strict=True)]
+            each: list[list[float]] = rows.tolist()
+            return each
 
-        return sums
-
-    def begin_mean(self, trainer: Any, calls: list[Call], losses: list[Tensor], *others: Tensor | float) -> Read:
-        """Start to average the loss of a pass over ranks.
-
-        Args:
-            calls: The micro-batches of this rank.
-            losses: What `training_step` returned for each of them.
-            others: More numbers of this rank.
-
-        Returns:
-            A function that waits for the mean loss per target of the pass, and the sum of each other number.
-        """
-        inputs, items = [call.inputs for call in calls], calls[0].items_in_batch
-        loss, weight = weighted_loss(trainer, self.loss_scale, losses, inputs, items)
-        read = self.begin_sum(loss, weight, *others)
-
-        def mean_and_sums() -> list[float]:
-            total, weights, *sums = read()
-            return [total / weights if weights else math.nan, *sums]
-
-        return mean_and_sums
+        return of_ranks
 
     def find_loss_scale(self, trainer: Any, model: nn.Module, call: Call) -> None:
         """Find out what the losses of this run mean, by a micro-batch."""
@@ -92,3 +136,8 @@ class Consensus:
         """Return the items of all ranks, in rank order."""
         gathered: list[Any] = gather_object(items) if self._args.world_size > 1 else items
         return gathered
+
+
+def _padded(lists: Sequence[Sequence[float]], size: int) -> list[float]:
+    """Return the first `size` numbers of each list, one after the other, filled up with zeros."""
+    return [number for each in lists for number in (*each[:size], *[0.0] * (size - len(each)))]

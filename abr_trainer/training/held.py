@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .rows import KeptRows
+
 HELD_NAME = "_abr_held_{rank}.safetensors"
 
 
@@ -22,6 +24,8 @@ class Call(NamedTuple):
     inputs: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    kept: KeptRows | None = None
+    """Which of its rows are trained on, once that is decided."""
 
     @property
     def items_in_batch(self) -> Any:
@@ -37,11 +41,13 @@ class HeldBatch:
         calls: Its micro-batches, on this rank.
         tokens: In the batch, over all ranks.
         forward_flops: Of one forward over it, over all ranks.
+        share: Targets of the rows that are trained on, as a share of all targets, over all ranks.
     """
 
     calls: list[Call]
     tokens: int
     forward_flops: float
+    share: float = 1.0
 
 
 def check_holdable(calls: list[Call]) -> None:
@@ -51,7 +57,7 @@ def check_holdable(calls: list[Call]) -> None:
         ValueError: A micro-batch is no mapping of names to tensors.
     """
     wanted = "To train on a batch again later, its inputs must be tensors by name"
-    for inputs, _, _ in calls:
+    for inputs, *_ in calls:
         if not isinstance(inputs, Mapping):
             raise ValueError(f"{wanted}, not one {type(inputs).__name__}. Use another --repeat_scheduler.")
         for name, value in inputs.items():
@@ -69,17 +75,24 @@ def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:
     described = []
     for index, batch in held.items():
         counts = []
-        for i, (inputs, args, kwargs) in enumerate(batch.calls):
+        for i, (inputs, args, kwargs, kept) in enumerate(batch.calls):
             for name, value in inputs.items():
                 tensors[f"{index}.{i}.{name}"] = value.detach().cpu().contiguous().clone()
             counts.append(
                 {
                     "args": [_as_number(value) for value in args],
                     "kwargs": {name: _as_number(value) for name, value in kwargs.items()},
+                    **({} if kept is None else {"kept": kept._asdict()}),
                 }
             )
         described.append(
-            {"batch": index, "calls": counts, "tokens": batch.tokens, "forward_flops": batch.forward_flops}
+            {
+                "batch": index,
+                "calls": counts,
+                "tokens": batch.tokens,
+                "forward_flops": batch.forward_flops,
+                "share": batch.share,
+            }
         )
     save_file(tensors, path, metadata={"held": json.dumps(described)})
 
@@ -101,8 +114,10 @@ def load_held(directory: Path, rank: int, device: torch.device) -> dict[int, Hel
                 }
                 args = tuple(_as_argument(value, device) for value in count["args"])
                 kwargs = {name: _as_argument(value, device) for name, value in count["kwargs"].items()}
-                calls.append(Call(inputs, args, kwargs))
-            held[described["batch"]] = HeldBatch(calls, described["tokens"], described["forward_flops"])
+                kept = KeptRows(**count["kept"]) if "kept" in count else None
+                calls.append(Call(inputs, args, kwargs, kept))
+            numbers = (described[name] for name in ("tokens", "forward_flops"))
+            held[described["batch"]] = HeldBatch(calls, *numbers, described.get("share", 1.0))
     return held
 
 

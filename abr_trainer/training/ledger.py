@@ -36,6 +36,8 @@ class ComputeLedger:
         tokens: Tokens that went through a forward, padding included.
         flops: Floating-point operations of the model, without embeddings.
         seconds: Wall-clock time in batches: evaluation, logging and checkpoints are left out.
+        rows: Rows that a row rule has judged.
+        rows_dropped: How many of them were not trained on, in whatever batch. That saves nothing.
     """
 
     share: Fraction = Fraction(1, 3)
@@ -48,6 +50,8 @@ class ComputeLedger:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
+    rows: int = 0
+    rows_dropped: int = 0
 
     @property
     def repeats(self) -> float:
@@ -70,9 +74,11 @@ class ComputeLedger:
         self.tokens += tokens
         self.flops += forward_flops * float(cost / self.share)
 
-    def close_batch(self, updates: int, seconds: float) -> None:
+    def close_batch(self, updates: int, seconds: float, rows: int = 0, rows_dropped: int = 0) -> None:
         """Note that a batch is finished, after so many updates: none is a skip."""
         self.batches += 1
+        self.rows += rows
+        self.rows_dropped += rows_dropped
         self.skips += updates == 0
         self.updates += updates
         self.seconds += seconds
@@ -81,6 +87,8 @@ class ComputeLedger:
         """Return the ledger as plain numbers, for logs and result files."""
         numbers = {**asdict(self), "passes": float(self.passes), "repeats": self.repeats}
         del numbers["share"]
+        if not self.rows:
+            del numbers["rows"], numbers["rows_dropped"]
         return numbers
 
     def state_dict(self) -> dict[str, Any]:

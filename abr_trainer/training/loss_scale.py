@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from .held import Call
 from .targets import count_targets, first_target, label_use, trainer_counts_targets
 
 
@@ -95,7 +96,7 @@ def find_loss_scale(
 
 
 def weighted_loss(
-    trainer: Any, scale: LossScale | None, losses: list[Tensor], micro_batches: list[Any], items: Any
+    trainer: Any, scale: LossScale | None, losses: list[Tensor], calls: list[Call], items: Any
 ) -> tuple[Tensor, Tensor | int]:
     """Return the mean loss per target of this rank's micro-batches, times its weight in the mean over ranks, and that.
 
@@ -114,7 +115,7 @@ def weighted_loss(
     if scale.adds_up and not is_miscounted:
         return (means.sum(), 1) if items is None or is_mean_of_all else (means.sum() * items, items)
     first = first_target(trainer)
-    counts = [count_targets(inputs, first) for inputs in micro_batches]
+    counts = [call.kept.targets if call.kept else count_targets(call.inputs, first) for call in calls]
     targets = torch.stack([torch.as_tensor(count, device=means.device) for count in counts])
     if is_miscounted:
         share = trainer.args.world_size if is_mean_of_all else 1  # Trainer multiplies by the ranks that DDP averages

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from .consensus import Read
+from .consensus import Agreed
 from .engines import forget_batch_of_deepspeed
 from .held import Call, HeldBatch
 from .signals import Hits, accuracy_of, counting_hits, summed
@@ -63,31 +64,35 @@ class Passes:
         self.model = model
         self._training_step = training_step
 
-    def one(self, call: Call, hits: list[Hits]) -> Tensor:
+    def one(self, call: Call, hits: list[Hits], judges_rows: bool = False) -> Tensor:
         """Run forward and backward over one micro-batch, and return its loss as Trainer does.
 
         Args:
             hits: Gets the target tokens that the forward predicts right, if the rule wants to know them.
+            judges_rows: Whether it is decided in this pass which rows count, if there is a rule for rows.
         """
-        counts_hits = "accuracy" in self.trainer.repeat_scheduler.wants
-        shifts = counts_hits and shifts_labels(self.trainer)
-        with counting_hits(self.model, call.inputs, shifts, hits) if counts_hits else contextlib.nullcontext():
+        trainer, rows = self.trainer, self.trainer._run.rows
+        counts_hits = "accuracy" in trainer.repeat_scheduler.wants
+        shifts = counts_hits and shifts_labels(trainer)
+        with contextlib.ExitStack() as context:
+            if counts_hits:
+                context.enter_context(counting_hits(self.model, call.inputs, shifts, hits))
+            if rows is not None:
+                context.enter_context(rows.watching(trainer, self.model, call, judges_rows))
             return self._training_step(self.model, call.inputs, *call.args, **call.kwargs)
 
-    def again(self, held: HeldBatch) -> tuple[float, float | None]:
-        """Run one more pass over a whole batch, and return its loss and accuracy over all ranks."""
+    def over(
+        self, held: HeldBatch, wanted: Callable[[list[Tensor], list[Hits]], bool] | None
+    ) -> tuple[list[Tensor], list[Hits]]:
+        """Run one more pass over a whole batch, and return the losses of its micro-batches and their hits.
+
+        Args:
+            wanted: Asked before the last backward, with the losses and hits so far; if it says no, there is none.
+        """
         trainer = self.trainer
-        accelerator, consensus = trainer.accelerator, trainer._run.consensus
+        accelerator = trainer.accelerator
         losses: list[Tensor] = []
         hits: list[Hits] = []
-        mean: Read | None = None
-
-        def begin_mean(loss: Tensor) -> bool:
-            nonlocal mean
-            mean = mean or consensus.begin_mean(trainer, held.calls, [*losses, loss.detach()], *summed(hits))
-            # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
-            return not trainer.is_deepspeed_enabled or math.isfinite(mean()[0])
-
         # Trainer divides losses by this where the model does not. The last batch of an epoch may have fewer.
         steps_now: int = trainer.current_gradient_accumulation_steps
         trainer.current_gradient_accumulation_steps = len(held.calls)
@@ -97,15 +102,36 @@ class Passes:
                 is_last = i == len(held.calls)
                 accelerator.gradient_state._set_sync_gradients(is_last)
                 with contextlib.ExitStack() as context:
-                    if is_last:
-                        context.enter_context(before_backward(accelerator, begin_mean))
-                    elif not each_syncs:
+                    if is_last and wanted is not None:
+                        ask = functools.partial(self._ask, wanted, losses, hits)
+                        context.enter_context(before_backward(accelerator, ask))
+                    elif not (is_last or each_syncs):
                         context.enter_context(accelerator.no_sync(self.model))
                     losses.append(self.one(call._replace(inputs=copy.copy(call.inputs)), hits))
         trainer.current_gradient_accumulation_steps = steps_now
-        loss, *counts = (mean or consensus.begin_mean(trainer, held.calls, losses, *summed(hits)))()
+        return losses, hits
+
+    @staticmethod
+    def _ask(
+        wanted: Callable[[list[Tensor], list[Hits]], bool], losses: list[Tensor], hits: list[Hits], loss: Tensor
+    ) -> bool:
+        return wanted([*losses, loss.detach()], hits)
+
+    def again(self, held: HeldBatch) -> tuple[float, float | None]:
+        """Run one more pass over a whole batch, and return its loss and accuracy over all ranks."""
+        trainer, consensus = self.trainer, self.trainer._run.consensus
+        mean: Callable[[], Agreed] | None = None
+
+        def begin_mean(losses: list[Tensor], hits: list[Hits]) -> bool:
+            nonlocal mean
+            mean = mean or consensus.begin_mean(trainer, held.calls, losses, *summed(hits))
+            # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
+            return not trainer.is_deepspeed_enabled or math.isfinite(mean().mean)
+
+        losses, hits = self.over(held, begin_mean)
+        agreed = (mean or consensus.begin_mean(trainer, held.calls, losses, *summed(hits)))()
         trainer.ledger.charge_pass(len(held.calls), len(held.calls), held.tokens, held.forward_flops)
-        return loss, accuracy_of(*counts) if counts else None
+        return agreed.mean / held.share, accuracy_of(*agreed.sums) if agreed.sums else None
 
     def update(self) -> None:
         """Do what Trainer does between the last backward of a batch and the next forward."""
@@ -120,14 +146,18 @@ class Passes:
             trainer.lr_scheduler.step()
         self.model.zero_grad()
 
+    def forget(self) -> None:
+        """Leave nothing of the passes since the last update: no gradient of any engine."""
+        self.model.zero_grad()
+        if self.trainer.is_deepspeed_enabled:
+            forget_batch_of_deepspeed(self.model)
+
     def withhold_update(self) -> None:
         """Make Trainer's clip, `optimizer.step` and `zero_grad` do nothing: no weight, moment or scale changes.
 
         Setting gradients to zero is not enough: momentum and weight decay would still move the weights.
         """
         trainer = self.trainer
-        self.model.zero_grad()
-        if trainer.is_deepspeed_enabled:
-            forget_batch_of_deepspeed(self.model)
+        self.forget()
         trainer.accelerator.gradient_state._set_sync_gradients(False)
         trainer.optimizer._is_overflow = False  # of an earlier batch: it would keep the learning rate from ticking

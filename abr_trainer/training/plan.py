@@ -55,6 +55,7 @@ def check_fields(args: Any) -> None:
     if args.loss_threshold is not None:
         parse_threshold(args.loss_threshold)
     refuse_pushing_inputs(args, args.build_repeat_scheduler())
+    args.build_row_rule()
     for flag in ("loss_threshold", "max_repeats"):
         if getattr(args, flag) is not None and not reads_flag(args.repeat_scheduler, flag):
             logger.warning(f"--{flag} means nothing to --repeat_scheduler {args.repeat_scheduler}.")

@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..records.files import ABR_STATE_NAME, CHECKPOINT_PREFIX, TRAINER_STATE, read_json, write_whole
+from ..schedulers import RowRule
 from .callbacks import LogWindow
 from .checkpoints import (
     UnfitCheckpoint,
@@ -101,6 +102,7 @@ class ResumeMixin(_AnyTrainer):
                 "description": self._scheduler_description,
                 "state": self.repeat_scheduler.state_dict(),
             },
+            **({} if self.row_rule is None else {"row_rule": _described(self.row_rule)}),
             "skips_in_a_row": self._run.skips_in_a_row,
             "batch": self._batch_size(),
             "batches_in_epoch": 0 if primer_has_just_ended else self._run.batches_in_epoch,
@@ -209,6 +211,7 @@ class ResumeMixin(_AnyTrainer):
             self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
         else:
             logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
+        self._load_row_rule(state.get("row_rule"))
         log = state["log"]
         if self.repeat_scheduler.held():
             if len(log["tr_loss"]) != self.args.world_size:
@@ -220,6 +223,16 @@ class ResumeMixin(_AnyTrainer):
         if len(log["tr_loss"]) == self.args.world_size:
             self._run.window = LogWindow(**log["window"])
             self._restored_log = log["tr_loss"], log["last_logged"]
+
+    def _load_row_rule(self, saved: dict[str, Any] | None) -> None:
+        if self.row_rule is None:
+            return
+        now = _described(self.row_rule)["description"]
+        if saved is not None and saved["description"] == now:
+            self.row_rule.load_state_dict(saved["state"])
+        else:
+            before = "no rule for rows" if saved is None else saved["description"]
+            logger.warning(f"The checkpoint was written under {before}; {now} starts with an empty history.")
 
     def _where_to_begin(
         self, checkpoint: str | None, position: tuple[int, int], epochs: int, batches_in_epoch: int
@@ -259,3 +272,7 @@ class ResumeMixin(_AnyTrainer):
             self._tr_loss += tr_loss[self.args.process_index]
             self._total_loss_scalar -= sum(tr_loss) / len(tr_loss)  # `train` returns the mean loss of its own batches
             self._restored_log = None
+
+
+def _described(rule: RowRule) -> dict[str, Any]:
+    return {"description": repr(rule), "state": rule.state_dict()}

@@ -12,6 +12,7 @@ from ..schedulers.base import NO_TARGETS
 from .budget import Budget
 from .callbacks import LogWindow
 from .consensus import Consensus
+from .dropping import RowGate
 from .held import HeldBatch
 from .ledger import ComputeLedger
 
@@ -27,6 +28,7 @@ class Run:
         consensus: How ranks agree.
         window: The batches since the last log.
         held: Batches to train on again later, by index.
+        rows: What decides which rows are dropped; None if none are.
         skips_in_a_row: The last batches, as long as they were skipped: index, and loss or reason.
         non_finite_batches: Batches whose loss was not finite, or that had no targets.
         batches_in_epoch: Batches finished in this epoch.
@@ -40,6 +42,7 @@ class Run:
         self.consensus = Consensus(args, accelerator)
         self.window = LogWindow()
         self.held: dict[int, HeldBatch] = {}
+        self.rows: RowGate | None = None
         self.skips_in_a_row: list[tuple[int, str]] = []
         self.non_finite_batches = 0
         self.batches_in_epoch = 0
@@ -49,7 +52,7 @@ class Run:
     def count(self, outcome: Outcome, seconds: float) -> None:
         """Count a finished batch."""
         self.batches_in_epoch += 1
-        self.ledger.close_batch(outcome.updates, seconds)
+        self.ledger.close_batch(outcome.updates, seconds, outcome.rows, outcome.rows_dropped)
         self.window.observe(outcome)
         if outcome.skipped:
             loss = NO_TARGETS if outcome.reason == NO_TARGETS else f"{outcome.observation.loss:.4g}"

@@ -43,12 +43,12 @@ def forward_with_loss(model: Any) -> Any:
     for base in type(model).__mro__:
         if "forward" in vars(base):
             found = inspect.unwrap(vars(base)["forward"])
-            if "super" not in _names_in(found):
+            if "super" not in names_in(found):
                 return found
     return found
 
 
-def _names_in(function: Any) -> tuple[str, ...]:
+def names_in(function: Any) -> tuple[str, ...]:
     names: tuple[str, ...] = getattr(getattr(function, "__code__", None), "co_names", ())
     return names
 
@@ -85,7 +85,7 @@ def label_use(trainer: Any) -> LabelUse:
 def _look(trainer: Any) -> LabelUse:
     model, by_name = base_model(trainer), bool(trainer._loss_shifts_labels)
     forward = forward_with_loss(model)
-    if "loss_function" in _names_in(forward):
+    if "loss_function" in names_in(forward):
         is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         is_causal = is_causal_model(model) and not is_encoder_decoder and model.loss_function is ForCausalLMLoss
         calls_causal_loss = shifts = by_name or is_causal

@@ -18,11 +18,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..hub.pushing import HubMixin, Pushes
-from ..schedulers import ConstantScheduler, RepeatScheduler
+from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
 from .budget import put_on_budget_clock
 from .callbacks import ABRProgressCallback, TraceCallback
 from .config import ABRConfig, checkpoints_activations, setting
+from .dropping import row_gate
 from .empty_rows import WatchForEmptyRows
 from .evaluation import PerplexityMixin, refuse_missing_perplexity
 from .forward_cost import forward_flops_per_token, forward_share_of
@@ -55,10 +56,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
 
     Attributes:
         repeat_scheduler: The rule of this run.
+        row_rule: Its rule for rows; None if no rows are dropped.
 
     Args:
         repeat_scheduler: Decides instead of the one that `ABRConfig` describes, outlier skipping included: to skip
             outliers around it, wrap it in `RobustOutlierSkip`.
+        row_rule: Decides which rows of a batch are dropped, instead of the rule that `ABRConfig` describes.
         primer_dataset: What the run begins with: `primer_batches` batches of it, in order, as an epoch -1.
         eval_measurement: Measures something else of the model at each evaluation of a single `eval_dataset`; returns
             numbers by name, which join the metrics as `eval_*`. Called on all ranks; see `measurement.Measurement`.
@@ -69,24 +72,30 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
 
     control: Any
     repeat_scheduler: RepeatScheduler
+    row_rule: RowRule | None
 
     def __init__(
         self,
         *args: Any,
         repeat_scheduler: RepeatScheduler | None = None,
+        row_rule: RowRule | None = None,
         primer_dataset: Any = None,
         eval_measurement: Callable[[nn.Module], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         if repeat_scheduler is not None and not isinstance(repeat_scheduler, RepeatScheduler):
             raise TypeError(f"`repeat_scheduler` must be an instance of RepeatScheduler, got {repeat_scheduler!r}.")
+        if row_rule is not None and not isinstance(row_rule, RowRule):
+            raise TypeError(f"`row_rule` must be an instance of RowRule, got {row_rule!r}.")
         self._pushes = Pushes()  # first: Trainer makes the repository while it is constructed
         super().__init__(*args, **kwargs)
-        self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None
+        self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None or row_rule is not None
         self._given_scheduler = repeat_scheduler
         self._initial_scheduler_state = (
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
         )
+        self._given_row_rule = row_rule
+        self._initial_row_state = {} if row_rule is None else copy.deepcopy(row_rule.state_dict())
         self.primer_dataset = primer_dataset
         self.eval_measurement = eval_measurement
         self._rows_without_targets = WatchForEmptyRows()
@@ -166,13 +175,22 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         else:
             self.repeat_scheduler = self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
         self._scheduler_description = repr(self.repeat_scheduler)
+        self.row_rule = self._fresh_row_rule()
         self._run, self._batch = Run(self.args, self.accelerator), Batch()
+        if self.row_rule is not None:
+            self._run.rows = row_gate(self, self.row_rule)
         self._rows_without_targets.forget_counts()
         if self._is_active:
             engine = getattr(self.accelerator.state, "fsdp_plugin", None)
             recomputes = checkpoints_activations(self.args) or getattr(engine, "activation_checkpointing", False)
             self.ledger.share = forward_share_of(self.model, bool(recomputes))
             self._forward_flops_per_token = forward_flops_per_token(self)
+
+    def _fresh_row_rule(self) -> RowRule | None:
+        if self._given_row_rule is not None:
+            self._given_row_rule.load_state_dict(copy.deepcopy(self._initial_row_state))
+            return self._given_row_rule
+        return self.args.build_row_rule() if isinstance(self.args, ABRConfig) else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         budget = self._run.budget.passes

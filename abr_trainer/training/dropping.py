@@ -1,0 +1,278 @@
+"""Which rows of a run are dropped: a row rule asked batch by batch, on each rank about its own rows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schedulers import Row, RowRule
+from .held import Call
+from .row_losses import owners_of
+from .rows import NO_LOGITS, Judged, KeptRows, RowsUnsupported, Seam, Sieve, find_seam
+
+KEPT_TOKENS = 256
+"""How much of a dropped row is kept, to show what it is about."""
+
+UNKNOWN = -1
+"""Index of a row of which nobody knows where in the training set it is."""
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The rows of a batch, over all ranks, by position.
+
+    Attributes:
+        losses: Mean loss per target of the first pass, in nats; not finite where the row is broken.
+        targets: 0 where there is no such row, or nothing to judge it by.
+        keep: Whether it is trained on.
+        indices: In the training set, or `UNKNOWN`.
+    """
+
+    losses: list[float]
+    targets: list[int]
+    keep: list[bool]
+    indices: list[int]
+
+    @property
+    def judged(self) -> list[int]:
+        return [i for i, targets in enumerate(self.targets) if targets]
+
+    @property
+    def dropped(self) -> list[int]:
+        return [i for i in self.judged if not self.keep[i]]
+
+    @property
+    def has_broken(self) -> bool:
+        return any(not math.isfinite(self.losses[i]) for i in self.judged)
+
+    @property
+    def most_are_dropped(self) -> bool:
+        return 2 * len(self.dropped) > len(self.judged)
+
+    @property
+    def share(self) -> float:
+        """Targets of the kept rows, as a share of all."""
+        total = sum(self.targets)
+        return sum(self.targets[i] for i in self.judged if self.keep[i]) / total if total else 1.0
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss per target of all rows that have a finite one, dropped or not; NaN if there are none."""
+        finite = [i for i in self.judged if math.isfinite(self.losses[i])]
+        targets = sum(self.targets[i] for i in finite)
+        return sum(self.losses[i] * self.targets[i] for i in finite) / targets if targets else math.nan
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A row that was not trained on, as it is told to people.
+
+    Attributes:
+        position: In its batch.
+        index: In the training set; None where that is not known.
+        loss: Mean loss per target of the first pass, in nats.
+        limit: The loss above which the rule drops such a row; None where it has none.
+        targets: How many.
+        input_ids: Its first tokens, without padding.
+    """
+
+    position: int
+    index: int | None
+    loss: float
+    limit: float | None
+    targets: int
+    input_ids: list[int]
+
+    @property
+    def reason(self) -> str:
+        return "outlier" if math.isfinite(self.loss) else "non-finite"
+
+
+class RowGate:
+    """Asks the rule about the rows of each micro-batch while its first pass goes on.
+
+    Attributes:
+        rule: Decides.
+        judged: The rows of this batch on this rank, by micro-batch.
+        longest: The most rows that a rank has in a batch, but where documents are packed into rows.
+    """
+
+    def __init__(self, rule: RowRule, seam: Seam, rank: int, longest: int) -> None:
+        self.rule = rule
+        self.judged: list[Judged] = []
+        self.longest = longest
+        self._seam = seam
+        self._first_position = rank * longest
+        self._batch = 0
+        self._asks = True
+
+    def begin(self, batch: int, asks: bool) -> None:
+        """Begin a batch.
+
+        Args:
+            batch: Its index.
+            asks: Whether to ask the rule; if not, only rows whose loss is not finite are dropped.
+        """
+        self.judged = []
+        self._batch, self._asks = batch, asks
+
+    def watching(self, trainer: Any, model: Any, call: Call, judges: bool) -> AbstractContextManager[Any]:
+        """Return a context in which the loss of a micro-batch is that of the rows that are kept.
+
+        Args:
+            judges: Whether this is its first pass: then the rule is asked.
+        """
+        if not judges and (call.kept is None or all(call.kept.keep)):
+            return contextlib.nullcontext()
+        sieve = Sieve(self._judge, None if judges else call.kept)
+        return self._seam.open(trainer, model, call.inputs, call.items_in_batch, sieve)
+
+    def _judge(self, losses: Sequence[float], targets: Sequence[int], are_documents: bool) -> Judged:
+        first = self._first_position + sum(len(each.losses) for each in self.judged)
+        rows = enumerate(zip(losses, targets, strict=True), start=first)
+        keep = [self._keeps(loss, count, position) for position, (loss, count) in rows]
+        judged = Judged(list(losses), list(targets), keep, are_documents)
+        self.judged.append(judged)
+        return judged
+
+    def _keeps(self, loss: float, targets: int, position: int) -> bool:
+        if not targets:
+            return True
+        return math.isfinite(loss) and (
+            not self._asks or bool(self.rule.decide(Row(loss, targets, self._batch, position)))
+        )
+
+    def check_judged(self, micro_batches: int) -> None:
+        """Check that the losses of all rows were seen.
+
+        Raises:
+            RowsUnsupported: The model has shown none.
+        """
+        if len(self.judged) != micro_batches:
+            raise RowsUnsupported(*NO_LOGITS)
+
+    def lists(self, indices: Sequence[Sequence[int] | None]) -> list[list[float]]:
+        """Return what ranks tell each other of their rows: losses, targets, whether they are kept, indices.
+
+        Args:
+            indices: Of the rows of each micro-batch in the training set, where they are known.
+        """
+        known = [
+            each if each is not None and len(each) == len(of.losses) else [UNKNOWN] * len(of.losses)
+            for each, of in zip(indices, self.judged, strict=True)
+        ]
+        columns = (
+            [j.losses for j in self.judged],
+            [j.targets for j in self.judged],
+            [j.keep for j in self.judged],
+            known,
+        )
+        return [[float(value) for part in column for value in part] for column in columns]
+
+    def describe_dropped(self, calls: Sequence[Call], indices: Sequence[Sequence[int] | None]) -> list[DroppedRow]:
+        """Return the dropped rows of this rank.
+
+        Args:
+            calls: Its micro-batches as they arrived.
+            indices: Of their rows in the training set, where they are known.
+        """
+        dropped: list[DroppedRow] = []
+        position = self._first_position
+        for call, judged, known in zip(calls, self.judged, indices, strict=True):
+            tokens: list[list[int]] | None = None
+            for i, (loss, targets, keep) in enumerate(zip(judged.losses, judged.targets, judged.keep, strict=True)):
+                if not keep:
+                    tokens = tokens or tokens_of_rows(call.inputs, len(judged.keep))
+                    is_finite = math.isfinite(loss)
+                    row = Row(loss, targets, self._batch, position + i)
+                    limit = self.rule.evidence(row).get("limit") if is_finite else None
+                    index = known[i] if known is not None and len(known) == len(judged.keep) else None
+                    dropped.append(DroppedRow(position + i, index, loss, limit, targets, tokens[i]))
+            position += len(judged.keep)
+        return dropped
+
+    def observe(self, rows: BatchRows) -> None:
+        """Show the rule the rows of a finished batch."""
+        finite = [i for i in rows.judged if math.isfinite(rows.losses[i])]
+        seen = [Row(rows.losses[i], rows.targets[i], self._batch, i) for i in finite]
+        self.rule.observe(seen, [rows.keep[i] for i in finite])
+
+
+def row_gate(trainer: Any, rule: RowRule) -> RowGate:
+    """Return what asks a rule about the rows of a trainer.
+
+    Raises:
+        RowsUnsupported: No rows can be dropped there.
+    """
+    args = trainer.args
+    longest = trainer._train_batch_size * args.gradient_accumulation_steps
+    return RowGate(rule, find_seam(trainer), args.process_index, longest)
+
+
+def batch_rows(lists: list[list[float]]) -> BatchRows:
+    """Return the rows of a batch from what all ranks have told of theirs."""
+    losses, targets, keep, indices = lists
+    return BatchRows(losses, [int(n) for n in targets], [bool(k) for k in keep], [int(i) for i in indices])
+
+
+def without_broken(calls: Sequence[Call], judged: Sequence[Judged]) -> list[Call] | None:
+    """Return the micro-batches of this rank without their broken rows, which would poison the gradient of the others.
+
+    A micro-batch that has no other row is replaced by one that has, of which no row counts.
+
+    Returns:
+        None where that is impossible: no row is left, or rows cannot be told apart in the inputs.
+    """
+    cured = [_cured(call, of) for call, of in zip(calls, judged, strict=True)]
+    spare = next((call for call in cured if call is not None and call.kept is not None), None)
+    whole: list[Call] = []
+    for call, before, of in zip(cured, calls, judged, strict=True):
+        if call is None:
+            if spare is None or spare.kept is None or of.are_documents or not all(of.broken):
+                return None
+            nothing = KeptRows([False] * len(spare.kept.keep), 0.0, sum(of.targets))
+            call = before._replace(inputs=spare.inputs, kept=nothing)
+        whole.append(call)
+    return whole
+
+
+def _cured(call: Call, judged: Judged) -> Call | None:
+    kept, stay = judged.kept(), [not broken for broken in judged.broken]
+    if kept is None or all(stay):
+        return call._replace(kept=kept)
+    if judged.are_documents or not any(stay) or not isinstance(call.inputs, Mapping):
+        return None
+    inputs = {}
+    for name, value in call.inputs.items():
+        if isinstance(value, Tensor) and value.dim():
+            if len(value) != len(stay):
+                return None
+            value = value[torch.tensor(stay, device=value.device)]
+        elif isinstance(value, list | tuple) and len(value) == len(stay):
+            value = [each for each, stays in zip(value, stay, strict=True) if stays]
+        inputs[name] = value
+    keep = [keep for keep, stays in zip(judged.keep, stay, strict=True) if stays]
+    return call._replace(inputs=inputs, kept=kept._replace(keep=keep))
+
+
+def tokens_of_rows(inputs: Any, rows: int) -> list[list[int]]:
+    """Return the first tokens of each row, without padding; nothing of rows that are not made of tokens.
+
+    Args:
+        rows: How many there are: as many as rows of the tensors, or as documents in them.
+    """
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return [[] for _ in range(rows)]
+    owners = owners_of(inputs, ids)
+    mask = inputs.get("attention_mask")
+    there = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
+    owners = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids) if owners is None else owners
+    return [ids[there & (owners == row)][:KEPT_TOKENS].tolist() for row in range(rows)]

@@ -1,0 +1,299 @@
+"""Rows that are dropped: the gradient is that of data whose labels are masked, and nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from abr_trainer import ABRConfig, ABRTrainer
+from abr_trainer.schedulers import ConstantScheduler, RowRule
+from abr_trainer.training.rows import RowsUnsupported
+from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
+
+IGNORED = -100
+
+
+class Named(RowRule):
+    """Drop the rows that are named: batch and position. Remembers what it was shown."""
+
+    def __init__(self, *named: tuple[int, int]) -> None:
+        self.named = set(named)
+        self.asked: list[Any] = []
+        self.seen: list[tuple[list[Any], list[bool]]] = []
+
+    def decide(self, row):
+        self.asked.append(row)
+        return (row.batch, row.position) not in self.named
+
+    def observe(self, rows, kept):
+        self.seen.append((list(rows), list(kept)))
+
+
+def masked(rows: list[dict[str, Any]], dropped: set[int]) -> list[dict[str, Any]]:
+    """Rows of which some have no targets."""
+    return [
+        {**row, "labels": torch.full_like(row["labels"], IGNORED)} if i in dropped else row
+        for i, row in enumerate(rows)
+    ]
+
+
+class DividesByAll(Trainer):
+    """Stock Trainer, told how many targets there were before labels were masked."""
+
+    targets = 11  # a row of twelve tokens
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return torch.tensor(sum(len(each["input_ids"]) for each in batch_samples) * self.targets)
+
+
+DROPPED = {1, 6, 7}
+"""Of 12 rows: in batches of two micro-batches of two, (0, 1), (1, 2) and (1, 3)."""
+
+
+def named(accumulation: int) -> Named:
+    return Named(*((row // (2 * accumulation), row % (2 * accumulation)) for row in DROPPED))
+
+
+def small(kind: str) -> Any:
+    if kind == "lora":
+        model = tiny_llama()
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
+    if kind == "mixtral":
+        return tiny_mixture("mixtral", output_router_logits=True)
+    return tiny_llama()
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("kind", ["full", "lora", "mixtral", "bf16", "checkpointing"])
+def test_dropped_rows_are_masked_labels(train, kind, accumulation):
+    options: dict[str, Any] = {"gradient_accumulation_steps": accumulation}
+    options |= {"bf16": {"bf16": True}, "checkpointing": {"gradient_checkpointing": True}}.get(kind, {})
+    rule = named(accumulation)
+    ours = train(model=small(kind), trainer_options={"row_rule": rule}, skip_outliers="none", **options)
+    theirs = train(
+        model=small(kind),
+        data=masked(token_rows(12), DROPPED),
+        trainer_cls=DividesByAll,
+        config_cls=TrainingArguments,
+        **options,
+    )
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert ours.ledger.rows == 12
+    assert ours.ledger.rows_dropped == 3
+    assert ours.ledger.forwards == 6
+
+
+def test_a_batch_of_which_half_is_dropped_is_trained_on_and_of_which_more_is_not(train):
+    scheduler = Scripted(1)
+    ours = train(
+        repeat_scheduler=scheduler,
+        trainer_options={"row_rule": Named((0, 0), (0, 1), (1, 0), (1, 2), (1, 3))},
+        per_device_train_batch_size=4,
+    )
+    assert [(o.repeats, o.reason, o.rows, o.rows_dropped) for o in scheduler.outcomes] == [
+        (1, "scheduler", 4, 2),
+        (0, "rows", 4, 3),
+        (1, "scheduler", 4, 0),
+    ]
+    assert ours.ledger.skips == 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_nothing_dropped_is_ordinary_training(train, accumulation):
+    ours = train(trainer_options={"row_rule": Named()}, gradient_accumulation_steps=accumulation, skip_outliers="none")
+    theirs = train(trainer_cls=Trainer, config_cls=TrainingArguments, gradient_accumulation_steps=accumulation)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert "_loss_function" not in vars(ours.model)
+
+
+def test_repeats_use_the_same_rows(train):
+    ours = train(
+        repeat_scheduler=Scripted(3, 1, 2), trainer_options={"row_rule": named(2)}, gradient_accumulation_steps=2
+    )
+    theirs = train(
+        repeat_scheduler=Scripted(3, 1, 2),
+        data=masked(token_rows(12), DROPPED),
+        trainer_cls=type(
+            "Masked", (ABRTrainer,), {"_get_num_items_in_batch": DividesByAll._get_num_items_in_batch, "targets": 11}
+        ),
+        gradient_accumulation_steps=2,
+    )
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+
+
+def test_rules_see_the_rows_and_the_batch_rule_the_mean_of_those_that_are_kept(train):
+    rule, scheduler = named(2), Scripted(1)
+    rows = token_rows(12)
+    rows[0]["labels"] = torch.cat([torch.full((8,), IGNORED), rows[0]["input_ids"][8:]])
+    ours = train(
+        model=tiny_llama(),
+        data=rows,
+        repeat_scheduler=scheduler,
+        trainer_options={"row_rule": rule},
+        gradient_accumulation_steps=2,
+        learning_rate=1e-9,
+        logging_steps=1,
+    )
+    model = tiny_llama().eval()
+    for batch, (seen, kept) in enumerate(rule.seen):
+        assert [(row.batch, row.position) for row in seen] == [(batch, i) for i in range(4)]
+        total = targets = 0.0
+        for row, keep in zip(seen, kept, strict=True):
+            of = rows[4 * batch + row.position]
+            with torch.no_grad():
+                loss = model(input_ids=of["input_ids"][None], labels=of["labels"][None]).loss.item()
+            assert row.loss == pytest.approx(loss, rel=1e-5)
+            assert row.targets == (4 if (batch, row.position) == (0, 0) else 11)
+            total, targets = total + keep * row.loss * row.targets, targets + keep * row.targets
+        assert scheduler.outcomes[batch].observation.loss == pytest.approx(total / targets, rel=1e-6)
+        assert ours.state.log_history[batch]["loss"] == pytest.approx(total / targets, rel=1e-6)
+    assert [logs["rows_dropped"] for logs in ours.state.log_history[:3]] == [1, 2, 0]
+
+
+# ---- Rows that are not finite ----
+
+
+def poison(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Break the row that begins with the last token."""
+    broken = args[0][:, 0] == VOCABULARY - 1
+    if broken.any():
+        output = output.clone()
+        output[broken] = output[broken] * math.nan
+    return output
+
+
+def rows_with_broken_ones(*broken: int) -> list[dict[str, torch.Tensor]]:
+    rows = token_rows(12)
+    for i, row in enumerate(rows):
+        ids = row["input_ids"].clamp(max=VOCABULARY - 2)
+        ids[0] = VOCABULARY - 1 if i in broken else ids[0]
+        row["input_ids"] = row["labels"] = ids
+    return rows
+
+
+def without_rows(rows: list[dict[str, Any]], broken: set[int], accumulation: int) -> Any:
+    """Train by hand on micro-batches of two rows, without those that are broken."""
+    model = tiny_llama().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    size = 2 * accumulation
+    for batch in range(0, 12, size):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (12 - batch) / 12
+        for i in range(batch, batch + size, 2):
+            stay = [rows[j]["input_ids"] for j in (i, i + 1) if j not in broken]
+            if stay:
+                ids = torch.stack(stay)
+                model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(size * 11)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("broken", [{1}, {4, 9}, {2, 3}], ids=str)
+def test_a_row_that_is_not_finite_costs_a_row(train, broken):
+    rows, model, rule = rows_with_broken_ones(*broken), tiny_llama(), Named()
+    model.get_input_embeddings().register_forward_hook(poison)
+    ours = train(
+        model=model,
+        data=rows,
+        repeat_scheduler=ConstantScheduler(),
+        trainer_options={"row_rule": rule},
+        gradient_accumulation_steps=2,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        logging_steps=1,
+    )
+    assert torch.equal(weights(ours.model), weights(without_rows(rows, broken, 2)))
+    assert ours.ledger.rows_dropped == len(broken)
+    assert ours.ledger.skips == 0
+    assert ours.ledger.forwards == 6 + 2 * len({row // 4 for row in broken})
+    assert all(math.isfinite(logs["loss"]) for logs in ours.state.log_history[:3])
+    shown = [(row.batch, row.position) for rows, _ in rule.seen for row in rows]
+    assert set(shown) == {(i // 4, i % 4) for i in range(12) if i not in broken}
+
+
+def test_a_batch_without_a_finite_row_is_skipped(train):
+    model, scheduler = tiny_llama(), Scripted(1)
+    model.get_input_embeddings().register_forward_hook(poison)
+    ours = train(
+        model=model,
+        data=rows_with_broken_ones(2, 3),
+        repeat_scheduler=scheduler,
+        trainer_options={"row_rule": Named()},
+    )
+    assert [outcome.reason for outcome in scheduler.outcomes][:2] == ["scheduler", "rows"]
+    assert torch.isfinite(weights(ours.model)).all()
+
+
+# ---- Other models ----
+
+
+@pytest.mark.parametrize("kind", ["classes", "regression", "several labels", "bert classes"])
+def test_rows_of_classifiers_are_dropped(train, kind):
+    labels = {
+        "classes": lambda i: i % 3,
+        "bert classes": lambda i: i % 3,
+        "regression": lambda i: i / 12,
+        "several labels": lambda i: [float(i % 2), float(i % 3 == 0), 1.0],
+    }[kind]
+    rows = [{"input_ids": row["input_ids"], "labels": labels(i)} for i, row in enumerate(token_rows(12))]
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        sizes = dict(
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        config = AutoConfig.for_model("bert" if "bert" in kind else "llama", **sizes, pad_token_id=0)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        config.num_labels = 1 if kind == "regression" else 3
+        config.problem_type = "multi_label_classification" if kind == "several labels" else None
+        return AutoModelForSequenceClassification.from_config(config)
+
+    rule = named(1)
+    ours = train(
+        model=model(),
+        data=rows,
+        trainer_options={"row_rule": rule},
+        skip_outliers="none",
+        optim="adamw_torch",
+        weight_decay=0.0,
+    )
+    reference = model().train()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
+    torch.manual_seed(42)
+    for i in range(0, 12, 2):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (12 - i) / 12
+        keep = [j for j in (i, i + 1) if j not in DROPPED]
+        if keep:
+            ids = torch.stack([rows[j]["input_ids"] for j in (i, i + 1)])
+            output = reference(input_ids=ids)
+            wanted = torch.tensor([rows[j]["labels"] for j in (i, i + 1)])
+            by_row = _losses_by_hand(kind, output.logits, wanted)
+            (sum(by_row[j - i] for j in keep) / 2).backward()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(weights(ours.model), weights(reference), rtol=1e-3, atol=1e-5)
+    assert ours.ledger.rows_dropped == 3
+
+
+def _losses_by_hand(kind: str, logits: torch.Tensor, wanted: torch.Tensor) -> list[torch.Tensor]:
+    if "classes" in kind:
+        return [-logits[i].log_softmax(0)[wanted[i]] for i in range(len(wanted))]
+    if kind == "regression":
+        return [(logits[i, 0] - wanted[i]) ** 2 for i in range(len(wanted))]
+    signs = 2 * wanted - 1
+    return [-(torch.nn.functional.logsigmoid(signs[i] * logits[i])).mean() for i in range(len(wanted))]
