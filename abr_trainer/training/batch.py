@@ -85,7 +85,7 @@ class Batch:
         self._calls: list[Call] = []
         self._losses: list[Tensor] = []
         self._hits: list[Hits] = []
-        self._indices: list[list[int] | None] = []
+        self._indices: list[Tensor | None] = []
         self._dropped: list[DroppedRow] = []
         self._spent_before = Fraction(0)
         self._tr_loss_before: Tensor | None = None
@@ -305,7 +305,7 @@ class Batch:
         if repeats == 0:
             self._excerpts = run.consensus.gather_lists(excerpts(self._arrived))  # all ranks skip it
         if run.rows is not None and self.rows is not None and self.rows.dropped:
-            self._dropped = run.consensus.gather_lists(run.rows.describe_dropped(self._arrived, self._indices))
+            self._dropped = run.consensus.gather_lists(run.rows.describe_dropped(self._arrived))
         judged, dropped = (len(self.rows.judged), len(self.rows.dropped)) if self.rows else (0, 0)
         self.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed, judged, dropped)
         if run.budget.is_spent:

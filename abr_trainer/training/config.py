@@ -98,6 +98,13 @@ class ABRConfig(TrainingArguments):
     row_window: int | None = field(
         default=None, metadata={"help": "Number of recent row losses that rows are judged by."}
     )
+    rank_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the last first-pass loss of every row of the training set, to rank all of them: 12 bytes a "
+            "row. They are written to _row_losses.npz in --output_dir, for `abr rows`."
+        },
+    )
     max_consecutive_skips: int = field(
         default=20,
         metadata={"help": "Save a checkpoint and stop with an error after this many skipped batches in a row."},

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from ..schedulers import Row, RowRule
 from .held import Call
+from .identity import UNKNOWN
 from .row_losses import owners_of
 from .rows import NO_LOGITS, Judged, KeptRows, RowsUnsupported, Seam, Sieve, find_seam
 
 KEPT_TOKENS = 256
 """How much of a dropped row is kept, to show what it is about."""
-
-UNKNOWN = -1
-"""Index of a row of which nobody knows where in the training set it is."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,16 @@ class RowGate:
     """Asks the rule about the rows of each micro-batch while its first pass goes on.
 
     Attributes:
-        rule: Decides.
+        rule: Decides; None if rows are only looked at.
         judged: The rows of this batch on this rank, by micro-batch.
+        indices: Of these rows in the training set, or `UNKNOWN`.
         longest: The most rows that a rank has in a batch, but where documents are packed into rows.
     """
 
-    def __init__(self, rule: RowRule, seam: Seam, rank: int, longest: int) -> None:
+    def __init__(self, rule: RowRule | None, seam: Seam, rank: int, longest: int) -> None:
         self.rule = rule
         self.judged: list[Judged] = []
+        self.indices: list[int] = []
         self.longest = longest
         self._seam = seam
         self._first_position = rank * longest
@@ -143,7 +143,7 @@ class RowGate:
         return judged
 
     def _keeps(self, loss: float, targets: int, position: int) -> bool:
-        if not targets:
+        if not targets or self.rule is None:
             return True
         return math.isfinite(loss) and (
             not self._asks or bool(self.rule.decide(Row(loss, targets, self._batch, position)))
@@ -158,54 +158,52 @@ class RowGate:
         if len(self.judged) != micro_batches:
             raise RowsUnsupported(*NO_LOGITS)
 
-    def lists(self, indices: Sequence[Sequence[int] | None]) -> list[list[float]]:
+    def lists(self, indices: Sequence[Tensor | None]) -> list[list[float]]:
         """Return what ranks tell each other of their rows: losses, targets, whether they are kept, indices.
 
         Args:
             indices: Of the rows of each micro-batch in the training set, where they are known.
         """
-        known = [
-            each if each is not None and len(each) == len(of.losses) else [UNKNOWN] * len(of.losses)
-            for each, of in zip(indices, self.judged, strict=True)
-        ]
-        columns = (
-            [j.losses for j in self.judged],
-            [j.targets for j in self.judged],
-            [j.keep for j in self.judged],
-            known,
+        self.indices = []
+        for known, of in zip(indices, self.judged, strict=True):
+            fits = known is not None and len(known) == len(of.losses)
+            self.indices += known.tolist() if known is not None and fits else [UNKNOWN] * len(of.losses)
+        losses, targets, keep = (
+            [float(value) for each in self.judged for value in getattr(each, name)]
+            for name in ("losses", "targets", "keep")
         )
-        return [[float(value) for part in column for value in part] for column in columns]
+        return [losses, targets, keep, [float(index) for index in self.indices]]
 
-    def describe_dropped(self, calls: Sequence[Call], indices: Sequence[Sequence[int] | None]) -> list[DroppedRow]:
+    def describe_dropped(self, calls: Sequence[Call]) -> list[DroppedRow]:
         """Return the dropped rows of this rank.
 
         Args:
             calls: Its micro-batches as they arrived.
-            indices: Of their rows in the training set, where they are known.
         """
         dropped: list[DroppedRow] = []
-        position = self._first_position
-        for call, judged, known in zip(calls, self.judged, indices, strict=True):
-            tokens: list[list[int]] | None = None
+        number = 0
+        for call, judged in zip(calls, self.judged, strict=True):
+            tokens = [] if all(judged.keep) else tokens_of_rows(call.inputs, len(judged.keep))
             for i, (loss, targets, keep) in enumerate(zip(judged.losses, judged.targets, judged.keep, strict=True)):
                 if not keep:
-                    tokens = tokens or tokens_of_rows(call.inputs, len(judged.keep))
-                    is_finite = math.isfinite(loss)
-                    row = Row(loss, targets, self._batch, position + i)
-                    limit = self.rule.evidence(row).get("limit") if is_finite else None
-                    index = known[i] if known is not None and len(known) == len(judged.keep) else None
-                    dropped.append(DroppedRow(position + i, index, loss, limit, targets, tokens[i]))
-            position += len(judged.keep)
+                    row = Row(loss, targets, self._batch, self._first_position + number)
+                    asks = self.rule is not None and math.isfinite(loss)
+                    limit = self.rule.evidence(row).get("limit") if self.rule is not None and asks else None
+                    index = None if self.indices[number] == UNKNOWN else self.indices[number]
+                    dropped.append(DroppedRow(row.position, index, loss, limit, targets, tokens[i]))
+                number += 1
         return dropped
 
     def observe(self, rows: BatchRows) -> None:
         """Show the rule the rows of a finished batch."""
+        if self.rule is None:
+            return
         finite = [i for i in rows.judged if math.isfinite(rows.losses[i])]
         seen = [Row(rows.losses[i], rows.targets[i], self._batch, i) for i in finite]
         self.rule.observe(seen, [rows.keep[i] for i in finite])
 
 
-def row_gate(trainer: Any, rule: RowRule) -> RowGate:
+def row_gate(trainer: Any, rule: RowRule | None) -> RowGate:
     """Return what asks a rule about the rows of a trainer.
 
     Raises:

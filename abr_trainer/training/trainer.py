@@ -28,6 +28,7 @@ from .empty_rows import WatchForEmptyRows
 from .evaluation import PerplexityMixin, refuse_missing_perplexity
 from .forward_cost import forward_flops_per_token, forward_share_of
 from .held import Call
+from .identity import numbered, wants_row_indices
 from .ledger import ComputeLedger
 from .loss_scale import has_own_loss
 from .passes import Passes
@@ -177,7 +178,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         self._scheduler_description = repr(self.repeat_scheduler)
         self.row_rule = self._fresh_row_rule()
         self._run, self._batch = Run(self.args, self.accelerator), Batch()
-        if self.row_rule is not None:
+        if self._is_active and wants_row_indices(self):
             self._run.rows = row_gate(self, self.row_rule)
         self._rows_without_targets.forget_counts()
         if self._is_active:
@@ -218,6 +219,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     # ---- One batch ----
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        is_of_training_set = bool(kwargs.get("is_training")) and dataset is self.train_dataset  # and not the primer
+        wanted = is_of_training_set and wants_row_indices(self)
+        return numbered(loader, dataset, self.data_collator) if wanted else loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if not self._is_active:

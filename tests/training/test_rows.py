@@ -10,15 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     Trainer,
     TrainingArguments,
 )
 
-from abr_trainer import ABRConfig, ABRTrainer
+from abr_trainer import ABRTrainer
 from abr_trainer.schedulers import ConstantScheduler, RowRule
-from abr_trainer.training.rows import RowsUnsupported
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
 
 IGNORED = -100
