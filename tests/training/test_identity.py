@@ -94,7 +94,7 @@ def test_each_row_has_its_index_and_the_batches_are_those_of_stock_trainer(build
     rows = token_rows(11)
     stock = build(Trainer, TrainingArguments, data=KINDS[kind](rows), max_steps=6, **LOADERS[loader])
     ours = build(data=KINDS[kind](rows), max_steps=6, rank_rows=not kind.startswith("stream"), **LOADERS[loader])
-    ours._row_rule = object()
+    ours.row_rule = object()
     expected, state = batches_of(stock), torch.random.get_rng_state()
     found = batches_of(ours)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -113,7 +113,7 @@ def test_each_row_has_its_index_and_the_batches_are_those_of_stock_trainer(build
 @pytest.mark.parametrize("kind", ["list", "datasets", "stream", "stream of datasets"])
 def test_after_a_resume_the_indices_go_on(build, kind):
     trainer = build(data=KINDS[kind](token_rows(8)), max_steps=4)
-    trainer._row_rule = object()
+    trainer.row_rule = object()
     assert numbers_in(list(skip_first_batches(trainer.get_train_dataloader(), 2))) == [[4, 5], [6, 7]]
 
 
@@ -255,7 +255,7 @@ def test_a_shuffled_stream_of_datasets_has_no_positions(build):
     two_shards = rows.to_iterable_dataset(num_shards=2)
     for stream in (rows.to_iterable_dataset().shuffle(seed=0, buffer_size=4), two_shards):
         trainer = build(data=stream, max_steps=4)
-        trainer._row_rule = object()
+        trainer.row_rule = object()
         assert all(ROW_INDEX not in batch for batch in batches_of(trainer))
 
 
