@@ -18,11 +18,13 @@ from ..models.devices import provenance_of
 from ..records.errors import one_line_errors
 from ..records.files import (
     CHECKPOINT_PREFIX,
+    DROPPED_NAME,
     HISTORY_NAME,
     PREDICTIONS_NAME,
     PROVENANCE,
     QUANT_CONFIG_NAME,
     REPORT_FOLDER,
+    ROW_TRACE_NAME,
     SKIPPED_NAME,
     SUMMARY_NAME,
     TASK_NAME,
@@ -41,7 +43,7 @@ logger = logging.get_logger(__name__)
 
 RUN_FILES = (
     *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
-    *("_push*", TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, REPORT_FOLDER),
+    *("_push*", TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, DROPPED_NAME, ROW_TRACE_NAME, REPORT_FOLDER),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
     *(TASK_NAME, QUANT_CONFIG_NAME, PREDICTIONS_NAME.format(split="*")),
 )

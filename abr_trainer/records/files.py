@@ -37,6 +37,8 @@ CONFIGS = ("config.json", QUANT_CONFIG_NAME, "adapter_config.json")
 PREDICTIONS_NAME = "{split}_predictions.jsonl"
 
 SKIPPED_NAME = "_skipped_batches.jsonl"
+DROPPED_NAME = "_dropped_rows.jsonl"
+ROW_TRACE_NAME = "_row_trace.jsonl"
 REPORT_FOLDER = "_report"
 """These hold text of the training set: `Trainer` pushes nothing from the output directory that begins with `_`."""
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from ..records.errors import find_named
 from .base import RepeatScheduler
@@ -26,8 +26,6 @@ from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
 from .uniform import UniformScheduler
 from .window import WindowScheduler
-
-Rule = TypeVar("Rule", RepeatScheduler, RowRule)
 
 FIXED_REPEATS = 2
 """How many updates 'fixed' makes on a batch where nothing else is said."""
@@ -87,7 +85,8 @@ def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
 def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
     """Return the class that goes by a registered name or by `package.module:ClassName`."""
     if ":" in name:
-        return _import_class(name, RepeatScheduler)
+        found: type[RepeatScheduler] = _import_class(name, RepeatScheduler)
+        return found
     return find_named("repeat scheduler", name, SCHEDULERS)
 
 
@@ -119,7 +118,9 @@ def build_row_rule(settings: Mapping[str, Any]) -> RowRule | None:
         if parameters:
             raise ValueError(f"--row_{next(iter(parameters))} means nothing without --skip_rows.")
         return None
-    rule_class = _import_class(name, RowRule) if ":" in name else find_named("row rule", name, ROW_RULES)
+    rule_class: type[RowRule] = (
+        _import_class(name, RowRule) if ":" in name else find_named("row rule", name, ROW_RULES)
+    )
     takes = inspect.signature(rule_class).parameters
     for parameter in parameters:
         if parameter not in takes:
@@ -127,7 +128,7 @@ def build_row_rule(settings: Mapping[str, Any]) -> RowRule | None:
     return rule_class(**parameters)
 
 
-def _import_class(path: str, base: type[Rule]) -> type[Rule]:
+def _import_class(path: str, base: type[Any]) -> Any:
     what = "row rule" if base is RowRule else "repeat scheduler"
     module_name, _, class_name = path.partition(":")
     if os.getcwd() not in sys.path:

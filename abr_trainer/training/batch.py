@@ -38,7 +38,7 @@ from transformers.utils import logging
 from ..schedulers import Observation, Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from .config import setting
-from .dropping import BatchRows, DroppedRow, RowGate, batch_rows, without_broken
+from .dropping import BatchRows, DroppedRow, RowGate, batch_rows, with_text, without_broken
 from .held import Call, HeldBatch, check_holdable
 from .identity import taken_out
 from .memory import memory_of_batch
@@ -132,7 +132,8 @@ class Batch:
             if self.rows is None or not self.rows.dropped:
                 return loss
             # The loss of the kept rows was divided by the targets of all. What is logged is their own mean.
-            return decision.observation.loss - (trainer._tr_loss - self._tr_loss_before).to(loss.device)
+            logged: Tensor = decision.observation.loss - (trainer._tr_loss - self._tr_loss_before).to(loss.device)
+            return logged
         # No loss of this batch enters the logged mean; the log divides by the other batches.
         trainer._tr_loss.copy_(self._tr_loss_before)
         trainer._run.non_finite_batches += 1
@@ -305,7 +306,8 @@ class Batch:
         if repeats == 0:
             self._excerpts = run.consensus.gather_lists(excerpts(self._arrived))  # all ranks skip it
         if run.rows is not None and self.rows is not None and self.rows.dropped:
-            self._dropped = run.consensus.gather_lists(run.rows.describe_dropped(self._arrived))
+            dropped = run.consensus.gather_lists(run.rows.describe_dropped(self._arrived))
+            self._dropped = with_text(trainer, dropped)
         judged, dropped = (len(self.rows.judged), len(self.rows.dropped)) if self.rows else (0, 0)
         self.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed, judged, dropped)
         if run.budget.is_spent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,8 +14,9 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..perplexity.windows import perplexity_of
-from ..records.files import SKIPPED_NAME, TRACE_NAME, cut_lines
+from ..records.files import DROPPED_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
 from ..schedulers import Outcome
+from .dropping import BatchRows, DroppedRow
 from .ledger import ComputeLedger
 
 logger = logging.get_logger(__name__)
@@ -84,6 +86,8 @@ class ABRCallback(TrainerCallback):
         seconds: float,
         memory: int,
         excerpts: list[list[int]],
+        rows: BatchRows | None = None,
+        dropped_rows: Sequence[DroppedRow] = (),
         **kwargs: Any,
     ) -> None:
         """Event after a batch is finished, before it is logged, evaluated or saved.
@@ -95,14 +99,17 @@ class ABRCallback(TrainerCallback):
             seconds: Wall-clock time of the batch.
             memory: Bytes: on a GPU the most that was allocated so far, elsewhere what the process holds.
             excerpts: The first tokens of each row of a skipped batch, of all ranks; nothing for other batches.
-            kwargs: `rows`: under a row rule the rows of the batch, of all ranks, see `dropping.BatchRows`;
-                `dropped_rows`: those among them that were not trained on, see `dropping.DroppedRow`.
+            rows: Under a row rule, the rows of the batch, of all ranks.
+            dropped_rows: Those among them that were not trained on; on the main process.
         """
 
 
 class TraceCallback(ABRCallback):
-    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial, and what a
-    skipped batch was about to `_skipped_batches.jsonl`; not in that of a trial, from where it could be pushed.
+    """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial.
+
+    The text of a skipped batch goes to `_skipped_batches.jsonl`, and each dropped row to `_dropped_rows.jsonl`. Under a
+    row rule the losses of all rows go to `_row_trace.jsonl`, so that it can be replayed. None of these is written into
+    the directory of a trial, from where it could be pushed.
 
     Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
     trace has neither gaps nor doubles. A loss that is not finite is written as null.
@@ -110,19 +117,22 @@ class TraceCallback(ABRCallback):
 
     def __init__(self) -> None:
         self.directory: Path | None = None
-        self._files: list[IO[str]] = []
+        self.has_rows = False
+        self._files: dict[str, IO[str]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self._close()
         directory = self.directory or Path(args.output_dir)
-        names = [TRACE_NAME, SKIPPED_NAME] if directory == Path(args.output_dir) else [TRACE_NAME]
-        paths = [directory / name for name in names]
-        kept, *_ = [cut_lines(path, state.global_step) for path in paths]
+        names = [TRACE_NAME]
+        if directory == Path(args.output_dir):
+            names += [SKIPPED_NAME, *([DROPPED_NAME, ROW_TRACE_NAME] if self.has_rows else [])]
+        kept, *_ = [cut_lines(directory / name, state.global_step) for name in names]
         if kept < state.global_step:
-            logger.warning(f"{paths[0]} holds {kept} of the {state.global_step} batches before this checkpoint.")
-        self._files = [path.open("a", encoding="utf-8") for path in paths]
+            trace = directory / TRACE_NAME
+            logger.warning(f"{trace} holds {kept} of the {state.global_step} batches before this checkpoint.")
+        self._files = {name: (directory / name).open("a", encoding="utf-8") for name in names}
 
     def on_outcome(
         self,
@@ -135,14 +145,16 @@ class TraceCallback(ABRCallback):
         seconds: float,
         memory: int,
         excerpts: list[list[int]],
+        rows: BatchRows | None = None,
+        dropped_rows: Sequence[DroppedRow] = (),
         **kwargs: Any,
     ) -> None:
         if not self._files:
             return
-        trace, *skipped = self._files
-        losses = [loss if math.isfinite(loss) else None for loss in outcome.losses]
+        step = state.global_step
+        losses = [_finite(loss) for loss in outcome.losses]
         line = {
-            "step": state.global_step,
+            "step": step,
             "epoch": state.epoch,
             "progress": outcome.observation.progress,
             "passes": float(ledger.passes),
@@ -155,17 +167,28 @@ class TraceCallback(ABRCallback):
             "memory": memory,
             **_seldom(outcome),
         }
-        _append(trace, line)
-        if outcome.skipped and skipped:
-            _append(skipped[0], {"step": state.global_step, "input_ids": excerpts})
+        self._append(TRACE_NAME, line)
+        if outcome.skipped:
+            self._append(SKIPPED_NAME, {"step": step, "input_ids": excerpts})
+        for row in dropped_rows:
+            self._append(DROPPED_NAME, {"step": step, **row.as_line()})
+        if rows is not None:
+            losses_of_rows = [[_finite(loss), n] for loss, n in zip(rows.losses, rows.targets, strict=True)]
+            self._append(ROW_TRACE_NAME, {"step": step, "rows": losses_of_rows})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()
 
     def _close(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.close()
-        self._files = []
+        self._files = {}
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Write a line, if this run has such a file."""
+        if name in self._files:
+            self._files[name].write(json.dumps(line) + "\n")
+            self._files[name].flush()
 
 
 def _seldom(outcome: Outcome) -> dict[str, Any]:
@@ -174,15 +197,14 @@ def _seldom(outcome: Outcome) -> dict[str, Any]:
     told: dict[str, Any] = {"accuracy": seen.accuracy, "grad_norm": seen.grad_norm}
     told = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
     if outcome.replayed:
-        told["replayed"] = [
-            {"step": batch + 1, "loss": loss if math.isfinite(loss) else None} for batch, loss in outcome.replayed
-        ]
+        told["replayed"] = [{"step": batch + 1, "loss": _finite(loss)} for batch, loss in outcome.replayed]
+    if outcome.rows:
+        told |= {"rows": outcome.rows, "rows_dropped": outcome.rows_dropped}
     return told
 
 
-def _append(file: IO[str], line: dict[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
 
 
 class ABRProgressCallback(ProgressCallback):
@@ -210,7 +232,8 @@ class ABRProgressCallback(ProgressCallback):
             return
         loss = outcome.observation.loss
         level = {"perplexity": f"{perplexity_of(loss):.2f}"} if self._shows_perplexity else {"loss": f"{loss:.3f}"}
-        self.training_bar.set_postfix(repeats=f"{ledger.repeats:.2f}", skips=ledger.skips, **level, refresh=False)
+        counts = {"skips": ledger.skips} | ({"rows_dropped": ledger.rows_dropped} if ledger.rows else {})
+        self.training_bar.set_postfix(repeats=f"{ledger.repeats:.2f}", **counts, **level, refresh=False)
         if self._budget is not None:
             self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
 

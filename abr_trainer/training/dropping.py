@@ -6,12 +6,13 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.identity import source_of
 from ..schedulers import Row, RowRule
 from .held import Call
 from .identity import UNKNOWN
@@ -79,6 +80,8 @@ class DroppedRow:
         limit: The loss above which the rule drops such a row; None where it has none.
         targets: How many.
         input_ids: Its first tokens, without padding.
+        text: What these say; None without a tokenizer.
+        source: Where it comes from: the file or data set, and which rows of it.
     """
 
     position: int
@@ -87,10 +90,24 @@ class DroppedRow:
     limit: float | None
     targets: int
     input_ids: list[int]
+    text: str | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def reason(self) -> str:
-        return "outlier" if math.isfinite(self.loss) else "non-finite"
+    def as_line(self) -> dict[str, Any]:
+        """Return it as it is written down, without what is not known."""
+        is_finite = math.isfinite(self.loss)
+        line = {
+            "position": self.position,
+            "index": self.index,
+            **self.source,
+            "limit": self.limit,
+            "targets": self.targets,
+            "reason": "outlier" if is_finite else "non-finite",
+            "input_ids": self.input_ids,
+            "text": self.text,
+        }
+        known = {name: value for name, value in line.items() if value is not None}
+        return {**known, "loss": self.loss if is_finite else None}
 
 
 class RowGate:
@@ -132,7 +149,7 @@ class RowGate:
         if not judges and (call.kept is None or all(call.kept.keep)):
             return contextlib.nullcontext()
         sieve = Sieve(self._judge, None if judges else call.kept)
-        return self._seam.open(trainer, model, call.inputs, call.items_in_batch, sieve)
+        return self._seam.open(trainer, model, call, sieve)
 
     def _judge(self, losses: Sequence[float], targets: Sequence[int], are_documents: bool) -> Judged:
         first = self._first_position + sum(len(each.losses) for each in self.judged)
@@ -274,3 +291,18 @@ def tokens_of_rows(inputs: Any, rows: int) -> list[list[int]]:
     there = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
     owners = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids) if owners is None else owners
     return [ids[there & (owners == row)][:KEPT_TOKENS].tolist() for row in range(rows)]
+
+
+def with_text(trainer: Any, dropped: Sequence[DroppedRow]) -> list[DroppedRow]:
+    """Add to dropped rows, on the main process, what they say and where they come from."""
+    if not trainer.is_world_process_zero():
+        return []
+    decode = getattr(trainer.processing_class, "decode", None)
+    return [
+        replace(
+            row,
+            text=None if decode is None or not row.input_ids else decode(row.input_ids),
+            source={} if row.index is None else source_of(trainer.train_dataset, row.index),
+        )
+        for row in dropped
+    ]

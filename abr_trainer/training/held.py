@@ -116,8 +116,8 @@ def load_held(directory: Path, rank: int, device: torch.device) -> dict[int, Hel
                 kwargs = {name: _as_argument(value, device) for name, value in count["kwargs"].items()}
                 kept = KeptRows(**count["kept"]) if "kept" in count else None
                 calls.append(Call(inputs, args, kwargs, kept))
-            numbers = (described[name] for name in ("tokens", "forward_flops"))
-            held[described["batch"]] = HeldBatch(calls, *numbers, described.get("share", 1.0))
+            share = described.get("share", 1.0)  # earlier versions dropped no rows
+            held[described["batch"]] = HeldBatch(calls, described["tokens"], described["forward_flops"], share)
     return held
 
 

@@ -105,7 +105,9 @@ class RowLoss:
             logits, labels, owners = given["logits"], self._aligned(given), self._aligned_owners(given)
             sums = [logits.new_zeros(0, labels.shape[1], dtype=torch.float32)]
             rows = max(1, LOGITS_AT_A_TIME // max(1, logits[:1].numel()))
-            for part, targets in zip(logits.split(rows), labels.to(logits.device).split(rows), strict=True):
+            for part, targets in zip(
+                torch.split(logits, rows), torch.split(labels.to(logits.device), rows), strict=True
+            ):
                 flat = F.cross_entropy(part.float().flatten(0, 1), targets.flatten(), reduction="none")
                 sums.append(flat.view(targets.shape))
             owners = None if owners is None else owners.to(logits.device)

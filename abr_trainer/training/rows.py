@@ -12,6 +12,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,13 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss
 
 from ..perplexity.windows import IGNORE_INDEX
 from .row_losses import (
     KNOWN,
-    ForCausalLMLoss,
-    ForMaskedLMLoss,
-    ForSequenceClassificationLoss,
     RowLoss,
     arguments_of,
     nothing_of,
@@ -136,12 +135,12 @@ NO_LOGITS = (
 class Seam:
     """One way into the loss of a trainer."""
 
-    def open(self, trainer: Any, model: Any, inputs: Any, items: Any, sieve: Sieve) -> Any:
+    def open(self, trainer: Any, model: Any, call: Any, sieve: Sieve) -> AbstractContextManager[None]:
         """Return a context in which the loss of a micro-batch is that of the rows that `sieve` keeps.
 
         Args:
             model: As `training_step` gets it.
-            items: Targets of the whole batch, if Trainer counts them.
+            call: The micro-batch, as a `held.Call`.
         """
         raise NotImplementedError
 
@@ -150,15 +149,15 @@ class LossFunctionSeam(Seam):
     """The `loss_function` of a model of transformers, which the forward calls with logits and labels."""
 
     @contextlib.contextmanager
-    def open(self, trainer: Any, model: Any, inputs: Any, items: Any, sieve: Sieve) -> Iterator[None]:
+    def open(self, trainer: Any, model: Any, call: Any, sieve: Sieve) -> Iterator[None]:
         base = base_model(trainer)
-        function = base.loss_function
+        function: Callable[..., Tensor] = base.loss_function
 
         def of_kept_rows(*args: Any, **kwargs: Any) -> Tensor:
             given = arguments_of(function, args, kwargs)
             if given.get("labels") is None and given.get("shift_labels") is None:
                 return function(*args, **kwargs)
-            loss = _row_loss(function, given, inputs)
+            loss = _row_loss(function, given, call.inputs)
             if function is ForSequenceClassificationLoss and given["config"].problem_type is None:
                 function(*args, **kwargs)  # finds the kind of problem, and writes it there
             kept = sieve.sift(partial(loss.by_row, given), loss.owners is not None)
@@ -179,11 +178,11 @@ class LabelSmootherSeam(Seam):
     """Trainer's label smoother, which is called with the outputs of the model and the labels."""
 
     @contextlib.contextmanager
-    def open(self, trainer: Any, model: Any, inputs: Any, items: Any, sieve: Sieve) -> Iterator[None]:
-        smoother = trainer.label_smoother
+    def open(self, trainer: Any, model: Any, call: Any, sieve: Sieve) -> Iterator[None]:
+        smoother: Callable[..., Tensor] = trainer.label_smoother
 
         def of_kept_rows(outputs: Any, labels: Tensor, shift_labels: bool = False, **kwargs: Any) -> Tensor:
-            if owners_of(inputs, labels) is not None:
+            if owners_of(call.inputs, labels) is not None:
                 raise RowsUnsupported("label smoothing over a padding-free or packed batch")
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 
@@ -218,15 +217,15 @@ class OutputSeam(Seam):
         self._loss: tuple[Callable[..., Tensor], bool] | None = None
 
     @contextlib.contextmanager
-    def open(self, trainer: Any, model: Any, inputs: Any, items: Any, sieve: Sieve) -> Iterator[None]:
+    def open(self, trainer: Any, model: Any, call: Any, sieve: Sieve) -> Iterator[None]:
         def of_kept_rows(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> Any:
             if not isinstance(output, Mapping):
                 return None
             if isinstance(output.get("log_probs"), Tensor):
-                return _keep_log_probs(output, given.get("labels"), inputs, items, sieve)
+                return _keep_log_probs(output, given.get("labels"), call.inputs, call.items_in_batch, sieve)
             labels, logits = given.get("labels"), output.get("logits")
             if isinstance(labels, Tensor) and isinstance(logits, Tensor) and output.get("loss") is not None:
-                return self._keep(base_model(trainer).config, output, labels, inputs, items, sieve)
+                return self._keep(base_model(trainer).config, output, labels, call, sieve)
             return None
 
         handle = model.register_forward_hook(of_kept_rows, with_kwargs=True)
@@ -235,8 +234,8 @@ class OutputSeam(Seam):
         finally:
             handle.remove()
 
-    def _keep(self, config: Any, output: Any, labels: Tensor, inputs: Any, items: Any, sieve: Sieve) -> Any:
-        given = _arguments(output["logits"], labels, config, items)
+    def _keep(self, config: Any, output: Any, labels: Tensor, call: Any, sieve: Sieve) -> Any:
+        given = _arguments(output["logits"], labels, config, call.items_in_batch)
         if self._loss is None:
             loss = output["loss"].detach()
             if not loss or not loss.isfinite():
@@ -248,7 +247,7 @@ class OutputSeam(Seam):
         function, counts_items = self._loss
         if not counts_items:
             given["num_items_in_batch"] = None
-        loss = _row_loss(function, given, inputs)
+        loss = _row_loss(function, given, call.inputs)
         kept = sieve.sift(partial(loss.by_row, given), loss.owners is not None)
         if kept is not None:
             output["loss"] = loss.of_kept(given, kept.keep, kept.share).to(output["loss"].dtype)

@@ -160,7 +160,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         self._run.begun_at = self.state.global_step
         if not self._is_active:
             return position
-        self._trace.directory = Path(self._get_output_dir(trial))
+        self._trace.directory, self._trace.has_rows = Path(self._get_output_dir(trial)), self.row_rule is not None
         self._rows_without_targets.warn_at_start(self)
         if self._run.budget.passes is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
