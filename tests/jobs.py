@@ -39,7 +39,13 @@ from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import nlls_over_ranks
 from abr_trainer.perplexity.windows import Window
-from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RobustOutlierSkip, ThresholdScheduler
+from abr_trainer.schedulers import (
+    ConstantScheduler,
+    ReplayScheduler,
+    RobustOutlierSkip,
+    RowRule,
+    ThresholdScheduler,
+)
 from abr_trainer.training.engines import leave_ranks
 from tests.conftest import QUIET, VOCABULARY, broken_row, tiny_llama, token_rows, weights
 
@@ -94,6 +100,15 @@ def poison(module, args, output):
     return output * math.nan if args[0][0, 0] == VOCABULARY - 1 else output
 
 
+def poison_rows(module, args, output):
+    """Break the rows that begin with the last token of the vocabulary, and leave the others alone."""
+    broken = args[0][:, 0] == VOCABULARY - 1
+    if broken.any():
+        output = output.clone()
+        output[broken] = output[broken] * math.nan
+    return output
+
+
 def rows_with_a_broken_one(count: int, broken: int) -> list[dict[str, torch.Tensor]]:
     """Rows of which one breaks its micro-batch, and of which each second has half as many targets."""
     rows = token_rows(count)
@@ -125,9 +140,11 @@ def zero(stage: int) -> dict[str, Any]:
 
 RESUMED = (
     "two micro-batches",
+    "rows, two micro-batches",
     "asking",
     "FSDP2, two micro-batches",
     "ZeRO-2, two micro-batches",
+    "ZeRO-2, rows, two micro-batches",
     "ZeRO-3, two micro-batches",
 )
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -141,6 +158,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "classification, broken at first": {"gradient_accumulation_steps": 2, "model": "classifier", "broken": 2},
     "two micro-batches": {"gradient_accumulation_steps": 2},
     "without targets": {"empty": (4, 5, 6, 7, 20, 21)},  # all of a batch, and what one rank of two has of another
+    "rows": {"trainer": "rows"},
+    "rows, two micro-batches": {"gradient_accumulation_steps": 2, "trainer": "rows"},
+    "rows, four micro-batches": {"gradient_accumulation_steps": 4, "trainer": "rows", "rows": 64},
+    "rows, uneven": {"gradient_accumulation_steps": 2, "trainer": "rows", "rows": 29},
+    "rows, LoRA": {"gradient_accumulation_steps": 2, "trainer": "rows", "model": "lora"},
+    "rows, classification": {"gradient_accumulation_steps": 2, "trainer": "rows", "model": "classifier"},
     "GPT-2": {"gradient_accumulation_steps": 2, "model": "gpt2"},
     "GPT-2, means of devices": {
         "gradient_accumulation_steps": 2,
@@ -156,6 +179,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "FSDP2": fsdp(2),
     "FSDP2, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(2)},
     "FSDP2, asking": {"gradient_accumulation_steps": 2, "trainer": "asking", **fsdp(2)},
+    "FSDP2, rows": {"trainer": "rows", **fsdp(2)},
+    "FSDP2, rows, two micro-batches": {"gradient_accumulation_steps": 2, "trainer": "rows", **fsdp(2)},
     "FSDP2, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **fsdp(2)},
     "FSDP2, classification": {"gradient_accumulation_steps": 2, "model": "classifier", "broken": 2, **fsdp(2)},
     "FSDP2, without targets": {"empty": (4, 5, 6, 7, 20, 21), **fsdp(2)},
@@ -164,6 +189,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     **{f"ZeRO-{stage}": zero(stage) for stage in (1, 2, 3)},
     **{f"ZeRO-{stage}, two micro-batches": {"gradient_accumulation_steps": 2, **zero(stage)} for stage in (1, 2, 3)},
     "ZeRO-2, without targets": {"empty": (4, 5, 6, 7, 20, 21), **zero(2)},
+    "ZeRO-2, rows": {"trainer": "rows", **zero(2)},
+    "ZeRO-2, rows, two micro-batches": {"gradient_accumulation_steps": 2, "trainer": "rows", **zero(2)},
     "ZeRO-2, asking": {"gradient_accumulation_steps": 2, "trainer": "asking but for the gradient", **zero(2)},
     **{f"ZeRO-{stage}, LoRA": {"gradient_accumulation_steps": 2, "model": "lora", **zero(stage)} for stage in (2, 3)},
 }
@@ -238,6 +265,29 @@ class AsksForAll(ReplayScheduler):
         return losses[-2] - losses[-1] > 0.02 and accuracy < 0.5
 
 
+class AboveTheLast(RowRule):
+    """Drop the rows whose loss is well above the mean of the batch before. Remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.state = {"mean": 1e9, "rows": 0, "dropped": 0}
+
+    def decide(self, row):
+        return row.loss <= 1.02 * self.state["mean"]
+
+    def observe(self, rows, kept):
+        self.state = {
+            "mean": sum(row.loss for row in rows) / len(rows),
+            "rows": self.state["rows"] + len(rows),
+            "dropped": self.state["dropped"] + kept.count(False),
+        }
+
+    def state_dict(self):
+        return dict(self.state)
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
 def train_scenario(output_dir: str, name: str, **changes: Any) -> Any:
     """Train on micro-batches of which one is broken, with repeats and skips that depend on losses alone."""
     options = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, **SCENARIOS[name], **changes}
@@ -275,13 +325,14 @@ def build_scenario(
         "repeats": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(RobustOutlierSkip(rule, sigmas=2.0))}),
         "asking": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=True)}),
         "asking but for the gradient": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=False)}),
+        "rows": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(rule), "row_rule": AboveTheLast()}),
         "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
         "stock": (Trainer, TrainingArguments, {}),
     }[trainer]
     if trainer != "stock" and model != "classifier":
         scheduler["eval_measurement"] = nll_of_windows
     if trainer not in ("baseline", "stock"):
-        network.get_input_embeddings().register_forward_hook(poison)
+        network.get_input_embeddings().register_forward_hook(poison_rows if trainer == "rows" else poison)
     return trainer_cls(
         model=network,
         args=config_cls(
@@ -339,6 +390,8 @@ def numbers_of(trainer: Any) -> dict[str, Any]:
     if isinstance(trainer, ABRTrainer):
         numbers["ledger"] = {key: value for key, value in trainer.ledger.state_dict().items() if key != "seconds"}
         numbers["history"] = trainer.repeat_scheduler.state_dict().get("history")
+        if trainer.row_rule is not None:
+            numbers["row rule"] = trainer.row_rule.state_dict()
     return numbers
 
 

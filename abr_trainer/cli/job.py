@@ -18,6 +18,7 @@ from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig
 from ..training.evaluation import NoSuchMetric
 from ..training.readiness import check_disk, mend_generation_config
+from ..training.rows import RowsUnsupported
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
 from .parsing import wanted_splits as wanted_splits
@@ -58,7 +59,10 @@ def carry_out(
             mend_generation_config(trainer.model)
         if checkpoint is not None:
             trainer.check_checkpoint(checkpoint)
-    with replacing_previous_run(args), one_line_errors(TooManySkips, NoSuchMetric, BadRow, UnfitCheckpoint):
+    with (
+        replacing_previous_run(args),
+        one_line_errors(TooManySkips, NoSuchMetric, BadRow, UnfitCheckpoint, RowsUnsupported),
+    ):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)
             print(*describe_defaults(recorded, args, arguments), *described, sep="\n", flush=True)

@@ -107,9 +107,8 @@ class ABRCallback(TrainerCallback):
 class TraceCallback(ABRCallback):
     """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial.
 
-    The text of a skipped batch goes to `_skipped_batches.jsonl`, and each dropped row to `_dropped_rows.jsonl`. Under a
-    row rule the losses of all rows go to `_row_trace.jsonl`, so that it can be replayed. None of these is written into
-    the directory of a trial, from where it could be pushed.
+    Beside it, in the output directory only, from where nothing whose name begins with `_` is pushed: the text of
+    skipped batches, the dropped rows, and under a row rule the losses of all rows, so that it can be replayed.
 
     Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
     trace has neither gaps nor doubles. A loss that is not finite is written as null.

@@ -32,10 +32,12 @@ SPENT = ("batches", "skips", "updates", "tokens")
 ZERO = [name for name in SCENARIOS if name.startswith("ZeRO")]
 OTHERS = [name for name in SCENARIOS if name not in ZERO]
 FSDP = [name for name in OTHERS if name.startswith("FSDP") and "resumed" not in name]
+FOUR_RANKS = ["one micro-batch", "four micro-batches", "rows", "rows, four micro-batches"]
 ONE_PROCESS_CAN = [
     *("one micro-batch", "two micro-batches", "four micro-batches"),
     *("uneven", "dispatched", "split", "LoRA", "LoRA, checkpointed", "classification"),
     *("asking", "asking but for the gradient", "without targets"),
+    *("rows", "rows, two micro-batches", "rows, uneven", "rows, LoRA", "rows, classification"),
 ]
 
 
@@ -64,7 +66,7 @@ def two_ranks(launch):
 
 @pytest.fixture(scope="module")
 def four_ranks(launch):
-    return launch(4, ["one micro-batch", "four micro-batches"])
+    return launch(4, FOUR_RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +94,20 @@ def assert_alike(weights, numbers, expected_weights, expected):
     for key in SPENT:
         assert numbers["ledger"][key] == expected["ledger"][key], key
     assert numbers["eval_target_tokens"] == expected["eval_target_tokens"]
-    assert numbers["ledger"]["skips"] >= 2  # the broken micro-batch, once an epoch, on all ranks
+    # The broken micro-batch, once an epoch, on all ranks; of rows only the broken one is dropped.
+    assert numbers["ledger"]["skips"] >= (1 if "row rule" in expected else 2)
     assert numbers["ledger"]["updates"] > numbers["ledger"]["batches"] - numbers["ledger"]["skips"]
+    if "row rule" in expected:
+        assert numbers["row rule"] == pytest.approx(expected["row rule"], rel=1e-4)
+        dropped = numbers["ledger"]["rows_dropped"]
+        assert dropped == expected["ledger"]["rows_dropped"] == numbers["row rule"]["dropped"] + 2  # not finite: 2
+        assert dropped >= 4
 
 
 def alone(directory: Path, name: str, ranks: int) -> tuple[torch.Tensor, dict]:
     """Run a scenario in this process, on the micro-batches that `ranks` processes had."""
     accumulation = ranks * SCENARIOS[name].get("gradient_accumulation_steps", 1)
-    changes = {"uneven": {"first_rows_again": 3}}.get(name, {})  # 29 rows in twos on two ranks are filled up to 32
+    changes = {"first_rows_again": 3} if "uneven" in name else {}  # 29 rows in twos on two ranks are filled up to 32
     name = {"dispatched": "one micro-batch", "split": "one micro-batch"}.get(name, name)
     trainer = train_scenario(str(directory), name, gradient_accumulation_steps=accumulation, **changes)
     return whole_weights(trainer), numbers_of(trainer)
@@ -116,7 +124,7 @@ def test_a_batch_is_without_targets_if_no_rank_has_any(two_ranks):
     assert [step for step, reason in reasons.items() if reason == "no targets"] == [2, 10]  # in both epochs
 
 
-@pytest.mark.parametrize("name", ["one micro-batch", "four micro-batches"])
+@pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks_equal_one_process_with_four_times_the_accumulation(four_ranks, tmp_path, name):
     assert_alike(*agreed(four_ranks, name, ranks=4), *alone(tmp_path, name, ranks=4))
 
@@ -149,6 +157,8 @@ def reference(name: str) -> str:
     model = SCENARIOS[name].get("model")
     if "without targets" in name:
         return "without targets"
+    if "rows" in name:
+        return name.partition(", ")[2]
     if "asking" in name:
         return SCENARIOS[name]["trainer"]
     if model is not None:

@@ -10,13 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     Trainer,
     TrainingArguments,
 )
 
-from abr_trainer import ABRTrainer
+from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.schedulers import ConstantScheduler, RowRule
+from abr_trainer.training.rows import RowsUnsupported
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
 
 IGNORED = -100
@@ -295,3 +297,149 @@ def _losses_by_hand(kind: str, logits: torch.Tensor, wanted: torch.Tensor) -> li
         return [(logits[i, 0] - wanted[i]) ** 2 for i in range(len(wanted))]
     signs = 2 * wanted - 1
     return [-(torch.nn.functional.logsigmoid(signs[i] * logits[i])).mean() for i in range(len(wanted))]
+
+
+# ---- Label smoothing, and losses that are computed in the forward ----
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_dropped_rows_under_label_smoothing(train, accumulation):
+    options: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "label_smoothing_factor": 0.1}
+    ours = train(trainer_options={"row_rule": named(accumulation)}, skip_outliers="none", **options)
+    theirs = train(
+        data=masked(token_rows(12), DROPPED), trainer_cls=DividesByAll, config_cls=TrainingArguments, **options
+    )
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert ours.ledger.rows_dropped == 3
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_rows_of_encoder_decoders_are_dropped(train, kind):
+    sizes = {
+        "t5": dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, dropout_rate=0.0),
+        "bart": dict(
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            dropout=0.0,
+            max_position_embeddings=64,
+        ),
+    }[kind]
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        ids = dict(pad_token_id=0, decoder_start_token_id=0, bos_token_id=1, eos_token_id=1)
+        return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, vocab_size=VOCABULARY, **sizes, **ids))
+
+    options = dict(optim="adamw_torch", weight_decay=0.0)
+    ours = train(model=model(), trainer_options={"row_rule": named(1)}, skip_outliers="none", **options)
+    rows, reference = token_rows(12), model().train()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
+    for i in range(0, 12, 2):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (12 - i) / 12
+        labels = torch.stack([each["labels"] for each in masked(rows, DROPPED)[i : i + 2]])
+        if (labels != IGNORED).any():
+            ids = torch.stack([each["input_ids"] for each in rows[i : i + 2]])
+            logits = reference(input_ids=ids, labels=torch.stack([each["labels"] for each in rows[i : i + 2]])).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 24
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(weights(ours.model), weights(reference), rtol=1e-4, atol=1e-6)
+    assert ours.ledger.rows_dropped == 3
+
+
+def test_a_compiled_model_drops_the_same_rows(train):
+    eager = train(trainer_options={"row_rule": named(1)})
+    compiled = train(trainer_options={"row_rule": named(1)}, torch_compile=True, torch_compile_backend="eager")
+    torch.testing.assert_close(weights(compiled.model), weights(eager.model), rtol=1e-5, atol=1e-6)
+    assert compiled.ledger.rows_dropped == 3
+
+
+# ---- Documents in one row of a tensor ----
+
+
+def test_documents_in_one_row_are_rows(train):
+    def flatten(features: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.cat([feature["input_ids"] for feature in features])
+        labels = torch.cat([torch.cat([torch.tensor([IGNORED]), feature["labels"][1:]]) for feature in features])
+        positions = torch.cat([torch.arange(len(feature["input_ids"])) for feature in features])
+        return {"input_ids": ids[None], "labels": labels[None], "position_ids": positions[None]}
+
+    rule = named(1)
+    options: dict[str, Any] = {"trainer_options": {"data_collator": flatten}}
+    ours = train(trainer_options={"row_rule": rule, **options.pop("trainer_options")}, skip_outliers="none")
+    theirs = train(
+        data=masked(token_rows(12), DROPPED),
+        trainer_cls=type("Flat", (Trainer,), {"_get_num_items_in_batch": lambda *_: torch.tensor(22)}),
+        config_cls=TrainingArguments,
+        trainer_options={"data_collator": flatten},
+        max_steps=6,
+    )
+    assert [[row.targets for row in rows] for rows, _ in rule.seen] == [[11, 11]] * 6
+    reference = tiny_llama()
+    assert not torch.equal(weights(ours.model), weights(reference))
+    assert ours.ledger.rows_dropped == 3
+    assert theirs.state.global_step == 6
+
+
+# ---- What is refused ----
+
+
+class OwnLoss(ABRTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_rows_are_not_dropped_where_the_loss_is_somebody_elses(build):
+    with pytest.raises(RowsUnsupported, match=r"--skip_rows does not work here: OwnLoss computes the loss itself"):
+        build(trainer_cls=OwnLoss, skip_rows="robust")
+    with pytest.raises(RowsUnsupported, match="`compute_loss_func` computes the loss"):
+        build(skip_rows="robust", trainer_options={"compute_loss_func": lambda *_, **__: 0})
+    model = tiny_llama()
+    model.loss_function = lambda **_: 0
+    with pytest.raises(RowsUnsupported, match="is not known to be a sum over rows"):
+        build(model=model, skip_rows="robust")
+    with pytest.raises(RowsUnsupported, match="fused_linear_cross_entropy"):
+        build(skip_rows="robust", use_liger_kernel=True)
+    build(trainer_cls=OwnLoss)
+
+
+class NoLogits(torch.nn.Module):
+    """A model that shows its loss only, as one with a fused loss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+        self.config = self.inner.config
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        return {"loss": self.inner(input_ids=input_ids, labels=labels, **kwargs).loss}
+
+
+def test_a_model_without_logits_is_refused_before_its_first_update(build):
+    trainer = build(model=NoLogits(), trainer_options={"row_rule": Named()})
+    before = weights(trainer.model)
+    with pytest.raises(RowsUnsupported, match="returns no logits while it trains"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"skip_rows": "rubust"}, "Unknown row rule 'rubust'"),
+        ({"row_sigmas": 4.0}, "--row_sigmas means nothing without --skip_rows"),
+        ({"skip_rows": "tests.training.test_rows:Named", "row_window": 10}, "--row_window means nothing to"),
+        ({"skip_rows": "tests.training.test_rows:OwnLoss"}, "is not a RowRule subclass"),
+    ],
+)
+def test_flags_for_rows_are_checked(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        ABRConfig(output_dir=str(tmp_path), use_cpu=True, **config)
