@@ -36,6 +36,9 @@ CONFIGS = ("config.json", QUANT_CONFIG_NAME, "adapter_config.json")
 
 PREDICTIONS_NAME = "{split}_predictions.jsonl"
 
+ROW_LOSSES_NAME = "_row_losses.npz"
+"""The last loss of each row of the training set: `loss`, `visits` and `step`, by index."""
+
 SKIPPED_NAME = "_skipped_batches.jsonl"
 DROPPED_NAME = "_dropped_rows.jsonl"
 ROW_TRACE_NAME = "_row_trace.jsonl"
@@ -219,6 +222,7 @@ WHOLE = {
     "scheduler.pt": _is_whole_archive,
     "scaler.pt": _is_whole_archive,
     "rng_state*.pth": _is_whole_archive,
+    ROW_LOSSES_NAME: _is_whole_archive,
     "pytorch_model*.bin": _is_whole_archive,
     "adapter_model.bin": _is_whole_archive,
     "global_step*/*.pt": _is_whole_archive,

@@ -33,6 +33,7 @@ from .ledger import ComputeLedger
 from .loss_scale import has_own_loss
 from .passes import Passes
 from .primer import Primer
+from .ranking import RowRanking
 from .readiness import mend_generation_config
 from .resume import ResumeMixin
 from .run import Run
@@ -107,6 +108,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self._is_active:
             refuse_unsupported(self, self._run.budget.passes)
             refuse_missing_perplexity(self)
+            RowRanking.of(self)  # refuses a stream
             if setting(self.args, "eval_passes") and self.eval_dataset is None:
                 raise ValueError("--eval_passes needs something to evaluate on: --do_eval, or an `eval_dataset`.")
             self._trace = TraceCallback()

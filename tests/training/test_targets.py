@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset, Features, LargeList, Sequence, Value
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, default_data_collator
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, default_data_collator
 
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.training import empty_rows
-from abr_trainer.training.empty_rows import find_rows_without_targets
+from abr_trainer.training.empty_rows import find_rows_without_targets, find_useless_rows
 from abr_trainer.training.targets import count_targets, tally
-from tests.conftest import Stream
+from tests.conftest import Stream, token_rows
 
 LABELS = [[-100, 5, 6], [-100, -100, -100], [7, -100, -100], [7], [], [-100, -100, 8, 9]]
 """Where the first label of a row is none, rows 2 to 5 have no target; else rows 2 and 5."""
@@ -93,6 +93,93 @@ def test_a_large_data_set_is_looked_at_in_part(monkeypatch):
     monkeypatch.setattr(empty_rows, "MOST_ROWS", 100)
     monkeypatch.setattr(empty_rows, "MOST_LABELS", 6)
     assert find_rows_without_targets(as_dataset(), default_data_collator, first=1).looked_at == 2
+
+
+TOKENS = [[5, 6], [], [5], [5, 6], [5, 6], [], [6, 5]]
+CLASSES = [0, 0, 0, 0, 1, 1, 0]
+
+
+def kinds_of_rows():
+    data = Dataset.from_dict({"input_ids": TOKENS, "labels": CLASSES})
+    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(TOKENS, CLASSES, strict=True)]
+    return {
+        "a data set": data,
+        "shuffled on disk": data.select([6, 5, 4, 3, 2, 1, 0]).select([6, 5, 4, 3, 2, 1, 0]),
+        "its torch format": data.with_format("torch"),
+        "lists": rows,
+        "tensors": [{name: torch.tensor(value) for name, value in row.items()} for row in rows],
+        "numbers to predict": data.cast_column("labels", Value("float32")),
+        "more of the same text": data.add_column("attention_mask", [[1] * len(ids) for ids in TOKENS]),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_rows())
+def test_empty_rows_and_repeated_ones_are_found(kind):
+    found = find_useless_rows(kinds_of_rows()[kind], ["labels"], None)
+    assert (found.looked_at, found.empty, found.repeats, found.is_all) == (7, (1, 5), ((3, 0),), True)
+    assert found.describe("training") == [
+        "2 of the 7 rows of the training set (28.6 %) have no token: rows 2, 6.",
+        "1 of the 7 rows of the training set (14.3 %) repeats an earlier row, tokens and labels: row 4 repeats row 1.",
+    ]
+
+
+def test_rows_are_not_the_same_for_their_tokens_alone():
+    data = Dataset.from_dict({"input_ids": TOKENS, "labels": list(range(7)), "pixel_values": [[0.5]] * 7})
+    assert find_useless_rows(data, ["labels"], None) is None, "each may have another picture"
+    assert find_useless_rows(data, ["labels"], ["input_ids", "labels"]).repeats == ()
+    assert find_useless_rows(data, [], ["input_ids"]).repeats == ((3, 0), (4, 0))
+    joined = Dataset.from_dict({"input_ids": [[1], [1, 2]], "labels": [[2, 3], [3]]})
+    assert find_useless_rows(joined, ["labels"], None).repeats == (), "the same numbers, one after the other"
+
+
+def test_repeated_rows_are_looked_for_only_where_tokens_can_be_read():
+    data = Dataset.from_dict({"input_ids": TOKENS})
+    unknown = [
+        OwnDataset(),
+        Stream([{"input_ids": [1]}] * 2),
+        data.with_transform(forbidden),
+        data.to_iterable_dataset(),
+        Dataset.from_dict({"labels": [1, 1]}),
+        Dataset.from_dict({"input_ids": [["a"], ["a"]]}),
+        [torch.zeros(3)] * 2,
+        [],
+        None,
+    ]
+    assert [find_useless_rows(rows, ["labels"], None) for rows in unknown] == [None] * 9
+
+
+def test_in_a_large_data_set_repeated_rows_are_looked_for_in_part(monkeypatch):
+    monkeypatch.setattr(empty_rows, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(empty_rows, "MOST_ROWS", 4)
+    data = Dataset.from_dict({"input_ids": [[1]] * 20})
+    found = find_useless_rows(data, ["labels"], None)
+    assert (found.looked_at, found.is_all) == (4, False)
+    assert find_useless_rows(list(data), ["labels"], None) == found
+    assert found.describe("training") == [
+        "3 of the first 4 rows of the training set (75.0 %) repeat an earlier row, tokens and labels: "
+        "row 2 repeats row 1, row 3 repeats row 1, row 4 repeats row 1."
+    ]
+
+
+def test_empty_and_repeated_rows_are_named_at_the_start_and_trained_on(build, caplog):
+    rows = [{name: value.tolist() for name, value in row.items()} for row in token_rows(9)]
+    data = Dataset.from_list([*rows, rows[2], rows[2], {"input_ids": [], "labels": []}])
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(DEMO_MODEL, pad_token="<|endoftext|>"))
+    trainer = build(data=data.add_column("id", list(range(12))), trainer_options={"data_collator": collator})
+    trainer.train()
+    trainer.train()
+    of = "rows of the training set"
+    repeats = (
+        f"2 of the 12 {of} (16.7 %) repeat an earlier row, tokens and labels: row 10 repeats row 3, row 11 repeats"
+    )
+    assert caplog.text.count(repeats) == 1
+    assert caplog.text.count(f"1 of the 12 {of} (8.3 %) has no token: row 12.") == 1
+    assert trainer.ledger.batches == 6
+
+
+def test_of_good_rows_nothing_is_said(train, caplog):
+    train()
+    assert "rows of the training set" not in caplog.text
 
 
 def test_targets_of_micro_batches_are_counted():

@@ -1,0 +1,93 @@
+"""The last loss of every row is kept by its index, and goes through checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from abr_trainer.records.files import ROW_LOSSES_NAME, flaw_of
+from abr_trainer.training.ranking import RowRanking
+from tests.conftest import Stream, token_rows
+
+
+def noted(*batches: tuple[list[int], list[float]], rows: int = 6) -> RowRanking:
+    ranking = RowRanking(rows)
+    for step, (indices, losses) in enumerate(batches, start=1):
+        ranking.note(step, np.array(indices), np.array(losses))
+    return ranking
+
+
+def same(one: RowRanking, other: RowRanking) -> bool:
+    return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in ("loss", "visits", "step"))
+
+
+def test_the_last_loss_of_each_row_is_kept_with_its_visits():
+    ranking = noted(([3, 0], [2.0, 1.0]), ([3, 5], [1.5, np.nan]), ([], []))
+    assert np.array_equal(ranking.loss, np.array([1, np.nan, np.nan, 1.5, np.nan, np.nan], np.float32), equal_nan=True)
+    assert ranking.visits.tolist() == [1, 0, 0, 2, 0, 1]
+    assert ranking.step.tolist() == [1, 0, 0, 2, 0, 2]
+
+
+def test_a_row_takes_twelve_bytes():
+    ranking = RowRanking(1000)
+    assert ranking.loss.nbytes + ranking.visits.nbytes + ranking.step.nbytes == 12_000
+
+
+def test_what_is_no_row_of_the_training_set_is_left_out():
+    ranking = noted(([-1, 2, -1], [9.0, 2.0, 9.0]))
+    assert ranking.visits.tolist() == [0, 0, 1, 0, 0, 0]
+
+
+def test_a_row_that_fills_up_the_last_batch_of_an_epoch_is_one_visit():
+    ranking = noted(([4, 0, 4], [2.0, 1.0, 2.0]))
+    assert (ranking.loss[4], ranking.visits[4]) == (2.0, 1)
+
+
+def test_documents_of_one_pack_count_by_their_targets():
+    ranking = RowRanking(2)
+    ranking.note(1, np.array([1, 1, 1, 0]), np.array([2.0, 6.0, np.nan, 1.0]), np.array([3, 1, 0, 5]))
+    assert ranking.loss.tolist() == [1.0, 3.0]  # (3 x 2 + 1 x 6) / 4
+    assert ranking.visits.tolist() == [1, 1]
+
+
+def test_a_resumed_ranking_is_that_of_an_unbroken_run(tmp_path):
+    first, second = ([3, 0], [2.0, 1.1]), ([3, 5], [1.7, np.inf])
+    noted(first).save(tmp_path)
+    resumed = RowRanking(6)
+    resumed.load(tmp_path)
+    resumed.note(2, np.array(second[0]), np.array(second[1]))
+    assert same(resumed, noted(first, second))
+    assert [path.name for path in tmp_path.iterdir()] == [ROW_LOSSES_NAME]
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    noted(([3], [2.0])).save(tmp_path)
+    with pytest.raises(ValueError, match=r"is of a training set of 6 rows, and this one has 1,200: resume with"):
+        RowRanking(1200).load(tmp_path)
+
+
+def test_a_checkpoint_without_a_ranking_is_told_and_a_damaged_one_refused(tmp_path, caplog):
+    ranking = noted(([3], [2.0]))
+    ranking.load(tmp_path)
+    assert f"has no {ROW_LOSSES_NAME}" in caplog.text
+    assert ranking.visits[3] == 1
+    ranking.save(tmp_path)
+    path = tmp_path / ROW_LOSSES_NAME
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"_row_losses\.npz is damaged\."):
+        ranking.load(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    assert flaw_of(tmp_path) == f"{ROW_LOSSES_NAME} is damaged", "so that the checkpoint before it is taken"
+
+
+def test_a_ranking_that_has_seen_nothing_says_so(caplog):
+    noted(([1], [2.0])).warn_if_empty()
+    assert not caplog.text
+    noted(([-1], [2.0])).warn_if_empty()
+    assert "--rank_rows has seen no row" in caplog.text
+
+
+def test_a_stream_cannot_be_ranked(build):
+    with pytest.raises(ValueError, match="--rank_rows needs a training set with a length"):
+        build(data=Stream(token_rows(8)), max_steps=4, rank_rows=True)
+    build(data=token_rows(8), rank_rows=True)
