@@ -28,6 +28,7 @@ from abr_trainer.records.errors import one_line_errors
 from abr_trainer.training.callbacks import summarise
 from abr_trainer.training.config import ABRConfig, checkpoints_activations
 from abr_trainer.training.engines import leave_ranks
+from abr_trainer.training.identity import asks_for_rows
 from abr_trainer.training.readiness import telling_of_a_full_disk
 from abr_trainer.training.tracking import PerplexityCallback, show_history
 from abr_trainer.training.trainer import ABRTrainer
@@ -74,7 +75,8 @@ def train_and_evaluate(
         block_size = choose_block_size(data_args, config)
         with args.main_process_first(desc="preparing the data"):
             vocabulary = max(len(tokenizer), getattr(config.get_text_config(), "vocab_size", 0))
-            blocks = load_blocks(data_args, tokenizer, block_size, splits, args.seed, vocabulary)
+            wants_sources = asks_for_rows(args)
+            blocks = load_blocks(data_args, tokenizer, block_size, splits, args.seed, vocabulary, wants_sources)
             measurement = prepare_measurement(
                 eval_args, data_args, tokenizer, block_size, args.eval_batch_size, args.distributed_state
             )

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data.arguments import SPLIT_ALIASES
 from ..data.demo import demo_rows
+from ..data.identity import name_sources, with_rows
 from ..data.readers import format_of
 from ..data.sources import is_saved_to_disk, load_or_refuse, load_table
 from ..data.tasks import BY_NAME, DEMO, GLUE, PAIR, PROMPTS, TASKS, Task, ask, find_prompt, own_task
@@ -187,8 +188,11 @@ class Sentences:
     splits: dict[str, Dataset]
 
 
-def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sentences:
+def load_sentences(arguments: SentenceArguments, splits: Collection[str], with_sources: bool = False) -> Sentences:
     """Load and check the rows of these splits.
+
+    Args:
+        with_sources: Each training row says by `SOURCE_COLUMN` which row of which source it is.
 
     Raises:
         ValueError: A split, a column or a label is missing or cannot be right; the message names flag, row and value.
@@ -218,6 +222,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
     if classes is not None:
         refuse_two_orders(list(labels.values()), classes)
     checked = {}
+    sources: list[str] = []
     for split, found in loaded.items():
         if split not in {*wanted, *(f"{each}_mm" for each in wanted)}:
             continue  # it was there to tell the labels
@@ -229,9 +234,14 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str]) -> Sen
                 column = column.first(limit)
             found = replace(found, rows=found.rows.select(range(limit)))
         checked[split] = _checked(found, column, task, classes, arguments, may_hide=split.startswith("test"))
+        if with_sources and (split == "train" or (merges and split == "validation")):
+            checked[split] = with_rows(checked[split], len(sources))
+            sources.append(arguments.files.get(split, found.origin))
     if merges:
         checked["train"] = concatenate_datasets([checked["train"], checked.pop("validation")])
         checked.pop("validation_mm", None)
+    if sources:
+        name_sources(checked["train"], sources)
     if arguments.prompt == "perfect" and len(task.columns) == 1:
         logger.warning("--prompt perfect asks about two sentences, and there is one.")
     return Sentences(task, checked)

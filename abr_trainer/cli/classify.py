@@ -36,6 +36,7 @@ from ..records.errors import one_line_errors
 from ..training.callbacks import cost_lines
 from ..training.config import checkpoints_activations
 from ..training.engines import leave_ranks
+from ..training.identity import asks_for_rows
 from ..training.readiness import telling_of_a_full_disk
 from .command_line import parse_arguments
 from .job import begin, carry_out, command_of, push_result, wanted_splits
@@ -70,7 +71,7 @@ def train_and_evaluate(
         if checkpoint is not None:
             take_up_classes(data_args, checkpoint)
         with args.main_process_first(desc="preparing the data"):
-            sentences = load_sentences(data_args, splits)
+            sentences = load_sentences(data_args, splits, with_sources=asks_for_rows(args))
         task = sentences.task
         data_args.settle(task)
         args.settle(task)

@@ -18,6 +18,7 @@ from .arguments import DataArguments
 from .columns import TOKENS, Column, as_text, as_tokens, check_tokens
 from .context import fit_context
 from .corpora import parse_mix
+from .identity import SOURCE_COLUMN, from_to, in_source, name_sources, rows_of
 from .sources import TextRows, first_rows, load_rows, say_what_is_left_out
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,7 @@ def load_blocks(
     splits: Collection[str],
     seed: int = 42,
     vocabulary: int | None = None,
+    with_sources: bool = False,
 ) -> dict[str, Dataset | IterableDataset]:
     """Load, tokenize and cut what `splits` names, out of "train", "validation", "test" and "primer".
 
@@ -46,6 +48,7 @@ def load_blocks(
     Args:
         seed: What draws from the data sets of a mix.
         vocabulary: Token ids that the model knows. Default: those of the tokenizer.
+        with_sources: Each training block says by `SOURCE_COLUMN` which rows of which source it was cut from.
 
     Returns:
         Data sets with the columns `input_ids` and `labels`, equal, of `block_size` tokens.
@@ -55,36 +58,53 @@ def load_blocks(
             flag. It is a `BadRow` where a row cannot be trained on: a stream raises it when it gets there.
     """
     vocabulary = vocabulary or len(tokenizer)
-    if arguments.dataset_mix is not None:
-        return _load_mix(arguments, tokenizer, block_size, splits, seed, vocabulary)
-    loaded = load_rows(arguments, splits)
+    sources: list[str] | None = [] if with_sources else None
+    load = partial(_load_blocks, tokenizer=tokenizer, block_size=block_size, vocabulary=vocabulary, sources=sources)
+    if arguments.dataset_mix is None:
+        blocks = load(arguments, splits=splits)
+    else:
+        blocks = _load_mix(arguments, load, splits, seed)
+    if sources is not None and "train" in splits:
+        name_sources(blocks["train"], sources)
+    return blocks
+
+
+def _load_blocks(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    splits: Collection[str],
+    vocabulary: int,
+    sources: list[str] | None,
+) -> dict[str, Dataset | IterableDataset]:
+    """Load the blocks of one data set.
+
+    Args:
+        sources: Those of the training blocks are added to it; None where they need not say where they come from.
+    """
+    loaded = load_rows(arguments, splits, is_numbered=sources is not None)
     limits = {"train": ("max_train_samples", arguments.max_train_samples), "primer": ("", None)}
     blocks: dict[str, Dataset | IterableDataset] = {}
     for split, rows in loaded.items():
         flag, limit = limits.get(split, ("max_eval_samples", arguments.max_eval_samples))
-        cut = cut_blocks(tokenize(rows, arguments, tokenizer), block_size, arguments, rows, vocabulary)
+        tokens = tokenize(rows, arguments, tokenizer)
+        cut = cut_blocks(tokens, block_size, arguments, rows, vocabulary, sources if split == "train" else None)
         blocks[split] = _at_most(cut, limit, flag, must_end=split != "train")
     return blocks
 
 
 def _load_mix(
-    arguments: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    splits: Collection[str],
-    seed: int,
-    vocabulary: int,
+    arguments: DataArguments, load: Callable[..., Any], splits: Collection[str], seed: int
 ) -> dict[str, Dataset | IterableDataset]:
     """Mix the training blocks of several data sets; the other splits are of the first."""
     shares = parse_mix(arguments.dataset_mix or "")
     alone = partial(replace, arguments, dataset_mix=None, max_train_samples=None)
-    sources = [alone(train_file=name) if Path(name).is_file() else alone(dataset_name=name) for name in shares]
-    load = partial(load_blocks, tokenizer=tokenizer, block_size=block_size, vocabulary=vocabulary)
-    blocks = load(sources[0], splits=splits)
+    each_alone = [alone(train_file=name) if Path(name).is_file() else alone(dataset_name=name) for name in shares]
+    blocks: dict[str, Dataset | IterableDataset] = load(each_alone[0], splits=splits)
     if "train" not in splits:
         return blocks
     mixed = [blocks["train"]]
-    mixed += [load(source, splits=["train"])["train"] for source in sources[1:]]
+    mixed += [load(one, splits=["train"])["train"] for one in each_alone[1:]]
     if any(isinstance(each, IterableDataset) for each in mixed):
         mixed = [each if isinstance(each, IterableDataset) else each.to_iterable_dataset() for each in mixed]
     drawn = interleave_datasets(
@@ -145,17 +165,33 @@ def tokenize(
 
 
 def cut_blocks(
-    tokens: Dataset | IterableDataset, block_size: int, arguments: DataArguments, rows: TextRows, vocabulary: int
+    tokens: Dataset | IterableDataset,
+    block_size: int,
+    arguments: DataArguments,
+    rows: TextRows,
+    vocabulary: int,
+    sources: list[str] | None = None,
 ) -> Dataset | IterableDataset:
     """Concatenate all tokens and cut them into blocks. A stream is cut a thousand rows at a time.
 
     Rows without a token are left out, which a warning says.
+
+    Args:
+        sources: Each block says which rows of which source it was cut from; these sources are added.
 
     Raises:
         BadRow: A row has ids that are not of the vocabulary.
     """
     column, origin = rows.column, rows.origin
     is_stream, are_given = isinstance(tokens, IterableDataset), column.name == TOKENS
+    # Of a stream in several parts, each reader counts the rows of its own.
+    are_counted = not is_stream or tokens.num_shards == 1
+    offset: int | None = None
+    if sources is not None:
+        offset = len(sources)
+        sources += rows.sources
+    are_numbered = bool(rows.numbered)
+    used = [TOKENS, SOURCE_COLUMN] if are_numbered else [TOKENS]
 
     def cut(batch: dict[str, Any], indices: list[int]) -> dict[str, np.ndarray]:
         ids = [np.asarray([] if row is None else row) for row in batch[TOKENS]]
@@ -166,10 +202,17 @@ def cut_blocks(
             _say_first_left_out(column, [index for row, index in zip(ids, indices, strict=True) if not len(row)])
         joined = np.concatenate(ids).astype(np.int64)
         blocks = joined[: len(joined) // block_size * block_size].reshape(-1, block_size)
-        return {TOKENS: blocks, "labels": blocks}
+        found = {TOKENS: blocks, "labels": blocks}
+        if offset is not None:
+            row_numbers = column.place.rows(indices) if are_counted else np.zeros(len(ids), dtype=np.int64)
+            numbers = np.asarray(batch[SOURCE_COLUMN]) if are_numbered else rows_of(0, row_numbers)
+            ends, begins = np.cumsum([len(row) for row in ids]), np.arange(len(blocks)) * block_size
+            first, last = (np.searchsorted(ends, each, side="right") for each in (begins, begins + block_size - 1))
+            found[SOURCE_COLUMN] = in_source(from_to(numbers, first, last), offset)
+        return found
 
     if is_stream:
-        stream = _map(tokens, cut, arguments, "", [TOKENS])
+        stream = _map(tokens, cut, arguments, "", used)
         if not first_rows(stream, origin, 1):
             raise ValueError(f"{origin} is shorter than one block: --block_size is {block_size}.")
         return stream
@@ -182,7 +225,7 @@ def cut_blocks(
     if lengths.sum() < block_size:
         raise ValueError(f"{origin} has {lengths.sum()} tokens, less than one block: --block_size is {block_size}.")
     description = f"Cutting blocks of {block_size}"
-    blocks = _map(tokens.with_format("numpy"), cut, arguments, description, [TOKENS], batch_size=None)
+    blocks = _map(tokens.with_format("numpy"), cut, arguments, description, used, batch_size=None)
     return blocks.with_format(None)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from ..records.errors import BadRow
+from .identity import IntArray
 from .readers import count_lines
 
 TOKENS = "input_ids"
@@ -66,10 +67,21 @@ class Place:
     def __call__(self, index: int) -> str:
         return f"{self.number(index)} of {self.origin}"
 
+    @property
+    def source(self) -> str:
+        """The file that the rows come from, if it is one, or what else named them."""
+        named = self.origin.partition(" ")[2]
+        return named if self.origin.startswith("--") and Path(named).is_file() else self.origin
+
+    def rows(self, indices: Sequence[int]) -> IntArray:
+        """Return which rows these are, from 1."""
+        hundreds, rests = np.divmod(np.asarray(indices, dtype=np.int64), len(self.of_hundred))
+        numbers: IntArray = self.first + hundreds * 100 + np.asarray(self.of_hundred)[rests] + 1
+        return numbers
+
     def number(self, index: int) -> str:
         """Return which row or line it is, without what named it."""
-        hundreds, rest = divmod(index, len(self.of_hundred))
-        number = self.first + hundreds * 100 + self.of_hundred[rest] + 1
+        [number] = self.rows([index]).tolist()
         worker = get_worker_info()
         if len(self.files) != 1 and worker is not None and worker.num_workers > 1:  # they share the files
             return f"row {number} of those that worker {worker.id} reads"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
@@ -28,6 +29,7 @@ from fsspec.compression import compr
 
 from .. import __version__
 from ..records.errors import BadRow, one_line
+from .identity import SOURCE_COLUMN, rows_of
 
 TABLES = {
     ".json": "json",
@@ -252,38 +254,59 @@ class _OneLine:
             raise BadRow(what_is_wrong(paths, error)) from error
 
 
-class _Lines(Text):
+@dataclass
+class RowConfig(TextConfig):
+    """How rows are read.
+
+    Attributes:
+        column: Which column is read.
+        is_numbered: Each row says by `SOURCE_COLUMN` which row of which file it is, whoever reads which files.
+    """
+
+    column: str = "text"
+    is_numbered: bool = False
+
+
+class _Rows(Text):
+    """A row has one column."""
+
+    BUILDER_CONFIG_CLASS = RowConfig
+
+    def _table(self, rows: Any, path: str, first: int) -> pa.Table:
+        """Return rows of a file as a table, given how many rows come before them."""
+        columns = {self.config.column: rows}
+        if self.config.is_numbered:
+            file = self.config.data_files["train"].index(path)
+            columns[SOURCE_COLUMN] = rows_of(file, np.arange(first + 1, first + len(rows) + 1))
+        return pa.table(columns)
+
+
+class _Lines(_Rows):
     """A row is a line, its line break included."""
 
     def _generate_tables(self, base_files: list[str], files_iterables: Any) -> Tables:
         for shard, path in enumerate(base_files):
             with open_bytes(path) as stream, io.TextIOWrapper(stream, "utf-8-sig") as text:
-                batch = 0
+                batch = count = 0
                 while lines := text.readlines(self.config.chunksize):
-                    yield (shard, batch), pa.table({"text": lines})
-                    batch += 1
+                    yield (shard, batch), self._table(lines, path, count)
+                    batch, count = batch + 1, count + len(lines)
 
 
-@dataclass
-class ColumnConfig(TextConfig):
-    """Which column is read."""
-
-    column: str = "text"
-
-
-class _Cells(Text):
+class _Cells(_Rows):
     """A row is one cell of a table: what the others hold does not matter."""
-
-    BUILDER_CONFIG_CLASS = ColumnConfig
 
     def _generate_tables(self, base_files: list[str], files_iterables: Any) -> Tables:
         column = self.config.column
         for shard, path in enumerate(base_files):
             try:
+                count = 0
                 for batch, frame in enumerate(read_cells(path, 10_000)):
                     if column not in frame:
                         raise BadRow(f"there is no column {column}.")
-                    yield (shard, batch), pa.table({column: pa.array(frame[column], pa.string(), from_pandas=True)})
+                    cells = pa.array(frame[column], pa.string(), from_pandas=True)
+                    yield (shard, batch), self._table(cells, path, count)
+                    count += len(cells)
             except ValueError as error:
                 of_many = "" if len(base_files) == 1 else f"{Path(path).name}: "
                 raise BadRow(of_many + what_is_wrong([path], error)) from error

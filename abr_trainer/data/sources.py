@@ -21,6 +21,7 @@ from .arguments import SPLIT_ALIASES, DataArguments, TextArguments
 from .columns import EXAMPLES, Column, Place, as_text, choose_text_column, parse_line
 from .corpora import C4_DOCUMENTS, Corpus, find_corpus
 from .demo import demo_texts
+from .identity import SOURCE_COLUMN
 from .readers import READERS, TABLES, Format, check_file, holds_json_lines, read_cells, read_files, what_is_wrong
 
 logger = logging.get_logger(__name__)
@@ -44,10 +45,17 @@ class TextRows(Rows):
 
     Attributes:
         rows_are_lines: See `Corpus`.
+        numbered: The files of whose rows each says by `SOURCE_COLUMN` which one it is; none if they do not.
     """
 
     column: Column
     rows_are_lines: bool = False
+    numbered: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What the rows come from: files, or else what named them."""
+        return self.numbered or (self.column.place.source,)
 
 
 ChooseColumn = Callable[[Iterable[Mapping[str, Any]], str], str]
@@ -56,12 +64,16 @@ ChooseColumn = Callable[[Iterable[Mapping[str, Any]], str], str]
 LoadRows = Callable[[], TextRows]
 
 
-def load_rows(arguments: DataArguments, splits: Collection[str]) -> dict[str, TextRows]:
-    """Load the rows of these splits; take validation rows from the training rows where there are no others."""
+def load_rows(arguments: DataArguments, splits: Collection[str], is_numbered: bool = False) -> dict[str, TextRows]:
+    """Load the rows of these splits; take validation rows from the training rows where there are no others.
+
+    Args:
+        is_numbered: Training rows of several files say which row of which file they are, if their format allows it.
+    """
     choose = partial(choose_text_column, wanted=arguments.text_column, takes_tokens=True)
     sources: dict[str, LoadRows] = {}
     if arguments.dataset_name is not None:
-        sources = _find_splits(arguments, f"--dataset_name {arguments.dataset_name}", choose)
+        sources = _find_splits(arguments, f"--dataset_name {arguments.dataset_name}", choose, is_numbered)
     for split in ("train", "validation", "test", "primer"):
         if (path := getattr(arguments, f"{split}_file")) is not None:
             streaming = arguments.streaming and split == "train"
@@ -188,12 +200,18 @@ def _read(origin: str, reader: str, paths: Sequence[str], streaming: bool, **opt
 
 
 def _load_text_files(
-    place: Place, paths: Sequence[str], choose: ChooseColumn, streaming: bool = False, origin: str | None = None
+    place: Place,
+    paths: Sequence[str],
+    choose: ChooseColumn,
+    streaming: bool = False,
+    origin: str | None = None,
+    is_numbered: bool = False,
 ) -> TextRows:
     """Load the text of files of one format, and nothing else of them where their format allows it.
 
     Args:
         origin: The flag that named them. Default: that of the place.
+        is_numbered: See `load_rows`.
     """
     origin = origin or place.origin
     if len(paths) > 1:  # one of many may be empty
@@ -202,16 +220,20 @@ def _load_text_files(
         _check(origin if origin.endswith(path) else f"{origin}: {Path(path).name}", path).reader for path in paths
     ]
     reader, lines = readers[0], replace(place, files=tuple(paths))
+    numbering: dict[str, Any] = {"is_numbered": True} if is_numbered and len(paths) > 1 else {}
+    numbered = tuple(paths) if numbering else ()
     if reader == "text":
-        return _choosing(_read(origin, "text", paths, streaming), origin, choose, lines, rows_are_lines=True)
+        rows = _read(origin, "text", paths, streaming, **numbering)
+        return _choosing(rows, origin, choose, lines, rows_are_lines=True, numbered=numbered)
     if reader == "json" and all(map(holds_json_lines, paths)):
         # A line is parsed when its text is needed, so that only this has to be alike in all of them.
-        rows = _read(origin, "text", paths, streaming)
+        rows = _read(origin, "text", paths, streaming, **numbering)
         first = (parse_line(row["text"], partial(lines, i)) for i, row in enumerate(first_rows(rows, origin)))
-        return TextRows(rows, origin, Column(choose(first, origin), lines, is_json=True))
+        return TextRows(rows, origin, Column(choose(first, origin), lines, is_json=True), numbered=numbered)
     if reader == "csv":
         column = choose(_first_cells(origin, paths[0]), origin)
-        return TextRows(_read(origin, "cell", paths, streaming, column=column), origin, Column(column, place))
+        rows = _read(origin, "cell", paths, streaming, column=column, **numbering)
+        return TextRows(rows, origin, Column(column, place), numbered=numbered)
     if reader == "parquet":
         column = choose(first_rows(_read(origin, reader, paths, streaming=True), origin), origin)
         return TextRows(_read(origin, reader, paths, streaming, columns=[column]), origin, Column(column, place))
@@ -219,13 +241,21 @@ def _load_text_files(
 
 
 def _choosing(
-    rows: Dataset | IterableDataset, origin: str, choose: ChooseColumn, place: Place, rows_are_lines: bool = False
+    rows: Dataset | IterableDataset,
+    origin: str,
+    choose: ChooseColumn,
+    place: Place,
+    rows_are_lines: bool = False,
+    numbered: tuple[str, ...] = (),
 ) -> TextRows:
     column = choose(first_rows(rows, origin), origin)
-    return TextRows(rows.select_columns([column]), origin, Column(column, place), rows_are_lines)
+    read = rows.select_columns([column, SOURCE_COLUMN] if numbered else [column])
+    return TextRows(read, origin, Column(column, place), rows_are_lines, numbered)
 
 
-def _find_splits(arguments: DataArguments, origin: str, choose: ChooseColumn) -> dict[str, LoadRows]:
+def _find_splits(
+    arguments: DataArguments, origin: str, choose: ChooseColumn, is_numbered: bool = False
+) -> dict[str, LoadRows]:
     """Return what loads each split that a data set has."""
     name = arguments.dataset_name or ""
     if name == "demo":
@@ -239,7 +269,9 @@ def _find_splits(arguments: DataArguments, origin: str, choose: ChooseColumn) ->
         named = partial(load_or_refuse, origin, corpus.path, arguments.dataset_config_name or corpus.config)
         files = _files_in(arguments, origin) if corpus == Corpus(name) and Path(name).is_dir() else None
         if files is not None:
-            load = partial(_load_text_files, choose=choose, streaming=streaming, origin=origin)
+            load = partial(
+                _load_text_files, choose=choose, streaming=streaming, origin=origin, is_numbered=is_numbered
+            )
             return _by_alias({split: partial(load, _split_of(origin, split), paths) for split, paths in files.items()})
         found = named(revision=corpus.revision, streaming=streaming)
         reader = next(iter(found.values())).info.builder_name
@@ -333,9 +365,10 @@ def _split_rows(rows: TextRows, percentage: float) -> tuple[TextRows, TextRows]:
 
 
 def first_rows(data: Dataset | IterableDataset, origin: str, most: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Return the first rows; a stream is read here for the first time."""
+    """Return the first rows, without what says where they come from; a stream is read here for the first time."""
     try:
-        return list(itertools.islice(data, most))
+        rows = list(itertools.islice(data, most))
+        return [{name: value for name, value in row.items() if name != SOURCE_COLUMN} for row in rows]
     except BadRow as error:
         if origin in str(error):
             raise

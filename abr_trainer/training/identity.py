@@ -17,22 +17,24 @@ from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ..data.identity import SOURCE_COLUMN
+from ..data.identity import SOURCE_COLUMN, UNKNOWN, located, sources_of
 from .config import setting
 
 ROW_INDEX = "abr_row"
 """In a micro-batch: the index of each row that is judged, shape `(rows,)`."""
 
-UNKNOWN = -1
-"""The index of what is no row of the training set."""
-
 KEEP_ORDER = ("abr_trainer", "transformers", "trl")
 """Packages whose collators put rows into a batch in the order in which they get them."""
 
 
+def asks_for_rows(args: Any) -> bool:
+    """Tell whether the arguments of a run ask which rows a batch is made of."""
+    return bool(setting(args, "rank_rows")) or getattr(args, "skip_rows", None) not in (None, "none")
+
+
 def wants_row_indices(trainer: Any) -> bool:
     """Tell whether anything asks which rows a batch is made of."""
-    return trainer.row_rule is not None or bool(setting(trainer.args, "rank_rows"))
+    return trainer.row_rule is not None or asks_for_rows(trainer.args)
 
 
 def taken_out(inputs: Any) -> tuple[Any, Tensor | None]:
@@ -44,6 +46,26 @@ def taken_out(inputs: Any) -> tuple[Any, Tensor | None]:
     """
     is_there = isinstance(inputs, MutableMapping) and ROW_INDEX in inputs
     return inputs, inputs.pop(ROW_INDEX) if is_there else None
+
+
+def source_of(dataset: Any, index: int) -> dict[str, Any]:
+    """Return what is known of a row of the training set, by what `ROW_INDEX` says of it.
+
+    Returns:
+        `index`, its place in the training set from 0, and `source`, `first_row` and `last_row`: the file or the data
+        set that it was made of, and from which row of it to which, from 1. What is not known is missing. A row of a
+        stream that has a source has no index.
+    """
+    index = int(index)
+    if index < 0:
+        return {}
+    names = sources_of(dataset)
+    if isinstance(dataset, IterableDataset):
+        return located(names, index) if names else {"index": index}
+    if not names or SOURCE_COLUMN not in dataset.column_names:
+        return {"index": index}
+    row = dataset.select_columns([SOURCE_COLUMN]).with_format(None)[index]
+    return {"index": index, **located(names, row[SOURCE_COLUMN])}
 
 
 def numbered(loader: Any, dataset: Any, collator: Any) -> Any:
