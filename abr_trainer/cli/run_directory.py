@@ -24,6 +24,7 @@ from ..records.files import (
     PROVENANCE,
     QUANT_CONFIG_NAME,
     REPORT_FOLDER,
+    ROW_LOSSES_NAME,
     ROW_TRACE_NAME,
     SKIPPED_NAME,
     SUMMARY_NAME,
@@ -43,7 +44,17 @@ logger = logging.get_logger(__name__)
 
 RUN_FILES = (
     *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
-    *("_push*", TRACE_NAME, HISTORY_NAME, SUMMARY_NAME, SKIPPED_NAME, DROPPED_NAME, ROW_TRACE_NAME, REPORT_FOLDER),
+    *(
+        "_push*",
+        TRACE_NAME,
+        HISTORY_NAME,
+        SUMMARY_NAME,
+        SKIPPED_NAME,
+        DROPPED_NAME,
+        ROW_TRACE_NAME,
+        ROW_LOSSES_NAME,
+        REPORT_FOLDER,
+    ),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
     *(TASK_NAME, QUANT_CONFIG_NAME, PREDICTIONS_NAME.format(split="*")),
 )

@@ -9,13 +9,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.identity import source_of
+from ..data.identity import UNKNOWN
 from ..schedulers import Row, RowRule
 from .held import Call
-from .identity import UNKNOWN
+from .identity import source_of
+from .ranking import RowRanking
 from .row_losses import owners_of
 from .rows import NO_LOGITS, Judged, KeptRows, RowsUnsupported, Seam, Sieve, find_seam
 
@@ -75,17 +77,17 @@ class DroppedRow:
 
     Attributes:
         position: In its batch.
-        index: In the training set; None where that is not known.
+        index: What the micro-batch said of its place in the training set; `UNKNOWN` if nothing.
         loss: Mean loss per target of the first pass, in nats.
         limit: The loss above which the rule drops such a row; None where it has none.
         targets: How many.
         input_ids: Its first tokens, without padding.
         text: What these say; None without a tokenizer.
-        source: Where it comes from: the file or data set, and which rows of it.
+        source: Its place in the training set, and the file or data set and rows that it comes from; see `source_of`.
     """
 
     position: int
-    index: int | None
+    index: int
     loss: float
     limit: float | None
     targets: int
@@ -98,7 +100,6 @@ class DroppedRow:
         is_finite = math.isfinite(self.loss)
         line = {
             "position": self.position,
-            "index": self.index,
             **self.source,
             "limit": self.limit,
             "targets": self.targets,
@@ -117,11 +118,15 @@ class RowGate:
         rule: Decides; None if rows are only looked at.
         judged: The rows of this batch on this rank, by micro-batch.
         indices: Of these rows in the training set, or `UNKNOWN`.
+        ranking: Of all rows; None if nobody asks for it.
         longest: The most rows that a rank has in a batch, but where documents are packed into rows.
     """
 
-    def __init__(self, rule: RowRule | None, seam: Seam, rank: int, longest: int) -> None:
+    def __init__(
+        self, rule: RowRule | None, seam: Seam, rank: int, longest: int, ranking: RowRanking | None = None
+    ) -> None:
         self.rule = rule
+        self.ranking = ranking
         self.judged: list[Judged] = []
         self.indices: list[int] = []
         self.longest = longest
@@ -206,13 +211,17 @@ class RowGate:
                     row = Row(loss, targets, self._batch, self._first_position + number)
                     asks = self.rule is not None and math.isfinite(loss)
                     limit = self.rule.evidence(row).get("limit") if self.rule is not None and asks else None
-                    index = None if self.indices[number] == UNKNOWN else self.indices[number]
-                    dropped.append(DroppedRow(row.position, index, loss, limit, targets, tokens[i]))
+                    dropped.append(DroppedRow(row.position, self.indices[number], loss, limit, targets, tokens[i]))
                 number += 1
         return dropped
 
     def observe(self, rows: BatchRows) -> None:
-        """Show the rule the rows of a finished batch."""
+        """Show the rows of a finished batch to the rule and the ranking."""
+        if self.ranking is not None:
+            judged = rows.judged
+            columns = ([column[i] for i in judged] for column in (rows.indices, rows.losses, rows.targets))
+            indices, losses, targets = map(np.asarray, columns)
+            self.ranking.note(self._batch + 1, indices, losses, targets)
         if self.rule is None:
             return
         finite = [i for i in rows.judged if math.isfinite(rows.losses[i])]
@@ -228,7 +237,7 @@ def row_gate(trainer: Any, rule: RowRule | None) -> RowGate:
     """
     args = trainer.args
     longest = trainer._train_batch_size * args.gradient_accumulation_steps
-    return RowGate(rule, find_seam(trainer), args.process_index, longest)
+    return RowGate(rule, find_seam(trainer), args.process_index, longest, RowRanking.of(trainer))
 
 
 def batch_rows(lists: list[list[float]]) -> BatchRows:
@@ -302,7 +311,7 @@ def with_text(trainer: Any, dropped: Sequence[DroppedRow]) -> list[DroppedRow]:
         replace(
             row,
             text=None if decode is None or not row.input_ids else decode(row.input_ids),
-            source={} if row.index is None else source_of(trainer.train_dataset, row.index),
+            source=source_of(trainer.train_dataset, row.index),
         )
         for row in dropped
     ]

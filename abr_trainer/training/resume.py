@@ -26,6 +26,7 @@ from .checkpoints import (
 from .config import setting
 from .held import load_held, save_held
 from .primer import Primer
+from .ranking import RowRanking
 from .tracking import evaluations_without_gain
 
 logger = logging.get_logger(__name__)
@@ -91,6 +92,8 @@ class ResumeMixin(_AnyTrainer):
             state = self._repetition_state()  # on every rank: an error must not leave the others waiting
             if self.args.should_save:
                 write_whole(Path(output_dir, ABR_STATE_NAME), state)
+                if self._ranking is not None:
+                    self._ranking.save(Path(output_dir))
 
     def _repetition_state(self) -> str:
         """Return what a resumed run needs, as strict JSON."""
@@ -211,7 +214,7 @@ class ResumeMixin(_AnyTrainer):
             self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
         else:
             logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
-        self._load_row_rule(state.get("row_rule"))
+        self._load_rows(checkpoint, state.get("row_rule"))
         log = state["log"]
         if self.repeat_scheduler.held():
             if len(log["tr_loss"]) != self.args.world_size:
@@ -224,7 +227,14 @@ class ResumeMixin(_AnyTrainer):
             self._run.window = LogWindow(**log["window"])
             self._restored_log = log["tr_loss"], log["last_logged"]
 
-    def _load_row_rule(self, saved: dict[str, Any] | None) -> None:
+    @property
+    def _ranking(self) -> RowRanking | None:
+        return None if self._run.rows is None else self._run.rows.ranking
+
+    def _load_rows(self, checkpoint: str, saved: dict[str, Any] | None) -> None:
+        """Go on with the ranking of rows, and with what the row rule had seen."""
+        if self._ranking is not None:
+            self._ranking.load(Path(checkpoint))
         if self.row_rule is None:
             return
         now = _described(self.row_rule)["description"]

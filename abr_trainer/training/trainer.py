@@ -33,7 +33,6 @@ from .ledger import ComputeLedger
 from .loss_scale import has_own_loss
 from .passes import Passes
 from .primer import Primer
-from .ranking import RowRanking
 from .readiness import mend_generation_config
 from .resume import ResumeMixin
 from .run import Run
@@ -108,7 +107,6 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self._is_active:
             refuse_unsupported(self, self._run.budget.passes)
             refuse_missing_perplexity(self)
-            RowRanking.of(self)  # refuses a stream
             if setting(self.args, "eval_passes") and self.eval_dataset is None:
                 raise ValueError("--eval_passes needs something to evaluate on: --do_eval, or an `eval_dataset`.")
             self._trace = TraceCallback()
@@ -210,6 +208,9 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self._is_active:
             self._rows_without_targets.warn_at_end(self)
+            if self._ranking is not None and self.is_world_process_zero():
+                self._ranking.warn_if_empty()
+                self._ranking.save(self._trace.directory or Path(self.args.output_dir))
         loads_best = self._is_active and self.args.load_best_model_at_end
         if loads_best and self.is_world_process_zero() and (doubt := doubt_of_the_best(self.args, self.state)):
             logger.warning(doubt)
