@@ -59,6 +59,11 @@ VERBS = {
         "explain why a batch was repeated or skipped",
         "abr why runs/demo 37",
     ),
+    "rows": Verb(
+        "abr_trainer.cli.rows",
+        "list the broken rows of a run, or write a file without them",
+        "abr rows runs/demo",
+    ),
     "perplexity": Verb(
         "abr_trainer.cli.perplexity",
         "measure the perplexity of a model, by the definition that you name",

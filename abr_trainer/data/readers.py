@@ -117,6 +117,11 @@ def _members(path: str) -> list[str]:
     return [name for name in names if not Path(name).name.startswith((".", "__"))]
 
 
+def member_of(path: str) -> str:
+    """Return the name of the file in a .zip that is read."""
+    return _members(path)[0]
+
+
 @contextlib.contextmanager
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
     """Open a file for its bytes, decompressed."""
@@ -124,7 +129,7 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
     with contextlib.ExitStack() as stack:
         if compression == "zip":
             archive = stack.enter_context(zipfile.ZipFile(path))
-            yield stack.enter_context(archive.open(_members(path)[0]))
+            yield stack.enter_context(archive.open(member_of(path)))
             return
         raw: IO[bytes] = stack.enter_context(open(path, "rb"))
         yield raw if compression is None else stack.enter_context(compr[compression](raw, mode="rb"))

@@ -80,6 +80,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Excerpts:
+    """Texts from data, each in full under what is to be said of it.
+
+    Attributes:
+        items: `(what is said, text)`.
+        open: How many are shown at once; the others are folded.
+    """
+
+    items: tuple[tuple[str, str], ...]
+    open: int = 10
+
+
+@dataclass(frozen=True)
 class Commands:
     """Commands to paste, one a line, or other text where line breaks and blanks count."""
 
@@ -104,7 +117,7 @@ class Section:
     """A part of a report under a heading."""
 
     heading: str
-    blocks: tuple[str | Figure | Table | Commands | Notice, ...]
+    blocks: tuple[str | Figure | Table | Excerpts | Commands | Notice, ...]
 
 
 @dataclass(frozen=True)

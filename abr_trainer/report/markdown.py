@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 from itertools import starmap
 
-from .figure import Commands, Figure, Notice, Report, Table
+from .figure import Commands, Excerpts, Figure, Notice, Report, Table
 from .text import numeric_columns, spans
 
-Block = str | Figure | Table | Commands | Notice
+Block = str | Figure | Table | Excerpts | Commands | Notice
+
+WIDTH = 100
+"""Of texts from data, which a page on GitHub does not wrap."""
 
 SIGNS = {"good": "✓", "bad": "✗", "neutral": "•", "warning": "⚠"}
 
@@ -35,6 +39,8 @@ def _block(block: Block, pictures: str) -> str:
         case Figure():
             picture = f"![{_escaped(block.description)}]({pictures}/{block.name}.png)"
             return f"{_bold(_escaped(block.title))}\n\n{picture}"
+        case Excerpts():
+            return _excerpts(block)
         case Commands():
             return _commands(block)
         case Table():
@@ -55,10 +61,24 @@ def _row(cells: Iterable[str], bold: bool = False) -> str:
     return "| " + " | ".join(_bold(text) if bold else text for text in texts) + " |"
 
 
+def _excerpts(excerpts: Excerpts) -> str:
+    parts = [f"{_paragraph(said)}\n\n{_fenced(textwrap.wrap(text, WIDTH))}" for said, text in excerpts.items]
+    shown, folded = parts[: excerpts.open], parts[excerpts.open :]
+    if folded:
+        shown += [f"<details>\n<summary>{len(folded)} more</summary>", *folded, "</details>"]
+    return "\n\n".join(shown)
+
+
 def _commands(commands: Commands) -> str:
-    longest = max((len(run) for line in commands.lines for run in re.findall("`+", line)), default=0)
+    return f"{_escaped(commands.caption)}\n\n{_fenced(commands.lines)}"
+
+
+def _fenced(lines: Iterable[str]) -> str:
+    """Put a fence around lines that is longer than any in them."""
+    lines = tuple(lines)
+    longest = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
-    return "\n".join((f"{_escaped(commands.caption)}\n", f"{fence}text", *commands.lines, fence))
+    return "\n".join((f"{fence}text", *lines, fence))
 
 
 def _paragraph(text: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from ..comparison.curves import learning_curve, over_loss, over_passes, over_time
 from ..records.commands import pasted
 from ..records.files import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
-from .figure import Commands, Figure, Notice, Report, Section, Series, Table
+from .figure import Commands, Excerpts, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
-from .text import DASH, number
+from .rows import RunRow, broken_rows, rows_judged
+from .text import DASH, number, printable
 from .why import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 
 MOST_POINTS = 1500
@@ -18,6 +20,9 @@ MOST_POINTS = 1500
 
 MOST_SKIPPED = 50
 """Skipped batches that are listed."""
+
+MOST_ROWS = 200
+"""Broken rows that are listed."""
 
 GIB = 2**30
 
@@ -34,13 +39,21 @@ def report_on_run(directory: Path) -> Report:
     results = read_json(directory / RESULTS) or {}
     curve = evaluations(directory, trace, results)
     skipped = [batch for batch in trace if batch["repeats"] == 0]
+    judged, dropped = rows_judged(trace), broken_rows(directory)
     lead: list[str | Notice] = [summary(trace, curve, results)]
+    if dropped:
+        lead.append(said_of_rows(judged, dropped))
     if "train_passes" not in results:
         lead.append(Notice("warning", "The run is not finished: this is how far it has come."))
     sections = [
         Section("Perplexity", perplexity(curve, results)),
         Section("Batches", batches(trace)),
         Section(f"Skipped batches ({len(skipped)})", skips(directory, skipped)),
+        *(
+            [Section(f"Broken rows ({len(dropped):,})", broken(directory, dropped, judged))]
+            if judged or dropped
+            else []
+        ),
         Section("Learning rate and memory", (learning_rate(trace), memory(trace))),
         Section("What it cost", (ledger(trace, results),)),
         Section("How it was made", how(directory)),
@@ -201,6 +214,22 @@ def skips(directory: Path, skipped: list[dict[str, Any]]) -> tuple[Any, ...]:
             tuple(notes),
         ),
     )
+
+
+def said_of_rows(judged: int, dropped: list[RunRow]) -> str:
+    drops = sum(len(row.steps) for row in dropped)
+    share = f" ({drops / judged:.2%})" if judged else ""
+    return f"{judged:,} rows were judged, {drops:,} of them dropped{share}."
+
+
+def broken(directory: Path, dropped: list[RunRow], judged: int) -> tuple[Any, ...]:
+    said = said_of_rows(judged, dropped)
+    if not dropped:
+        return (said,)
+    items = tuple((f"{row.place}: {row.numbers}; {row.fate}", printable(row.text)) for row in dropped[:MOST_ROWS])
+    listed = f"`abr rows {shlex.quote(str(directory))}` lists them, and `--clean FILE OUT` writes a file without them."
+    notes = [f"The worst {MOST_ROWS} of {len(dropped):,}."] if len(dropped) > MOST_ROWS else []
+    return (f"{said} A row that was dropped more than once is shown once. {listed}", *notes, Excerpts(items))
 
 
 def learning_rate(trace: list[dict[str, Any]]) -> Figure:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from .figure import Commands, Figure, Notice, Report, Series, Table
+from .figure import Commands, Excerpts, Figure, Notice, Report, Series, Table
 from .look import Look, counts_on_y, drawable, is_empty, lonely, looks, marked
 from .text import number, numeric_columns, spans
 
@@ -152,6 +152,7 @@ def _template() -> Template:
     environment.globals |= {"numbers": numbers, "numeric_columns": numeric_columns}
     environment.globals |= {"signs": SIGNS}
     environment.tests["commands"] = lambda block: isinstance(block, Commands)
+    environment.tests["excerpts"] = lambda block: isinstance(block, Excerpts)
     environment.tests["figure"] = lambda block: isinstance(block, Figure)
     environment.tests["notice"] = lambda block: isinstance(block, Notice)
     return environment.get_template("page.html")

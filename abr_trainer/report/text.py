@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
 from .figure import Number, Table
 
@@ -30,6 +31,32 @@ def number(value: Number, digits: int = 4) -> str:
     if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def escaped(text: str) -> str:
+    r"""Return a text from a data set with an escape for each character that would do something to a terminal.
+
+    Spaces, tabs and line feeds stay.
+
+    >>> escaped("\x1b[31mred\nand \u202eback")
+    '\\x1b[31mred\nand \\u202eback'
+    """
+    return "".join(
+        letter
+        if letter.isprintable() or letter in "\n\t" or unicodedata.category(letter) == "Zs"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def printable(text: str) -> str:
+    r"""Return a text from a data set on one line, escaped.
+
+    >>> printable("a\ttab,\r\nthen \x1b[31mred")
+    'a tab, ⏎ then \\x1b[31mred'
+    """
+    lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
+    return escaped(" ⏎ ".join(lines)).strip()
 
 
 def spans(text: str) -> list[tuple[bool, str]]:

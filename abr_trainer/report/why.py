@@ -14,10 +14,13 @@ from tokenizers import Tokenizer
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
 from ..schedulers import Observation, Outcome, RepeatScheduler, build_rule
 from ..schedulers.base import NO_TARGETS
+from ..schedulers.registry import build_row_rule
+from .rows import explain_rows, read_drops
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
     NO_TARGETS: "the batch has no label other than -100 to train on: no update is made on it, whatever the rule",
+    "rows": "more than half of its rows were dropped, so it was skipped as a whole, whatever the rule",
     "primer": "the first --primer_batches batches are trained on once each, whatever the rule",
 }
 
@@ -62,15 +65,19 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     lines.append(f"{'spent before':<24} {spent:g} passes, {batch['progress']:.1%} of the run")
     lines.append(f"{'learning rate':<24} {batch['learning_rate']:.4g}")
     lines.append(f"{'decided by':<24} {batch['reason']}")
+    provenance = read_provenance(directory)
     if batch["reason"] in WITHOUT_THE_RULE:
         lines.append(f"{'':<24} {WITHOUT_THE_RULE[batch['reason']]}")
-    elif (provenance := read_provenance(directory)) is None:
+    elif provenance is None:
         lines.append(f"{'':<24} {PROVENANCE} is missing: the parameters of the rule are unknown")
     else:
         lines += explain_rule(build_rule(provenance["arguments"]), trace, batch)
     if again := batch.get("replayed"):
         named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
         lines.append(f"{'trained on after it':<24} batch {named}, once more")
+    if "row_losses" in batch:
+        row_rule = None if provenance is None else build_row_rule(provenance["arguments"])
+        lines += explain_rows(row_rule, trace, batch, read_drops(directory))
     texts = read_skipped(directory).get(step, [])
     return [*lines, *(f"{'text' if i == 0 else '':<24} {text}" for i, text in enumerate(texts))]
 

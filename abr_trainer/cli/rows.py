@@ -1,0 +1,212 @@
+"""List the broken rows of a run, worst first, or write a file without them.
+
+abr rows runs/demo                                     # the rows that a run with --skip_rows dropped
+abr rows runs/demo --all --limit 50                    # all rows by their last loss, of a run with --rank_rows
+abr rows runs/demo --csv > broken.csv
+abr rows runs/demo --clean notes.jsonl clean.jsonl     # notes.jsonl without the rows that were dropped
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..records.errors import one_line_errors
+from ..records.files import PROVENANCE, ROW_LOSSES_NAME
+from ..report.cleaning import doubtful_row, rows_to_remove
+from ..report.rows import RunRow, broken_rows, ranked_rows, read_drops, read_row_losses, rows_judged
+from ..report.text import escaped, printable
+from ..report.why import read_trace
+
+MOST = 20
+"""Rows that are listed where nothing else is said."""
+
+NAMED = 10
+"""Rows that a sentence names."""
+
+WIDEST = 100
+
+COLUMNS = (
+    *("run", "index", "source", "first_row", "last_row", "loss", "limit", "targets", "reason", "drops", "visits"),
+    *("steps", "text"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser("abr rows", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", nargs="+", help="--output_dir of a run; of several, one is listed after the other")
+    parser.add_argument(
+        "--all", action="store_true", help="rank all rows by their last loss, highest first; needs --rank_rows"
+    )
+    parser.add_argument(
+        "--limit", type=int, help=f"how many rows to show of each run; 0: all. Default: {MOST}, all as JSON or CSV"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print all fields of each row as JSON")
+    form.add_argument("--csv", action="store_true", help="print all fields of each row as CSV, under a header")
+    form.add_argument(
+        "--clean",
+        nargs=2,
+        metavar=("FILE", "OUT"),
+        help="write FILE, which was trained on, without the dropped rows to OUT; the format stays",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="let --clean replace OUT if it exists")
+    args = parser.parse_args(argv)
+    directories = [Path(run) for run in args.run]
+    with one_line_errors(ValueError, OSError):
+        if args.limit is not None and args.limit < 0:
+            raise ValueError(f"--limit must be at least 0, got {args.limit}.")
+        if args.clean and args.all:
+            raise ValueError("--clean removes the rows that were dropped: it does not go with --all.")
+        if args.overwrite and not args.clean:
+            raise ValueError("--overwrite goes with --clean FILE OUT.")
+        found = [Found.of(directory, args.all) for directory in directories]
+        if args.clean:
+            file, out = map(Path, args.clean)
+            print(*clean(directories, file, out, args.overwrite), sep="\n")
+            return []
+        limit = MOST if args.limit is None and not (args.json or args.csv) else args.limit or None
+        rows = [fields_of(each, row) for each in found for row in each.rows[:limit]]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    elif args.csv:
+        print(as_csv(rows), end="")
+    else:
+        width = min(shutil.get_terminal_size().columns, WIDEST)
+        print("\n\n".join("\n".join(each.lines(limit, width)) for each in found))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The rows of a run, worst first.
+
+    Attributes:
+        about: What to say of all of them.
+    """
+
+    directory: Path
+    rows: list[RunRow]
+    about: str
+
+    @classmethod
+    def of(cls, directory: Path, all_rows: bool) -> Found:
+        """Find the rows that a run has dropped, or all that it has seen.
+
+        Raises:
+            ValueError: The directory holds no run, or the run has judged no rows.
+        """
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is no directory.")
+        trace, losses = read_trace(directory), read_row_losses(directory)
+        dropped = broken_rows(directory)
+        if all_rows:
+            if losses is None:
+                raise ValueError(f"{directory} holds no {ROW_LOSSES_NAME}: --all needs a run with --rank_rows.")
+            rows, count = ranked_rows(losses, dropped), len(losses["visits"])
+            about = f"{len(rows):,} of {count:,} rows were seen; by their last loss, highest first"
+            return cls(directory, rows, about)
+        judged, drops = rows_judged(trace), len(read_drops(directory))
+        if not judged and not drops:
+            hint = " --all ranks its rows." if losses is not None else ""
+            raise ValueError(f"{directory} has judged no rows: it was trained without --skip_rows.{hint}")
+        share = f" ({drops / judged:.2%})" if judged else ""
+        about = f"{judged:,} rows judged in {len(trace):,} batches, {drops:,} dropped{share}"
+        if drops:
+            about += f": {len(dropped):,} different row{'s' * (len(dropped) != 1)}, worst first"
+        return cls(directory, dropped, about)
+
+    def lines(self, limit: int | None, width: int) -> Iterator[str]:
+        """Yield what is shown on a terminal of that width."""
+        yield f"{self.directory}: {self.about}"
+        for row in self.rows[:limit]:
+            yield ""
+            yield row.place
+            yield f"    {row.numbers}; {row.fate}"
+            text = printable(row.text)
+            yield from textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+        left = 0 if limit is None else len(self.rows) - limit
+        if left > 0:
+            yield ""
+            yield f"{left:,} more: --limit 0 shows all."
+
+
+def fields_of(found: Found, row: RunRow) -> dict[str, Any]:
+    """Return all that is known of a row, by name."""
+    known = dataclasses.asdict(row) | {"run": str(found.directory), "drops": len(row.steps), "steps": list(row.steps)}
+    return {name: known[name] for name in COLUMNS}
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as CSV, complete; in texts, characters that control a terminal become escapes."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        steps = " ".join(map(str, row["steps"]))
+        texts = {name: escaped(row[name]) for name in ("run", "source", "text") if row[name] is not None}
+        writer.writerow(row | texts | {"steps": steps})
+    return written.getvalue()
+
+
+# ---- Without the broken rows ----
+
+
+def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -> list[str]:
+    """Write a file without the rows that runs have dropped, and return lines that say what was done.
+
+    Raises:
+        ValueError: The file is none of theirs, or has changed; `out` is there already, or cannot be written.
+    """
+    if not file.is_file():
+        raise ValueError(f"--clean {file} {'is a directory, and must be a file' if file.is_dir() else 'is missing'}.")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--clean: {out} {'is a directory' if out.is_dir() else 'is in no directory that exists'}.")
+    if out.exists() and out.samefile(file):
+        raise ValueError(f"--clean would overwrite {file}, to which the numbers of the dropped rows refer.")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: give another name, or --overwrite.")
+    removal = rows_to_remove(directories, file)
+    from ..data.cleaning import copy_without, rows_of  # slower to import than all else here
+
+    is_newer = any(file.stat().st_mtime > begun for begun in _beginnings(directories))
+    doubtful = doubtful_row(rows_of(file, removal.texts.keys()), removal.texts) if is_newer else None
+    if doubtful is not None:
+        text = textwrap.shorten(printable(removal.texts[doubtful]), 60, placeholder=" ...")
+        raise ValueError(f"{file} has changed since: its row {doubtful:,} is not what was dropped there: {text}")
+    count = copy_without(file, out, removal.whole)
+    whole, partly = sorted(removal.whole), sorted(removal.partly)
+    lines = [f"{out}: {file.name} without {len(whole):,} of its {count:,} rows{_named(whole)}"]
+    if is_newer and not removal.texts:
+        lines.append(f"{file} was written after the run began: look whether these rows are still where they were.")
+    if partly:
+        lines.append(
+            f"{len(partly):,} row{'s' * (len(partly) != 1)} may lie in dropped blocks only in part, and stay"
+            f"{_named(partly)}. Look at them: abr rows {directories[0]}"
+        )
+    if removal.elsewhere:
+        named = ", ".join(
+            f"{count:,} of {printable(source) or 'unknown place'}" for source, count in removal.elsewhere.items()
+        )
+        lines.append(f"Dropped rows that are not of {file.name}: {named}")
+    return lines
+
+
+def _beginnings(directories: Sequence[Path]) -> Iterator[float]:
+    """Yield when each run that was started from the command line began."""
+    records = (directory / PROVENANCE for directory in directories)
+    return (record.stat().st_mtime for record in records if record.is_file())
+
+
+def _named(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return ""
+    return ": " + ", ".join(f"{number:,}" for number in numbers[:NAMED]) + (", ..." if len(numbers) > NAMED else "")

@@ -1,0 +1,232 @@
+"""Which rows a run dropped, and why: its records, and its row rule replayed over them."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, read_lines
+from ..schedulers.rows import Row, RowRule
+from .text import number, printable
+
+UNKNOWN_PLACE = "a row of unknown place"
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A row of the training set, and what a run has found out about it.
+
+    Attributes:
+        index: In the training set, before shuffling, from 0.
+        source: The file or data set that it is of.
+        first_row, last_row: Rows of the source, from 1. A block of tokens can be of several.
+        loss: In nats a target: of the worst of its drops, or the last one. None if it is not finite.
+        limit: The loss above which the rule dropped it then.
+        targets: Targets in the row.
+        reason: "outlier" or "non-finite"; None if it was never dropped.
+        steps: The batches in which it was dropped.
+        visits: How often the run passed over it.
+        text: The beginning of the row, decoded, or its first tokens.
+    """
+
+    index: int | None = None
+    source: str | None = None
+    first_row: int | None = None
+    last_row: int | None = None
+    loss: float | None = None
+    limit: float | None = None
+    targets: int | None = None
+    reason: str | None = None
+    steps: tuple[int, ...] = ()
+    visits: int | None = None
+    text: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the row comes from: its file and row, as far as the run knew it."""
+        if self.source is not None and self.first_row is not None:
+            rows = f"row {self.first_row:,}" if self.is_one_row else f"rows {self.first_row:,} to {self.last_row:,}"
+            return f"{printable(self.source)}, {rows}"
+        if self.index is not None:
+            of = f" ({printable(self.source)})" if self.source else ""
+            return f"row {self.index:,} of the training set, counted from 0{of}"
+        return UNKNOWN_PLACE if self.source is None else f"a row of {printable(self.source)}"
+
+    @property
+    def is_one_row(self) -> bool:
+        return self.last_row in (None, self.first_row)
+
+    @property
+    def numbers(self) -> str:
+        """Its loss, limit and targets, in words."""
+        parts = ["loss not finite" if self.loss is None else f"loss {number(self.loss)}"]
+        parts += [f"limit {number(self.limit)}"] if self.limit is not None else []
+        parts += [f"{self.targets:,} target{'s' * (self.targets != 1)}"] if self.targets is not None else []
+        return ", ".join(parts)
+
+    @property
+    def fate(self) -> str:
+        """How often it was dropped, and in which batches."""
+        if not self.steps:
+            return "never dropped" if self.visits is None else f"never dropped in {_visits(self.visits)}"
+        times = "once" if len(self.steps) == 1 else f"{len(self.steps):,} times"
+        often = f"in {len(self.steps):,} of {_visits(self.visits)}" if self.visits else times
+        named = ", ".join(map(str, self.steps[:5])) + (", ..." if len(self.steps) > 5 else "")
+        return f"dropped {often} (batch{'es' * (len(self.steps) > 1)} {named})"
+
+
+def _visits(count: int) -> str:
+    return f"{count:,} visit{'s' * (count != 1)}"
+
+
+# ---- Records ----
+
+
+def read_drops(directory: Path) -> list[dict[str, Any]]:
+    """Return what a run has written of each row that it dropped, each time that it did."""
+    path = directory / DROPPED_NAME
+    return list(read_lines(path)) if path.is_file() else []
+
+
+def read_row_losses(directory: Path) -> dict[str, Any] | None:
+    """Return the last `loss` of each row, `visits` and `step`, by index; None for a run without `--rank_rows`.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = directory / ROW_LOSSES_NAME
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in ("loss", "visits", "step")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: it does not hold the losses of rows.") from error
+
+
+def broken_rows(directory: Path) -> list[RunRow]:
+    """Return the rows that a run has dropped, each once, worst first.
+
+    A row whose loss is not finite is worse than all others; else that is worse which lies further above its limit.
+    """
+    drops: dict[Any, list[dict[str, Any]]] = {}
+    for drop in read_drops(directory):
+        drops.setdefault(_identity(drop), []).append(drop)
+    losses = read_row_losses(directory) if drops else None
+    found = [_row_of(of_one, losses) for of_one in drops.values()]
+    return sorted(found, key=lambda row: _badness(row.loss, row.limit), reverse=True)
+
+
+def _identity(drop: Mapping[str, Any]) -> Any:
+    """Return what tells a row from others: its index, or what it holds."""
+    return drop["index"] if drop.get("index") is not None else (drop.get("text"), *drop.get("input_ids", ()))
+
+
+def _row_of(drops: Sequence[Mapping[str, Any]], losses: Mapping[str, Any] | None) -> RunRow:
+    worst = max(drops, key=lambda drop: _badness(drop["loss"], drop.get("limit")))
+    index = worst.get("index")
+    is_known = losses is not None and index is not None and index < len(losses["visits"])
+    named = ("index", "source", "first_row", "last_row", "loss", "limit", "targets", "reason")
+    return RunRow(
+        **{name: worst.get(name) for name in named},
+        steps=tuple(drop["step"] for drop in drops),
+        visits=int(losses["visits"][index]) if losses is not None and is_known else None,
+        text=text_of(worst),
+    )
+
+
+def text_of(drop: Mapping[str, Any]) -> str:
+    """Return the text of a dropped row as it was, or its tokens if there was no tokenizer."""
+    text: str | None = drop.get("text")
+    return f"tokens {' '.join(map(str, drop.get('input_ids', ())))}" if text is None else text
+
+
+def _badness(loss: float | None, limit: float | None) -> tuple[int, float]:
+    if loss is None:
+        return 2, 0.0
+    return (0, loss) if limit is None else (1, loss - limit)
+
+
+def ranked_rows(losses: Mapping[str, Any], dropped: Iterable[RunRow], most: int | None = None) -> list[RunRow]:
+    """Return rows that a run has seen, by their last loss, highest first.
+
+    Args:
+        losses: What `read_row_losses` returns.
+        dropped: The rows that were dropped: of these the text and the place are known.
+        most: How many to return. Default: all.
+    """
+    known = {row.index: row for row in dropped}
+    level = np.where(np.isfinite(losses["loss"]), losses["loss"], np.inf)
+    level[losses["visits"] == 0] = -np.inf
+    order = np.argsort(-level, kind="stable")[: np.count_nonzero(losses["visits"])][:most]
+    return [_ranked(index, losses, known.get(index, RunRow())) for index in order.tolist()]
+
+
+def _ranked(index: int, losses: Mapping[str, Any], dropped: RunRow) -> RunRow:
+    loss = float(losses["loss"][index])
+    visits = int(losses["visits"][index])
+    return replace(dropped, index=index, loss=loss if math.isfinite(loss) else None, limit=None, visits=visits)
+
+
+def rows_judged(trace: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many rows a rule has judged, a row each time that it was passed over; 0 without a row rule."""
+    return sum(batch["rows"] if "rows" in batch else len(batch.get("row_losses", ())) for batch in trace)
+
+
+# ---- Why ----
+
+
+def explain_rows(
+    rule: RowRule | None,
+    trace: Sequence[Mapping[str, Any]],
+    batch: Mapping[str, Any],
+    drops: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Show a row rule all batches before this one, and return what it thinks of the rows that were dropped from it.
+
+    Args:
+        rule: None if it cannot be built any more.
+        drops: All that were dropped in this run.
+    """
+    own = {drop["position"]: drop for drop in drops if drop["step"] == batch["step"]}
+    lines = [f"{'rows':<24} {rows_judged([batch])} judged, {batch.get('rows_dropped', len(own))} dropped"]
+    if not own:
+        return lines
+    dropped = {(drop["step"], drop["position"]) for drop in drops}
+    if rule is not None:
+        for before in trace:
+            if before["step"] < batch["step"] and before.get("row_losses"):
+                rows = _judged(before)
+                rule.observe(rows, [(before["step"], row.position) not in dropped for row in rows])
+        lines.append(f"{'the row rule':<24} {rule!r}")
+    judged = {row.position: row for row in _judged(batch)}
+    for position, drop in sorted(own.items()):
+        lines += _explain_drop(rule, _row_of([drop], None), position, judged.get(position))
+    return lines
+
+
+def _judged(batch: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a batch that a rule was shown: those with a finite loss and targets."""
+    return [
+        Row(loss, targets, batch["step"] - 1, position)
+        for position, (loss, targets) in enumerate(batch.get("row_losses", ()))
+        if loss is not None and targets
+    ]
+
+
+def _explain_drop(rule: RowRule | None, dropped: RunRow, position: int, judged: Row | None) -> list[str]:
+    lines = [f"{f'dropped: row {position + 1}':<24} {dropped.numbers}"]
+    lines.append(f"{'  it is':<24} {dropped.place}")
+    if dropped.reason == "non-finite" or dropped.loss is None:
+        lines.append(f"{'  why':<24} its loss is not a finite number: it is dropped, whatever the rule")
+    elif rule is not None and judged is not None:
+        lines += [f"  {name:<22} {value:.6g}" for name, value in rule.evidence(judged).items()]
+        if rule.decide(judged):
+            lines.append(f"{'  it asks for':<24} training on the row: the code of the rule has changed since")
+    return [*lines, f"{'  text':<24} {printable(dropped.text)}"]
