@@ -23,7 +23,7 @@ from ..records.errors import one_line_errors
 from ..records.files import PROVENANCE, ROW_LOSSES_NAME
 from ..report.cleaning import doubtful_row, rows_to_remove
 from ..report.rows import RunRow, broken_rows, ranked_rows, read_drops, read_row_losses, rows_judged
-from ..report.text import escaped, printable
+from ..report.text import escaped, printable, shortened
 from ..report.why import read_trace
 
 MOST = 20
@@ -180,7 +180,7 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
     is_newer = any(file.stat().st_mtime > begun for begun in _beginnings(directories))
     doubtful = doubtful_row(rows_of(file, removal.texts.keys()), removal.texts) if is_newer else None
     if doubtful is not None:
-        text = textwrap.shorten(printable(removal.texts[doubtful]), 60, placeholder=" ...")
+        text = shortened(removal.texts[doubtful], 60)
         raise ValueError(f"{file} has changed since: its row {doubtful:,} is not what was dropped there: {text}")
     count = copy_without(file, out, removal.whole)
     whole, partly = sorted(removal.whole), sorted(removal.partly)

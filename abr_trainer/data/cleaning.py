@@ -73,13 +73,12 @@ def rows_of(path: Path, numbers: Collection[int]) -> dict[int, str]:
     form = format_of(str(path))
     if form.reader == "parquet":
         return {number: " ".join(map(str, row.values())) for number, row in _parquet_rows(path) if number in numbers}
-    with open_bytes(str(path)) as stream:
-        rows = (piece for is_row, piece in _pieces(form.reader, path, stream) if is_row)
-        return {
-            number: piece.encode(BYTES).decode(errors="replace")
-            for number, piece in enumerate(rows, 1)
-            if number in numbers
-        }
+    rows = (piece for is_row, piece in _pieces(path, form.reader) if is_row)
+    return {
+        number: piece.encode(BYTES).decode(errors="replace")
+        for number, piece in enumerate(rows, 1)
+        if number in numbers
+    }
 
 
 # ---- Text, JSON and tables of text ----
@@ -87,36 +86,33 @@ def rows_of(path: Path, numbers: Collection[int]) -> dict[int, str]:
 
 def _copy_text(path: Path, draft: Path, reader: str, name: str, numbers: Collection[int]) -> int:
     count = 0
-
-    def kept(pieces: Iterable[Piece]) -> Iterator[str]:
-        nonlocal count
-        for is_row, piece in pieces:
-            count += is_row
-            if not is_row or count not in numbers:
-                yield piece
-
-    with open_bytes(str(path)) as stream, _created(draft, name) as copy:
-        if _is_list(reader, path):
-            segments = list(_list_segments(path, stream))
+    with _created(draft, name) as copy:
+        if _is_list(path, reader):
+            segments = list(_list_segments(path))
             count = len(segments) - 2
             copy.write("".join(_without(segments, numbers)).encode(BYTES))
-        else:
-            for piece in kept(_pieces(reader, path, stream)):
+            return count
+        for is_row, piece in _pieces(path, reader):
+            count += is_row
+            if not is_row or count not in numbers:
                 copy.write(piece.encode(BYTES))
     return count
 
 
-def _is_list(reader: str, path: Path) -> bool:
+def _is_list(path: Path, reader: str) -> bool:
     return reader == "json" and not holds_json_lines(str(path))
 
 
-def _pieces(reader: str, path: Path, stream: IO[bytes]) -> Iterator[Piece]:
-    if _is_list(reader, path):
-        return ((True, element) for element in list(_list_segments(path, stream))[1:-1])
-    lines = io.TextIOWrapper(stream, BYTES, newline="")  # it knows the same line breaks as the reader, and keeps them
-    if reader == "csv":
-        return _records(lines, format_of(str(path)).separator)
-    return ((True, line) for line in lines)
+def _pieces(path: Path, reader: str) -> Iterator[Piece]:
+    if _is_list(path, reader):
+        yield from ((True, element) for element in list(_list_segments(path))[1:-1])
+        return
+    # With this it knows the same line breaks as the reader, and keeps them.
+    with open_bytes(str(path)) as stream, io.TextIOWrapper(stream, BYTES, newline="") as lines:
+        if reader == "csv":
+            yield from _records(lines, format_of(str(path)).separator)
+        else:
+            yield from ((True, line) for line in lines)
 
 
 def _records(lines: Iterable[str], separator: str) -> Iterator[Piece]:
@@ -153,13 +149,14 @@ def _ends_in_quotes(line: str, is_open: bool, opening: re.Pattern[str]) -> bool:
         position, is_open = closed.end(), False
 
 
-def _list_segments(path: Path, stream: IO[bytes]) -> Iterator[str]:
+def _list_segments(path: Path) -> Iterator[str]:
     """Yield what stands before a JSON list, each element with the white space around it, and what stands behind.
 
     Raises:
         ValueError: The file holds something else.
     """
-    text = stream.read().decode()
+    with open_bytes(str(path)) as stream:
+        text = stream.read().decode()
     decoder, space = json.JSONDecoder(), re.compile(r"[\ufeff \t\r\n]*")
 
     def skip(position: int) -> int:

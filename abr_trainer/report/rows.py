@@ -119,7 +119,7 @@ def broken_rows(directory: Path) -> list[RunRow]:
     for drop in read_drops(directory):
         drops.setdefault(_identity(drop), []).append(drop)
     losses = read_row_losses(directory) if drops else None
-    found = [_row_of(of_one, losses) for of_one in drops.values()]
+    found = [row_of(of_one, losses) for of_one in drops.values()]
     return sorted(found, key=lambda row: _badness(row.loss, row.limit), reverse=True)
 
 
@@ -128,7 +128,12 @@ def _identity(drop: Mapping[str, Any]) -> Any:
     return drop["index"] if drop.get("index") is not None else (drop.get("text"), *drop.get("input_ids", ()))
 
 
-def _row_of(drops: Sequence[Mapping[str, Any]], losses: Mapping[str, Any] | None) -> RunRow:
+def row_of(drops: Sequence[Mapping[str, Any]], losses: Mapping[str, Any] | None = None) -> RunRow:
+    """Return what is known of a row by what was written of it each time that it was dropped.
+
+    Args:
+        losses: What `read_row_losses` returns.
+    """
     worst = max(drops, key=lambda drop: _badness(drop["loss"], drop.get("limit")))
     index = worst.get("index")
     is_known = losses is not None and index is not None and index < len(losses["visits"])
@@ -144,7 +149,8 @@ def _row_of(drops: Sequence[Mapping[str, Any]], losses: Mapping[str, Any] | None
 def text_of(drop: Mapping[str, Any]) -> str:
     """Return the text of a dropped row as it was, or its tokens if there was no tokenizer."""
     text: str | None = drop.get("text")
-    return f"tokens {' '.join(map(str, drop.get('input_ids', ())))}" if text is None else text
+    tokens = drop.get("input_ids")
+    return text if text is not None else f"tokens {' '.join(map(str, tokens))}" if tokens else ""
 
 
 def _badness(loss: float | None, limit: float | None) -> tuple[int, float]:
@@ -207,7 +213,7 @@ def explain_rows(
         lines.append(f"{'the row rule':<24} {rule!r}")
     judged = {row.position: row for row in _judged(batch)}
     for position, drop in sorted(own.items()):
-        lines += _explain_drop(rule, _row_of([drop], None), position, judged.get(position))
+        lines += _explain_drop(rule, row_of([drop]), position, judged.get(position))
     return lines
 
 

@@ -59,6 +59,16 @@ def printable(text: str) -> str:
     return escaped(" ⏎ ".join(lines)).strip()
 
 
+def shortened(text: str, width: int) -> str:
+    """Return the beginning of a text from a data set on one line, escaped.
+
+    >>> shortened("one two three", 10), shortened("one two", 10)
+    ('one two...', 'one two')
+    """
+    line = printable(text)
+    return line if len(line) <= width else line[: width - 3].rstrip() + "..."
+
+
 def spans(text: str) -> list[tuple[bool, str]]:
     """Split into `(is code, text)`: what stands between two backticks is code. White space is collapsed.
 

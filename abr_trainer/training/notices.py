@@ -1,0 +1,109 @@
+"""What a run says of dropped rows and skipped batches: a line for each of the first, then one for each hundred."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..records.commands import command, pasted
+from ..report.rows import row_of
+from ..report.text import number, shortened
+from ..schedulers.base import NO_TARGETS
+
+FIRST = 5
+"""Rows, and batches, that get a line each."""
+
+EVERY = 100
+"""After these there is one line for each so many."""
+
+EXCERPT = 60
+"""Characters of a text."""
+
+MORE_THAN_HALF = "rows"
+"""The reason of a batch that is skipped because more than half of its rows are dropped."""
+
+
+@dataclass
+class Notices:
+    """Which lines to say. Rows and batches are counted apart, so that many of one do not hide the first of the other.
+
+    Attributes:
+        rows: Rows dropped so far.
+        batches: Batches skipped so far.
+    """
+
+    rows: int = 0
+    batches: int = 0
+
+    def note_rows(self, directory: Path, step: int, dropped: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Count the rows that were dropped from a batch, and return what to say of them.
+
+        Args:
+            directory: Where the trace of the run is.
+            dropped: What `_dropped_rows.jsonl` says of them.
+        """
+        lines = []
+        for drop in dropped:
+            self.rows += 1
+            if self.rows <= FIRST:
+                row = row_of([drop])
+                said = f"{row.place}; {row.numbers}{_excerpt(row.text)}"
+                lines.append(f"Dropped from batch {step}: {said}. {_why(directory, step)}")
+            lines += self._summary(self.rows, f"rows dropped so far, the last from batch {step}", "rows", directory)
+        return lines
+
+    def note_batch(
+        self, directory: Path, step: int, reason: str, loss: float, limit: float | None = None, text: str | None = None
+    ) -> list[str]:
+        """Count a skipped batch, and return what to say of it.
+
+        Args:
+            reason: Why, as in the trace.
+            limit: The loss above which the rule skips, if it has one.
+            text: The beginning of its rows.
+        """
+        self.batches += 1
+        lines = []
+        if self.batches <= FIRST:
+            said = _why_skipped(reason, loss, limit)
+            excerpt = "" if text is None else _excerpt(text)
+            lines.append(f"Batch {step} is skipped: {said}{excerpt}. {_why(directory, step)}")
+        return lines + self._summary(self.batches, f"batches skipped so far, the last is {step}", "report", directory)
+
+    @staticmethod
+    def _summary(count: int, what: str, verb: str, directory: Path) -> list[str]:
+        if count == FIRST + 1:
+            return [f"From here on, one line for each {EVERY} {what.partition(' so far')[0]}."]
+        return [f"{count:,} {what}. {_command(verb, directory)}"] if count % EVERY == 0 else []
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts, for a checkpoint: a resumed run goes on counting."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.rows, self.batches = state.get("rows", 0), state.get("batches", 0)
+
+
+def _why_skipped(reason: str, loss: float, limit: float | None) -> str:
+    if reason == NO_TARGETS:
+        return "it has no targets (labels other than -100)"
+    if reason == MORE_THAN_HALF:
+        return "more than half of its rows are dropped"
+    if not math.isfinite(loss):
+        return f"its loss is {loss}"
+    return f"loss {number(loss)}" + (f", limit {number(limit)}" if limit is not None else "") + f" ({reason})"
+
+
+def _excerpt(text: str) -> str:
+    return f'; "{shortened(text, EXCERPT)}"' if text.strip() else ""
+
+
+def _why(directory: Path, step: int) -> str:
+    return _command("why", directory, str(step))
+
+
+def _command(verb: str, directory: Path, *more: str) -> str:
+    return pasted(command(verb, [str(directory), *more]))
