@@ -175,10 +175,10 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: give another name, or --overwrite.")
     removal = rows_to_remove(directories, file)
-    from ..data.cleaning import copy_without, rows_of  # slower to import than all else here
+    from ..data.cleaning import copy_without, texts_in  # slower to import than all else here
 
     is_newer = any(file.stat().st_mtime > begun for begun in _beginnings(directories))
-    doubtful = doubtful_row(rows_of(file, removal.texts.keys()), removal.texts) if is_newer else None
+    doubtful = doubtful_row(texts_in(file, removal.texts.keys()), removal.texts) if is_newer else None
     if doubtful is not None:
         text = shortened(removal.texts[doubtful], 60)
         raise ValueError(f"{file} has changed since: its row {doubtful:,} is not what was dropped there: {text}")

@@ -68,17 +68,24 @@ def _member(path: Path, out: Path) -> str:
     return member_of(str(path)) if zipfile.is_zipfile(path) else out.stem
 
 
-def rows_of(path: Path, numbers: Collection[int]) -> dict[int, str]:
-    """Return these rows of a file as they stand there, by number, as far as it has them."""
+def texts_in(path: Path, numbers: Collection[int]) -> dict[int, str]:
+    """Return what stands in these rows of a file, by number, as far as it has them."""
     form = format_of(str(path))
     if form.reader == "parquet":
         return {number: " ".join(map(str, row.values())) for number, row in _parquet_rows(path) if number in numbers}
     rows = (piece for is_row, piece in _pieces(path, form.reader) if is_row)
-    return {
-        number: piece.encode(BYTES).decode(errors="replace")
-        for number, piece in enumerate(rows, 1)
-        if number in numbers
-    }
+    found = {number: piece for number, piece in enumerate(rows, 1) if number in numbers}
+    unescaped = _unescaped if form.reader == "json" else str
+    return {number: unescaped(piece.encode(BYTES).decode(errors="replace")) for number, piece in found.items()}
+
+
+def _unescaped(text: str) -> str:
+    """Return JSON with the letters that it stands for, and spaces for line breaks; as it is if it is none."""
+    try:
+        written = json.dumps(json.loads(text), ensure_ascii=False)
+    except ValueError:
+        return text
+    return re.sub(r"\\[nrtbf]", " ", written)
 
 
 # ---- Text, JSON and tables of text ----

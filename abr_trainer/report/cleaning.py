@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,8 +17,6 @@ from .text import printable
 
 INPUTS = ("train_file", "primer_file", "dataset_name", "dataset_mix")
 """Flags that name what a run reads rows from."""
-
-WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 @dataclass
@@ -131,15 +130,20 @@ def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], set[int]]:
 def doubtful_row(rows: Mapping[int, str], texts: Mapping[int, str]) -> int | None:
     """Return the first row of a file that does not hold what a run has read there; None if all do.
 
-    A tokenizer may change case and spaces, so words are compared; a text without words is not.
+    A tokenizer may change case and spaces, and a template adds to a text: so pairs of words are compared, and two in
+    three must be there.
 
     Args:
         rows: As they stand in the file, by number.
         texts: As the run has decoded them.
     """
     for number, text in sorted(texts.items()):
-        words = WORD.findall(text.casefold())[:-1]  # the last may have been cut
-        row = rows.get(number, "").casefold()
-        if len(words) >= 3 and 2 * sum(word in row for word in words) < len(words):
+        of_run, of_file = _pairs(text), _pairs(rows.get(number, ""))
+        if len(of_run) >= 3 and 3 * len(of_run & of_file) < 2 * len(of_run):
             return number
     return None
+
+
+def _pairs(text: str) -> set[tuple[str, str]]:
+    words = re.findall(r"\w+", text.casefold())
+    return set(itertools.pairwise(words))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from abr_trainer.data.cleaning import copy_without, rows_of
+from abr_trainer.data.cleaning import copy_without, texts_in
 from abr_trainer.data.readers import open_bytes, read_cells, read_files
 
 BREAKS = "one\r\ntwo\rthree\n\n  \nsix é\u2028 and \x85 go on"
@@ -111,7 +111,7 @@ def test_parquet_keeps_its_types_its_row_groups_and_its_compression(tmp_path):
     assert after.num_row_groups == before.num_row_groups == 3
     kinds = [[file.metadata.row_group(0).column(i).compression for i in (0, 1)] for file in (before, after)]
     assert kinds == [["ZSTD", "UNCOMPRESSED"]] * 2
-    assert rows_of(path, {4, 9}) == {4: "d [4, 5]"}
+    assert texts_in(path, {4, 9}) == {4: "d [4, 5]"}
 
 
 def test_the_name_of_the_copy_says_how_it_is_compressed(tmp_path):
@@ -146,7 +146,9 @@ def test_what_cannot_be_copied_is_refused_and_leaves_nothing_behind(tmp_path, na
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_rows_are_shown_as_they_stand_in_the_file(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text('text\none\n"two\nlines é"\n')
-    assert rows_of(path, {2, 3}) == {2: '"two\nlines é"\n'}
+def test_what_stands_in_rows_is_found_by_their_numbers(tmp_path):
+    table, lines = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
+    table.write_text('text\none\n"two\nlines é"\n')
+    assert texts_in(table, {2, 3}) == {2: '"two\nlines é"\n'}
+    lines.write_text('{}\n{"text": "caf\\u00e9\\nau lait"}\nno JSON\n')
+    assert texts_in(lines, {2, 3}) == {2: '{"text": "café au lait"}', 3: "no JSON\n"}

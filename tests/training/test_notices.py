@@ -19,7 +19,7 @@ def test_each_of_the_first_five_rows_gets_a_line_then_every_hundred():
     said = {i: notices.note_rows(RUN, i, [DROP | {"text": TEXT}]) for i in range(1, 301)}
     assert said[1] == [
         "Dropped from batch 1: notes.jsonl, row 12; loss 9.312, limit 6.02, 127 targets; "
-        r"'qx zzv\\x1b[31m w ⏎ kk abc abc abc abc abc abc abc abc...'. "
+        r'"qx zzv\x1b[31m w ⏎ kk abc abc abc abc abc abc abc abc abc...". '
         "abr why 'runs/my notes' 1"
     ]
     assert [i for i, lines in said.items() if lines] == [1, 2, 3, 4, 5, 6, 100, 200, 300]

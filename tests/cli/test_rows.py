@@ -1,0 +1,267 @@
+"""`abr rows`: the broken rows of runs on a terminal and as data, and files without them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from abr_trainer.cli import rows
+from abr_trainer.cli.main import main
+from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
+
+NOTES = [{"text": f"the {word} of number {i} lies here in peace"} for i, word in enumerate(["fox", "bird", "cat"] * 4)]
+
+
+def text_of(index):
+    return NOTES[index]["text"]
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A file of twelve rows, older than any run."""
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in NOTES))
+    os.utime(path, (1e9, 1e9))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has dropped rows 3 and 8 of it, one of them twice."""
+    drops = [drop(1, 0, 2, 5.0, text_of(2)), drop(2, 1, 7, None, text_of(7)), drop(4, 0, 2, 4.0, text_of(2))]
+    return write_run(tmp_path / "run", drops)
+
+
+def record(run, *argv, **arguments):
+    (run / "run.json").write_text(json.dumps({"argv": ["abr", *argv], "arguments": arguments}))
+
+
+def lines_of(capsys, *argv):
+    rows.main([str(each) for each in argv])
+    return capsys.readouterr().out.splitlines()
+
+
+def refusal(*argv):
+    with pytest.raises(SystemExit) as caught:
+        rows.main([str(each) for each in argv])
+    message = str(caught.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def test_the_rows_of_a_run_are_listed_worst_first(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert lines_of(capsys, run) == [
+        f"{run}: 24 rows judged in 6 batches, 3 dropped (12.50%): 2 different rows, worst first",
+        "",
+        "notes.jsonl, row 8",
+        "    loss not finite, 12 targets; dropped once (batch 2)",
+        "    the bird of number 7 lies here in",
+        "    peace",
+        "",
+        "notes.jsonl, row 3",
+        "    loss 5, limit 3, 12 targets; dropped 2 times (batches 1, 4)",
+        "    the cat of number 2 lies here in",
+        "    peace",
+    ]
+    assert lines_of(capsys, run, "--limit", "1")[-1] == "1 more: --limit 0 shows all."
+
+
+def test_json_and_csv_have_all_fields_of_all_rows(tmp_path, capsys):
+    drops = [drop(1, i, i, 5.0 + i, HOSTILE_TEXT + str(i)) for i in range(30)]
+    run = write_run(tmp_path, drops, rows=100)
+    rows.main([str(run), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["index"] for row in found] == list(range(29, -1, -1))
+    assert found[0]["text"] == HOSTILE_TEXT + "29"
+    assert found[0]["steps"] == [1]
+    rows.main([str(run), "--csv", "--limit", "2"])
+    shown = capsys.readouterr().out
+    table = list(csv.DictReader(io.StringIO(shown)))
+    assert [(row["first_row"], row["drops"], row["loss"]) for row in table] == [
+        ("30", "1", "34.0"),
+        ("29", "1", "33.0"),
+    ]
+    assert table[0].keys() == found[0].keys()
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
+
+
+def test_nothing_of_a_text_reaches_the_terminal_as_code(tmp_path, capsys):
+    run = write_run(tmp_path, [drop(1, 0, 0, 5.0, HOSTILE_TEXT, source="a\x1b[2J.txt")])
+    assert all(line.isprintable() for line in lines_of(capsys, run))
+
+
+def test_several_runs_are_listed_one_after_the_other(run, tmp_path, capsys):
+    other = write_run(tmp_path / "other", [])
+    shown = lines_of(capsys, run, other)
+    assert shown[-1] == f"{other}: 24 rows judged in 6 batches, 0 dropped (0.00%)"
+    rows.main([str(run), str(other), str(run), "--json"])
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == [str(run)] * 4
+
+
+def test_all_rows_of_a_run_that_ranked_them(run, capsys):
+    assert "--all needs a run with --rank_rows" in refusal(run, "--all")
+    write_losses(run, [2.0, 1.0, 5.0, 0.0], [1, 1, 2, 0])
+    shown = lines_of(capsys, run, "--all", "--limit", "2")
+    assert shown[0] == f"{run}: 3 of 4 rows were seen; by their last loss, highest first"
+    assert "    loss 5, 12 targets; dropped in 2 of 2 visits (batches 1, 4)" in shown
+    assert "row 0 of the training set, counted from 0" in shown
+    assert shown[-1] == "1 more: --limit 0 shows all."
+
+
+def test_it_needs_neither_torch_nor_transformers(run, notes, tmp_path):
+    code = "import sys; from abr_trainer.cli.main import main; main(['rows', sys.argv[1], '--limit', '1']);"
+    code += "main(['rows', sys.argv[1], '--clean', *sys.argv[2:]]);"
+    code += "print({'torch', 'transformers'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code, str(run), str(notes), str(tmp_path / "clean.jsonl")]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert told.endswith("\nset()\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "nowhere is no directory"),
+        (["."], "holds no run"),
+        (["run", "--limit", "-1"], "--limit must be at least 0, got -1"),
+        (["run", "--all", "--clean", "a", "b"], "does not go with --all"),
+        (["run", "--overwrite"], "--overwrite goes with --clean"),
+        (["run", "--clean", "missing.jsonl", "out.jsonl"], "--clean missing.jsonl is missing"),
+        (["run", "--clean", "run", "out.jsonl"], "--clean run is a directory"),
+        (["run", "--clean", "notes.jsonl", "no/out.jsonl"], "no/out.jsonl is in no directory that exists"),
+        (["run", "--clean", "notes.jsonl", "run"], "run is a directory"),
+        (["run", "--clean", "notes.jsonl", "notes.jsonl"], "would overwrite notes.jsonl"),
+        (["run", "--clean", "notes.jsonl", "notes.jsonl", "--overwrite"], "would overwrite notes.jsonl"),
+        (["run", "--clean", "notes.jsonl", "there.jsonl"], "there.jsonl exists: give another name, or --overwrite"),
+        (["run", "--clean", "there.jsonl", "out.jsonl"], "there.jsonl is none of the sources of run. They are notes"),
+        (["run", "--clean", "notes.jsonl", "out.csv"], "out.csv must be named as notes.jsonl is, .jsonl"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run, notes, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.jsonl").write_text("{}\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert message in refusal(*argv)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_run_without_a_row_rule_is_told(run):
+    trace = [json.loads(line) for line in (run / "abr_trace.jsonl").read_text().splitlines()]
+    (run / "abr_trace.jsonl").write_text("".join(json.dumps({**line, "row_losses": []}) + "\n" for line in trace[4:]))
+    (run / "_dropped_rows.jsonl").unlink()
+    assert "it was trained without --skip_rows." in refusal(run)
+
+
+# ---- Files without the broken rows ----
+
+
+def test_a_file_is_written_without_the_rows_that_were_dropped(run, notes, tmp_path, capsys):
+    out = tmp_path / "clean.jsonl"
+    main(["rows", str(run), "--clean", str(notes), str(out)])
+    assert capsys.readouterr().out == f"{out}: notes.jsonl without 2 of its 12 rows: 3, 8\n"
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        row for i, row in enumerate(NOTES) if i not in (2, 7)
+    ]
+    out.write_text("of somebody else")
+    rows.main([str(run), "--clean", str(notes), str(out), "--overwrite"])
+    assert len(out.read_text().splitlines()) == 10
+
+
+def test_what_several_runs_have_dropped_is_removed_at_once(run, notes, tmp_path, capsys):
+    other = write_run(tmp_path / "other", [drop(1, 0, 4, 9.0, text_of(4)), drop(2, 0, 2, 9.0, text_of(2))])
+    assert "rows: 3, 5, 8" in lines_of(capsys, run, other, "--clean", notes, tmp_path / "clean.jsonl")[0]
+
+
+def test_rows_of_other_files_stay(run, notes, tmp_path, capsys):
+    drops = [drop(1, 0, 4, 9.0, text_of(4)), drop(1, 1, 4, 9.0, "x", source="more.csv", index=99)]
+    drops += [drop(1, 2, 5, 9.0, "y", source=..., first_row=..., last_row=...)]
+    mixed = write_run(tmp_path / "mixed", drops)
+    assert lines_of(capsys, mixed, "--clean", notes, tmp_path / "clean.jsonl")[1:] == [
+        "Dropped rows that are not of notes.jsonl: 1 of more.csv, 1 of unknown place"
+    ]
+
+
+def test_a_file_that_was_trained_on_and_had_nothing_dropped_is_copied(run, notes, tmp_path, capsys):
+    good = write_run(tmp_path / "good", [])
+    assert "is none of the sources" in refusal(good, "--clean", notes, tmp_path / "clean.jsonl")
+    record(good, "sft", train_file="somewhere/notes.jsonl")
+    shown = lines_of(capsys, good, "--clean", notes, tmp_path / "clean.jsonl")
+    assert shown == [f"{tmp_path / 'clean.jsonl'}: notes.jsonl without 0 of its 12 rows"]
+    assert (tmp_path / "clean.jsonl").read_bytes() == notes.read_bytes()
+    record(good, "sft", dataset_mix="more.csv=0.5,other/notes.jsonl=0.5")
+    rows.main([str(good), "--clean", str(notes), str(tmp_path / "again.jsonl")])
+
+
+def test_of_two_files_of_one_name_the_one_that_is_given_is_cleaned(notes, tmp_path, capsys):
+    other = tmp_path / "b" / "notes.jsonl"
+    other.parent.mkdir()
+    other.write_text('{"text": "x"}\n' * 3)
+    named = [str(notes), str(other)]
+    run = write_run(tmp_path / "run", [drop(1, i, i, 5.0, "x", source=named[i]) for i in (0, 1)])
+    assert "without 1 of its 12 rows: 1" in lines_of(capsys, run, "--clean", notes, tmp_path / "out.jsonl")[0]
+    assert "without 1 of its 3 rows: 2" in lines_of(capsys, run, "--clean", other, tmp_path / "b" / "out.jsonl")[0]
+    third = tmp_path / "c" / "notes.jsonl"
+    third.parent.mkdir()
+    third.write_bytes(other.read_bytes())
+    assert "has read several files notes.jsonl" in refusal(run, "--clean", third, tmp_path / "c" / "out.jsonl")
+
+
+def test_a_file_that_has_changed_since_is_refused(run, notes, tmp_path):
+    record(run, "sft")
+    whole = notes.read_text().splitlines(keepends=True)
+    notes.write_text("".join(whole[:5]))
+    assert "notes.jsonl has changed since: its row 8 is not what" in refusal(
+        run, "--clean", notes, tmp_path / "o.jsonl"
+    )
+    os.utime(notes, (1e9, 1e9))
+    assert "has 5 rows, and row 8 was dropped" in refusal(run, "--clean", notes, tmp_path / "o.jsonl")
+    notes.write_text("".join(whole[1:]) + "{}\n" * 3)
+    os.utime(notes, (3e9, 3e9))
+    message = refusal(run, "--clean", notes, tmp_path / "o.jsonl")
+    assert "notes.jsonl has changed since: its row 3 is not what was dropped there: the cat of number 2" in message
+    assert not (tmp_path / "o.jsonl").exists()
+    notes.write_text("".join(whole))
+    rows.main([str(run), "--clean", str(notes), str(tmp_path / "o.jsonl")])
+
+
+def blocks(*spans, first=0):
+    """Drops of blocks of those rows; the next index for each, None for a gap."""
+    return [
+        drop(1, i, first + i, 5.0, "x", first_row=span[0], last_row=span[1]) for i, span in enumerate(spans) if span
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spans", "removed", "partly"),
+    [
+        ([(2, 5)], {3, 4}, {2, 5}),
+        ([(2, 4), (4, 6)], {3, 4, 5}, {2, 6}),
+        ([(2, 4), (5, 6)], {3, 4, 5}, {2, 6}),
+        ([(2, 4), None, (4, 6)], {3, 5}, {2, 4, 6}),
+        ([(2, 2), (2, 2), (2, 3)], set(), {2, 3}),
+        ([(2, 3), (3, 3), (3, 4)], {3}, {2, 4}),
+        ([(7, 9), (2, 4)], {3, 8}, {2, 4, 7, 9}),
+        ([(4, 4)], set(), {4}),
+    ],
+)
+def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_path, capsys, spans, removed, partly):
+    run = write_run(tmp_path / "run", blocks(*spans, first=40))
+    record(run, "train", train_file=str(notes))
+    os.utime(notes, (1e9, 1e9))
+    first, *more = lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")
+    named = f": {', '.join(map(str, sorted(removed)))}" if removed else ""
+    assert first.endswith(f"notes.jsonl without {len(removed)} of its 12 rows{named}")
+    assert more[0].startswith(f"{len(partly)} row")
+    assert f"stay: {', '.join(map(str, sorted(partly)))}. Look" in more[0]
+
+
+def test_blocks_are_told_from_rows_without_a_command_as_well(notes, tmp_path, capsys):
+    run = write_run(tmp_path / "run", [*blocks((2, 2)), *blocks((5, 7), first=30)])
+    assert "without 1 of its 12 rows: 6" in lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")[0]

@@ -1,0 +1,205 @@
+"""The rows that a run dropped: which they are, how bad, and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from abr_trainer.report.figure import Excerpts
+from abr_trainer.report.markdown import render_markdown
+from abr_trainer.report.of_run import report_on_run
+from abr_trainer.report.page import render_page
+from abr_trainer.report.rows import broken_rows, explain_rows, ranked_rows, read_drops, read_row_losses
+from abr_trainer.report.why import explain_batch, read_trace
+from abr_trainer.schedulers.rows import RowRule
+from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
+from tests.report.test_rendering import Page
+
+
+@dataclass
+class AboveTheMean(RowRule):
+    """Drop rows whose loss is more than a nat above the mean of those that were kept."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def decide(self, row):
+        return row.loss <= self.evidence(row)["limit"]
+
+    def evidence(self, row):
+        mean = self.total / self.count if self.count else 5.0
+        return {"rows seen": self.count, "mean": mean, "limit": mean + 1}
+
+    def observe(self, rows, kept):
+        losses = [row.loss for row, is_kept in zip(rows, kept, strict=True) if is_kept]
+        self.total += sum(losses)
+        self.count += len(losses)
+
+
+def test_rows_come_worst_first_and_each_once(tmp_path):
+    drops = [
+        drop(1, 0, 7, 3.5, "a"),
+        drop(1, 1, 8, 9.0, "b", limit=8.0),
+        drop(2, 0, 9, None, "c"),
+        drop(4, 3, 7, 6.0, "a"),
+        drop(5, 0, 4, 8.0, "d", limit=...),
+    ]
+    rows = broken_rows(write_run(tmp_path, drops))
+    assert [(row.index, row.loss, row.steps) for row in rows] == [
+        (9, None, (2,)),
+        (7, 6.0, (1, 4)),  # 3 nats above its limit
+        (8, 9.0, (1,)),  # 1 nat
+        (4, 8.0, (5,)),  # it had none
+    ]
+    assert rows[1].place == "notes.jsonl, row 8"
+    assert rows[1].numbers == "loss 6, limit 3, 12 targets"
+    assert rows[1].fate == "dropped 2 times (batches 1, 4)"
+
+
+def test_visits_are_told_where_all_rows_were_ranked(tmp_path):
+    run = write_run(tmp_path, [drop(1, 0, 1, 5.0, "a"), drop(3, 0, 1, 6.0, "a"), drop(3, 1, 9, 7.0, "b")])
+    write_losses(run, [1.0, 6.0, 2.0], [3, 3, 2])
+    far, near = broken_rows(run)
+    assert near.fate == "dropped in 2 of 3 visits (batches 1, 3)"
+    assert far.fate == "dropped once (batch 3)", "it is not among the rows that were ranked"
+
+
+@pytest.mark.parametrize(
+    ("more", "place"),
+    [
+        ({"first_row": 1200, "last_row": 1214}, "notes.jsonl, rows 1,200 to 1,214"),
+        ({"source": ..., "first_row": ..., "last_row": ...}, "row 1,817 of the training set, counted from 0"),
+        ({"source": ..., "first_row": ..., "last_row": ..., "index": ...}, "a row of unknown place"),
+        ({"source": "\x1b[2Jevil\n.txt"}, "\\x1b[2Jevil ⏎ .txt, row 1,818"),
+    ],
+)
+def test_a_place_is_as_exact_as_it_is_known(tmp_path, more, place):
+    (row,) = broken_rows(write_run(tmp_path, [drop(1, 0, 1817, 5.0, "a", **more)]))
+    assert row.place == place
+
+
+def test_rows_without_an_index_are_told_apart_by_what_they_hold(tmp_path):
+    drops = [drop(step, 0, 1, 5.0, text, index=...) for step, text in ((1, "a"), (2, "b"), (3, "a"))]
+    drops += [drop(4, 0, 1, 4.0, ..., index=..., input_ids=ids) for ids in ([1, 2], [1, 3])]
+    rows = broken_rows(write_run(tmp_path, drops))
+    assert [row.text for row in rows] == ["a", "b", "tokens 1 2", "tokens 1 3"]
+    assert rows[0].steps == (1, 3)
+
+
+def test_all_rows_are_ranked_by_their_last_loss(tmp_path):
+    run = write_run(tmp_path, [drop(1, 0, 3, 5.0, "broken")])
+    write_losses(run, [2.0, float("nan"), 1.5, 6.0, float("nan"), 2.5], [1, 2, 1, 2, 0, 1])
+    ranked = ranked_rows(read_row_losses(run), broken_rows(run))
+    assert [(row.index, row.loss) for row in ranked] == [(1, None), (3, 6.0), (5, 2.5), (0, 2.0), (2, 1.5)]
+    assert ranked[1].text == "broken"
+    assert ranked[1].fate == "dropped in 1 of 2 visits (batch 1)"
+    assert ranked[2].fate == "never dropped in 1 visit"
+    assert len(ranked_rows(read_row_losses(run), [], most=2)) == 2
+
+
+def test_a_damaged_file_of_losses_is_told(tmp_path):
+    run = write_run(tmp_path, [])
+    write_losses(run, [2.0], [1])
+    path = run / "_row_losses.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="_row_losses.npz is damaged"):
+        read_row_losses(run)
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_left_out(tmp_path):
+    run = write_run(tmp_path, [drop(1, 0, 3, 5.0, "broken")])
+    with (run / "_dropped_rows.jsonl").open("a") as file:
+        file.write('{"step": 2, "posi')
+    assert len(read_drops(run)) == 1
+
+
+# ---- Why ----
+
+
+def test_the_rule_is_shown_all_batches_before_and_asked_for_its_numbers(tmp_path):
+    # Of the first batch [2, 2, 2, 9] the 9 is dropped: a mean of 2. The second has [2, 5, not finite, no targets].
+    drops = [drop(1, 3, 30, 9.0, "x"), drop(2, 1, 31, 5.0, "y"), drop(2, 2, 32, None, "z")]
+    run = write_run(tmp_path, drops)
+    trace = read_trace(run)
+    trace[1]["row_losses"][3] = [None, 0]
+    lines = explain_rows(AboveTheMean(), trace, trace[1], drops)
+    text = "\n".join(lines)
+    assert lines[0] == f"{'rows':<24} 4 judged, 2 dropped"
+    assert re.search(r"dropped: row 2 +loss 5, limit 3, 12 targets\n +it is +notes.jsonl, row 32\n", text)
+    assert re.search(r"rows seen +3\n +mean +2\n +limit +3\n +text +y\n", text)
+    assert re.search(r"dropped: row 3 +loss not finite.*\n.*row 33\n +why +its loss is not a finite number", text)
+    assert "has changed since" not in text
+    third = explain_rows(AboveTheMean(), trace, trace[2], drops)
+    assert third == [f"{'rows':<24} 4 judged, 0 dropped"]
+
+
+def test_a_rule_that_decides_otherwise_now_is_told(tmp_path):
+    drops = [drop(1, 0, 1, 4.0, "x")]
+    trace = read_trace(write_run(tmp_path, drops))
+    assert "the code of the rule has changed since" in "\n".join(explain_rows(AboveTheMean(), trace, trace[0], drops))
+
+
+def test_a_batch_skipped_for_its_rows_is_explained_in_a_sentence(tmp_path):
+    run = write_run(tmp_path, [drop(2, i, i, 5.0 + i, HOSTILE_TEXT) for i in range(3)])
+    text = "\n".join(explain_batch(run, 2))
+    assert text.startswith("Batch 2 was skipped.")
+    assert "more than half of its rows were dropped, so it was skipped as a whole" in text
+    assert f"{'rows':<24} 4 judged, 3 dropped" in text
+    assert all(line.isprintable() for line in text.split("\n")), "no control characters"
+
+
+# ---- The report ----
+
+
+def section(report):
+    return next(each for each in report.sections if each.heading.startswith("Broken rows"))
+
+
+def test_the_report_shows_ten_rows_and_folds_the_others(tmp_path):
+    run = write_run(tmp_path, [drop(i % 6 + 1, i // 6, i, 5.0 + i, f"text {i} " + "word " * 90) for i in range(13)])
+    report = report_on_run(run)
+    assert section(report).heading == "Broken rows (13)"
+    assert "24 rows were judged, 13 of them dropped (54.17%)." in report.lead
+    page = Page(render_page(report))
+    texts = [text for tag, attributes, text in page.elements if attributes.get("class") == "excerpt"]
+    assert ["".join(text).split()[:2] for text in texts] == [["text", str(i)] for i in range(12, -1, -1)]
+    assert all("".join(text).count("word") == 90 for text in texts), "nothing is cut off"
+    assert "3 more" in page.texts("summary")
+    markdown = render_markdown(report)
+    assert markdown.index("text 3") < markdown.index("<summary>3 more</summary>") < markdown.index("text 2 ")
+    assert markdown.count("word word") * 2 <= 13 * 90 == markdown.count("word")
+
+
+def test_very_many_rows_are_not_all_on_the_page(tmp_path):
+    run = write_run(tmp_path, [drop(1, i, i, 5.0 + i, "x") for i in range(250)], batches=1, rows=600)
+    *_, excerpts = section(report_on_run(run)).blocks
+    assert isinstance(excerpts, Excerpts)
+    assert len(excerpts.items) == 200
+    assert "The worst 200 of 250." in section(report_on_run(run)).blocks
+
+
+def test_a_run_whose_rows_were_not_judged_has_no_such_section(tmp_path):
+    run = write_run(tmp_path, [])
+    assert section(report_on_run(run)).blocks == ("24 rows were judged, 0 of them dropped (0.00%).",)
+    lines = (run / "abr_trace.jsonl").read_text()
+    (run / "abr_trace.jsonl").write_text(re.sub(r', "row_losses": \[\[.*?\]\]', "", lines))
+    assert not [each for each in report_on_run(run).sections if each.heading.startswith("Broken rows")]
+
+
+def test_no_text_of_a_data_set_becomes_markup(tmp_path):
+    hostile = [drop(1, i, i, 5.0, HOSTILE_TEXT, source=f"<i>`|.jsonl{i}") for i in range(2)]
+    report = report_on_run(write_run(tmp_path, hostile))
+    page = Page(render_page(report))
+    assert len(page.texts("script")) == 4
+    assert page.texts("b", "i") == []
+    (shown, _) = ["".join(text) for _, attributes, text in page.elements if attributes.get("class") == "excerpt"]
+    assert shown.startswith("</script><b>bold</b> `tick` ``` |")
+    assert "\\x1b[31mred\\x1b]0;title\\x07 \\u202eback ⏎ # head" in shown
+    markdown = render_markdown(report)
+    assert "\x1b" not in markdown + "".join(shown)
+    assert "\u202e" not in markdown + "".join(shown)
+    outside = re.sub(r"^(````+)text\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    assert "bold" not in outside, "texts stand in fences that are longer than any in them"
+    assert not re.search(r"(?<!\\)<(?!/?details|/?summary)", outside)
