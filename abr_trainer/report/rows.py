@@ -182,7 +182,7 @@ def _ranked(index: int, losses: Mapping[str, Any], dropped: RunRow) -> RunRow:
 
 def rows_judged(trace: Iterable[Mapping[str, Any]]) -> int:
     """Return how many rows a rule has judged, a row each time that it was passed over; 0 without a row rule."""
-    return sum(batch["rows"] if "rows" in batch else len(batch.get("row_losses", ())) for batch in trace)
+    return sum(targets > 0 for batch in trace for _, targets in batch.get("row_losses", ()))
 
 
 # ---- Why ----

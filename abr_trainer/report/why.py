@@ -13,14 +13,14 @@ from tokenizers import Tokenizer
 
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
 from ..schedulers import Observation, Outcome, RepeatScheduler, build_rule
-from ..schedulers.base import NO_TARGETS
+from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.registry import build_row_rule
 from .rows import explain_rows, read_drops
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
     NO_TARGETS: "the batch has no label other than -100 to train on: no update is made on it, whatever the rule",
-    "rows": "more than half of its rows were dropped, so it was skipped as a whole, whatever the rule",
+    TOO_FEW_ROWS: "more than half of its rows were dropped, so it was skipped as a whole, whatever the rule",
     "primer": "the first --primer_batches batches are trained on once each, whatever the rule",
 }
 

@@ -187,7 +187,3 @@ def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
     return value
-
-
-def build_row_rule(settings: Mapping[str, Any]) -> Any:  # PROVISIONAL
-    return None

@@ -14,7 +14,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..perplexity.windows import perplexity_of
-from ..records.files import DROPPED_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
+from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
 from ..schedulers import Outcome
 from .dropping import BatchRows, DroppedRow
 from .ledger import ComputeLedger
@@ -275,8 +275,14 @@ def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
     """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates."""
     if not ledger.batches:
         return []
+    listed = f": abr rows {shlex.quote(str(output_dir))}"
+    share = (
+        f"{ledger.rows:,} judged, {ledger.rows_dropped:,} dropped ({ledger.rows_dropped / max(ledger.rows, 1):.2%})"
+    )
     return [
         f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
+        *([f"rows        {share}{listed if ledger.rows_dropped else ''}"] if ledger.rows else []),
+        *([f"all rows{listed} --all"] if (output_dir / ROW_LOSSES_NAME).is_file() else []),
         f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
         f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
         f"model       {output_dir}",

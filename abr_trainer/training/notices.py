@@ -11,7 +11,7 @@ from typing import Any
 from ..records.commands import command, pasted
 from ..report.rows import row_of
 from ..report.text import number, shortened
-from ..schedulers.base import NO_TARGETS
+from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 
 FIRST = 5
 """Rows, and batches, that get a line each."""
@@ -21,9 +21,6 @@ EVERY = 100
 
 EXCERPT = 60
 """Characters of a text."""
-
-MORE_THAN_HALF = "rows"
-"""The reason of a batch that is skipped because more than half of its rows are dropped."""
 
 
 @dataclass
@@ -90,7 +87,7 @@ class Notices:
 def _why_skipped(reason: str, loss: float, limit: float | None) -> str:
     if reason == NO_TARGETS:
         return "it has no targets (labels other than -100)"
-    if reason == MORE_THAN_HALF:
+    if reason == TOO_FEW_ROWS:
         return "more than half of its rows are dropped"
     if not math.isfinite(loss):
         return f"its loss is {loss}"
