@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -17,10 +18,12 @@ from datasets import Dataset
 from abr_trainer import ABRTrainer, Observation
 from abr_trainer.cli.main import VERBS
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.schedulers import Row
 from tests.conftest import tiny_llama, token_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROWS = (ROOT / "docs" / "rows.md").read_text(encoding="utf-8")
 EXAMPLE, OWN_RULE, TRL_EXAMPLE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -50,6 +53,20 @@ def test_the_own_rule_decides():
         1,
         1,
     ]
+
+
+def test_the_own_rule_for_rows_decides_and_comes_back_from_a_checkpoint():
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", ROWS, flags=re.DOTALL)[1], names)
+    rule, again = names["AboveTwiceTheMean"](), names["AboveTwiceTheMean"]()
+    rows = [Row(loss, 10, 0, position) for position, loss in enumerate((2.0, 3.0, 5.0))]
+    assert all(map(rule.decide, rows)), "it has seen none"
+    rule.observe(rows, [True, False, False])
+    assert [rule.decide(row) for row in rows] == [True, True, False]
+    assert rule.evidence(rows[0]) == {"mean": 2.0, "limit": 4.0}
+    again.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert again == rule
+    assert repr(again) == "AboveTwiceTheMean()", "by which a checkpoint tells whether its state fits"
 
 
 def flags_in(text):

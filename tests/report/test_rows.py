@@ -126,7 +126,7 @@ def test_the_rule_is_shown_all_batches_before_and_asked_for_its_numbers(tmp_path
     trace[1]["row_losses"][3] = [None, 0]
     lines = explain_rows(AboveTheMean(), trace, trace[1], drops)
     text = "\n".join(lines)
-    assert lines[0] == f"{'rows':<24} 4 judged, 2 dropped"
+    assert lines[0] == f"{'rows':<24} 3 judged, 2 dropped"  # the fourth has no targets
     assert re.search(r"dropped: row 2 +loss 5, limit 3, 12 targets\n +it is +notes.jsonl, row 32\n", text)
     assert re.search(r"rows seen +3\n +mean +2\n +limit +3\n +text +y\n", text)
     assert re.search(r"dropped: row 3 +loss not finite.*\n.*row 33\n +why +its loss is not a finite number", text)
