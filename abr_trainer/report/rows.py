@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, read_lines
+from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, read_lines
 from ..schedulers.rows import Row, RowRule
 from .text import number, printable
 
@@ -180,9 +180,16 @@ def _ranked(index: int, losses: Mapping[str, Any], dropped: RunRow) -> RunRow:
     return replace(dropped, index=index, loss=loss if math.isfinite(loss) else None, limit=None, visits=visits)
 
 
+def with_row_losses(directory: Path, trace: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the batches of a run with `row_losses`: loss and targets of each row, by position."""
+    path = directory / ROW_TRACE_NAME
+    by_step = {line["step"]: line["rows"] for line in read_lines(path)} if path.is_file() else {}
+    return [{**batch, "row_losses": by_step.get(batch["step"], [])} for batch in trace]
+
+
 def rows_judged(trace: Iterable[Mapping[str, Any]]) -> int:
     """Return how many rows a rule has judged, a row each time that it was passed over; 0 without a row rule."""
-    return sum(targets > 0 for batch in trace for _, targets in batch.get("row_losses", ()))
+    return sum(batch.get("rows", 0) for batch in trace)
 
 
 # ---- Why ----
