@@ -175,14 +175,17 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: give another name, or --overwrite.")
     removal = rows_to_remove(directories, file)
+    if not removal.whole | removal.partly and (unknown := removal.elsewhere[""]):
+        raise ValueError(f"Of {unknown:,} dropped rows it is not known where they come from, and of {file} none is.")
     from ..data.cleaning import copy_without, texts_in  # slower to import than all else here
 
+    empty = removal.counts_empty_lines
     is_newer = any(file.stat().st_mtime > begun for begun in _beginnings(directories))
-    doubtful = doubtful_row(texts_in(file, removal.texts.keys()), removal.texts) if is_newer else None
+    doubtful = doubtful_row(texts_in(file, removal.texts.keys(), empty), removal.texts) if is_newer else None
     if doubtful is not None:
         text = shortened(removal.texts[doubtful], 60)
         raise ValueError(f"{file} has changed since: its row {doubtful:,} is not what was dropped there: {text}")
-    count = copy_without(file, out, removal.whole)
+    count = copy_without(file, out, removal.whole, empty)
     whole, partly = sorted(removal.whole), sorted(removal.partly)
     lines = [f"{out}: {file.name} without {len(whole):,} of its {count:,} rows{_named(whole)}"]
     if is_newer and not removal.texts:

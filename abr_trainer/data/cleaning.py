@@ -28,11 +28,14 @@ Piece = tuple[bool, str]
 """A part of a file, and whether it is a row; a header or an empty line of a table is none."""
 
 
-def copy_without(path: Path, out: Path, numbers: Collection[int]) -> int:
+def copy_without(path: Path, out: Path, numbers: Collection[int], counts_empty_lines: bool = True) -> int:
     """Write a copy of a file without the rows of these numbers, from 1, and return how many rows the file has.
 
     A row is a line of text or of JSON, a row of a table, an element of a JSON list. What stays is the same byte for
     byte, except in Parquet, of which the values stay. A copy that fails leaves nothing behind.
+
+    Args:
+        counts_empty_lines: An empty line of JSON lines is a row.
 
     Raises:
         ValueError: The file cannot be read, has fewer rows, or `out` is of another format. The message names both.
@@ -50,7 +53,7 @@ def copy_without(path: Path, out: Path, numbers: Collection[int]) -> int:
         if form.reader == "parquet":
             count = _copy_parquet(path, draft, numbers)
         else:
-            count = _copy_text(path, draft, form.reader, name, numbers)
+            count = _copy_text(path, draft, form.reader, name, numbers, counts_empty_lines)
         if numbers and max(numbers) > count:
             raise ValueError(f"{path} has {count:,} rows, and row {max(numbers):,} was dropped: it has changed since.")
         if form.reader == "csv":
@@ -68,12 +71,16 @@ def _member(path: Path, out: Path) -> str:
     return member_of(str(path)) if zipfile.is_zipfile(path) else out.stem
 
 
-def texts_in(path: Path, numbers: Collection[int]) -> dict[int, str]:
-    """Return what stands in these rows of a file, by number, as far as it has them."""
+def texts_in(path: Path, numbers: Collection[int], counts_empty_lines: bool = True) -> dict[int, str]:
+    """Return what stands in these rows of a file, by number, as far as it has them.
+
+    Args:
+        counts_empty_lines: See `copy_without`.
+    """
     form = format_of(str(path))
     if form.reader == "parquet":
         return {number: " ".join(map(str, row.values())) for number, row in _parquet_rows(path) if number in numbers}
-    rows = (piece for is_row, piece in _pieces(path, form.reader) if is_row)
+    rows = (piece for is_row, piece in _pieces(path, form.reader, counts_empty_lines) if is_row)
     found = {number: piece for number, piece in enumerate(rows, 1) if number in numbers}
     unescaped = _unescaped if form.reader == "json" else str
     return {number: unescaped(piece.encode(BYTES).decode(errors="replace")) for number, piece in found.items()}
@@ -91,7 +98,9 @@ def _unescaped(text: str) -> str:
 # ---- Text, JSON and tables of text ----
 
 
-def _copy_text(path: Path, draft: Path, reader: str, name: str, numbers: Collection[int]) -> int:
+def _copy_text(
+    path: Path, draft: Path, reader: str, name: str, numbers: Collection[int], counts_empty_lines: bool
+) -> int:
     count = 0
     with _created(draft, name) as copy:
         if _is_list(path, reader):
@@ -99,7 +108,7 @@ def _copy_text(path: Path, draft: Path, reader: str, name: str, numbers: Collect
             count = len(segments) - 2
             copy.write("".join(_without(segments, numbers)).encode(BYTES))
             return count
-        for is_row, piece in _pieces(path, reader):
+        for is_row, piece in _pieces(path, reader, counts_empty_lines):
             count += is_row
             if not is_row or count not in numbers:
                 copy.write(piece.encode(BYTES))
@@ -110,7 +119,7 @@ def _is_list(path: Path, reader: str) -> bool:
     return reader == "json" and not holds_json_lines(str(path))
 
 
-def _pieces(path: Path, reader: str) -> Iterator[Piece]:
+def _pieces(path: Path, reader: str, counts_empty_lines: bool) -> Iterator[Piece]:
     if _is_list(path, reader):
         yield from ((True, element) for element in list(_list_segments(path))[1:-1])
         return
@@ -119,7 +128,7 @@ def _pieces(path: Path, reader: str) -> Iterator[Piece]:
         if reader == "csv":
             yield from _records(lines, format_of(str(path)).separator)
         else:
-            yield from ((True, line) for line in lines)
+            yield from ((reader == "text" or counts_empty_lines or bool(line.strip()), line) for line in lines)
 
 
 def _records(lines: Iterable[str], separator: str) -> Iterator[Piece]:

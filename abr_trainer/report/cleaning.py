@@ -28,12 +28,14 @@ class Removal:
         partly: Rows of which a dropped block holds only a part, or perhaps only a part: they stay.
         elsewhere: How many dropped rows are of other files or data sets, by name; "" for those of unknown place.
         texts: The beginning of rows to remove, where a run knew it.
+        counts_empty_lines: An empty line of JSON lines is a row, as it is for `abr train`.
     """
 
     whole: set[int] = field(default_factory=set)
     partly: set[int] = field(default_factory=set)
     elsewhere: Counter[str] = field(default_factory=Counter)
     texts: dict[int, str] = field(default_factory=dict)
+    counts_empty_lines: bool = False
 
 
 def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
@@ -53,9 +55,14 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
         named = {row.source for row in rows if row.source is not None}
         known |= named | _inputs(arguments)
         source = _source_of(file, named, directory)
-        of_file = [row for row in rows if source is not None and row.source == source and row.first_row is not None]
-        removal.elsewhere.update(row.source or "" for row in rows if row not in of_file)
+        of_file: list[RunRow] = []
+        for row in rows:
+            if source is not None and row.source == source and row.first_row is not None:
+                of_file.append(row)
+            else:
+                removal.elsewhere[row.source or ""] += 1
         if is_of_blocks or not all(row.is_one_row for row in of_file):
+            removal.counts_empty_lines = True
             whole, touched = _inside_blocks(of_file)
         else:
             whole = touched = {row.first_row for row in of_file if row.first_row is not None}
@@ -113,13 +120,14 @@ def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], set[int]]:
     before: RunRow | None = None
     start = 0
     for block in sorted(blocks, key=lambda block: -1 if block.index is None else block.index):
-        first, last = block.first_row or 0, block.last_row or block.first_row or 0
+        first = block.first_row or 0
+        last = block.last_row or first
         touched.update(range(first, last + 1))
         goes_on = (
             before is not None
             and None not in (before.index, block.index)
             and block.index == (before.index or 0) + 1
-            and first - (before.last_row or 0) in (0, 1)
+            and before.last_row in (first, first - 1)
         )
         start = start if goes_on else first + 1
         whole.update(range(start, last))

@@ -25,7 +25,7 @@ class RunRow:
     Attributes:
         index: In the training set, before shuffling, from 0.
         source: The file or data set that it is of.
-        first_row, last_row: Rows of the source, from 1. A block of tokens can be of several.
+        first_row, last_row: Rows of the source, from 1. A block of tokens can be of several. The last may be unknown.
         loss: In nats a target: of the worst of its drops, or the last one. None if it is not finite.
         limit: The loss above which the rule dropped it then.
         targets: Targets in the row.
@@ -51,7 +51,10 @@ class RunRow:
     def place(self) -> str:
         """Where the row comes from: its file and row, as far as the run knew it."""
         if self.source is not None and self.first_row is not None:
-            rows = f"row {self.first_row:,}" if self.is_one_row else f"rows {self.first_row:,} to {self.last_row:,}"
+            rows = (
+                f"rows {self.first_row:,} to {self.last_row:,}" if self.last_row else f"from row {self.first_row:,} on"
+            )
+            rows = f"row {self.first_row:,}" if self.is_one_row else rows
             return f"{printable(self.source)}, {rows}"
         if self.index is not None:
             of = f" ({printable(self.source)})" if self.source else ""
@@ -60,7 +63,7 @@ class RunRow:
 
     @property
     def is_one_row(self) -> bool:
-        return self.last_row in (None, self.first_row)
+        return self.first_row is not None and self.first_row == self.last_row
 
     @property
     def numbers(self) -> str:

@@ -199,6 +199,14 @@ def test_a_file_that_was_trained_on_and_had_nothing_dropped_is_copied(run, notes
     rows.main([str(good), "--clean", str(notes), str(tmp_path / "again.jsonl")])
 
 
+def test_dropped_rows_of_unknown_place_cannot_be_removed(notes, tmp_path):
+    run = write_run(tmp_path / "run", [drop(1, 0, 3, 9.0, "x", source=..., first_row=..., last_row=...)])
+    record(run, "train", train_file=str(notes))
+    assert "Of 1 dropped rows it is not known where they come from" in refusal(
+        run, "--clean", notes, tmp_path / "o.jsonl"
+    )
+
+
 def test_of_two_files_of_one_name_the_one_that_is_given_is_cleaned(notes, tmp_path, capsys):
     other = tmp_path / "b" / "notes.jsonl"
     other.parent.mkdir()
@@ -249,6 +257,7 @@ def blocks(*spans, first=0):
         ([(2, 3), (3, 3), (3, 4)], {3}, {2, 4}),
         ([(7, 9), (2, 4)], {3, 8}, {2, 4, 7, 9}),
         ([(4, 4)], set(), {4}),
+        ([(4, ...), (5, 7)], {6}, {4, 5, 7}),
     ],
 )
 def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_path, capsys, spans, removed, partly):

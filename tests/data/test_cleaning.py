@@ -146,6 +146,17 @@ def test_what_cannot_be_copied_is_refused_and_leaves_nothing_behind(tmp_path, na
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_empty_lines_of_json_lines_are_rows_or_are_not(tmp_path):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "clean.jsonl"
+    path.write_text('{"a": 1}\n\n \n{"a": 2}\n{"a": 3}\n')
+    assert copy_without(path, out, {4}) == 5
+    assert out.read_text() == '{"a": 1}\n\n \n{"a": 3}\n'
+    assert [row["a"] for row in read(path, "json")] == [1, 2, 3], "as a table is read"
+    assert copy_without(path, out, {2}, counts_empty_lines=False) == 3
+    assert out.read_text() == '{"a": 1}\n\n \n{"a": 3}\n'
+    assert texts_in(path, {2}, counts_empty_lines=False) == {2: '{"a": 2}'}
+
+
 def test_what_stands_in_rows_is_found_by_their_numbers(tmp_path):
     table, lines = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
     table.write_text('text\none\n"two\nlines é"\n')

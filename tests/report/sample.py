@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from abr_trainer.report.figure import Commands, Figure, Notice, Report, Section, Series, Table
+from abr_trainer.report.figure import Commands, Excerpts, Figure, Notice, Report, Section, Series, Table
 
 NAMES = ("baseline", "abr:loss_threshold=2.0,max_repeats=3", "fixed:2", "my_module:Mine")
 HOSTILE = "</script><script>document.title='taken'</script><b>bold</b> & \"quoted\" | *starred* `tick"
@@ -30,6 +30,7 @@ def sample_report() -> Report:
             Section("Final perplexity", (finals(), differences(), summary(), Notice("neutral", "fixed:2 is a tie."))),
             Section("What was repeated", (points(), Notice("bad", "my_module:Mine is worse than baseline."))),
             Section("Cost", ("What each arm spent, and on what.", costs())),
+            Section("Broken rows", ("Twelve rows were dropped.", excerpts())),
             Section("How to make it again", (commands(),)),
         ),
         names=NAMES,
@@ -160,6 +161,12 @@ def costs() -> Table:
     return Table("What each arm spent", columns, rows)
 
 
+def excerpts() -> Excerpts:
+    long = "a_very_long_word_without_a_place_to_break_at" * 8
+    texts = ("Short.", "Words and words. " * 60, long, "\u6587\u5b57" * 90)
+    return Excerpts(tuple((f"notes.jsonl, row {i}: loss {9 - i / 4:g}", texts[i % 4]) for i in range(12)))
+
+
 def commands() -> Commands:
     return Commands(
         "The commands of this comparison, one run a line:",
@@ -176,7 +183,8 @@ def hostile_report() -> Report:
     figure = Figure("hostile", HOSTILE, HOSTILE, "lines", HOSTILE, HOSTILE, (Series(HOSTILE, (1, 2), (3.5, 4.5)),))
     empty = Figure("empty", "Nothing yet", "No run has ended.", "points", "x", "y", (Series("_none", (), ()),))
     table = Table(HOSTILE, (HOSTILE, "b"), ((HOSTILE, "1"),), notes=(HOSTILE,))
-    blocks = (HOSTILE, figure, empty, table, Commands(HOSTILE, (HOSTILE, "```")), Notice("bad", HOSTILE))
+    texts = Excerpts(((HOSTILE, HOSTILE), (HOSTILE, "``` " + HOSTILE)), open=1)
+    blocks = (HOSTILE, figure, empty, table, texts, Commands(HOSTILE, (HOSTILE, "```")), Notice("bad", HOSTILE))
     return Report(HOSTILE, (HOSTILE,), (Section(HOSTILE, blocks),))
 
 

@@ -22,7 +22,7 @@ from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.page import numbers, render_page
 from abr_trainer.report.pictures import save_pictures
 from abr_trainer.report.text import DASH, number
-from tests.report.sample import HOSTILE, NAMES, curves, finals, hostile_report, points, sample_report
+from tests.report.sample import HOSTILE, NAMES, curves, excerpts, finals, hostile_report, points, sample_report
 
 
 class Page(HTMLParser):
@@ -167,9 +167,18 @@ def test_markdown_says_all_that_the_report_says():
 
 def test_markdown_takes_no_text_for_markup():
     markdown = render_markdown(hostile_report())
-    outside_code = re.sub(r"````text\n.*?````", "", markdown, flags=re.DOTALL)
-    assert not re.search(r"(?<!\\)<", outside_code)
+    outside_code = re.sub(r"^(```+)text\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    ours = outside_code.replace("<details>\n<summary>1 more</summary>", "").replace("</details>", "")
+    assert not re.search(r"(?<!\\)<", ours)
     assert "````text\n" + HOSTILE + "\n```\n````" in markdown
+
+
+def test_of_many_texts_the_first_are_shown_and_the_others_folded(page):
+    shown = [text for tag, attributes, text in page.elements if attributes.get("class") == "excerpt"]
+    assert ["".join(text) for text in shown] == [text for _, text in excerpts().items]
+    assert "2 more" in page.texts("summary")
+    markdown = render_markdown(sample_report())
+    assert markdown.index("row 9: loss") < markdown.index("<summary>2 more</summary>") < markdown.index("row 10: loss")
 
 
 def test_pictures_are_images_and_the_same_bytes_each_time(tmp_path):

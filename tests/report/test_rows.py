@@ -70,6 +70,7 @@ def test_visits_are_told_where_all_rows_were_ranked(tmp_path):
     ("more", "place"),
     [
         ({"first_row": 1200, "last_row": 1214}, "notes.jsonl, rows 1,200 to 1,214"),
+        ({"last_row": ...}, "notes.jsonl, from row 1,818 on"),
         ({"source": ..., "first_row": ..., "last_row": ...}, "row 1,817 of the training set, counted from 0"),
         ({"source": ..., "first_row": ..., "last_row": ..., "index": ...}, "a row of unknown place"),
         ({"source": "\x1b[2Jevil\n.txt"}, "\\x1b[2Jevil ⏎ .txt, row 1,818"),
