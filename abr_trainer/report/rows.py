@@ -183,13 +183,6 @@ def _ranked(index: int, losses: Mapping[str, Any], dropped: RunRow) -> RunRow:
     return replace(dropped, index=index, loss=loss if math.isfinite(loss) else None, limit=None, visits=visits)
 
 
-def with_row_losses(directory: Path, trace: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the batches of a run with `row_losses`: loss and targets of each row, by position."""
-    path = directory / ROW_TRACE_NAME
-    by_step = {line["step"]: line["rows"] for line in read_lines(path)} if path.is_file() else {}
-    return [{**batch, "row_losses": by_step.get(batch["step"], [])} for batch in trace]
-
-
 def rows_judged(trace: Iterable[Mapping[str, Any]]) -> int:
     """Return how many rows a rule has judged, a row each time that it was passed over; 0 without a row rule."""
     return sum(batch.get("rows", 0) for batch in trace)
@@ -200,40 +193,46 @@ def rows_judged(trace: Iterable[Mapping[str, Any]]) -> int:
 
 def explain_rows(
     rule: RowRule | None,
-    trace: Sequence[Mapping[str, Any]],
     batch: Mapping[str, Any],
     drops: Sequence[Mapping[str, Any]],
+    batches: Mapping[int, list[Row]],
 ) -> list[str]:
     """Show a row rule all batches before this one, and return what it thinks of the rows that were dropped from it.
 
     Args:
         rule: None if it cannot be built any more.
+        batch: Its line in the trace.
         drops: All that were dropped in this run.
+        batches: What `read_judged_rows` returns.
     """
-    own = {drop["position"]: drop for drop in drops if drop["step"] == batch["step"]}
-    lines = [f"{'rows':<24} {rows_judged([batch])} judged, {batch.get('rows_dropped', len(own))} dropped"]
+    step = batch["step"]
+    own = {drop["position"]: drop for drop in drops if drop["step"] == step}
+    lines = [f"{'rows':<24} {batch['rows']:,} judged, {batch['rows_dropped']:,} dropped"]
     if not own:
         return lines
     dropped = {(drop["step"], drop["position"]) for drop in drops}
     if rule is not None:
-        for before in trace:
-            if before["step"] < batch["step"] and before.get("row_losses"):
-                rows = _judged(before)
-                rule.observe(rows, [(before["step"], row.position) not in dropped for row in rows])
+        for before, rows in batches.items():
+            if before < step:
+                rule.observe(rows, [(before, row.position) not in dropped for row in rows])
         lines.append(f"{'the row rule':<24} {rule!r}")
-    judged = {row.position: row for row in _judged(batch)}
+    judged = {row.position: row for row in batches.get(step, ())}
     for position, drop in sorted(own.items()):
         lines += _explain_drop(rule, row_of([drop]), position, judged.get(position))
     return lines
 
 
-def _judged(batch: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of a batch that a rule was shown: those with a finite loss and targets."""
-    return [
-        Row(loss, targets, batch["step"] - 1, position)
-        for position, (loss, targets) in enumerate(batch.get("row_losses", ()))
-        if loss is not None and targets
-    ]
+def read_judged_rows(directory: Path) -> dict[int, list[Row]]:
+    """Return the rows that a rule was shown, by batch: those with a finite loss and targets."""
+    path = directory / ROW_TRACE_NAME
+    return {
+        line["step"]: [
+            Row(loss, targets, line["step"] - 1, position)
+            for position, (loss, targets) in enumerate(line["rows"])
+            if loss is not None and targets
+        ]
+        for line in (read_lines(path) if path.is_file() else ())
+    }
 
 
 def _explain_drop(rule: RowRule | None, dropped: RunRow, position: int, judged: Row | None) -> list[str]:

@@ -15,7 +15,7 @@ from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, la
 from ..schedulers import Observation, Outcome, RepeatScheduler, build_rule
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.registry import build_row_rule
-from .rows import explain_rows, read_drops, with_row_losses
+from .rows import explain_rows, read_drops, read_judged_rows
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
@@ -75,10 +75,9 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     if again := batch.get("replayed"):
         named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
         lines.append(f"{'trained on after it':<24} batch {named}, once more")
-    if batch.get("rows"):
+    if "rows" in batch:
         row_rule = None if provenance is None else build_row_rule(provenance["arguments"])
-        of_rows = with_row_losses(directory, trace[: trace.index(batch) + 1])
-        lines += explain_rows(row_rule, of_rows, of_rows[-1], read_drops(directory))
+        lines += explain_rows(row_rule, batch, read_drops(directory), read_judged_rows(directory))
     texts = read_skipped(directory).get(step, [])
     return [*lines, *(f"{'text' if i == 0 else '':<24} {text}" for i, text in enumerate(texts))]
 

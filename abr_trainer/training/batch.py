@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from ..schedulers import Observation, Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
@@ -42,11 +41,10 @@ from .dropping import BatchRows, DroppedRow, RowGate, batch_rows, with_text, wit
 from .held import Call, HeldBatch, check_holdable
 from .identity import taken_out
 from .memory import memory_of_batch
+from .notices import say_what_is_left_out
 from .passes import Passes, before_backward, counted_once
 from .signals import Hits, accuracy_of, gradient_norm, summed
 from .targets import first_target, tally
-
-logger = logging.get_logger(__name__)
 
 AGAIN = "again"
 """Why a first pass has no backward: some rows are broken, and it is made once more without them."""
@@ -137,10 +135,6 @@ class Batch:
         # No loss of this batch enters the logged mean; the log divides by the other batches.
         trainer._tr_loss.copy_(self._tr_loss_before)
         trainer._run.non_finite_batches += 1
-        if trainer.is_world_process_zero():
-            loss_is = f"its loss is {decision.observation.loss}"
-            why = "it has no targets (labels other than -100)" if decision.reason == NO_TARGETS else loss_is
-            logger.warning(f"Batch {decision.observation.batch + 1} is skipped: {why}.")
         return torch.zeros_like(loss)
 
     def _begin(self, passes: Passes, first: Call) -> None:
@@ -350,6 +344,7 @@ class Batch:
         control.should_save = control.should_save or self._checkpoint_is_due
         trainer.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the process
         trainer._run.count(outcome, seconds)
+        say_what_is_left_out(trainer, outcome, self._dropped, self._excerpts)
         trainer.repeat_scheduler.observe(outcome)
         if trainer._run.rows is not None and self.rows is not None:
             trainer._run.rows.observe(self.rows)

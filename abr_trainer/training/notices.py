@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..records.commands import command, pasted
 from ..report.rows import row_of
 from ..report.text import number, shortened
+from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
+from .dropping import DroppedRow
+
+logger = logging.get_logger(__name__)
 
 FIRST = 5
 """Rows, and batches, that get a line each."""
@@ -104,3 +110,26 @@ def _why(directory: Path, step: int) -> str:
 
 def _command(verb: str, directory: Path, *more: str) -> str:
     return pasted(command(verb, [str(directory), *more]))
+
+
+def say_what_is_left_out(
+    trainer: Any, outcome: Outcome, dropped: Sequence[DroppedRow], excerpts: Sequence[list[int]]
+) -> None:
+    """Warn of a batch that was skipped and of rows that were dropped, before the rule takes note of it.
+
+    Args:
+        excerpts: The first tokens of the rows of a skipped batch.
+    """
+    if not (outcome.skipped or dropped) or not trainer.is_world_process_zero():
+        return
+    notices, directory = trainer._run.notices, trainer._trace.directory or Path(trainer.args.output_dir)
+    seen = outcome.observation
+    step = seen.batch + 1
+    lines = notices.note_rows(directory, step, [{"step": step, **row.as_line()} for row in dropped])
+    if outcome.skipped:
+        limit = trainer.repeat_scheduler.evidence(seen).get("outlier above") if math.isfinite(seen.loss) else None
+        decode = getattr(trainer.processing_class, "decode", None)
+        text = decode(excerpts[0]) if decode is not None and excerpts else None
+        lines += notices.note_batch(directory, step, outcome.reason, seen.loss, limit, text)
+    for line in lines:
+        logger.warning(line)

@@ -107,6 +107,7 @@ class ResumeMixin(_AnyTrainer):
             },
             **({} if self.row_rule is None else {"row_rule": _described(self.row_rule)}),
             "skips_in_a_row": self._run.skips_in_a_row,
+            "notices": self._run.notices.state_dict(),
             "batch": self._batch_size(),
             "batches_in_epoch": 0 if primer_has_just_ended else self._run.batches_in_epoch,
             "log": {
@@ -214,6 +215,7 @@ class ResumeMixin(_AnyTrainer):
             self.repeat_scheduler.load_state_dict(state["repeat_scheduler"]["state"])
         else:
             logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
+        self._run.notices.load_state_dict(state.get("notices", {}))
         self._load_rows(checkpoint, state.get("row_rule"))
         log = state["log"]
         if self.repeat_scheduler.held():

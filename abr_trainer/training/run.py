@@ -15,6 +15,7 @@ from .consensus import Consensus
 from .dropping import RowGate
 from .held import HeldBatch
 from .ledger import ComputeLedger
+from .notices import Notices
 
 
 class Run:
@@ -29,6 +30,7 @@ class Run:
         window: The batches since the last log.
         held: Batches to train on again later, by index.
         rows: What decides which rows are dropped; None if none are.
+        notices: What is said of dropped rows and skipped batches.
         skips_in_a_row: The last batches, as long as they were skipped: index, and loss or reason.
         non_finite_batches: Batches whose loss was not finite, or that had no targets.
         batches_in_epoch: Batches finished in this epoch.
@@ -43,6 +45,7 @@ class Run:
         self.window = LogWindow()
         self.held: dict[int, HeldBatch] = {}
         self.rows: RowGate | None = None
+        self.notices = Notices()
         self.skips_in_a_row: list[tuple[int, str]] = []
         self.non_finite_batches = 0
         self.batches_in_epoch = 0

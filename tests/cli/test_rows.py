@@ -154,7 +154,7 @@ def test_what_is_wrong_is_said_in_one_line(run, notes, tmp_path, monkeypatch, ar
 
 def test_a_run_without_a_row_rule_is_told(run):
     trace = [json.loads(line) for line in (run / "abr_trace.jsonl").read_text().splitlines()]
-    (run / "abr_trace.jsonl").write_text("".join(json.dumps({**line, "row_losses": []}) + "\n" for line in trace[4:]))
+    (run / "abr_trace.jsonl").write_text("".join(json.dumps({**line, "rows": 0}) + "\n" for line in trace))
     (run / "_dropped_rows.jsonl").unlink()
     assert "it was trained without --skip_rows." in refusal(run)
 

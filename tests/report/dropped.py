@@ -24,16 +24,17 @@ def drop(step: int, position: int, index: int, loss: float | None, text: Any, /,
 def write_run(directory: Path, drops: list[dict[str, Any]], batches: int = 6, rows: int = 4) -> Path:
     """Write a run of so many batches of so many rows whose loss is 2.0, but for those that were dropped."""
     directory.mkdir(parents=True, exist_ok=True)
-    trace = []
+    trace, row_trace = [], []
     for step in range(1, batches + 1):
         own = {each["position"]: each for each in drops if each["step"] == step}
         losses = [[own[i]["loss"], own[i]["targets"]] if i in own else [2.0, 12] for i in range(rows)]
         is_skipped = len(own) * 2 > rows
         line = {"step": step, "passes": float(step), "loss": 2.0, "losses": [2.0], "repeats": int(not is_skipped)}
-        line |= {**BATCH, "row_losses": losses} | ({"rows": rows, "rows_dropped": len(own)} if own else {})
+        line |= {**BATCH, "rows": rows, "rows_dropped": len(own)}
+        row_trace.append({"step": step, "rows": losses})
         trace.append(line | ({"reason": "rows"} if is_skipped else {}))
-    for name, lines in (("abr_trace.jsonl", trace), ("_dropped_rows.jsonl", drops)):
-        (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, lines in (("abr_trace", trace), ("_row_trace", row_trace), ("_dropped_rows", drops)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return directory
 
 

@@ -11,7 +11,14 @@ from abr_trainer.report.figure import Excerpts
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_run import report_on_run
 from abr_trainer.report.page import render_page
-from abr_trainer.report.rows import broken_rows, explain_rows, ranked_rows, read_drops, read_row_losses
+from abr_trainer.report.rows import (
+    broken_rows,
+    explain_rows,
+    ranked_rows,
+    read_drops,
+    read_judged_rows,
+    read_row_losses,
+)
 from abr_trainer.report.why import explain_batch, read_trace
 from abr_trainer.schedulers.rows import RowRule
 from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
@@ -123,23 +130,25 @@ def test_the_rule_is_shown_all_batches_before_and_asked_for_its_numbers(tmp_path
     # Of the first batch [2, 2, 2, 9] the 9 is dropped: a mean of 2. The second has [2, 5, not finite, no targets].
     drops = [drop(1, 3, 30, 9.0, "x"), drop(2, 1, 31, 5.0, "y"), drop(2, 2, 32, None, "z")]
     run = write_run(tmp_path, drops)
-    trace = read_trace(run)
-    trace[1]["row_losses"][3] = [None, 0]
-    lines = explain_rows(AboveTheMean(), trace, trace[1], drops)
+    trace, rows = read_trace(run), read_judged_rows(run)
+    assert [len(rows[step]) for step in (1, 2, 3)] == [4, 3, 4], "a loss that is not finite is not shown to a rule"
+    del rows[2][-1]  # as if it had no targets
+    lines = explain_rows(AboveTheMean(), trace[1], drops, rows)
     text = "\n".join(lines)
     assert lines[0] == f"{'rows':<24} 3 judged, 2 dropped"  # the fourth has no targets
     assert re.search(r"dropped: row 2 +loss 5, limit 3, 12 targets\n +it is +notes.jsonl, row 32\n", text)
     assert re.search(r"rows seen +3\n +mean +2\n +limit +3\n +text +y\n", text)
     assert re.search(r"dropped: row 3 +loss not finite.*\n.*row 33\n +why +its loss is not a finite number", text)
     assert "has changed since" not in text
-    third = explain_rows(AboveTheMean(), trace, trace[2], drops)
+    third = explain_rows(AboveTheMean(), trace[2], drops, rows)
     assert third == [f"{'rows':<24} 4 judged, 0 dropped"]
 
 
 def test_a_rule_that_decides_otherwise_now_is_told(tmp_path):
     drops = [drop(1, 0, 1, 4.0, "x")]
-    trace = read_trace(write_run(tmp_path, drops))
-    assert "the code of the rule has changed since" in "\n".join(explain_rows(AboveTheMean(), trace, trace[0], drops))
+    run = write_run(tmp_path, drops)
+    lines = explain_rows(AboveTheMean(), read_trace(run)[0], drops, read_judged_rows(run))
+    assert "the code of the rule has changed since" in "\n".join(lines)
 
 
 def test_a_batch_skipped_for_its_rows_is_explained_in_a_sentence(tmp_path):
@@ -185,7 +194,7 @@ def test_a_run_whose_rows_were_not_judged_has_no_such_section(tmp_path):
     run = write_run(tmp_path, [])
     assert section(report_on_run(run)).blocks == ("24 rows were judged, 0 of them dropped (0.00%).",)
     lines = (run / "abr_trace.jsonl").read_text()
-    (run / "abr_trace.jsonl").write_text(re.sub(r', "row_losses": \[\[.*?\]\]', "", lines))
+    (run / "abr_trace.jsonl").write_text(re.sub(r', "rows\w*": \d+', "", lines))
     assert not [each for each in report_on_run(run).sections if each.heading.startswith("Broken rows")]
 
 
