@@ -1,42 +1,411 @@
-"""Placeholder until the real rule arrives."""
+"""Drop rows whose loss stands out from that of recent rows of about the same length."""
 
 from __future__ import annotations
 
-import statistics
+import itertools
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .rows import Row, RowRule
+
+LEAST_ROWS = 16
+"""Rows that must be remembered before any is dropped. The level at a time is that of at least as many rows."""
+
+REFITS = 8
+"""A fit is renewed once so many rows have come since that they are this fraction (1/8) of the remembered ones."""
+
+ANCHOR_ROWS, ANCHOR_BATCHES = 64, 15
+"""The newest rows in which the level is looked for. Once two thirds of them are high, the data have changed."""
+
+ASSUMED_SPREAD, ASSUMED_ROWS = 0.08, 16
+"""Spread of long rows before any is seen, as a share of the level, and how many rows this counts as."""
+
+LEAST_ASSUMED_SPREAD = 0.1
+"""The same in nats, where the level is low: what is left of a loss scatters no less for that."""
+
+LEAST_SPREAD = 0.02
+"""Least spread of long rows, as a share of the level: rows that happen to agree must not make others outliers."""
+
+SHORTNESS, ASSUMED_SHORTNESS = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0), 32.0
+"""Values of `Fit.shortness` that are tried, and the one that is taken where the lengths of rows do not tell."""
+
+SHORTNESS_WEIGHT = 2.0
+"""Nats of evidence that each step from the assumed shortness to another value needs."""
+
+TARGETS_SKEW = 3.0
+"""Skewness assumed for the loss of a single target. That of an exponential distribution is 2."""
+
+LEVEL_STEP = 0.15
+"""Standard deviation of the step in level from one length to twice that length, as a share of the level."""
+
+SMALLEST_RATIO = 0.5
+"""Least factor by which the spread of older rows is scaled down with the level."""
+
+MEDIAN_VARIANCE = math.pi / 2
+"""Variance of the median of n normal values, times n."""
+
+QUARTILE_TO_SIGMA = 1 / 0.6745
+"""Scales the distance of a quartile from the median to the standard deviation of a normal distribution."""
+
+ROUNDS = 8
+"""Times that good rows are told from others at most; three mostly do."""
+
+
+class Remembered(NamedTuple):
+    """What the rule keeps of a row."""
+
+    loss: float
+    targets: int
+    batch: int
+
+
+class Estimate(NamedTuple):
+    """A level in nats, and the variance of what is unknown about it."""
+
+    value: float
+    variance: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the remembered rows say about the next ones.
+
+    Attributes:
+        levels: Median loss of good rows by length class, which is the number of binary digits of their targets.
+        spread: Standard deviation of very long rows, in nats.
+        shortness: A row of n targets has `1 + shortness / n` times the variance of a very long one.
+    """
+
+    levels: dict[int, Estimate]
+    spread: float
+    shortness: float
+
+    def level(self, targets: int) -> Estimate:
+        """Return the level at a length. Beyond the lengths that were seen, it is that of the nearest one."""
+        length = targets.bit_length()
+        nearest = min(max(length, min(self.levels)), max(self.levels))
+        level, variance = self.levels[nearest]
+        return Estimate(level, variance + abs(length - nearest) * (LEVEL_STEP * level) ** 2)
+
+    def deviation(self, targets: int) -> float:
+        """Return the standard deviation of a row to come around the level at its length."""
+        return math.sqrt(self.spread**2 * (1 + self.shortness / targets) + self.level(targets).variance)
+
+    def limit(self, targets: int, sigmas: float) -> float:
+        """Return the loss above which a row stands out."""
+        return self.level(targets).value + distance(self.deviation(targets), sigmas, self.shortness, targets)
 
 
 @dataclass
 class RobustRows(RowRule):
-    """Drop a row whose loss is above level + sigmas x spread of the recent row losses."""
+    """Drop a row whose mean loss lies far above the level of the recent rows of its length.
+
+    The last `window` rows are remembered, dropped ones too, and sorted anew into good ones and others every few rows.
+    So what was trained on by mistake stops counting once it stands out, and what was dropped by mistake counts again.
+
+    - Level: the median of good rows, by length, and of the last batches. A falling loss is not taken for spread: the
+      spread is that around the level of each time.
+    - Spread: the mean of few targets scatters more than that of many. The variance is `a + b / targets`, and the limit
+      allows for the skewness of such means. Both are found in the remembered rows, and filled up with assumed ones
+      while there are few.
+    - Whatever the spread, all targets of a row together must be less likely than those of a typical row by
+      `sigmas ** 2 / 2` nats, as a normal value is at so many deviations. This protects rows of one target: of the rows
+      that a calibrated classifier of two classes sees, a share of 0.03 % loses 8 nats.
+
+    Nothing is dropped before 16 rows are known, nor while fewer than half of the remembered rows look good. Once two
+    thirds of the last 64 rows, or of the last 15 batches if these have fewer, lie above the limit, the data have
+    changed, and the new level is taken.
+
+    The rule sees no text. Good rows of another kind than nine in ten, such as another language, stand out like
+    broken ones; broken rows that are as likely as good ones do not.
+
+    Attributes:
+        sigmas: Distance from the level that is too far, in standard deviations of rows of that length.
+        window: Number of recent rows to remember.
+        low: Drop rows below this share of the level, and so many deviations, too: text that repeats and was learnt by
+            heart. 0 drops no low ones.
+    """
 
     sigmas: float = 4.0
-    window: int = 1000
-    history: deque[float] = field(init=False, repr=False)
+    window: int = 256
+    low: float = 0.0
+    history: deque[Remembered] = field(init=False, repr=False)
+    fit: Fit | None = field(init=False, repr=False, default=None)
+    rows_since_fit: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
+        if not self.sigmas > 0:
+            raise ValueError(f"`row_sigmas` must be positive, got {self.sigmas}.")
+        if self.window < ANCHOR_ROWS:
+            raise ValueError(f"`row_window` must be at least {ANCHOR_ROWS}, got {self.window}.")
+        if not 0 <= self.low < 1:
+            raise ValueError(f"`low` must be at least 0 and below 1, got {self.low}.")
         self.history = deque(maxlen=self.window)
 
     def decide(self, row: Row) -> bool:
-        return len(self.history) < 32 or row.loss <= self.evidence(row)["limit"]
+        if self.fit is None:
+            return True
+        return self.lowest(self.fit, row.targets) <= row.loss <= self.fit.limit(row.targets, self.sigmas)
+
+    def lowest(self, fit: Fit, targets: int) -> float:
+        """Return the loss below which a row of this length is dropped."""
+        if not self.low:
+            return -math.inf
+        level = fit.level(targets).value
+        return level - max((1 - self.low) * level, self.sigmas * fit.deviation(targets))
 
     def evidence(self, row: Row) -> dict[str, float]:
-        if not self.history:
-            return {}
-        level = statistics.median(self.history)
-        spread = 1.4826 * statistics.median(abs(loss - level) for loss in self.history)
-        return {"limit": level + self.sigmas * spread}
+        numbers: dict[str, float] = {"rows remembered": len(self.history)}
+        if self.fit is not None:
+            numbers |= {
+                "level at this length": self.fit.level(row.targets).value,
+                "spread at this length": self.fit.deviation(row.targets),
+                "row_sigmas": self.sigmas,
+                "limit": self.fit.limit(row.targets, self.sigmas),
+            }
+            if self.low:
+                numbers["lowest"] = self.lowest(self.fit, row.targets)
+        return numbers
 
     def observe(self, rows: Sequence[Row], kept: Sequence[bool]) -> None:
-        self.history.extend(row.loss for row in rows)
+        self.history.extend(Remembered(row.loss, row.targets, row.batch) for row in rows)
+        self.rows_since_fit += len(rows)
+        if len(self.history) >= LEAST_ROWS and REFITS * self.rows_since_fit >= len(self.history):
+            self.fit = fitted(list(self.history), self.sigmas)
+            self.rows_since_fit = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": list(self.history)}
+        fit = self.fit
+        return {
+            "history": [list(row) for row in self.history],
+            "rows_since_fit": self.rows_since_fit,
+            "levels": None if fit is None else [[length, *level] for length, level in fit.levels.items()],
+            "spread": None if fit is None else fit.spread,
+            "shortness": None if fit is None else fit.shortness,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = deque(state.get("history", ()), maxlen=self.window)
+        self.history = deque((Remembered(*row) for row in state["history"]), maxlen=self.window)
+        self.rows_since_fit = state["rows_since_fit"]
+        levels = state["levels"]
+        self.fit = (
+            None
+            if levels is None
+            else Fit({length: Estimate(*level) for length, *level in levels}, state["spread"], state["shortness"])
+        )
+
+
+def distance(deviation: float, sigmas: float, shortness: float, targets: float) -> float:
+    """Return how far above the level a row of some length is as rare as a normal value `sigmas` above the mean.
+
+    The mean of few targets is skewed, which moves its quantiles by the second term (Cornish and Fisher).
+    """
+    skew = TARGETS_SKEW / math.sqrt(targets) * math.pow(shortness / (shortness + targets), 1.5)
+    return max((sigmas + (sigmas**2 - 1) / 6 * skew) * deviation, sigmas**2 / 2 / targets)
+
+
+def fitted(rows: Sequence[Remembered], sigmas: float) -> Fit | None:
+    """Tell good rows from others, and return what the good ones show; None if they are fewer than half."""
+    chunks = chunks_of(rows)
+    classes, inverse = by_length(chunks)
+    times = [lower_third(row.loss for row in chunk) for chunk in chunks]
+    times[-1] = min(times[-1], lower_third(row.loss for row in newest(rows)))
+    scale = abs(times[-1])
+    step = (LEVEL_STEP * scale) ** 2
+    ratios = [1.0] * len(times)
+    spread, shortness, middle, good = assumed_spread(scale), ASSUMED_SHORTNESS, lower_third, classes
+    found = 0
+    for turn in range(ROUNDS):
+        values = {
+            length: sorted([(loss - times[chunk]) * ratios[chunk] for loss, chunk in part])
+            for length, part in good.items()
+            if part
+        }
+        variances = {length: spread**2 * (1 + shortness * inverse[length]) for length in classes}
+        own = middles(values, variances, middle)
+        if not turn:
+            own = believable(own, classes, sigmas, step)
+        offsets = smoothed(own, step, classes)
+        if turn:
+            centred = {length: [each - offsets[length].value for each in part] for length, part in values.items()}
+            shortness = shortness_of(centred, inverse)
+            spread = spread_of(centred, inverse, shortness, scale)
+            variances = {length: spread**2 * (1 + shortness * inverse[length]) for length in classes}
+        reach = {
+            length: distance(math.sqrt(variance + offsets[length].variance), sigmas, shortness, 1 / inverse[length])
+            for length, variance in variances.items()
+        }
+        levels: list[list[float]] = [[] for _ in chunks]
+        good = {}
+        for length, part in classes.items():
+            level, far = offsets[length].value, reach[length]
+            good[length] = inside = [
+                (loss, chunk) for loss, chunk in part if -far <= (loss - times[chunk]) * ratios[chunk] - level <= far
+            ]
+            for loss, chunk in inside:
+                levels[chunk].append(loss - level / ratios[chunk])
+        found, before = sum(map(len, good.values())), found
+        if turn > 1 and found == before:
+            break
+        middle = median
+        times = [
+            median(part) if 3 * len(part) >= LEAST_ROWS else time for part, time in zip(levels, times, strict=True)
+        ]
+        ratios = [min(1.0, max(SMALLEST_RATIO, times[-1] / time)) if time > 0 else 1.0 for time in times]
+    if 2 * found < len(rows):
+        return None
+    typical = sum(variances[length] * len(part) for length, part in classes.items()) / len(rows)
+    unknown = MEDIAN_VARIANCE * typical / max(1, len(levels[-1]))
+    return Fit(
+        {length: Estimate(times[-1] + value, variance + unknown) for length, (value, variance) in offsets.items()},
+        spread,
+        shortness,
+    )
+
+
+def chunks_of(rows: Sequence[Remembered]) -> list[Sequence[Remembered]]:
+    """Return the rows in chunks of successive batches, each of `LEAST_ROWS` rows or more, the oldest first."""
+    cuts = [len(rows)]
+    for i in range(len(rows) - LEAST_ROWS, LEAST_ROWS - 1, -1):
+        if cuts[-1] - i >= LEAST_ROWS and rows[i].batch != rows[i - 1].batch:
+            cuts.append(i)
+    cuts = [0, *reversed(cuts)]
+    return [rows[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+
+def by_length(
+    chunks: Sequence[Sequence[Remembered]],
+) -> tuple[dict[int, list[tuple[float, int]]], dict[int, float]]:
+    """Return losses with the index of their chunk, and the mean of 1 / targets, by length class."""
+    classes: dict[int, list[tuple[float, int]]] = {}
+    inverse: dict[int, float] = {}
+    for index, chunk in enumerate(chunks):
+        for loss, targets, _ in chunk:
+            length = targets.bit_length()
+            classes.setdefault(length, []).append((loss, index))
+            inverse[length] = inverse.get(length, 0.0) + 1 / targets
+    return classes, {length: total / len(classes[length]) for length, total in inverse.items()}
+
+
+def newest(rows: Sequence[Remembered]) -> Sequence[Remembered]:
+    """Return the rows of the last batches, in which the level is looked for."""
+    first = rows[-1].batch - ANCHOR_BATCHES
+    return [row for row in rows[-ANCHOR_ROWS:] if row.batch > first]
+
+
+def middles(
+    values: Mapping[int, list[float]], variances: Mapping[int, float], middle: Callable[[list[float]], float]
+) -> dict[int, Estimate]:
+    """Return the middle of the values of each length class, as sure as their number makes it."""
+    return {
+        length: Estimate(middle(part), MEDIAN_VARIANCE * variances[length] / len(part))
+        for length, part in values.items()
+    }
+
+
+def believable(
+    levels: Mapping[int, Estimate], classes: Mapping[int, Sequence[object]], sigmas: float, step: float
+) -> dict[int, Estimate]:
+    """Leave out levels of length classes that have few rows, or that are too far from that of the largest class."""
+    largest = max(classes, key=lambda length: len(classes[length]))
+    return {
+        length: level
+        for length, level in levels.items()
+        if length == largest
+        or (
+            2 * len(classes[length]) >= LEAST_ROWS
+            and abs(level.value - levels[largest].value) <= sigmas * math.sqrt(abs(length - largest) * step)
+        )
+    }
+
+
+def smoothed(own: Mapping[int, Estimate], step: float, lengths: Iterable[int]) -> dict[int, Estimate]:
+    """Return levels for these length classes and all between, each leaning on those beside it.
+
+    Args:
+        own: What the rows of a class show; classes without any are missing.
+        step: Variance of the difference between two neighbouring classes.
+    """
+    between = sorted(lengths)
+    between = list(range(between[0], between[-1] + 1))
+    sweeps: list[dict[int, Estimate | None]] = []
+    for order in (between, between[::-1]):
+        known: Estimate | None = None
+        sweeps.append({})
+        for length in order:
+            known = None if known is None else Estimate(known.value, known.variance + step)
+            sweeps[-1][length] = known
+            known = pooled(known, own.get(length))
+    up, down = sweeps
+    levels = {length: pooled(pooled(up[length], own.get(length)), down[length]) for length in between}
+    return {length: level for length, level in levels.items() if level is not None}
+
+
+def pooled(one: Estimate | None, other: Estimate | None) -> Estimate | None:
+    """Return what two independent estimates of a number show together.
+
+    >>> pooled(Estimate(1.0, 0.5), Estimate(3.0, 0.5))
+    Estimate(value=2.0, variance=0.25)
+    """
+    if one is None or other is None:
+        return one or other
+    total = one.variance + other.variance
+    value = (one.value * other.variance + other.value * one.variance) / total
+    return Estimate(value, one.variance * other.variance / total)
+
+
+def shortness_of(centred: Mapping[int, list[float]], inverse: Mapping[int, float]) -> float:
+    """Return the value of `Fit.shortness` under which distances from the level are likeliest, if they are Laplace's.
+
+    Args:
+        centred: Distances from the level, by length class.
+        inverse: Mean of 1 / targets, by length class.
+    """
+    if len(centred) == 1:
+        return ASSUMED_SHORTNESS
+    sums = [(sum(map(abs, part)), len(part), inverse[length]) for length, part in centred.items()]
+    total = sum(count for _, count, _ in sums)
+    assumed = SHORTNESS.index(ASSUMED_SHORTNESS)
+
+    def cost(index: int) -> float:
+        scales = [math.sqrt(1 + SHORTNESS[index] * each) for _, _, each in sums]
+        mean = sum(deviations / scale for (deviations, _, _), scale in zip(sums, scales, strict=True)) / total
+        logarithms = sum(count * math.log(scale) for (_, count, _), scale in zip(sums, scales, strict=True))
+        return total * math.log(mean or 1e-9) + logarithms + SHORTNESS_WEIGHT * abs(index - assumed)
+
+    return SHORTNESS[min(range(len(SHORTNESS)), key=cost)]
+
+
+def spread_of(
+    centred: Mapping[int, list[float]], inverse: Mapping[int, float], shortness: float, level: float
+) -> float:
+    """Return the spread of very long rows: that of the wider side, and of `ASSUMED_ROWS` more at the assumed one."""
+    values: list[float] = []
+    for length, part in centred.items():
+        scale = math.sqrt(1 + shortness * inverse[length])
+        values += [each / scale for each in part]
+    values.sort()
+    quarter = len(values) // 4
+    seen = QUARTILE_TO_SIGMA * max(-values[quarter], values[-1 - quarter])
+    squares = ASSUMED_ROWS * assumed_spread(level) ** 2 + len(values) * seen**2
+    return max(math.sqrt(squares / (ASSUMED_ROWS + len(values))), LEAST_SPREAD * level)
+
+
+def assumed_spread(level: float) -> float:
+    """Return the spread of very long rows before any is seen, in nats."""
+    return max(ASSUMED_SPREAD * level, LEAST_ASSUMED_SPREAD)
+
+
+def lower_third(values: Iterable[float]) -> float:
+    """Return the value that a third of all values lies below: where dirt is the smaller part, it is a good one."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 3]
+
+
+def median(values: Iterable[float]) -> float:
+    """Return the median, or the upper of the two values in the middle."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
