@@ -35,8 +35,8 @@ SHORTNESS, ASSUMED_SHORTNESS = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0), 32.0
 SHORTNESS_WEIGHT = 2.0
 """Nats of evidence that each step from the assumed shortness to another value needs."""
 
-TARGETS_SKEW = 3.0
-"""Skewness assumed for the loss of a single target. That of an exponential distribution is 2."""
+TARGETS_SKEW = 2.0
+"""Skewness of the loss of a single target: that of an exponential distribution."""
 
 LEVEL_STEP = 0.15
 """Standard deviation of the step in level from one length to twice that length, as a share of the level."""
@@ -50,7 +50,7 @@ MEDIAN_VARIANCE = math.pi / 2
 QUARTILE_TO_SIGMA = 1 / 0.6745
 """Scales the distance of a quartile from the median to the standard deviation of a normal distribution."""
 
-ROUNDS = 8
+ROUNDS = 5
 """Times that good rows are told from others at most; three mostly do."""
 
 
