@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import io
 import json
+import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -175,7 +176,7 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: give another name, or --overwrite.")
     removal = rows_to_remove(directories, file)
-    if not removal.whole | removal.partly and (unknown := removal.elsewhere[""]):
+    if not removal.whole and not removal.partly and (unknown := removal.elsewhere[""]):
         raise ValueError(f"Of {unknown:,} dropped rows it is not known where they come from, and of {file} none is.")
     from ..data.cleaning import copy_without, texts_in  # slower to import than all else here
 
@@ -186,15 +187,17 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
         text = shortened(removal.texts[doubtful], 60)
         raise ValueError(f"{file} has changed since: its row {doubtful:,} is not what was dropped there: {text}")
     count = copy_without(file, out, removal.whole, empty)
-    whole, partly = sorted(removal.whole), sorted(removal.partly)
-    lines = [f"{out}: {file.name} without {len(whole):,} of its {count:,} rows{_named(whole)}"]
+    whole, partly = removal.whole, removal.partly
+    removed = _named([f"{number:,}" for number in sorted(whole)])
+    lines = [f"{out}: {file.name} without {len(whole):,} of its {count:,} rows{removed}"]
     if is_newer and not removal.texts:
         lines.append(f"{file} was written after the run began: look whether these rows are still where they were.")
     if partly:
-        lines.append(
-            f"{len(partly):,} row{'s' * (len(partly) != 1)} may lie in dropped blocks only in part, and stay"
-            f"{_named(partly)}. Look at them: abr rows {directories[0]}"
-        )
+        most = sorted(partly, key=lambda number: (-partly[number], number))
+        stay = f"{len(partly):,} row{'s' * (len(partly) != 1)} may lie in dropped blocks only in part, and stay"
+        numbers = _named([f"{number:,} ({partly[number]:,})" for number in most])
+        look = f"Look at them: abr rows {shlex.quote(str(directories[0]))}"
+        lines.append(f"{stay}; with the number of these blocks{numbers}. {look}")
     if removal.elsewhere:
         named = ", ".join(
             f"{count:,} of {printable(source) or 'unknown place'}" for source, count in removal.elsewhere.items()
@@ -209,7 +212,5 @@ def _beginnings(directories: Sequence[Path]) -> Iterator[float]:
     return (record.stat().st_mtime for record in records if record.is_file())
 
 
-def _named(numbers: Sequence[int]) -> str:
-    if not numbers:
-        return ""
-    return ": " + ", ".join(f"{number:,}" for number in numbers[:NAMED]) + (", ..." if len(numbers) > NAMED else "")
+def _named(rows: Sequence[str]) -> str:
+    return f": {', '.join(rows[:NAMED])}{', ...' * (len(rows) > NAMED)}" if rows else ""

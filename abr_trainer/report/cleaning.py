@@ -25,14 +25,15 @@ class Removal:
 
     Attributes:
         whole: Rows to remove, from 1.
-        partly: Rows of which a dropped block holds only a part, or perhaps only a part: they stay.
+        partly: Rows of which a dropped block holds only a part, or perhaps only a part: they stay. By row, how many
+            dropped blocks hold something of it.
         elsewhere: How many dropped rows are of other files or data sets, by name; "" for those of unknown place.
         texts: The beginning of rows to remove, where a run knew it.
         counts_empty_lines: An empty line of JSON lines is a row, as it is for `abr train`.
     """
 
     whole: set[int] = field(default_factory=set)
-    partly: set[int] = field(default_factory=set)
+    partly: Counter[int] = field(default_factory=Counter)
     elsewhere: Counter[str] = field(default_factory=Counter)
     texts: dict[int, str] = field(default_factory=dict)
     counts_empty_lines: bool = False
@@ -65,12 +66,13 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
             removal.counts_empty_lines = True
             whole, touched = _inside_blocks(of_file)
         else:
-            whole = touched = {row.first_row for row in of_file if row.first_row is not None}
+            whole, touched = {row.first_row for row in of_file if row.first_row is not None}, Counter()
             removal.texts |= {row.first_row: row.text for row in of_file if row.first_row is not None}
         removal.whole |= whole
-        removal.partly |= touched
-    removal.partly -= removal.whole
-    if not removal.whole | removal.partly and not any(_is_named(file, name) for name in known):
+        removal.partly += touched
+    for row_number in removal.whole:
+        del removal.partly[row_number]
+    if not removal.whole and not removal.partly and not any(_is_named(file, name) for name in known):
         runs = "these runs" if len(directories) > 1 else str(directories[0])
         names = ", ".join(printable(name) for name in sorted(known)) or "unknown: no dropped row has a known place"
         raise ValueError(f"{file} is none of the sources of {runs}. They are {names}.")
@@ -109,14 +111,14 @@ def _source_of(file: Path, named: Collection[str], directory: Path) -> str | Non
     return None
 
 
-def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], set[int]]:
-    """Return the rows that lie in dropped blocks entirely, and all that they touch.
+def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], Counter[int]]:
+    """Return the rows that lie in dropped blocks entirely, and how many blocks hold something of each row.
 
     Where a block begins and ends within its first and its last row is not known. Two blocks of which one goes on where
     the other ends have nothing between them.
     """
     whole: set[int] = set()
-    touched: set[int] = set()
+    touched: Counter[int] = Counter()
     before: RunRow | None = None
     start = 0
     for block in sorted(blocks, key=lambda block: -1 if block.index is None else block.index):

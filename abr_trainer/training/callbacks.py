@@ -275,14 +275,13 @@ def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
     """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates."""
     if not ledger.batches:
         return []
-    listed = f": abr rows {shlex.quote(str(output_dir))}"
-    share = (
-        f"{ledger.rows:,} judged, {ledger.rows_dropped:,} dropped ({ledger.rows_dropped / max(ledger.rows, 1):.2%})"
-    )
+    abr_rows = f"abr rows {shlex.quote(str(output_dir))}"
+    dropped = f"{ledger.rows_dropped:,} dropped ({ledger.rows_dropped / max(ledger.rows, 1):.2%})"
+    listed = f": {abr_rows}" if ledger.rows_dropped else ""
     return [
         f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
-        *([f"rows        {share}{listed if ledger.rows_dropped else ''}"] if ledger.rows else []),
-        *([f"all rows{listed} --all"] if (output_dir / ROW_LOSSES_NAME).is_file() else []),
+        *([f"rows        {ledger.rows:,} judged, {dropped}{listed}"] if ledger.rows else []),
+        *([f"ranked      {abr_rows} --all"] if (output_dir / ROW_LOSSES_NAME).is_file() else []),
         f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
         f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
         f"model       {output_dir}",

@@ -6,13 +6,22 @@ import csv
 import io
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 
 import pytest
 
+import run_clm_abr
 from abr_trainer.cli import rows
 from abr_trainer.cli.main import main
+from abr_trainer.data.demo import demo_texts
+from abr_trainer.report.of_run import report_on_run
+from abr_trainer.report.page import render_page
+from abr_trainer.report.why import explain_batch
+from abr_trainer.training.callbacks import cost_lines
+from abr_trainer.training.ledger import ComputeLedger
 from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
 
 NOTES = [{"text": f"the {word} of number {i} lies here in peace"} for i, word in enumerate(["fox", "bird", "cat"] * 4)]
@@ -45,6 +54,24 @@ def record(run, *argv, **arguments):
 def lines_of(capsys, *argv):
     rows.main([str(each) for each in argv])
     return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A real run over a file of which five rows are broken, and these rows, from 1."""
+    directory = tmp_path_factory.mktemp("trained")
+    dice = random.Random(4)
+    texts = demo_texts("train")[:120]
+    broken = [31, 52, 77, 90, 114]
+    for number in broken:
+        words = ("".join(dice.choices("bcdfgjkqvxz\x1b<&`#", k=dice.randint(2, 7))) for _ in range(90))
+        texts[number - 1] = " ".join(words)
+    path = directory / "notes.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ["--train_file", str(path), "--block_size", "32", "--use_cpu", "--disable_tqdm", "true", "--do_train"]
+    flags += ["--num_train_epochs", "1", "--report_to", "none", "--skip_rows", "robust", "--rank_rows"]
+    run_clm_abr.main([*flags, "--output_dir", str(directory / "run")])
+    return directory / "run", path, broken
 
 
 def refusal(*argv):
@@ -159,6 +186,37 @@ def test_a_run_without_a_row_rule_is_told(run):
     assert "it was trained without --skip_rows." in refusal(run)
 
 
+def test_a_real_run_names_the_broken_rows_of_its_file(trained, tmp_path, capsys):
+    run, path, broken = trained
+    rows.main([str(run), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {row["source"] for row in found} == {"notes.jsonl"}
+    inside = [row["first_row"] for row in found if row["first_row"] == row["last_row"] in broken]
+    assert set(inside) == set(broken)
+    assert all(row["visits"] == row["drops"] == 1 for row in found)
+    first, said = lines_of(capsys, run, "--clean", path, tmp_path / "clean.jsonl")
+    removed = [int(number) for number in re.findall(r"\d+", first.partition(" of its 120 rows")[2])]
+    named = [int(number) for number in re.findall(r"(\d+) \(\d+\)", said)]
+    assert sorted(removed + named[: 5 - len(removed)]) == broken, "of these most blocks were dropped"
+    top = lines_of(capsys, run, "--all", "--limit", "5")
+    assert top[2].startswith("notes.jsonl, row")
+    for step in {row["steps"][0] for row in found}:
+        told = "\n".join(explain_batch(run, step))
+        assert "has changed since" not in told
+        limit = next(row["limit"] for row in found if row["steps"][0] == step)
+        assert limit is None or f"  {'limit':<22} {limit:.6g}" in told
+    shown = render_page(report_on_run(run))
+    assert f"Broken rows ({len(found)})" in shown
+    assert "\x1b" not in shown
+    assert cost_lines(ComputeLedger(batches=9), run)[1] == f"ranked      abr rows {run} --all"
+
+
+def test_the_end_of_a_run_says_how_many_rows_were_dropped(tmp_path):
+    told = cost_lines(ComputeLedger(batches=9, rows=72, rows_dropped=3), tmp_path / "my run")
+    assert told[1] == f"rows        72 judged, 3 dropped (4.17%): abr rows '{tmp_path}/my run'"
+    assert not any(line.startswith(("rows", "ranked")) for line in cost_lines(ComputeLedger(batches=9), tmp_path))
+
+
 # ---- Files without the broken rows ----
 
 
@@ -249,15 +307,15 @@ def blocks(*spans, first=0):
 @pytest.mark.parametrize(
     ("spans", "removed", "partly"),
     [
-        ([(2, 5)], {3, 4}, {2, 5}),
-        ([(2, 4), (4, 6)], {3, 4, 5}, {2, 6}),
-        ([(2, 4), (5, 6)], {3, 4, 5}, {2, 6}),
-        ([(2, 4), None, (4, 6)], {3, 5}, {2, 4, 6}),
-        ([(2, 2), (2, 2), (2, 3)], set(), {2, 3}),
-        ([(2, 3), (3, 3), (3, 4)], {3}, {2, 4}),
-        ([(7, 9), (2, 4)], {3, 8}, {2, 4, 7, 9}),
-        ([(4, 4)], set(), {4}),
-        ([(4, ...), (5, 7)], {6}, {4, 5, 7}),
+        ([(2, 5)], "3, 4", "2 (1), 5 (1)"),
+        ([(2, 4), (4, 6)], "3, 4, 5", "2 (1), 6 (1)"),
+        ([(2, 4), (5, 6)], "3, 4, 5", "2 (1), 6 (1)"),
+        ([(2, 4), None, (4, 6)], "3, 5", "4 (2), 2 (1), 6 (1)"),
+        ([(2, 2), (2, 2), (2, 3)], "", "2 (3), 3 (1)"),
+        ([(2, 3), (3, 3), (3, 4)], "3", "2 (1), 4 (1)"),
+        ([(7, 9), (2, 4)], "3, 8", "2 (1), 4 (1), 7 (1), 9 (1)"),
+        ([(4, 4)], "", "4 (1)"),
+        ([(4, ...), (5, 7)], "6", "4 (1), 5 (1), 7 (1)"),
     ],
 )
 def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_path, capsys, spans, removed, partly):
@@ -265,10 +323,10 @@ def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_pa
     record(run, "train", train_file=str(notes))
     os.utime(notes, (1e9, 1e9))
     first, *more = lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")
-    named = f": {', '.join(map(str, sorted(removed)))}" if removed else ""
-    assert first.endswith(f"notes.jsonl without {len(removed)} of its 12 rows{named}")
-    assert more[0].startswith(f"{len(partly)} row")
-    assert f"stay: {', '.join(map(str, sorted(partly)))}. Look" in more[0]
+    count = len(removed.split())
+    assert first.endswith(f"notes.jsonl without {count} of its 12 rows{': ' * bool(count)}{removed}")
+    assert more[0].startswith(f"{partly.count('(')} row")
+    assert f"blocks: {partly}. Look at them" in more[0]
 
 
 def test_blocks_are_told_from_rows_without_a_command_as_well(notes, tmp_path, capsys):
