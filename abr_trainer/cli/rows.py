@@ -23,7 +23,7 @@ from typing import Any
 from ..records.errors import one_line_errors
 from ..records.files import PROVENANCE, ROW_LOSSES_NAME
 from ..report.cleaning import doubtful_row, rows_to_remove
-from ..report.rows import RunRow, broken_rows, ranked_rows, read_drops, read_row_losses, rows_judged
+from ..report.rows import RunRow, broken_rows, has_row_rule, ranked_rows, read_drops, read_row_losses, rows_judged
 from ..report.text import escaped, printable, shortened
 from ..report.why import read_trace
 
@@ -115,10 +115,10 @@ class Found:
             rows, count = ranked_rows(losses, dropped), len(losses["visits"])
             about = f"{len(rows):,} of {count:,} rows were seen; by their last loss, highest first"
             return cls(directory, rows, about)
-        judged, drops = rows_judged(trace), len(read_drops(directory))
-        if not judged and not drops:
+        if not has_row_rule(directory):
             hint = " --all ranks its rows." if losses is not None else ""
             raise ValueError(f"{directory} has judged no rows: it was trained without --skip_rows.{hint}")
+        judged, drops = rows_judged(trace), len(read_drops(directory))
         share = f" ({drops / judged:.2%})" if judged else ""
         about = f"{judged:,} rows judged in {len(trace):,} batches, {drops:,} dropped{share}"
         if drops:

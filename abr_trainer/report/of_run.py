@@ -11,7 +11,7 @@ from ..records.commands import pasted
 from ..records.files import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
 from .figure import Commands, Excerpts, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
-from .rows import RunRow, broken_rows, rows_judged
+from .rows import RunRow, broken_rows, has_row_rule, rows_judged
 from .text import DASH, number, printable
 from .why import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 
@@ -51,7 +51,7 @@ def report_on_run(directory: Path) -> Report:
         Section(f"Skipped batches ({len(skipped)})", skips(directory, skipped)),
         *(
             [Section(f"Broken rows ({len(dropped):,})", broken(directory, dropped, judged))]
-            if judged or dropped
+            if has_row_rule(directory)
             else []
         ),
         Section("Learning rate and memory", (learning_rate(trace), memory(trace))),

@@ -91,10 +91,14 @@ def _visits(count: int) -> str:
 # ---- Records ----
 
 
+def has_row_rule(directory: Path) -> bool:
+    """Return whether a run had a row rule: then it has a file for dropped rows, if an empty one."""
+    return (directory / DROPPED_NAME).is_file()
+
+
 def read_drops(directory: Path) -> list[dict[str, Any]]:
     """Return what a run has written of each row that it dropped, each time that it did."""
-    path = directory / DROPPED_NAME
-    return list(read_lines(path)) if path.is_file() else []
+    return list(read_lines(directory / DROPPED_NAME)) if has_row_rule(directory) else []
 
 
 def read_row_losses(directory: Path) -> dict[str, Any] | None:
@@ -184,7 +188,7 @@ def _ranked(index: int, losses: Mapping[str, Any], dropped: RunRow) -> RunRow:
 
 
 def rows_judged(trace: Iterable[Mapping[str, Any]]) -> int:
-    """Return how many rows a rule has judged, a row each time that it was passed over; 0 without a row rule."""
+    """Return how many rows a rule has judged, a row each time that it was passed over."""
     return sum(batch.get("rows", 0) for batch in trace)
 
 

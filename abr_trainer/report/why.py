@@ -15,7 +15,7 @@ from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, la
 from ..schedulers import Observation, Outcome, RepeatScheduler, build_rule
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.registry import build_row_rule
-from .rows import explain_rows, read_drops, read_judged_rows
+from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
@@ -75,7 +75,7 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     if again := batch.get("replayed"):
         named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
         lines.append(f"{'trained on after it':<24} batch {named}, once more")
-    if "rows" in batch:
+    if "rows" in batch and has_row_rule(directory):
         row_rule = None if provenance is None else build_row_rule(provenance["arguments"])
         lines += explain_rows(row_rule, batch, read_drops(directory), read_judged_rows(directory))
     texts = read_skipped(directory).get(step, [])

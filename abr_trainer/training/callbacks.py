@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..perplexity.windows import perplexity_of
 from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
+from ..report.rows import has_row_rule
 from ..schedulers import Outcome
 from .dropping import BatchRows, DroppedRow
 from .ledger import ComputeLedger
@@ -280,7 +281,7 @@ def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
     listed = f": {abr_rows}" if ledger.rows_dropped else ""
     return [
         f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
-        *([f"rows        {ledger.rows:,} judged, {dropped}{listed}"] if ledger.rows else []),
+        *([f"rows        {ledger.rows:,} judged, {dropped}{listed}"] if has_row_rule(output_dir) else []),
         *([f"ranked      {abr_rows} --all"] if (output_dir / ROW_LOSSES_NAME).is_file() else []),
         f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
         f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",

@@ -14,12 +14,14 @@ import sys
 import pytest
 
 import run_clm_abr
-from abr_trainer.cli import rows
+from abr_trainer.cli import classify, rows
 from abr_trainer.cli.main import main
 from abr_trainer.data.demo import demo_texts
 from abr_trainer.report.of_run import report_on_run
 from abr_trainer.report.page import render_page
+from abr_trainer.report.rows import read_drops
 from abr_trainer.report.why import explain_batch
+from abr_trainer.schedulers import RowRule
 from abr_trainer.training.callbacks import cost_lines
 from abr_trainer.training.ledger import ComputeLedger
 from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
@@ -64,12 +66,13 @@ def trained(tmp_path_factory):
     texts = demo_texts("train")[:120]
     broken = [31, 52, 77, 90, 114]
     for number in broken:
-        words = ("".join(dice.choices("bcdfgjkqvxz\x1b<&`#", k=dice.randint(2, 7))) for _ in range(90))
+        words = ("".join(dice.choices("bcdfgjkqvxz\x1b<&`#", k=dice.randint(2, 7))) for _ in range(150))
         texts[number - 1] = " ".join(words)
     path = directory / "notes.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     flags = ["--train_file", str(path), "--block_size", "32", "--use_cpu", "--disable_tqdm", "true", "--do_train"]
     flags += ["--num_train_epochs", "1", "--report_to", "none", "--skip_rows", "robust", "--rank_rows"]
+    flags += ["--per_device_train_batch_size", "16"]
     run_clm_abr.main([*flags, "--output_dir", str(directory / "run")])
     return directory / "run", path, broken
 
@@ -180,10 +183,10 @@ def test_what_is_wrong_is_said_in_one_line(run, notes, tmp_path, monkeypatch, ar
 
 
 def test_a_run_without_a_row_rule_is_told(run):
-    trace = [json.loads(line) for line in (run / "abr_trace.jsonl").read_text().splitlines()]
-    (run / "abr_trace.jsonl").write_text("".join(json.dumps({**line, "rows": 0}) + "\n" for line in trace))
     (run / "_dropped_rows.jsonl").unlink()
-    assert "it was trained without --skip_rows." in refusal(run)
+    assert refusal(run).endswith("it was trained without --skip_rows.")
+    write_losses(run, [2.0], [1])
+    assert refusal(run).endswith("it was trained without --skip_rows. --all ranks its rows.")
 
 
 def test_a_real_run_names_the_broken_rows_of_its_file(trained, tmp_path, capsys):
@@ -208,13 +211,16 @@ def test_a_real_run_names_the_broken_rows_of_its_file(trained, tmp_path, capsys)
     shown = render_page(report_on_run(run))
     assert f"Broken rows ({len(found)})" in shown
     assert "\x1b" not in shown
-    assert cost_lines(ComputeLedger(batches=9), run)[1] == f"ranked      abr rows {run} --all"
+    assert cost_lines(ComputeLedger(batches=9, rows=9), run)[2] == f"ranked      abr rows {run} --all"
 
 
 def test_the_end_of_a_run_says_how_many_rows_were_dropped(tmp_path):
-    told = cost_lines(ComputeLedger(batches=9, rows=72, rows_dropped=3), tmp_path / "my run")
-    assert told[1] == f"rows        72 judged, 3 dropped (4.17%): abr rows '{tmp_path}/my run'"
-    assert not any(line.startswith(("rows", "ranked")) for line in cost_lines(ComputeLedger(batches=9), tmp_path))
+    run = write_run(tmp_path / "my run", [])
+    told = cost_lines(ComputeLedger(batches=9, rows=72, rows_dropped=3), run)
+    assert told[1] == f"rows        72 judged, 3 dropped (4.17%): abr rows '{run}'"
+    assert cost_lines(ComputeLedger(batches=9, rows=72), run)[1] == "rows        72 judged, 0 dropped (0.00%)"
+    ranked_alone = ComputeLedger(batches=9, rows=72)
+    assert not any(line.startswith(("rows", "ranked")) for line in cost_lines(ranked_alone, tmp_path))
 
 
 # ---- Files without the broken rows ----
@@ -332,3 +338,34 @@ def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_pa
 def test_blocks_are_told_from_rows_without_a_command_as_well(notes, tmp_path, capsys):
     run = write_run(tmp_path / "run", [*blocks((2, 2)), *blocks((5, 7), first=30)])
     assert "without 1 of its 12 rows: 6" in lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")[0]
+
+
+class ThePosition(RowRule):
+    """Drop a row of each four, whatever it holds."""
+
+    def decide(self, row):
+        return row.position % 4 != 1
+
+
+def number_in(text):
+    return int(re.search(r"number (\d+)", text)[1])
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl"])
+def test_the_rows_that_a_classifier_was_not_trained_on_are_those_that_go(tmp_path, capsys, name):
+    sentences = [f"the {'fox' if i % 3 else 'bird'} sees,\nof all, number {i} here" for i in range(16)]
+    path, out = tmp_path / name, tmp_path / f"clean_{name}"
+    if name.endswith("csv"):
+        path.write_text("sentence,label\n\n" + "".join(f'"{text}",{i % 2}\n\n' for i, text in enumerate(sentences)))
+    else:
+        rows_of = ({"sentence": text, "label": i % 2} for i, text in enumerate(sentences))
+        path.write_text("".join(f"\n{json.dumps(row)}\n" for row in rows_of))
+    flags = ["--train_file", str(path), "--sentence_columns", "sentence", "--label_column", "label", "--do_train"]
+    flags += ["--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "true", "--report_to", "none"]
+    flags += ["--skip_rows", f"{__name__}:ThePosition", "--model_name_or_path", "demo"]
+    classify.main([*flags, "--output_dir", str(tmp_path / "run")])
+    dropped = {number_in(drop["text"]) for drop in read_drops(tmp_path / "run")}
+    assert len(dropped) == 4
+    rows.main([str(tmp_path / "run"), "--clean", str(path), str(out)])
+    assert "without 4 of its 16 rows" in capsys.readouterr().out
+    assert {int(number) for number in re.findall(r"number (\d+)", out.read_text())} == set(range(16)) - dropped
