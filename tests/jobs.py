@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -35,6 +36,8 @@ import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
 from abr_trainer.cli import classify
 from abr_trainer.data import sources
+from abr_trainer.data.arguments import DataArguments
+from abr_trainer.data.blocks import load_blocks
 from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import nlls_over_ranks
@@ -47,7 +50,8 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
 )
 from abr_trainer.training.engines import leave_ranks
-from tests.conftest import QUIET, VOCABULARY, broken_row, tiny_llama, token_rows, weights
+from abr_trainer.training.identity import source_of, taken_out
+from tests.conftest import QUIET, VOCABULARY, Stream, broken_row, tiny_llama, token_rows, weights
 
 
 class KillAfter(TrainerCallback):
@@ -479,6 +483,57 @@ def nll_of_windows(model: torch.nn.Module) -> dict[str, float]:
     return {"windows_nll": math.fsum(nlls_over_ranks(model, some_windows(), 2, PartialState(), shows_progress=False))}
 
 
+LOADERS: dict[str, dict[str, Any]] = {
+    "shuffled": {"train_sampling_strategy": "random"},
+    "dispatched": {"accelerator_config": {"dispatch_batches": True}},
+    "split": {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 4},
+    "uneven": {"accelerator_config": {"even_batches": False}},
+    "stream": {"max_steps": 6},
+    "stream, not dispatched": {"max_steps": 6, "accelerator_config": {"dispatch_batches": False}},
+    "stream of datasets": {"max_steps": 6},
+    "stream of datasets, not dispatched": {"max_steps": 6, "accelerator_config": {"dispatch_batches": False}},
+    "stream in two parts, not dispatched": {"max_steps": 6, "accelerator_config": {"dispatch_batches": False}},
+    "files, not dispatched": {"max_steps": 6, "accelerator_config": {"dispatch_batches": False}},
+}
+
+
+def loaders(output_dir: str) -> None:
+    """Write down the batches that this rank gets, stock and with indices, and what is known of each row."""
+    found: dict[str, Any] = {}
+    for name, options in LOADERS.items():
+        data = data_of(name, output_dir)
+        batches = []
+        for trainer_cls, config_cls in ((Trainer, TrainingArguments), (ABRTrainer, ABRConfig)):
+            config = {"output_dir": output_dir, "per_device_train_batch_size": 2, **QUIET, **options}
+            trainer = trainer_cls(model=tiny_llama(), args=config_cls(**config), train_dataset=data)
+            trainer._row_rule = object()
+            batches.append(list(trainer.get_train_dataloader()))
+        taken = [taken_out(batch) for batch in batches[1]]
+        numbers = [[] if indices is None else indices.tolist() for _, indices in taken]
+        found[name] = {
+            "stock": [batch["input_ids"].tolist() for batch in batches[0]],
+            "rows": [inputs["input_ids"].tolist() for inputs, _ in taken],
+            "sources": [[source_of(data, number) for number in each] for each in numbers],
+        }
+    Path(output_dir, f"rank-{PartialState().process_index}.json").write_text(json.dumps(found))
+    leave_ranks()
+
+
+def data_of(name: str, directory: str) -> Any:
+    """29 rows in the form that the name of a loader says, or blocks of the files in a directory."""
+    if name.startswith("files"):
+        tokenizer = load_tokenizer(ModelArguments())
+        arguments = DataArguments(dataset_name=str(Path(directory, "files")), streaming=True)
+        return load_blocks(arguments, tokenizer, 8, ["train"], with_sources=True)["train"]
+    rows = token_rows(29)
+    if not name.startswith("stream"):
+        return rows
+    if name.startswith("stream,") or name == "stream":
+        return Stream(rows)
+    lists = [{key: value.tolist() for key, value in row.items()} for row in rows]
+    return Dataset.from_list(lists).to_iterable_dataset(num_shards=2 if "two parts" in name else 1)
+
+
 def trainings(plans: str) -> None:
     """Run trainings as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
     shards_on_cpu()
@@ -499,4 +554,4 @@ def trainings(plans: str) -> None:
 
 if __name__ == "__main__":
     gc.freeze()  # each training looks for garbage, and longest among what was imported
-    {"resumable": resumable, "ranks": ranks, "trainings": trainings}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "ranks": ranks, "trainings": trainings, "loaders": loaders}[sys.argv[1]](*sys.argv[2:])

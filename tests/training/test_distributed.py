@@ -14,8 +14,9 @@ import torch
 
 from abr_trainer.perplexity.windows import causal_nll, window_nlls
 from abr_trainer.records.files import read_lines
-from tests.conftest import ON_CPU, ROOT, tiny_llama
+from tests.conftest import ON_CPU, ROOT, run_module, tiny_llama, token_rows
 from tests.jobs import (
+    LOADERS,
     RESUMED,
     SCENARIOS,
     build_model,
@@ -202,3 +203,46 @@ def test_a_skipped_batch_is_shown_with_the_rows_of_all_ranks(two_ranks, tmp_path
     )
     assert shown == expected
     assert len(shown) >= 2
+
+
+@pytest.fixture(scope="module")
+def loaded_by_two_ranks(tmp_path_factory):
+    """What each rank got, by the name of the loader."""
+    directory = tmp_path_factory.mktemp("ranks")
+    for part in range(2):
+        path = directory / "files" / f"train-{part}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            "".join(
+                json.dumps({"text": f"The {word} of {part}."}) + "\n"
+                for word in ["girl", "boat", "lamp", "river"] * 12
+            )
+        )
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.jobs", "loaders"]
+    run_module(*launch, str(directory), timeout=120)
+    return [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [name for name in LOADERS if "files" not in name])
+def test_on_two_ranks_each_row_has_its_index_and_the_batches_are_those_of_stock_trainer(loaded_by_two_ranks, name):
+    rows, seen = [row["input_ids"].tolist() for row in token_rows(29)], set()
+    for rank in loaded_by_two_ranks:
+        found = rank[name]
+        assert found["rows"] == found["stock"]
+        if "two parts" in name:  # each rank reads one, and knows no place in the whole
+            assert not any(found["sources"])
+            continue
+        assert [[rows[source["index"]] for source in batch] for batch in found["sources"]] == found["rows"]
+        seen |= {source["index"] for batch in found["sources"] for source in batch}
+    if "stream" not in name and name != "uneven":
+        assert seen == set(range(29))
+
+
+def test_two_ranks_that_share_files_each_name_their_own(loaded_by_two_ranks):
+    for part, rank in enumerate(loaded_by_two_ranks):
+        found = rank["files, not dispatched"]
+        sources = [source for batch in found["sources"] for source in batch]
+        assert found["rows"] == found["stock"]
+        assert {source["source"] for source in sources} == {f"train-{part}.jsonl"}
+        assert [source["first_row"] for source in sources] == sorted(source["first_row"] for source in sources)
+        assert sources[0]["first_row"] == 1
