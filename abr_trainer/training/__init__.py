@@ -2,7 +2,8 @@
 
 How one batch goes through the files:
 
-1. `trainer.py` overrides methods of Trainer. Trainer's loop calls `get_batch_samples`, which starts a new batch, and
+1. `trainer.py` overrides methods of Trainer. If anything asks for it, its loader lets micro-batches say which rows of
+   the training set they hold (`identity.py`). Trainer's loop calls `get_batch_samples`, which starts a new batch, and
    then `training_step` for each micro-batch, which hands it to that batch.
 2. `batch.py` holds the whole life of the batch, from its first pass to its outcome. Each micro-batch goes through one
    pass (`passes.py`), which calls Trainer's own `training_step`.
@@ -18,9 +19,10 @@ How one batch goes through the files:
    writes into the checkpoint what a resumed run needs.
 
 Before the first batch, `config.py` has the arguments and `plan.py` checks them. `support.py` refuses what cannot work,
-`readiness.py` checks model and disk, `empty_rows.py` looks for rows without targets, `checkpoints.py` checks the
-checkpoint to resume from, and `primer.py` has the batches that come first. Beside the batches, `tracking.py` follows
-the perplexity, `memory.py` measures memory, and `engines.py` has what DeepSpeed and DDP need.
+`readiness.py` checks model and disk, `empty_rows.py` looks for rows without targets, without tokens or there twice,
+`checkpoints.py` checks the checkpoint to resume from, and `primer.py` has the batches that come first. Beside the
+batches, `ranking.py` keeps the last loss of every row, `tracking.py` follows the perplexity, `memory.py` measures
+memory, and `engines.py` has what DeepSpeed and DDP need.
 """
 
 from __future__ import annotations

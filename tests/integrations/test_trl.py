@@ -33,10 +33,12 @@ from trl import (
 
 from abr_trainer import ABRMixin
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.data.identity import name_sources, with_rows
 from abr_trainer.integrations.trl import ABRSFTConfig, ABRSFTTrainer
 from abr_trainer.perplexity.windows import causal_nll
 from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip
+from abr_trainer.training.identity import source_of, taken_out
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
 PAIRS = Dataset.from_list(
@@ -101,6 +103,27 @@ def test_one_repeat_is_ordinary_fine_tuning(fine_tune, packing):
     assert torch.equal(weights(ours.model), weights(theirs.model))
     for mine, stock in zip(log_without_times(ours), log_without_times(theirs), strict=True):
         assert stock.items() <= mine.items()
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_know_the_row_of_the_file_that_they_were_made_of(tmp_path, padding_free):
+    options = {**OPTIONS, "output_dir": str(tmp_path), "padding_free": padding_free, "rank_rows": True}
+    trainer = ABRSFTTrainer(
+        model=demo_model(),
+        args=ABRSFTConfig(**{**options, "max_length": None}),
+        train_dataset=name_sources(with_rows(PAIRS), ["talks.jsonl"]),
+        processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+    )
+    seen = []
+    for batch in trainer.get_train_dataloader():
+        inputs, indices = taken_out(batch)
+        tokens = [token for index in indices for token in trainer.train_dataset[int(index)]["input_ids"]]
+        is_text = inputs["attention_mask"].bool() if "attention_mask" in inputs else ...
+        assert inputs["input_ids"][is_text].flatten().tolist() == tokens
+        sources = [source_of(trainer.train_dataset, index) for index in indices]
+        assert all(source["source"] == "talks.jsonl" for source in sources)
+        seen += [source["first_row"] for source in sources]
+    assert sorted(seen) == list(range(1, 13))
 
 
 class Mixed(ABRMixin, SFTTrainer):

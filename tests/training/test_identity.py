@@ -117,6 +117,42 @@ def test_after_a_resume_the_indices_go_on(build, kind):
     assert numbers_in(list(skip_first_batches(trainer.get_train_dataloader(), 2))) == [[4, 5], [6, 7]]
 
 
+class Recording(ABRTrainer):
+    """Takes the indices out of each micro-batch, as the engine does, and writes them down by step."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        inputs, indices = taken_out(inputs)
+        rows = [self.known.index(row.tolist()) for row in inputs["input_ids"]]
+        self.taken.append((self.state.global_step, None if indices is None else indices.tolist(), rows))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def recorded(build: Any, rows: list[Any], kind: str, resume: Any = None, **options: Any) -> list[Any]:
+    trainer = build(Recording, data=KINDS[kind](rows), **options)
+    trainer._row_rule = object()
+    trainer.taken, trainer.known = [], [row["input_ids"].tolist() for row in rows]
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.taken
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets", "stream"])
+def test_a_resumed_run_goes_on_with_the_indices_of_the_unbroken_one(build, kind, tmp_path):
+    rows = token_rows(10)
+    options = {"max_steps": 8, "gradient_accumulation_steps": 2, "train_sampling_strategy": "random"}
+    options |= {"save_strategy": "steps", "save_steps": 4}  # in the second epoch
+    whole = recorded(build, rows, kind, **options)
+    assert all(indices == found for _, indices, found in whole)
+    resumed = recorded(build, rows, kind, resume=str(tmp_path / "run" / "checkpoint-4"), **options)
+    assert resumed == [each for each in whole if each[0] >= 4]
+
+
+def test_rows_of_the_primer_have_no_index_and_those_after_it_have_theirs(build):
+    rows = token_rows(8)
+    primer = {"trainer_options": {"primer_dataset": rows[4:]}, "primer_batches": 2}
+    taken = recorded(build, rows, "list", max_steps=6, **primer)
+    assert [indices for _, indices, _ in taken] == [None, None, [0, 1], [2, 3], [4, 5], [6, 7]]
+
+
 def test_without_a_rule_or_a_ranking_the_loader_is_that_of_stock_trainer(build):
     rows = token_rows(4)
     trainer = build(data=rows)
