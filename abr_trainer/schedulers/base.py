@@ -24,7 +24,7 @@ class Observation:
         loss: Mean loss per target token of the first pass, in nats, averaged over ranks; over the rows that are kept.
         progress: Share of the training run already spent, in [0, 1).
         accuracy: Share of the target tokens that the first pass predicted right, over all ranks; None unless the rule
-            `wants` it, and where the model returns no logits.
+            `wants` it, and for a batch without targets. A run in which it cannot be seen is refused.
         grad_norm: Norm of the gradient of the first pass, before clipping; None unless the rule `wants` it, and before
             the backward.
     """

@@ -146,6 +146,7 @@ class Batch:
                 run.consensus.find_loss_scale(trainer, passes.model, first)
         if run.rows is not None:
             run.rows.begin(run.ledger.batches, asks=run.ledger.batches >= setting(trainer.args, "primer_batches"))
+        run.extra_forwards = 0
         self._tr_loss_before = trainer._tr_loss.clone()
 
     def _before_last_backward(self, trainer: Any, wanted: Callable[[Tensor], bool]) -> Any:
@@ -167,13 +168,14 @@ class Batch:
         tallied = tally([call.inputs for call in self._calls], first_target(trainer), trainer.label_names)
         main_input = getattr(trainer.model, "main_input_name", "input_ids")
         own_tokens = sum(call.inputs[main_input].numel() for call in self._calls if main_input in call.inputs)
-        costs = (own_tokens, own_tokens * trainer._forward_flops_per_token)
+        costs = (own_tokens, own_tokens * trainer._forward_flops_per_token, run.extra_forwards)
         hits = summed(self._hits)
         cured, lists, longest = self._own_rows(run.rows)
         agreed = run.consensus.begin_mean(
             trainer, self._calls, losses, *tallied, *costs, cured is None, *hits, lists=lists, longest=longest
         )()
-        targets, empty_rows, rows, tokens, forward_flops, incurable, *hits = agreed.sums
+        targets, empty_rows, rows, tokens, forward_flops, extra_forwards, incurable, *hits = agreed.sums
+        run.ledger.extra_forwards = Fraction(int(extra_forwards), trainer.args.world_size * len(self._calls))
         trainer._rows_without_targets.count(int(empty_rows), int(rows))
         self.rows = batch_rows(agreed.lists) if lists else None
         self._calls = cured or self._calls

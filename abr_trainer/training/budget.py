@@ -34,8 +34,10 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """The whole passes that are left; infinite without a budget."""
-        return math.inf if self.passes is None else math.floor(self.passes - self.ledger.passes)
+        """The whole passes that are left, at what the last one cost; infinite without a budget."""
+        if self.passes is None:
+            return math.inf
+        return math.floor((self.passes - self.ledger.passes) / self.ledger.pass_cost)
 
     @property
     def is_spent(self) -> bool:

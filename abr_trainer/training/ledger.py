@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+FRACTIONS = ("share", "extra_forwards", "passes")
+"""The fields of the ledger that are exact fractions; JSON gets them as text."""
+
 
 def forward_share(frozen_base: bool, activation_checkpointing: bool) -> Fraction:
     """Return what a forward costs as a share of a forward-backward.
@@ -26,9 +29,12 @@ class ComputeLedger:
 
     Attributes:
         share: What a forward costs as a share of a pass, see `forward_share`.
+        extra_forwards: Forwards of the last batch for each micro-batch, beside the one that gives the loss: what some
+            own losses, metrics and reference models need. Each pass over the batch makes them.
         batches: Batches finished, skipped ones among them.
         skips: Batches skipped.
-        forwards: Forwards over a micro-batch, on each rank.
+        forwards: Forwards over a micro-batch, on each rank. Those that find out what a loss means are not counted: at
+            most three, once a start.
         backwards: Backwards over a micro-batch, on each rank. Skipping saves the backward of the last micro-batch.
         passes: Compute in units of one forward-backward over a batch: exact, so that a budget can be spent exactly. A
             batch skipped after `a` micro-batches costs `1 - (1 - share) / a`: `share` without accumulation.
@@ -41,6 +47,7 @@ class ComputeLedger:
     """
 
     share: Fraction = Fraction(1, 3)
+    extra_forwards: Fraction = Fraction(0)
     batches: int = 0
     skips: int = 0
     forwards: int = 0
@@ -58,6 +65,11 @@ class ComputeLedger:
         """Mean updates a batch; a skipped batch counts with 0."""
         return self.updates / self.batches if self.batches else 0.0
 
+    @property
+    def pass_cost(self) -> Fraction:
+        """What a pass costs over the last batch, with its extra forwards."""
+        return 1 + self.share * self.extra_forwards
+
     def charge_pass(self, micro_batches: int, backwards: int, tokens: int, forward_flops: float) -> None:
         """Note one pass over a batch.
 
@@ -67,11 +79,12 @@ class ComputeLedger:
             tokens: Tokens in the batch, over all ranks.
             forward_flops: FLOPs of one forward over the batch, over all ranks.
         """
-        cost = self.share + (1 - self.share) * Fraction(backwards, micro_batches)
-        self.forwards += micro_batches
+        forwards = 1 + self.extra_forwards
+        cost = self.share * forwards + (1 - self.share) * Fraction(backwards, micro_batches)
+        self.forwards += round(micro_batches * forwards)
         self.backwards += backwards
         self.passes += cost
-        self.tokens += tokens
+        self.tokens += round(tokens * forwards)
         self.flops += forward_flops * float(cost / self.share)
 
     def close_batch(self, updates: int, seconds: float, rows: int = 0, rows_dropped: int = 0) -> None:
@@ -86,14 +99,14 @@ class ComputeLedger:
     def summary(self) -> dict[str, float]:
         """Return the ledger as plain numbers, for logs and result files."""
         numbers = {**asdict(self), "passes": float(self.passes), "repeats": self.repeats}
-        del numbers["share"]
+        del numbers["share"], numbers["extra_forwards"]
         if not self.rows:
             del numbers["rows"], numbers["rows_dropped"]
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "share": str(self.share), "passes": str(self.passes)}
+        return {**asdict(self), **{name: str(getattr(self, name)) for name in FRACTIONS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, Fraction(value) if name in ("share", "passes") else value)
+            setattr(self, name, Fraction(value) if name in FRACTIONS else value)

@@ -31,7 +31,12 @@ class LossScale:
 
 def has_own_loss(trainer: Any) -> bool:
     """Tell whether the loss is computed by somebody else's code, not by Trainer and the model."""
-    return type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
+    return has_own_compute_loss(trainer) or trainer.compute_loss_func is not None
+
+
+def has_own_compute_loss(trainer: Any) -> bool:
+    """Tell whether `compute_loss` is not Trainer's, which makes one forward."""
+    return type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
 
 
 def declares_scaled(trainer: Any) -> bool | None:

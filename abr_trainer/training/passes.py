@@ -9,15 +9,19 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
 from .consensus import Agreed
 from .engines import forget_batch_of_deepspeed
 from .held import Call, HeldBatch
-from .signals import Hits, accuracy_of, counting_hits, summed
-from .targets import shifts_labels
+from .loss_scale import has_own_compute_loss
+from .signals import Hits, accuracy_of, counting_hits, summed, watching
+from .targets import label_use
 
-TRL_COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens")
+COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens")
+COUNTERS_OF_STATE = ("tokens",)
 
 
 @contextlib.contextmanager
@@ -42,10 +46,15 @@ def before_backward(accelerator: Any, wanted: Callable[[Tensor], bool]) -> Itera
 
 @contextlib.contextmanager
 def counted_once(trainer: Any) -> Iterator[None]:
-    """Undo what passes in this context add to the counters of TRL's trainers, which count in `compute_loss`."""
-    counters = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name in TRL_COUNTERS}
+    """Undo what passes in this context add to counters of trainers that count in `compute_loss`: TRL's, axolotl's."""
+    counted = [(trainer, COUNTERS), (trainer.state, COUNTERS_OF_STATE)]
+    before = [
+        (owner, {name: copy.deepcopy(value) for name, value in vars(owner).items() if name in names})
+        for owner, names in counted
+    ]
     yield
-    vars(trainer).update(counters)
+    for owner, counters in before:
+        vars(owner).update(counters)
 
 
 class Passes:
@@ -71,15 +80,35 @@ class Passes:
             hits: Gets the target tokens that the forward predicts right, if the rule wants to know them.
             judges_rows: Whether it is decided in this pass which rows count, if there is a rule for rows.
         """
-        trainer, rows = self.trainer, self.trainer._run.rows
-        counts_hits = "accuracy" in trainer.repeat_scheduler.wants
-        shifts = counts_hits and shifts_labels(trainer)
-        with contextlib.ExitStack() as context:
-            if counts_hits:
-                context.enter_context(counting_hits(self.model, call.inputs, shifts, hits))
-            if rows is not None:
-                context.enter_context(rows.watching(trainer, self.model, call, judges_rows))
-            return self._training_step(self.model, call.inputs, *call.args, **call.kwargs)
+        trainer = self.trainer
+        with contextlib.ExitStack() as watch:
+            if has_own_compute_loss(trainer):
+                watch.enter_context(self._counting_forwards())
+            if "accuracy" in trainer.repeat_scheduler.wants:
+                check = counting_hits(self.model, call.inputs, label_use(trainer), hits)
+                watch.enter_context(before_backward(trainer.accelerator, watch.enter_context(check)))
+            if trainer._run.rows is not None:
+                watch.enter_context(trainer._run.rows.watching(trainer, self.model, call, judges_rows))
+            loss = self._training_step(self.model, call.inputs, *call.args, **call.kwargs)
+        return loss.clone()  # CUDA graphs write the loss of the next forward into the same memory
+
+    @contextlib.contextmanager
+    def _counting_forwards(self) -> Iterator[None]:
+        """Count the forwards that a `compute_loss` makes beside the one that gives the loss, of the reference too."""
+        trainer, run = self.trainer, self.trainer._run
+        models = [self.model if is_compiled_module(self.model) else trainer.model, getattr(trainer, "ref_model", None)]
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            run.extra_forwards += calls > 1
+
+        with contextlib.ExitStack() as watch:
+            for model in models:
+                if isinstance(model, nn.Module):
+                    watch.enter_context(watching(model, count))
+            yield
 
     def over(
         self, held: HeldBatch, wanted: Callable[[list[Tensor], list[Hits]], bool] | None
@@ -159,5 +188,8 @@ class Passes:
         """
         trainer = self.trainer
         self.forget()
+        if trainer.args.torch_compile:
+            # CUDA graphs wait for the backward that was left out.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         trainer.accelerator.gradient_state._set_sync_gradients(False)
         trainer.optimizer._is_overflow = False  # of an earlier batch: it would keep the learning rate from ticking

@@ -32,6 +32,7 @@ from .row_losses import (
     owners_of,
     summed_by_row,
 )
+from .signals import watching
 from .targets import base_model, forward_with_loss, names_in, unwrapped
 
 Judge = Callable[[Sequence[float], Sequence[int], bool], "Judged"]
@@ -218,7 +219,7 @@ class OutputSeam(Seam):
 
     @contextlib.contextmanager
     def open(self, trainer: Any, model: Any, call: Any, sieve: Sieve) -> Iterator[None]:
-        def of_kept_rows(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> Any:
+        def of_kept_rows(output: Any, given: Mapping[str, Any]) -> Any:
             if not isinstance(output, Mapping):
                 return None
             if isinstance(output.get("log_probs"), Tensor):
@@ -228,11 +229,8 @@ class OutputSeam(Seam):
                 return self._keep(base_model(trainer).config, output, labels, call, sieve)
             return None
 
-        handle = model.register_forward_hook(of_kept_rows, with_kwargs=True)
-        try:
+        with watching(model, of_kept_rows):
             yield
-        finally:
-            handle.remove()
 
     def _keep(self, config: Any, output: Any, labels: Tensor, call: Any, sieve: Sieve) -> Any:
         given = _arguments(output["logits"], labels, config, call.items_in_batch)

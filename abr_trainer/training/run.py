@@ -28,6 +28,7 @@ class Run:
         budget: What may be spent.
         consensus: How ranks agree.
         window: The batches since the last log.
+        extra_forwards: Forwards of the batch under way on this rank, beside one for each micro-batch.
         held: Batches to train on again later, by index.
         rows: What decides which rows are dropped; None if none are.
         notices: What is said of dropped rows and skipped batches.
@@ -43,6 +44,7 @@ class Run:
         self.budget = Budget(args, self.ledger)
         self.consensus = Consensus(args, accelerator)
         self.window = LogWindow()
+        self.extra_forwards = 0
         self.held: dict[int, HeldBatch] = {}
         self.rows: RowGate | None = None
         self.notices = Notices()

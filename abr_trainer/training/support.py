@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 ENGINES = {
@@ -65,6 +65,16 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
         refuse_schedule(args.lr_scheduler_type.value)
     if budget is not None and trainer.lr_scheduler is not None:
         check_schedule(trainer.lr_scheduler)
+
+
+def refuse_hidden_batches(trainer: Any) -> None:
+    """Refuse a stream whose last batch may be incomplete, if somebody's `get_batch_samples` hides that from us."""
+    if not has_length(trainer.callback_handler.train_dataloader):
+        raise ValueError(
+            f"{trainer.get_batch_samples.__module__} replaces `get_batch_samples` of {type(trainer).__name__} without "
+            "calling it. With a data set of unknown length, a batch that its end cuts off would leave its gradient to "
+            "the next one. Replace that of transformers.Trainer, or call `super().get_batch_samples`."
+        )
 
 
 def refuse_pushing_inputs(args: Any, scheduler: Any) -> None:

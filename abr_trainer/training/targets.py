@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -82,13 +83,19 @@ def label_use(trainer: Any) -> LabelUse:
     return use
 
 
+def unsloth_counts_targets() -> bool:
+    """Tell whether Unsloth has put its own count of targets into Trainer, and its losses into models."""
+    return getattr(Trainer.get_batch_samples, "__name__", "") == "_unsloth_get_batch_samples"
+
+
 def _look(trainer: Any) -> LabelUse:
     model, by_name = base_model(trainer), bool(trainer._loss_shifts_labels)
     forward = forward_with_loss(model)
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    is_causal = is_causal_model(model) and not is_encoder_decoder
+    by_name = by_name or (is_causal and unsloth_counts_targets())
     if "loss_function" in names_in(forward):
-        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        is_causal = is_causal_model(model) and not is_encoder_decoder and model.loss_function is ForCausalLMLoss
-        calls_causal_loss = shifts = by_name or is_causal
+        calls_causal_loss = shifts = by_name or (is_causal and model.loss_function is ForCausalLMLoss)
     else:
         calls_causal_loss = False
         shifts = by_name and not (getattr(forward, "__module__", None) or "").startswith("transformers.")
@@ -112,7 +119,7 @@ def first_target(trainer: Any) -> int:
 
 def trainer_counts_targets(trainer: Any) -> bool:
     """Tell whether the number of labels by which Trainer divides the loss is that of the targets."""
-    return first_target(trainer) == int(trainer._loss_shifts_labels)
+    return unsloth_counts_targets() or first_target(trainer) == int(trainer._loss_shifts_labels)
 
 
 # ---- The targets of a micro-batch ----

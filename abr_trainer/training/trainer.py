@@ -36,7 +36,7 @@ from .primer import Primer
 from .readiness import mend_generation_config
 from .resume import ResumeMixin
 from .run import Run
-from .support import refuse_unsupported
+from .support import refuse_hidden_batches, refuse_unsupported
 from .targets import shifts_labels
 from .tracking import EarlyStopping, doubt_of_the_best
 
@@ -177,7 +177,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self.repeat_scheduler = self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
         self._scheduler_description = repr(self.repeat_scheduler)
         self.row_rule = self._fresh_row_rule()
-        self._run, self._batch = Run(self.args, self.accelerator), Batch()
+        self._run, self._batch, self._is_drawn = Run(self.args, self.accelerator), Batch(), False
         if self._is_active and wants_row_indices(self):
             self._run.rows = row_gate(self, self.row_rule)
         self._rows_without_targets.forget_counts()
@@ -232,7 +232,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if not self._is_active:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batch = Batch()
+        self._batch, self._is_drawn = Batch(), True
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batch_samples) < num_batches:
             # A data set without length ended in the middle of a batch. Trainer would leave its gradients to the next.
@@ -247,6 +247,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not self._is_active:
             return super().training_step(model, inputs, *args, **kwargs)
+        if not self._is_drawn:
+            refuse_hidden_batches(self)
         return self._batch.take(Passes(self, model, super().training_step), Call(inputs, args, kwargs))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

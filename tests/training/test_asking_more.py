@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
+from transformers import Trainer, TrainingArguments, set_seed
 
 from abr_trainer import ABRTrainer
 from abr_trainer.records.files import read_lines
@@ -274,14 +278,104 @@ def test_nobody_pays_for_an_accuracy_that_is_not_wanted(train):
     assert "accuracy" not in next(read_lines(Path(ours.args.output_dir, "abr_trace.jsonl")))
 
 
-def test_without_labels_there_is_no_accuracy(train):
-    class OwnLoss(ABRTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            return model(input_ids=inputs["input_ids"]).logits.square().mean()
+def without_logits():
+    """A model that returns no logits while it trains, as under Liger's fused linear cross-entropy."""
+    model = tiny_llama()
+    forward = model.forward
 
-    rule = Looking(2, wants=["accuracy"])
-    train(trainer_cls=OwnLoss, data=[{"input_ids": row["input_ids"]} for row in token_rows(4)], repeat_scheduler=rule)
-    assert {seen.accuracy for seen in rule.asked} == {None}
+    @functools.wraps(forward)
+    def fused(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output["logits"] = None if model.training else output["logits"]
+        return output
+
+    model.forward = fused
+    return model
+
+
+class LossOfLogits(ABRTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return model(input_ids=inputs["input_ids"]).logits.square().mean()
+
+
+class LossOfModules(ABRTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return model.lm_head(model.model(input_ids=inputs["input_ids"]).last_hidden_state).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"trainer_cls": LossOfLogits, "data": [{"input_ids": each["input_ids"]} for each in token_rows(4)]},
+            "labels",
+        ),
+        ({"model": without_logits}, "returns a loss without logits"),
+        ({"trainer_cls": LossOfModules}, "computed without a forward of the model"),
+    ],
+)
+@pytest.mark.parametrize("rule", [Looking(2, wants=["accuracy"]), RobustOutlierSkip(Looking(2, wants=["accuracy"]))])
+def test_an_accuracy_that_cannot_be_seen_is_refused_before_the_first_update(build, options, reason, rule):
+    trainer = build(repeat_scheduler=rule, **{**options, "model": options.get("model", tiny_llama)()})
+    before = weights(trainer.model).clone()
+    with pytest.raises(ValueError, match=f"The --repeat_scheduler looks at the token accuracy, but .*{reason}"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), before)
+
+
+def test_a_model_without_logits_trains_as_stock_under_rules_that_need_none(train):
+    rows = token_rows(6)
+    ours = train(model=without_logits(), data=rows, repeat_scheduler=Scripted(2, 0, 2), lr_scheduler_type="constant")
+    theirs = train(
+        trainer_cls=Trainer,
+        config_cls=TrainingArguments,
+        model=without_logits(),
+        data=rows[:2] * 2 + rows[4:] * 2,
+        lr_scheduler_type="constant",
+    )
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert "perplexity" in ours.state.log_history[0]
+    assert ours.evaluate(rows)["eval_perplexity"] > 1, "evaluation makes logits"
+
+
+def test_an_accuracy_behind_virtual_tokens_is_that_of_the_text(train):
+    set_seed(0)
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    rule = Looking(1, wants=["accuracy"])
+    model = get_peft_model(tiny_llama(), adapter)
+    rows = token_rows(4)
+    with torch.no_grad():
+        ids = torch.stack([row["input_ids"] for row in rows])
+        predicted = model(input_ids=ids).logits.argmax(-1)[:, 2:-1]  # the last virtual token predicts the first target
+    train(model=model, data=rows, repeat_scheduler=rule, per_device_train_batch_size=4)
+    assert rule.asked[0].accuracy == pytest.approx((predicted == ids).float().mean().item())
+
+
+class Reads(Scripted):
+    """Would fail on an accuracy that is not there."""
+
+    wants = frozenset({"accuracy"})
+
+    def decide(self, observation):
+        assert 0 <= observation.accuracy <= 1
+        return super().decide(observation)
+
+
+def test_a_loss_that_needs_more_forwards_is_charged_for_them(train):
+    class Contrastive(ABRTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad():
+                model(**inputs)
+                model(input_ids=inputs["input_ids"][:, :4])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = train(
+        trainer_cls=Contrastive, repeat_scheduler=Reads(2, 0, 1), max_passes=7, gradient_accumulation_steps=2
+    )
+    # A pass is 1 + 2/3, over two micro-batches; the skip is 3 forwards for each and one backward: 1 + 1/3.
+    # Of 7 passes, 2 * 5/3 + 4/3 are spent after the skip; the last batch takes 5/3, and 2/3 are left.
+    assert trainer.ledger.passes == Fraction(19, 3)
+    assert (trainer.ledger.forwards, trainer.ledger.backwards, trainer.ledger.updates) == (4 * 6, 2 * 3 + 1, 3)
 
 
 # ---- Looking at the gradient ----

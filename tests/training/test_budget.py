@@ -24,6 +24,16 @@ def test_whole_passes_are_left(spent, left):
     assert budget.is_spent == (left == 0)
 
 
+def test_passes_are_left_at_what_a_pass_costs():
+    budget = budget_with("0", max_passes=4)
+    budget.ledger.extra_forwards = Fraction(1)  # 4/3 a pass
+    assert budget.left == 3
+    budget.ledger.passes = Fraction(8, 3)
+    assert (budget.left, budget.is_spent) == (1, False)
+    budget.ledger.passes = Fraction(3)
+    assert (budget.left, budget.is_spent) == (0, True)
+
+
 def test_without_a_budget_the_run_ends_by_its_steps():
     budget = budget_with("1000")
     assert (budget.passes, budget.left, budget.is_spent) == (None, math.inf, False)

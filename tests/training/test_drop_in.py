@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 from pathlib import Path
 
 import optuna
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records.files import read_lines
@@ -70,6 +72,46 @@ def test_repeats_and_skips_are_stock_training_on_the_batches_as_trained_on(train
     )
     assert torch.equal(weights(ours.model), weights(theirs.model))
     assert not torch.equal(weights(ours.model), weights(FEATURES[feature].get("model", tiny_llama)()))
+
+
+class Seeing(Scripted):
+    """Decide by a script, and keep the accuracies."""
+
+    wants = frozenset({"accuracy"})
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_looking_at_the_accuracy_changes_nothing_in_what_is_trained(train, feature):
+    options = {"gradient_accumulation_steps": 2, "feature": feature}
+    seeing = Seeing(2, 0, 2)
+    ours = trained(train, repeat_scheduler=seeing, **options)
+    blind = trained(train, repeat_scheduler=Scripted(2, 0, 2), **options)
+    assert torch.equal(weights(ours.model), weights(blind.model))
+    assert ours.ledger.passes == blind.ledger.passes
+    model = FEATURES[feature].get("model", tiny_llama)()
+    labels = torch.stack([row["labels"] for row in token_rows(12)[:4]])
+    with torch.no_grad():
+        predicted = model(input_ids=labels).logits[:, :-1].argmax(-1)
+    if feature not in RANDOM:
+        by_hand = (predicted == labels[:, 1:]).float().mean().item()
+        assert seeing.outcomes[0].observation.accuracy == pytest.approx(
+            by_hand, abs=0.03 if feature == "bf16" else 1e-6
+        )
+    assert all(0 <= outcome.observation.accuracy <= 1 for outcome in seeing.outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ABR_TEST_INDUCTOR" not in os.environ, reason="compiles for minutes: set ABR_TEST_INDUCTOR=1")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_repeats_and_skips_are_stock_training_under_inductor(train, mode):
+    rows = token_rows(6)
+    options = {"torch_compile": True, "torch_compile_mode": mode, "lr_scheduler_type": "constant"}
+    rule = Seeing(2, 0, 2)
+    ours = train(data=rows, repeat_scheduler=rule, **options)
+    torch.compiler.reset()
+    theirs = train(trainer_cls=Trainer, config_cls=TrainingArguments, data=rows[:2] * 2 + rows[4:] * 2, **options)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert all(outcome.observation.accuracy is not None for outcome in rule.outcomes)
 
 
 def ragged_rows():
@@ -153,6 +195,76 @@ def test_an_overflow_inside_a_pass_is_one_rejected_update(train, accumulation, m
     losses = scheduler.outcomes[0].losses
     assert losses[1] == losses[0]  # the first update was rejected
     assert losses[-1] < losses[0]
+
+
+# ---- Libraries that replace parts of Trainer ----
+
+
+def counted_by_unsloth(self, epoch_iterator, num_batches, device=None, *args, **kwargs):
+    """What Unsloth puts in place of `Trainer.get_batch_samples`: it counts targets itself, whatever Trainer knows."""
+    batches = list(itertools.islice(epoch_iterator, num_batches))
+    return batches, sum((batch["labels"][..., 1:] != -100).sum() for batch in batches) if batches else None
+
+
+counted_by_unsloth.__name__ = "_unsloth_get_batch_samples"
+
+
+@pytest.fixture
+def unsloth(monkeypatch):
+    """A stand-in for what Unsloth replaces, from its source: the real one needs a GPU."""
+
+    def loss_of_unsloth(*args, **kwargs):
+        return ForCausalLMLoss(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "get_batch_samples", counted_by_unsloth)
+    monkeypatch.setitem(
+        LOSS_MAPPING, "ForCausalLM", loss_of_unsloth
+    )  # Trainer no longer knows that labels are shifted
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_under_unsloth_repeats_and_skips_are_its_training_on_the_batches_as_trained_on(train, unsloth, accumulation):
+    rows, size = token_rows(6 * accumulation), 2 * accumulation
+    options = {"gradient_accumulation_steps": accumulation, "lr_scheduler_type": "constant", "logging_steps": 1}
+    rule = Seeing(2, 0, 2)
+    ours = train(data=rows, repeat_scheduler=rule, **options)
+    as_trained_on = rows[:size] * 2 + rows[2 * size :] * 2
+    theirs = train(trainer_cls=Trainer, config_cls=TrainingArguments, data=as_trained_on, **options)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    first = rule.outcomes[0].observation
+    labels = torch.stack([row["labels"] for row in rows[:size]])
+    with torch.no_grad():
+        output = tiny_llama()(input_ids=labels, labels=labels)
+    hits = output.logits[:, :-1].argmax(-1) == labels[:, 1:]
+    assert first.loss == pytest.approx(output.loss.item(), rel=1e-5)
+    assert first.accuracy == pytest.approx(hits.float().mean().item())
+    assert "perplexity" in ours.state.log_history[0]
+    assert "eval_perplexity" in ours.evaluate(rows)
+
+
+class Hiding(ABRTrainer):
+    """As if a library had put its own function over ours."""
+
+    get_batch_samples = counted_by_unsloth
+
+
+def test_a_hidden_get_batch_samples_is_right_where_no_batch_can_be_cut_off(train):
+    rows = token_rows(6)
+    options = {"lr_scheduler_type": "constant"}
+    ours = train(trainer_cls=Hiding, data=rows, repeat_scheduler=Scripted(2, 0, 2), **options)
+    theirs = train(trainer_cls=Trainer, config_cls=TrainingArguments, data=rows[:2] * 2 + rows[4:] * 2, **options)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+
+
+def test_a_hidden_get_batch_samples_is_refused_where_a_batch_can_be_cut_off(build):
+    trainer = build(trainer_cls=Hiding, data=Stream(token_rows(6)), max_steps=4, repeat_scheduler=Scripted(1))
+    before = weights(trainer.model).clone()
+    with pytest.raises(ValueError, match="test_drop_in replaces `get_batch_samples` of Hiding without calling it"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), before)
+
+
+# ---- Subclasses ----
 
 
 class Overriding:

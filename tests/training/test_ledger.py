@@ -34,8 +34,20 @@ def test_a_skip_under_accumulation_saves_the_last_backward_only():
     assert ledger.passes == Fraction(7, 8)  # 4 forwards at 1/8 and 3 backwards at 1/8
 
 
+def test_extra_forwards_of_a_loss_are_charged():
+    ledger = ComputeLedger(share=Fraction(1, 3), extra_forwards=Fraction(1))
+    ledger.charge_pass(micro_batches=2, backwards=2, tokens=10, forward_flops=1.0)
+    assert (ledger.passes, ledger.pass_cost) == (Fraction(4, 3), Fraction(4, 3))
+    assert (ledger.forwards, ledger.backwards, ledger.tokens, ledger.flops) == (4, 2, 20, 4.0)
+    ledger.charge_pass(micro_batches=1, backwards=0, tokens=5, forward_flops=1.0)  # a skip: two forwards
+    assert ledger.passes == 2
+    ledger.extra_forwards = Fraction(1, 2)  # one more forward for two micro-batches
+    ledger.charge_pass(micro_batches=2, backwards=2, tokens=10, forward_flops=1.0)
+    assert (ledger.passes, ledger.forwards) == (2 + Fraction(7, 6), 4 + 2 + 3)
+
+
 def test_the_state_is_json_and_exact():
-    ledger = ComputeLedger(share=Fraction(1, 3))
+    ledger = ComputeLedger(share=Fraction(1, 3), extra_forwards=Fraction(1, 4))
     ledger.charge_pass(micro_batches=3, backwards=2, tokens=5, forward_flops=0.1)
     ledger.close_batch(0, seconds=0.1)
     restored = ComputeLedger()
