@@ -17,7 +17,10 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
+try:
+    from axolotl.integrations.base import BasePlugin
+except ImportError:  # nobody asks for a plugin then, but the module can be read
+    BasePlugin = object
 
 CONFIG = "abr_trainer.training.config.ABRConfig"
 INPUT_ARGS = f"{__name__}.ABRInputArgs"
@@ -91,8 +94,8 @@ class ABRPlugin(BasePlugin):  # type: ignore[misc]
 
         if not isinstance(trainer, ABRMixin):
             raise ValueError(
-                f"plugins: {type(self).__module__}.{type(self).__name__} must be the first plugin in the list. "
-                f"Another one has set the trainer, {type(trainer).__name__}: no batch would be repeated or skipped."
+                f"plugins: {type(self).__module__}.{type(self).__name__} must be the first in the list. Another "
+                f"plugin has set the trainer, {type(trainer).__name__}: no batch would be repeated or skipped."
             )
         if trainer.is_world_process_zero():
             rules = ", ".join(

@@ -91,9 +91,6 @@ def hits_in(output: Any, inputs: Any, use: LabelUse) -> Hits:
     Raises:
         NoAccuracy: It does not say; the message is the reason, without the rule that wants to know.
     """
-    right, mask = _field(output, "is_top1"), _field(output, "label_mask")  # TRL's fused head, which makes no logits
-    if isinstance(right, Tensor) and isinstance(mask, Tensor):
-        return right.sum(), mask.sum()
     is_mapping = isinstance(inputs, Mapping)
     shifted = is_mapping and "shift_labels" in inputs
     labels = inputs.get("shift_labels" if shifted else "labels") if is_mapping else None
@@ -101,6 +98,9 @@ def hits_in(output: Any, inputs: Any, use: LabelUse) -> Hits:
         raise NoAccuracy("the batches have no labels.")
     if labels.is_floating_point():
         raise NoAccuracy("the labels are numbers to be approached, not classes to be predicted.")
+    right, mask = _field(output, "is_top1"), _field(output, "label_mask")  # TRL's fused head, which makes no logits
+    if isinstance(right, Tensor) and isinstance(mask, Tensor):
+        return right.sum(), mask.sum()
     logits = _field(output, "logits")
     if not isinstance(logits, Tensor):
         raise NoAccuracy(f"the model returns a loss without logits. {_how_to_get_logits(output)}")

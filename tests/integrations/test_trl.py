@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -273,6 +274,149 @@ def test_repeats_are_stock_training_on_the_batches_as_trained_on(tmp_path, kind)
     assert not torch.equal(weights(ours.model), weights(once.model))
     tokens = [[logs["num_tokens"] for logs in each.state.log_history if "num_tokens" in logs] for each in (ours, once)]
     assert tokens[0] == tokens[1]
+
+
+# ---- Speed options, and what a rule wants to see under them ----
+
+
+def mean_over_targets(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def mean_of_its_own(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+SPEED_OPTIONS = {
+    "fused head": {},
+    "loss_type dft": {"loss_type": "dft"},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "compute_loss_func": {"compute_loss_func": mean_over_targets},
+    "compute_loss_func, a mean of each micro-batch": {"compute_loss_func": mean_of_its_own},
+    "packing": {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "NEFTune": {"neftune_noise_alpha": 5.0},
+    "torch.compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "LoRA": {"peft_config": {"r": 4}},
+    "prompt tuning": {"peft_config": {"num_virtual_tokens": 3}},
+}
+EXTRA_FORWARD = ("label smoothing", "compute_loss_func", "compute_loss_func, a mean of each micro-batch")
+
+
+class Seeing(Scripted):
+    wants = frozenset({"accuracy"})
+
+
+def adapter(options):
+    if options is None:
+        return None
+    kind = LoraConfig if "r" in options else PromptTuningConfig
+    return kind(task_type="CAUSAL_LM", **options)
+
+
+def sft(tmp_path, rows, option, trainer_cls=SFTTrainer, config_cls=SFTConfig, rule=None, **arguments):
+    options = {**SPEED_OPTIONS[option], **arguments}
+    given = {"compute_loss_func": options.pop("compute_loss_func", None)}
+    given["peft_config"] = adapter(options.pop("peft_config", None))
+    set_seed(0)
+    trainer = trainer_cls(
+        model=tiny_llama(vocab_size=2048, max_position_embeddings=128, num_hidden_layers=1),
+        args=config_cls(**{**OPTIONS, **SAME_ORDER, "output_dir": str(tmp_path), **options}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+        **given,
+        **({} if rule is None else {"repeat_scheduler": rule}),
+    )
+    trainer.train()
+    return trainer
+
+
+def tokens_of_equal_length(count):
+    """Rows that packing leaves as they are, a block each, and for which the compiler compiles once."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 2048, (16,), generator=generator).tolist()} for _ in range(count)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*padding-free.*")
+@pytest.mark.parametrize("option", SPEED_OPTIONS)
+def test_repeats_and_skips_under_a_speed_option_are_sft_on_the_batches_as_trained_on(tmp_path, option):
+    rows = tokens_of_equal_length(12) if option in ("packing", "torch.compile") else [*PAIRS]
+    # NEFTune draws noise in the forward of a skip, too: there, no batch is skipped.
+    decisions = (2, 1, 2) if option == "NEFTune" else (2, 0, 2)
+    as_trained_on = [row for i, n in enumerate(decisions) for row in rows[4 * i : 4 * i + 4] * n]
+    seeing, blind = Seeing(*decisions), Scripted(*decisions)
+    ours = sft(tmp_path, rows, option, ABRSFTTrainer, ABRSFTConfig, seeing)
+    theirs = sft(tmp_path, as_trained_on, option)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert torch.equal(
+        weights(sft(tmp_path, rows, option, ABRSFTTrainer, ABRSFTConfig, blind).model), weights(ours.model)
+    )
+    # TRL's figure is the mean of the micro-batches' accuracies, ours is over their tokens.
+    logged = ours.state.log_history[0]
+    observed = seeing.outcomes[0].observation
+    assert observed.accuracy == pytest.approx(logged["mean_token_accuracy"], abs=0.01)
+    if option != "compute_loss_func, a mean of each micro-batch":  # Trainer logs the sum of the means
+        assert observed.loss == pytest.approx(logged["loss"], rel=1e-5)
+    forwards_of_a_pass = 2 * (1 + (option in EXTRA_FORWARD))
+    assert ours.ledger.forwards == forwards_of_a_pass * (sum(decisions) + (0 in decisions))
+    assert ours.ledger.updates == sum(decisions)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("option", [option for option in SPEED_OPTIONS if "loss" in option or "smooth" in option])
+def test_what_a_rule_sees_does_not_depend_on_accumulation(tmp_path, option):
+    seen = []
+    for accumulation in (1, 2, 4):
+        rule = Seeing(1)
+        batches = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+        sft(tmp_path, [*PAIRS][:8], option, ABRSFTTrainer, ABRSFTConfig, rule, completion_only_loss=False, **batches)
+        seen.append(rule.outcomes[0].observation)
+    assert [each.loss for each in seen[1:]] == pytest.approx([seen[0].loss] * 2, rel=1e-5)
+    assert {each.accuracy for each in seen} == {seen[0].accuracy}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_budget_buys_fewer_passes_where_each_makes_an_extra_forward(tmp_path):
+    rule = Scripted(3, 1)
+    budget = {"max_passes": 5, "num_train_epochs": 3}
+    trainer = sft(tmp_path, [*PAIRS], "label smoothing", ABRSFTTrainer, ABRSFTConfig, rule, **budget)
+    # A pass costs 4/3: of 5, three are bought, and 1 is left, which buys nothing.
+    assert trainer.ledger.passes == 4
+    assert trainer.ledger.updates == 3
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "reward"])
+def test_a_rule_that_wants_an_accuracy_is_refused_where_there_is_none(tmp_path, kind):
+    ours_cls, _, config_cls, rows, build_model = KINDS[kind]
+    trainer = ours_cls(
+        model=build_model(),
+        args=config_cls(**{**OPTIONS, "output_dir": str(tmp_path), **SAME_ORDER}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+        repeat_scheduler=Seeing(2),
+    )
+    before = weights(trainer.model).clone()
+    with pytest.raises(ValueError, match="The --repeat_scheduler looks at the token accuracy, but"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), before)
+
+
+def test_the_forward_of_a_reference_model_is_charged(tmp_path):
+    ours_cls, _, config_cls, rows, build_model = KINDS["DPO"]
+    spent = []
+    for reference in ({}, {"precompute_ref_log_probs": True}):
+        trainer = ours_cls(
+            model=build_model(),
+            args=config_cls(**{**OPTIONS, "output_dir": str(tmp_path), **SAME_ORDER, **reference}),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+            repeat_scheduler=Scripted(2),
+        )
+        trainer.train()
+        spent.append((trainer.ledger.forwards, trainer.ledger.updates, float(trainer.ledger.passes)))
+    assert spent == [(24, 6, 8.0), (12, 6, 6.0)]
 
 
 class MixedGRPOTrainer(ABRMixin, GRPOTrainer):
