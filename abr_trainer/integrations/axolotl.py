@@ -39,7 +39,7 @@ OF_AXOLOTL = frozenset(
 """Fields of `ABRConfig` that are no keys of the YAML file: axolotl has its own, or none of its parts reads them."""
 
 
-class ABRPlugin(BasePlugin):  # type: ignore[misc]
+class ABRPlugin(BasePlugin):
     """Combine the trainer that axolotl would use with `ABRMixin`, and its training arguments with `ABRConfig`.
 
     The trainer is that of the other plugins, of `trainer_cls`, or axolotl's own. The keys of the YAML file are the
@@ -137,7 +137,7 @@ def combined(theirs: type) -> type:
 
     body = {"__init__": init, "_loss_is_of_tokens": property(loss_is_of_tokens)}
     trainer_cls: Any = type(f"ABR{theirs.__name__}", (ABRMixin, theirs), body)
-    return trainer_cls  # type: ignore[no-any-return]
+    return trainer_cls
 
 
 def _takes_dataset_tags(trainer_cls: type) -> bool:
