@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -38,7 +38,7 @@ from abr_trainer.data.identity import name_sources, with_rows
 from abr_trainer.integrations.trl import ABRSFTConfig, ABRSFTTrainer
 from abr_trainer.perplexity.windows import causal_nll
 from abr_trainer.records.files import read_lines
-from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip
+from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RowRule
 from abr_trainer.training.identity import source_of, taken_out
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
@@ -104,6 +104,70 @@ def test_one_repeat_is_ordinary_fine_tuning(fine_tune, packing):
     assert torch.equal(weights(ours.model), weights(theirs.model))
     for mine, stock in zip(log_without_times(ours), log_without_times(theirs), strict=True):
         assert stock.items() <= mine.items()
+
+
+class DropsRows(RowRule):
+    """Drop each third row of a batch from the second on."""
+
+    def __init__(self):
+        self.seen = []
+
+    def decide(self, row):
+        return row.position % 3 != 1
+
+    def observe(self, rows, kept):
+        self.seen.append([row.targets for row in rows])
+
+
+class MasksRows(SFTTrainer):
+    """Stock fine-tuning on labels that are masked after their number was taken."""
+
+    first = 0
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.first = 0
+        return super().get_batch_samples(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        labels = inputs["labels"]
+        owners = (inputs["position_ids"] == 0).cumsum(1) - 1 if "position_ids" in inputs else None
+        rows = len(labels) if owners is None else int(owners.max()) + 1
+        owners = torch.arange(rows)[:, None].expand_as(labels) if owners is None else owners
+        inputs["labels"] = labels.masked_fill((owners + self.first) % 3 == 1, -100)
+        self.first += rows
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["padded", "padding-free", "packed", "smoothed"])
+def test_dropped_rows_are_masked_labels(tmp_path, kind):
+    options = {
+        "padding-free": {"padding_free": True, "max_length": None},
+        "packed": {"packing": True},
+        "smoothed": {"label_smoothing_factor": 0.1},
+    }.get(kind, {})
+    trained = []
+    for trainer_cls, config_cls, rule in [
+        (ABRSFTTrainer, ABRSFTConfig, {"row_rule": DropsRows(), "repeat_scheduler": ConstantScheduler()}),
+        (MasksRows, SFTConfig, {}),
+    ]:
+        trainer = trainer_cls(
+            model=demo_model(),
+            args=config_cls(**{**OPTIONS, **SAME_ORDER, "output_dir": str(tmp_path), **options}),
+            train_dataset=PAIRS if kind != "packed" else concatenate_datasets([PAIRS] * 4),
+            processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+            **rule,
+        )
+        trainer.train()
+        trained.append(trainer)
+    ours, theirs = trained
+    assert ours.ledger.rows_dropped > 3
+    assert ours.ledger.rows_dropped == sum((len(rows) + 1) // 3 for rows in ours.row_rule.seen)
+    assert ours.ledger.rows == (48 if kind == "packed" else 12)
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-5, atol=1e-7)
+    assert not torch.equal(weights(ours.model), weights(demo_model()))
+    for mine, stock in zip(log_without_times(ours)[:-1], log_without_times(theirs)[:-1], strict=True):
+        assert mine["entropy"] == pytest.approx(stock["entropy"], rel=1e-4)
+        assert mine["mean_token_accuracy"] == pytest.approx(stock["mean_token_accuracy"])
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
