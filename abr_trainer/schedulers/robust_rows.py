@@ -20,6 +20,9 @@ REFITS = 8
 ANCHOR_ROWS, ANCHOR_BATCHES = 64, 15
 """The newest rows in which the level is looked for. Once two thirds of them are high, the data have changed."""
 
+PATIENCE = 10
+"""Batches in a row of which most rows are dropped, after which the data have changed, whatever the number of rows."""
+
 ASSUMED_SPREAD, ASSUMED_ROWS = 0.08, 16
 """Spread of long rows before any is seen, as a share of the level, and how many rows this counts as."""
 
@@ -116,8 +119,8 @@ class RobustRows(RowRule):
       that a calibrated classifier of two classes sees, a share of 0.03 % loses 8 nats.
 
     Nothing is dropped before 16 rows are known, nor while fewer than half of the remembered rows look good. Once two
-    thirds of the last 64 rows, or of the last 15 batches if these have fewer, lie above the limit, the data have
-    changed, and the new level is taken.
+    thirds of the last 64 rows, or of the last 15 batches if these have fewer, lie above the limit, or most rows of ten
+    batches in a row, the data have changed, and the new level is taken.
 
     The rule sees no text. Good rows of another kind than nine in ten, such as another language, stand out like
     broken ones; broken rows that are as likely as good ones do not.
@@ -135,6 +138,7 @@ class RobustRows(RowRule):
     history: deque[Remembered] = field(init=False, repr=False)
     fit: Fit | None = field(init=False, repr=False, default=None)
     rows_since_fit: int = field(init=False, repr=False, default=0)
+    batches_in_a_row: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         if not self.sigmas > 0:
@@ -171,6 +175,10 @@ class RobustRows(RowRule):
         return numbers
 
     def observe(self, rows: Sequence[Row], kept: Sequence[bool]) -> None:
+        self.batches_in_a_row = self.batches_in_a_row + 1 if 2 * sum(kept) < len(kept) else 0
+        if self.batches_in_a_row >= PATIENCE:
+            self.history.clear()
+            self.fit, self.rows_since_fit, self.batches_in_a_row = None, 0, 0
         self.history.extend(Remembered(row.loss, row.targets, row.batch) for row in rows)
         self.rows_since_fit += len(rows)
         if len(self.history) >= LEAST_ROWS and REFITS * self.rows_since_fit >= len(self.history):
@@ -182,6 +190,7 @@ class RobustRows(RowRule):
         return {
             "history": [list(row) for row in self.history],
             "rows_since_fit": self.rows_since_fit,
+            "batches_in_a_row": self.batches_in_a_row,
             "levels": None if fit is None else [[length, *level] for length, level in fit.levels.items()],
             "spread": None if fit is None else fit.spread,
             "shortness": None if fit is None else fit.shortness,
@@ -190,6 +199,7 @@ class RobustRows(RowRule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = deque((Remembered(*row) for row in state["history"]), maxlen=self.window)
         self.rows_since_fit = state["rows_since_fit"]
+        self.batches_in_a_row = state["batches_in_a_row"]
         levels = state["levels"]
         self.fit = (
             None

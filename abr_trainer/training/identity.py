@@ -34,7 +34,7 @@ _SOURCES: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 def asks_for_rows(args: Any) -> bool:
     """Tell whether the arguments of a run ask which rows a batch is made of."""
-    return bool(setting(args, "rank_rows")) or getattr(args, "skip_rows", None) not in (None, "none")
+    return bool(setting(args, "rank_rows")) or setting(args, "skip_rows") != "none"
 
 
 def wants_row_indices(trainer: Any) -> bool:

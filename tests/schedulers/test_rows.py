@@ -295,3 +295,18 @@ def test_only_the_last_rows_are_remembered():
 def test_parameters_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         RobustRows(**options)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("level", [2.6, 4.0, 8.0])
+def test_a_new_level_is_taken_before_a_run_of_skipped_batches_ends_it(size, level):
+    generator, rule = random.Random(size), RobustRows()
+    in_a_row = longest = 0
+    for batch in range(300):
+        mean = 2.0 if batch < 200 else level
+        rows = [Row(generator.gauss(mean, 0.1), 127, batch, i) for i in range(size)]
+        kept = [rule.decide(row) for row in rows]
+        rule.observe(rows, kept)
+        in_a_row = in_a_row + 1 if 2 * sum(kept) < size else 0
+        longest = max(longest, in_a_row)
+    assert longest <= 10

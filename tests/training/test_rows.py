@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from transformers import (
 )
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.schedulers import ConstantScheduler, RowRule
+from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RowRule
 from abr_trainer.training.rows import RowsUnsupported
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
+from tests.jobs import StopAfter
 
 IGNORED = -100
 
@@ -55,6 +57,13 @@ class DividesByAll(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         return torch.tensor(sum(len(each["input_ids"]) for each in batch_samples) * self.targets)
+
+
+class Masked(ABRTrainer):
+    """Repeats on rows whose labels are masked, divided by the targets of all."""
+
+    targets = DividesByAll.targets
+    _get_num_items_in_batch = DividesByAll._get_num_items_in_batch
 
 
 DROPPED = {1, 6, 7}
@@ -124,12 +133,59 @@ def test_repeats_use_the_same_rows(train):
     theirs = train(
         repeat_scheduler=Scripted(3, 1, 2),
         data=masked(token_rows(12), DROPPED),
-        trainer_cls=type(
-            "Masked", (ABRTrainer,), {"_get_num_items_in_batch": DividesByAll._get_num_items_in_batch, "targets": 11}
-        ),
+        trainer_cls=Masked,
         gradient_accumulation_steps=2,
     )
     assert torch.equal(weights(ours.model), weights(theirs.model))
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_replays_use_the_same_rows(train, build, is_resumed):
+    def rule() -> ReplayScheduler:
+        return ReplayScheduler(quantile=0.0, spacing=2, buffer_size=3)
+
+    options: dict[str, Any] = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    ours = build(repeat_scheduler=rule(), trainer_options={"row_rule": named(1)}, **options)
+    if is_resumed:
+        ours.add_callback(StopAfter(4))
+    ours.train()
+    if is_resumed:
+        ours = train(
+            repeat_scheduler=rule(),
+            trainer_options={"row_rule": named(1)},
+            resume_from_checkpoint=True,
+            **options,
+        )
+    theirs = train(repeat_scheduler=rule(), data=masked(token_rows(12), DROPPED), trainer_cls=Masked, **options)
+    assert ours.ledger.updates > ours.ledger.batches
+    assert ours.ledger.rows_dropped == 3
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=0)
+
+
+def test_a_resumed_run_drops_the_same_rows_and_says_so_once(build, train, tmp_path):
+    rows = [row if i % 5 == 4 else token_rows(1)[0] for i, row in enumerate(token_rows(60, seed=2))]
+    options: dict[str, Any] = {
+        "data": rows,
+        "skip_rows": "robust",
+        "row_sigmas": 2.0,
+        "row_window": 64,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "rank_rows": True,
+    }
+    whole = train(output_dir=str(tmp_path / "whole"), **options)
+    written = {path.name: path.read_bytes() for path in Path(whole.args.output_dir).glob("_[dr]*")}
+    assert written.keys() == {"_dropped_rows.jsonl", "_row_trace.jsonl", "_row_losses.npz"}
+    assert whole.ledger.rows_dropped > 5
+    stopped = build(**options)
+    stopped.add_callback(StopAfter(20))
+    stopped.train()
+    resumed = train(resume_from_checkpoint=True, **options)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert {path.name: path.read_bytes() for path in Path(resumed.args.output_dir).glob("_[dr]*")} == written
+    assert resumed.row_rule.state_dict() == whole.row_rule.state_dict()
+    assert resumed.ledger.rows_dropped == whole.ledger.rows_dropped
+    assert resumed._run.notices == whole._run.notices
 
 
 def test_rules_see_the_rows_and_the_batch_rule_the_mean_of_those_that_are_kept(train):
