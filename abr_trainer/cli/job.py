@@ -18,7 +18,7 @@ from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig
 from ..training.evaluation import NoSuchMetric
 from ..training.readiness import check_disk, mend_generation_config
-from ..training.rows import RowsUnsupported
+from ..training.row_seams import RowsUnsupported
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
 from .parsing import wanted_splits as wanted_splits

@@ -23,46 +23,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
-import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..schedulers import Observation, Outcome
+from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from .config import setting
-from .dropping import BatchRows, DroppedRow, RowGate, batch_rows, with_text, without_broken
+from .deciding import AGAIN, NON_FINITE, Decision, decide, look_at_gradient
+from .dropped_rows import DroppedRow, excerpts, with_text
+from .dropping import BatchRows, RowGate, batch_rows, without_broken
 from .held import Call, HeldBatch, check_holdable
 from .identity import taken_out
 from .memory import memory_of_batch
 from .notices import say_what_is_left_out
 from .passes import Passes, before_backward, counted_once
-from .signals import Hits, accuracy_of, gradient_norm, summed
+from .signals import Hits, summed
 from .targets import first_target, tally
-
-AGAIN = "again"
-"""Why a first pass has no backward: some rows are broken, and it is made once more without them."""
-
-NON_FINITE = "non-finite"
-
-EXCERPT_TOKENS = 128
-"""How much of each row of a skipped batch is kept, to show which data are broken."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Decision:
-    """What a rule saw, and what it decided; the learning rate is that of the first update."""
-
-    observation: Observation
-    repeats: int
-    reason: str
-    learning_rate: float
 
 
 class Batch:
@@ -123,7 +105,7 @@ class Batch:
         if self._decision is not None and self._decision.reason == AGAIN:
             backwards = self._pass_without_broken_rows(passes, backwards)
         assert self._decision is not None
-        self._decision = decision = self._look_at_gradient(passes, self._decision)
+        self._decision = decision = look_at_gradient(passes, self._decision)
         self._charge(trainer, backwards)
         self._carry_out(passes, decision)
         if math.isfinite(decision.observation.loss):
@@ -183,13 +165,13 @@ class Batch:
         loss = agreed.mean
         # A custom loss may use more than labels: then a batch without targets is empty only if its loss says so.
         if not targets and (trainer._loss_is_of_tokens or not loss or not math.isfinite(loss)):
-            return self._decided(trainer, math.nan, hits, NO_TARGETS)
+            return decide(trainer, math.nan, hits, NO_TARGETS)
         if self.rows is not None and self.rows.dropped:
             if self.rows.most_are_dropped:
-                return self._decided(trainer, self.rows.mean_loss, hits, TOO_FEW_ROWS)
+                return decide(trainer, self.rows.mean_loss, hits, TOO_FEW_ROWS)
             if self.rows.has_broken:
-                return self._decided(trainer, math.nan, hits, NON_FINITE if incurable else AGAIN)
-        return self._decided(trainer, loss / self._whole.share, hits)
+                return decide(trainer, math.nan, hits, NON_FINITE if incurable else AGAIN)
+        return decide(trainer, loss / self._whole.share, hits)
 
     def _own_rows(self, gate: RowGate | None) -> tuple[list[Call] | None, list[list[float]], int]:
         """Return the micro-batches of this rank with the rows that are kept, None if broken ones cannot be taken out;
@@ -199,17 +181,6 @@ class Batch:
             return self._calls, [], 0
         gate.check_judged(len(self._calls))
         return without_broken(self._calls, gate.judged), gate.lists(self._indices), gate.longest
-
-    def _decided(self, trainer: Any, loss: float, hits: list[float], reason: str | None = None) -> Decision:
-        """Return a decision by the rule; or to skip the batch, for a reason that is no rule's."""
-        observation = Observation(
-            batch=trainer._run.ledger.batches,
-            loss=loss,
-            progress=trainer._run.budget.progress(trainer.state.global_step, trainer.state.max_steps),
-            accuracy=accuracy_of(*hits) if hits else None,
-        )
-        repeats, reason = self._choose(trainer, observation) if reason is None else (0, reason)
-        return Decision(observation, repeats, reason, trainer._get_learning_rate())
 
     def _pass_without_broken_rows(self, passes: Passes, backwards: int) -> int:
         """Make the first pass once more, over all micro-batches of all ranks, and decide by it.
@@ -228,56 +199,18 @@ class Batch:
         trainer._tr_loss.copy_(self._tr_loss_before)
         self._decision = None
         if run.budget.is_spent:
-            self._decision = self._decided(trainer, math.nan, [], NON_FINITE)
+            self._decision = decide(trainer, math.nan, [], NON_FINITE)
             return 0
 
         def is_trained_on(losses: list[Tensor], hits: list[Hits]) -> bool:
             if self._decision is None:
                 agreed = run.consensus.begin_mean(trainer, self._calls, losses, *summed(hits))()
-                self._decision = self._decided(trainer, agreed.mean / self._whole.share, agreed.sums)
+                self._decision = decide(trainer, agreed.mean / self._whole.share, agreed.sums)
             return self._decision.repeats > 0
 
         must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
         losses, hits = passes.over(self._whole, None if must_finish else is_trained_on)
         return len(self._calls) - (not is_trained_on(losses, hits) and not must_finish)
-
-    @staticmethod
-    def _choose(trainer: Any, observation: Observation) -> tuple[int, str]:
-        """Return the repeats that the budget has room for, and the reason."""
-        rule, left = trainer.repeat_scheduler, trainer._run.budget.left
-        if not math.isfinite(observation.loss):
-            repeats, reason = 0, NON_FINITE
-        elif observation.batch < setting(trainer.args, "primer_batches"):
-            repeats, reason = 1, "primer"
-        else:
-            decided = rule.decide(observation)
-            try:
-                repeats = operator.index(decided)
-            except TypeError:
-                raise TypeError(f"decide of {rule} must return an integer, got {decided!r}.") from None
-            if repeats < 0:
-                raise ValueError(f"decide of {rule} must return 0 (skip) or more, got {repeats}.")
-            reason = rule.explain(observation)
-        return (int(left), "budget") if repeats > left else (repeats, reason)
-
-    def _look_at_gradient(self, passes: Passes, decision: Decision) -> Decision:
-        """Decide again after the backward, if the rule wants the gradient norm and has not skipped the batch."""
-        trainer = passes.trainer
-        is_open = decision.repeats > 0 and decision.reason != "primer"
-        if not is_open or "grad_norm" not in trainer.repeat_scheduler.wants:
-            return decision
-        scaler = trainer.accelerator.scaler
-        norm = gradient_norm(passes.model) / (1.0 if scaler is None else scaler.get_scale())
-        (total,) = trainer._run.consensus.begin_sum(norm)()
-        mean = total / trainer.args.world_size  # the same on all ranks, to the last bit
-        observation = dataclasses.replace(decision.observation, grad_norm=mean)
-        if math.isfinite(mean):
-            repeats, reason = self._choose(trainer, observation)
-        elif scaler is None:
-            repeats, reason = 0, NON_FINITE
-        else:
-            return decision  # the scaler withholds this update, and lowers its scale
-        return dataclasses.replace(decision, observation=observation, repeats=repeats, reason=reason)
 
     # ---- Repeats, replays, or a skip ----
 
@@ -376,15 +309,3 @@ class Batch:
         batches = {**run.held, self._decision.observation.batch: self._whole}
         wanted = set(rule.held())
         run.held = {index: batch for index, batch in batches.items() if index in wanted}
-
-
-def excerpts(calls: list[Call]) -> list[list[int]]:
-    """Return the first tokens of each row of some micro-batches, without padding."""
-    rows: list[list[int]] = []
-    for inputs, *_ in calls:
-        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-        if isinstance(ids, Tensor) and ids.dim() == 2:
-            mask = inputs.get("attention_mask")
-            mask = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
-            rows += [row[kept][:EXCERPT_TOKENS].tolist() for row, kept in zip(ids, mask, strict=True)]
-    return rows

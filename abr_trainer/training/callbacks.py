@@ -17,7 +17,8 @@ from ..perplexity.windows import perplexity_of
 from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
 from ..report.rows import has_row_rule
 from ..schedulers import Outcome
-from .dropping import BatchRows, DroppedRow
+from .dropped_rows import DroppedRow
+from .dropping import BatchRows
 from .ledger import ComputeLedger
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ from ..report.rows import row_of
 from ..report.text import number, shortened
 from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
-from .dropping import DroppedRow
+from .dropped_rows import DroppedRow
 
 logger = logging.get_logger(__name__)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from abr_trainer.training.batch import EXCERPT_TOKENS, Batch, excerpts
+from abr_trainer.training.batch import Batch
+from abr_trainer.training.dropped_rows import EXCERPT_TOKENS, excerpts
 from abr_trainer.training.held import Call
 
 

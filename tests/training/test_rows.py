@@ -19,7 +19,7 @@ from transformers import (
 
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RowRule
-from abr_trainer.training.rows import RowsUnsupported
+from abr_trainer.training.row_seams import RowsUnsupported
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
 from tests.jobs import StopAfter
 

@@ -1,0 +1,104 @@
+"""Rows that were not trained on, as people are told of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .held import Call
+from .identity import source_of
+from .row_losses import owners_of
+
+EXCERPT_TOKENS = 128
+"""How much of each row of a skipped batch is kept, to show which data are broken."""
+
+KEPT_TOKENS = 256
+"""How much of a dropped row is kept, to show what it is about."""
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A row that was not trained on, as it is told to people.
+
+    Attributes:
+        position: In its batch.
+        index: What the micro-batch said of its place in the training set; `UNKNOWN` if nothing.
+        loss: Mean loss per target of the first pass, in nats.
+        limit: The loss above which the rule drops such a row; None where it has none.
+        targets: How many.
+        input_ids: Its first tokens, without padding.
+        text: What these say; None without a tokenizer.
+        source: Its place in the training set, and the file or data set and rows that it comes from; see `source_of`.
+    """
+
+    position: int
+    index: int
+    loss: float
+    limit: float | None
+    targets: int
+    input_ids: list[int]
+    text: str | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_line(self) -> dict[str, Any]:
+        """Return it as it is written down, without what is not known."""
+        is_finite = math.isfinite(self.loss)
+        line = {
+            "position": self.position,
+            **self.source,
+            "limit": self.limit,
+            "targets": self.targets,
+            "reason": "outlier" if is_finite else "non-finite",
+            "input_ids": self.input_ids,
+            "text": self.text,
+        }
+        known = {name: value for name, value in line.items() if value is not None}
+        return {**known, "loss": self.loss if is_finite else None}
+
+
+def tokens_of_rows(inputs: Any, rows: int) -> list[list[int]]:
+    """Return the first tokens of each row, without padding; nothing of rows that are not made of tokens.
+
+    Args:
+        rows: How many there are: as many as rows of the tensors, or as documents in them.
+    """
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return [[] for _ in range(rows)]
+    owners = owners_of(inputs, ids)
+    mask = inputs.get("attention_mask")
+    there = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
+    owners = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids) if owners is None else owners
+    return [ids[there & (owners == row)][:KEPT_TOKENS].tolist() for row in range(rows)]
+
+
+def with_text(trainer: Any, dropped: Sequence[DroppedRow]) -> list[DroppedRow]:
+    """Add to dropped rows, on the main process, what they say and where they come from."""
+    if not trainer.is_world_process_zero():
+        return []
+    decode = getattr(trainer.processing_class, "decode", None)
+    return [
+        replace(
+            row,
+            text=None if decode is None or not row.input_ids else decode(row.input_ids),
+            source=source_of(trainer.train_dataset, row.index),
+        )
+        for row in dropped
+    ]
+
+
+def excerpts(calls: list[Call]) -> list[list[int]]:
+    """Return the first tokens of each row of some micro-batches, without padding."""
+    rows: list[list[int]] = []
+    for inputs, *_ in calls:
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            mask = inputs.get("attention_mask")
+            mask = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
+            rows += [row[kept][:EXCERPT_TOKENS].tolist() for row, kept in zip(ids, mask, strict=True)]
+    return rows
