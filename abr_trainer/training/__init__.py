@@ -7,15 +7,18 @@ How one batch goes through the files:
    then `training_step` for each micro-batch, which hands it to that batch.
 2. `batch.py` holds the whole life of the batch, from its first pass to its outcome. Each micro-batch goes through one
    pass (`passes.py`), which calls Trainer's own `training_step`.
-3. Between forward and backward of the last micro-batch, `consensus.py` averages the loss over micro-batches and ranks.
+3. If there is a rule for rows, `dropping.py` asks it about each row of the micro-batch, between logits and loss:
+   `row_seams.py` has the ways in, `row_losses.py` the loss of each row, and `rows.py` which rows are kept in all passes.
+4. Between forward and backward of the last micro-batch, `consensus.py` averages the loss over micro-batches and ranks.
    `loss_scale.py` knows what the losses of this model mean, `targets.py` which labels count, and `signals.py` what
    else a rule may want to know.
-4. `batch.py` asks the rule, and cuts the answer to what is left of the budget (`budget.py`). It repeats the batch and
-   replays earlier ones (`held.py`), with an update and one more pass each time, or it skips the batch. Each pass is
-   charged to the ledger (`ledger.py`), by what a forward costs (`forward_cost.py`).
-5. Trainer makes the last update, unless the batch is skipped, and calls `_maybe_log_save_evaluate`. That finishes the
-   batch: `run.py` counts it, the rule observes the outcome, and `callbacks.py` writes it to the trace.
-6. Trainer logs, evaluates and saves. `run.py` adds to the log, `evaluation.py` adds the perplexity, and `resume.py`
+5. `deciding.py` asks the rule, and cuts the answer to what is left of the budget (`budget.py`). `batch.py` repeats the
+   batch and replays earlier ones (`held.py`), with an update and one more pass each time, or it skips the batch. Each
+   pass is charged to the ledger (`ledger.py`), by what a forward costs (`forward_cost.py`).
+6. Trainer makes the last update, unless the batch is skipped, and calls `_maybe_log_save_evaluate`. That finishes the
+   batch: `run.py` counts it, the rules observe the outcome, `notices.py` says what was left out, and `callbacks.py`
+   writes the trace and the dropped rows (`dropped_rows.py`).
+7. Trainer logs, evaluates and saves. `run.py` adds to the log, `evaluation.py` adds the perplexity, and `resume.py`
    writes into the checkpoint what a resumed run needs.
 
 Before the first batch, `config.py` has the arguments and `plan.py` checks them. `support.py` refuses what cannot work,

@@ -1,7 +1,7 @@
 """One batch, from its first pass to its outcome.
 
      micro-batches --> super().training_step each         the first pass is the probe: no extra forward
-                         | mean over micro-batches, then over ranks (the one collective)
+                         | rows judged, mean over the rows that are kept, then over ranks (the one collective)
                    Observation --> repeat_scheduler.decide --> repeats, clamped to what is left of the budget
                          |
           0: the batch never happened    1: nothing to do    n: (n-1) x [clip, optimizer.step, zero_grad, pass again]
