@@ -8,7 +8,7 @@ How one batch goes through the files:
 2. `batch.py` holds the whole life of the batch, from its first pass to its outcome. Each micro-batch goes through one
    pass (`passes.py`), which calls Trainer's own `training_step`.
 3. If there is a rule for rows, `dropping.py` asks it about each row of the micro-batch, between logits and loss:
-   `row_seams.py` has the ways in, `row_losses.py` the loss of each row, and `rows.py` which rows are kept in all passes.
+   `row_seams.py` has the ways in, `row_losses.py` the loss of each row, and `rows.py` which rows all passes keep.
 4. Between forward and backward of the last micro-batch, `consensus.py` averages the loss over micro-batches and ranks.
    `loss_scale.py` knows what the losses of this model mean, `targets.py` which labels count, and `signals.py` what
    else a rule may want to know.
