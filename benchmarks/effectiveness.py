@@ -246,17 +246,18 @@ def blocks_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def spoil(kind: str, blocks: list[list[int]], tokenizer: Any, draw: random.Random) -> list[list[int]]:
-    """Return a broken batch in the place of a good one."""
+    """Return broken rows in the place of good ones, as long as these."""
     if kind == "random":
         return [[draw.randrange(3, len(tokenizer)) for _ in block] for block in blocks]
     if kind == "shuffled":
         return [draw.sample(block, len(block)) for block in blocks]
     if kind == "cipher":  # stands for another language: the words and their spaces, in other letters
-        return [_encoded(_rotated(tokenizer.decode(block)), tokenizer) for block in blocks]
+        return [encoded(_rotated(tokenizer.decode(block)), tokenizer, len(block)) for block in blocks]
     if kind == "bytes":
-        return [_encoded("".join(chr(draw.randrange(33, 0x17F)) for _ in range(2 * BLOCK)), tokenizer) for _ in blocks]
+        noise = ["".join(chr(draw.randrange(33, 0x17F)) for _ in range(2 * len(block))) for block in blocks]
+        return [encoded(text, tokenizer, len(block)) for text, block in zip(noise, blocks, strict=True)]
     junk = "".join(chr(each) for each in random.Random(7).choices(range(33, 127), k=40))  # the same in all batches
-    return [_encoded(junk * BLOCK, tokenizer) for _ in blocks]
+    return [encoded(junk * len(block), tokenizer, len(block)) for block in blocks]
 
 
 def _rotated(text: str) -> str:
@@ -268,9 +269,10 @@ def _rotated(text: str) -> str:
     )
 
 
-def _encoded(text: str, tokenizer: Any) -> list[int]:
+def encoded(text: str, tokenizer: Any, length: int) -> list[int]:
+    """Return so many tokens of a text, which starts again where it ends."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return (ids * (1 + BLOCK // len(ids)))[:BLOCK]
+    return (ids * (1 + length // len(ids)))[:length]
 
 
 def write_data(study: Study, args: argparse.Namespace) -> Path:
