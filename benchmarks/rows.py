@@ -588,9 +588,9 @@ def clean_lines(where: str, arms: Mapping[str, Any], line: Callable[[str, str, s
     return lines
 
 
-INTRODUCTION = """A share of the rows is broken, at random places. All arms see the same rows in the same order, once:
+INTRODUCTION = f"""A share of the rows is broken, at random places. All arms see the same rows in the same order, once:
 stories260k, LoRA of rank 8, learning rate 2e-3 with linear decay, 200 batches of 4 rows, 100 of 16, or 40 of 64 (MRPC:
-full fine-tuning at 1e-3).
+full fine-tuning at 1e-3). Dialogues have up to {LONGEST} tokens; longer ones are left out.
 
 - **none** trains on all rows.
 - **batches** skips batches: `--skip_outliers robust`.
@@ -599,7 +599,8 @@ full fine-tuning at 1e-3).
 
 Recall is the share of the broken rows that was not trained on. Good rows are lost if they are dropped, or stand in a
 batch that is skipped. Differences are those in nll per token on clean test data (MRPC: in accuracy), paired by seed,
-with a 95 % t interval, and in percent of the perplexity. Seconds are CPU seconds of a run on one core. Made by the command below, of `benchmarks/results/rows.json`."""
+with a 95 % t interval, and in percent of the perplexity. Seconds are CPU seconds of a run on one core. Made by the
+command below, of `benchmarks/results/rows.json`."""
 
 
 def page(results: Mapping[str, Any]) -> str:

@@ -16,12 +16,26 @@ def test_classic_calls_nothing_an_outlier_before_ten_losses():
     assert feed(scheduler, [3.0, 3.1] * 4 + [3.0, 50.0]) == [1] * 10
 
 
-def test_robust_judges_from_the_second_batch_on():
-    # One loss, 3: the spread is assumed, 4 % of it, times sqrt(1 + 2); the line is 3 + 4 * 0.12 * 1.7321 = 3.8314.
+def test_robust_judges_from_the_fifth_batch_on():
+    # Four times 3: three steps of 0 and ten at the assumed spread, 4 % of 3, make 0.12 * 10 / 13 = 0.0923, times
+    # sqrt(1 + 2 / 4) for their number, times 1 + 4 / 4: the line is 3 + 4 * 0.0923 * 1.2247 * 2 = 3.9044.
     scheduler = get_outlier_rule("robust", ConstantScheduler())
-    assert feed(scheduler, [3.0]) == [1]
-    assert scheduler.decide(Observation(batch=1, loss=3.83, progress=0.0)) == 1
-    assert scheduler.decide(Observation(batch=1, loss=3.84, progress=0.0)) == 0
+    assert feed(scheduler, [3.0] * 3 + [50.0]) == [1] * 4
+    scheduler = get_outlier_rule("robust", ConstantScheduler())
+    assert feed(scheduler, [3.0] * 4) == [1] * 4
+    assert scheduler.decide(Observation(batch=4, loss=3.90, progress=0.0)) == 1
+    assert scheduler.decide(Observation(batch=4, loss=3.91, progress=0.0)) == 0
+
+
+def test_good_batches_at_the_start_of_a_run_are_kept():
+    """First losses of batches of 4 x 128 tokens of clean WikiText-2; the fourth is higher than the three before it."""
+    starts = [
+        [5.10, 4.43, 3.96, 4.74, 3.47, 4.25, 3.59, 3.78, 4.14, 3.68, 3.69, 3.63, 3.45, 3.61, 3.68, 4.20, 3.55, 3.50],
+        [5.10, 4.64, 4.20, 3.85, 3.50, 4.37, 3.67, 3.92, 4.35, 3.81, 3.88, 3.78, 3.55, 3.74, 3.76, 4.31, 3.72, 3.62],
+        [4.20, 4.05, 4.10, 4.75, 4.00, 3.90, 4.40, 3.80, 3.75, 4.30, 3.70, 3.65, 4.10, 3.60, 3.55, 3.95, 3.50, 3.45],
+    ]
+    for losses in starts:
+        assert feed(get_outlier_rule("robust", ConstantScheduler()), losses) == [1] * len(losses)
 
 
 def test_classic_skips_above_mean_and_two_and_a_half_deviations():
@@ -46,19 +60,20 @@ def limit(losses):
 def test_the_spread_is_that_of_the_steps_filled_up_with_an_assumed_one():
     # Three losses below the median of 3.1, which are too few to go by. Seven steps, of which the middle one is 0.1:
     # 0.1 * 1.4826 / sqrt(2) = 0.1048. With ten at 4 % of 3.1: (7 * 0.1048 + 10 * 0.124) / 17 = 0.1161, times
-    # sqrt(1 + 2 / 8) = 0.1298.
-    assert limit([3.0, 3.1, 3.2, 3.1, 3.0, 3.1, 3.2, 3.0]) == pytest.approx(3.1 + 4 * 0.1298, abs=1e-3)
+    # sqrt(1 + 2 / 8) = 0.1298. The line is half as far again, since there are only eight losses: 1 + 4 / 8.
+    assert limit([3.0, 3.1, 3.2, 3.1, 3.0, 3.1, 3.2, 3.0]) == pytest.approx(3.1 + 4 * 0.1298 * 1.5, abs=1e-3)
 
 
 def test_what_lies_below_the_losses_around_it_tells_how_far_good_ones_stray():
     # Of twenty losses, four lie 1 below their neighbours, 3: the spread is 1.4826, times sqrt(1 + 2 / 16) = 1.5725,
-    # since level and steps are those of the sixteen others.
-    assert limit([3.0, 3.0, 2.0, 3.0, 3.0] * 4) == pytest.approx(3 + 4 * 1.5725, abs=1e-3)
+    # since level and steps are those of the sixteen others; times 1 + 4 / 20 for the number of losses.
+    assert limit([3.0, 3.0, 2.0, 3.0, 3.0] * 4) == pytest.approx(3 + 4 * 1.5725 * 1.2, abs=1e-3)
 
 
 def test_a_low_level_is_not_a_small_spread():
-    # At 0.5 nats the assumed spread is 0.1, not 4 %: the line is 0.5 + 4 * 0.1 * sqrt(3) = 1.1928.
-    assert limit([0.5]) == pytest.approx(1.1928, abs=1e-4)
+    # At 0.5 nats the assumed spread is 0.1, not 4 %. With three steps of 0 it is 0.1 * 10 / 13: the line is
+    # 0.5 + 4 * 0.0769 * sqrt(1.5) * 2 = 1.2537.
+    assert limit([0.5] * 4) == pytest.approx(1.2537, abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -77,7 +92,7 @@ def test_good_batches_are_kept_that_scatter_fall_or_come_back(seed):
 
 
 def test_losses_that_agree_do_not_make_the_next_one_an_outlier():
-    # A hundred times 3: the spread is taken as 1 % of the level, the line is 3 + 4 * 0.03 * sqrt(1.02) = 3.1212.
+    # A hundred times 3: the spread is taken as 1 % of the level, the line is 3 + 4 * 0.03 * sqrt(1.02) * 1.04 = 3.126.
     scheduler = get_outlier_rule("robust", ConstantScheduler())
     feed(scheduler, [3.0] * 100)
     assert scheduler.decide(Observation(batch=100, loss=3.12, progress=0.0)) == 1
@@ -85,9 +100,9 @@ def test_losses_that_agree_do_not_make_the_next_one_an_outlier():
 
 
 def test_dirt_that_was_trained_on_at_the_start_does_not_count_later():
-    """The first batch cannot be judged. The second is far below it, and from then on the first is the outlier."""
+    """The first four batches cannot be judged. Then the first and the third are the outliers."""
     scheduler = get_outlier_rule("robust", ConstantScheduler())
-    assert feed(scheduler, [15.0, 4.7, 15.2, 4.6, 8.0, 4.5, 4.4, 14.9, 7.5, 4.4]) == [1, 1, 0, 1, 0, 1, 1, 0, 0, 1]
+    assert feed(scheduler, [15.0, 4.7, 15.2, 4.6, 8.0, 4.5, 4.4, 14.9, 7.5, 4.4]) == [1, 1, 1, 1, 0, 1, 1, 0, 0, 1]
     level = scheduler.evidence(Observation(batch=10, loss=4.4, progress=0.0))["their level"]
     assert level == 4.5  # the median of 4.7, 4.6, 4.5, 4.4 and 4.4
 
@@ -95,7 +110,7 @@ def test_dirt_that_was_trained_on_at_the_start_does_not_count_later():
 def test_shuffled_tokens_do_not_hide_among_the_high_losses_of_the_start():
     """Good losses fall from 6 to 3.3 in thirty batches, 2 % a batch; every fourth batch is 1.7 times as high."""
     losses = [6 * 0.98**batch * (1.7 if batch % 4 == 3 else 1.0) for batch in range(30)]
-    assert feed(get_outlier_rule("robust", ConstantScheduler()), losses) == [1, 1, 1, 0] * 7 + [1, 1]
+    assert feed(get_outlier_rule("robust", ConstantScheduler()), losses) == [1] * 4 + [1, 1, 1, 0] * 6 + [1, 1]
     assert sum(repeats == 0 for repeats in feed(get_outlier_rule("classic", ConstantScheduler()), losses)) == 0
 
 
@@ -175,7 +190,8 @@ def test_one_batch_in_four_that_stands_out_does_not_pass_for_a_change():
     losses = [rng.gauss(7.0, 0.3) if dirt else rng.gauss(3.0, 0.1) for dirt in dirty]
     decisions = feed(get_outlier_rule("robust", ConstantScheduler()), losses)
     skipped = [repeats == 0 for repeats in decisions]
-    assert all(skip for skip, dirt in zip(skipped[10:], dirty[10:], strict=True) if dirt)
+    # Once, by chance, 16 of 30 batches are dirt, and are taken for a change: then four batches cannot be judged.
+    assert sum(dirt and not skip for skip, dirt in zip(skipped[10:], dirty[10:], strict=True)) <= 1
     assert sum(skip for skip, dirt in zip(skipped, dirty, strict=True) if not dirt) <= 0.005 * 1500
 
 
