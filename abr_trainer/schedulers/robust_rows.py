@@ -118,12 +118,12 @@ class RobustRows(RowRule):
       `sigmas ** 2 / 2` nats, as a normal value is at so many deviations. This protects rows of one target: of the rows
       that a calibrated classifier of two classes sees, a share of 0.03 % loses 8 nats.
 
-    Nothing is dropped before 16 rows are known, nor while fewer than half of the remembered rows look good. Once two
-    thirds of the last 64 rows, or of the last 15 batches if these have fewer, lie above the limit, or most rows of ten
-    batches in a row, the data have changed, and the new level is taken.
+    Nothing is dropped before 16 rows are known, nor while fewer than two thirds of the remembered rows look good: then
+    the data are of several kinds. Once two thirds of the last 64 rows, or of the last 15 batches if these have fewer,
+    lie above the limit, or most rows of ten batches in a row, the data have changed, and the new level is taken.
 
-    The rule sees no text. Good rows of another kind than nine in ten, such as another language, stand out like
-    broken ones; broken rows that are as likely as good ones do not.
+    The rule sees no text. A small share of good rows of another kind, such as another language, stands out like broken
+    ones; broken rows that are as likely as good ones do not stand out.
 
     Attributes:
         sigmas: Distance from the level that is too far, in standard deviations of rows of that length.
@@ -218,7 +218,7 @@ def distance(deviation: float, sigmas: float, shortness: float, targets: float) 
 
 
 def fitted(rows: Sequence[Remembered], sigmas: float) -> Fit | None:
-    """Tell good rows from others, and return what the good ones show; None if they are fewer than half."""
+    """Tell good rows from others, and return what the good ones show; None if they are fewer than two thirds."""
     chunks = chunks_of(rows)
     classes, inverse = by_length(chunks)
     times = [lower_third(row.loss for row in chunk) for chunk in chunks]
@@ -265,7 +265,7 @@ def fitted(rows: Sequence[Remembered], sigmas: float) -> Fit | None:
             median(part) if 3 * len(part) >= LEAST_ROWS else time for part, time in zip(levels, times, strict=True)
         ]
         ratios = [min(1.0, max(SMALLEST_RATIO, times[-1] / time)) if time > 0 else 1.0 for time in times]
-    if 2 * found < len(rows):
+    if 3 * found < 2 * len(rows):
         return None
     typical = sum(variances[length] * len(part) for length, part in classes.items()) / len(rows)
     unknown = MEDIAN_VARIANCE * typical / max(1, len(levels[-1]))

@@ -93,10 +93,11 @@ class ABRConfig(TrainingArguments):
         },
     )
     row_sigmas: float | None = field(
-        default=None, metadata={"help": "Spreads above the recent row losses at which a row is dropped."}
+        default=None,
+        metadata={"help": "Spreads above the recent row losses at which a row is dropped. Default: 4.0 (robust)."},
     )
     row_window: int | None = field(
-        default=None, metadata={"help": "Number of recent row losses that rows are judged by."}
+        default=None, metadata={"help": "Number of recent row losses that rows are judged by. Default: 256 (robust)."}
     )
     rank_rows: bool = field(
         default=False,
