@@ -14,7 +14,9 @@ A machine without a package index lacks some packages. Fetch them elsewhere, car
     pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=$PWD/site python benchmarks/gpu.py
 
-The rows of 8 and 4 bit need bitsandbytes; all others need torch, transformers, accelerate, peft, and what these need.
+The rows of 8 and 4 bit need bitsandbytes, those of SFT need trl and datasets, those of Liger liger-kernel, and that of
+FlashAttention flash-attn; all others need torch, transformers, accelerate, peft, and what these need. NEFTune has no
+row: its noise is drawn by torch, as on a CPU.
 
 Times are compared in turns: two trainings in one process take a batch each, one after the other, and a ratio is the
 median over these pairs of batches, with its quartiles.
@@ -51,6 +53,7 @@ from gpu_page import misses, page
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -61,6 +64,8 @@ from transformers import (
 from turns import ON_GPU, BatchTimes, paired_ratios, peak_memory, reset_peak_memory
 
 from abr_trainer import ABRConfig, ABRTrainer, ConstantScheduler, RepeatScheduler
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.training.signals import NoAccuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -120,12 +125,16 @@ class Setup:
         lora: Train an adapter on frozen bf16 weights, instead of all weights, which are then in fp32.
         bits: 8 or 4 for a quantised base.
         arguments: Fields of `TrainingArguments`.
+        sft: By TRL's trainer.
+        has_logits: A rule can see the token accuracy. If not, a rule that wants it must be refused.
     """
 
     scale: Scale
     lora: bool = False
     bits: int | None = None
     attention: str = "sdpa"
+    sft: bool = False
+    has_logits: bool = True
     arguments: dict[str, Any] = field(default_factory=lambda: {"bf16": True})
 
     @property
@@ -136,8 +145,9 @@ class Setup:
 class Planned(RepeatScheduler):
     """Repeat each batch as often as a plan says, over and over."""
 
-    def __init__(self, plan: list[int]) -> None:
+    def __init__(self, plan: list[int], *wants: str) -> None:
         self.plan = plan
+        self.wants = frozenset(wants)
 
     def decide(self, observation: Any) -> int:
         return self.plan[observation.batch % len(self.plan)]
@@ -212,16 +222,27 @@ def build_trainer(
         **setup.arguments,
         **arguments,
     }
-    trainer = (Trainer if is_stock else ABRTrainer)(
-        model=build_model(setup, directory),
-        args=(TrainingArguments if is_stock else ABRConfig)(**options),
-        train_dataset=rows,
-        **({} if is_stock else {"repeat_scheduler": rule}),
-    )
+    trainer_cls, config_cls = (Trainer, TrainingArguments) if is_stock else (ABRTrainer, ABRConfig)
+    given: dict[str, Any] = {} if is_stock else {"repeat_scheduler": rule}
+    if setup.sft:
+        trainer_cls, config_cls, rows = for_sft(is_stock, rows)
+        options = {"max_length": None, "bf16": False, CHECKPOINTING: False, **options}
+        given["processing_class"] = AutoTokenizer.from_pretrained(DEMO_MODEL)  # the rows are tokens already
+    trainer = trainer_cls(model=build_model(setup, directory), args=config_cls(**options), train_dataset=rows, **given)
     trainer.callback_handler.callbacks = [
         each for each in trainer.callback_handler.callbacks if type(each).__name__ != "PrinterCallback"
     ]
     return trainer
+
+
+def for_sft(is_stock: bool, rows: list[Any]) -> tuple[type, type, Any]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from abr_trainer.integrations.trl import ABRSFTConfig, ABRSFTTrainer
+
+    data = Dataset.from_list([{name: values.tolist() for name, values in row.items()} for row in rows])
+    return (SFTTrainer, SFTConfig, data) if is_stock else (ABRSFTTrainer, ABRSFTConfig, data)
 
 
 # ---- Exactness ----
@@ -243,6 +264,7 @@ def exactness(setup: Setup, directory: Path) -> dict[str, Any]:
     Returns:
         The largest difference between two weights of each pair of runs. "stock again" is stock Trainer twice: what
         the kernels alone make of it. "moved" is how far training moves a weight: without that, equal means nothing.
+        "accuracy" is with a rule that looks at the token accuracy beside one that does not; None where it is refused.
     """
     size = setup.scale.rows
     rows = token_rows(len(PLAN) * size, setup.scale)
@@ -257,6 +279,17 @@ def exactness(setup: Setup, directory: Path) -> dict[str, Any]:
     def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
         return max((mine - theirs).abs().max().item() for mine, theirs in zip(one, other, strict=True))
 
+    def accuracy() -> float | None:
+        try:
+            seen = weights(Planned(PLAN, "accuracy"), rows)
+        except NoAccuracy:
+            if setup.has_logits:
+                raise
+            return None
+        if not setup.has_logits:
+            raise AssertionError("A rule was given an accuracy that nobody can see.")
+        return difference(seen, unbroken)
+
     with deterministic():
         start = trained_weights(build_model(setup, directory))
         stock, planned = weights(None, rows), weights(None, as_trained)
@@ -267,6 +300,7 @@ def exactness(setup: Setup, directory: Path) -> dict[str, Any]:
             "stock again": difference(weights(None, as_trained), planned),
             "once": difference(weights(ConstantScheduler(1), rows), stock),
             "repeats and skips": difference(unbroken, planned),
+            "accuracy": accuracy(),
             "resumed": difference(
                 weights(Planned(PLAN), rows, directory / "saved" / f"checkpoint-{CHECKPOINT}", **saving), unbroken
             ),
@@ -449,10 +483,16 @@ def rows_of(tiny: bool) -> list[Row]:
     small, large = (TINY, TINY) if tiny else (SMALL, LARGE)
     bf16 = {"bf16": True}
     checkpointing = {"bf16": True, CHECKPOINTING: True}
-    # The compiler alone takes longer than all tiny rows together.
+    # The compiler alone takes longer than all tiny rows together; with TRL's head, even that of the eager backend.
     compiled = {"bf16": True, "torch_compile": True, "torch_compile_backend": "eager" if tiny else "inductor"}
     briefly = functools.partial(cost, kinds=("once", "skip"))
-    lora = ("peft",)
+    graphs = {**compiled, "torch_compile_mode": "reduce-overhead"}
+    layers = {"bf16": True, "use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
+    fused_loss = {"bf16": True, "use_liger_kernel": True}
+    padding_free = Setup(
+        small, attention="flash_attention_2", arguments={"bf16": True, "padding_free": True}, sft=True
+    )
+    lora, sft, liger = ("peft",), ("trl", "datasets"), ("gpu", "liger_kernel")
     return [
         Row("exact: bf16", exactness, Setup(small, arguments=bf16)),
         Row("exact: fp16 with a scaler", exactness, Setup(small, arguments={"fp16": True}), ("gpu",)),
@@ -460,6 +500,14 @@ def rows_of(tiny: bool) -> list[Row]:
         Row("exact: gradient checkpointing", exactness, Setup(small, arguments=checkpointing)),
         Row("exact: LoRA, gradient checkpointing", exactness, Setup(small, lora=True, arguments=checkpointing), lora),
         Row("exact: compiled", exactness, Setup(small, arguments=compiled)),
+        Row("exact: compiled, CUDA graphs", exactness, Setup(small, arguments=graphs), ("gpu",)),
+        Row("exact: SFT, fused head", exactness, Setup(small, arguments=bf16, sft=True), sft),
+        Row("exact: SFT, gradient checkpointing", exactness, Setup(small, arguments=checkpointing, sft=True), sft),
+        Row("exact: SFT, compiled", exactness, Setup(small, arguments=compiled, sft=True), (*sft, "gpu")),
+        Row("exact: SFT, FlashAttention, padding-free", exactness, padding_free, (*sft, "gpu", "flash_attn")),
+        Row("exact: SFT, Liger layers", exactness, Setup(small, arguments=layers, sft=True), (*sft, *liger)),
+        Row("exact: Liger layers", exactness, Setup(small, arguments=layers), liger),
+        Row("exact: Liger fused loss", exactness, Setup(small, arguments=fused_loss, has_logits=False), liger),
         Row("cost: LoRA", cost, Setup(large, lora=True), lora),
         Row("cost: full", cost, Setup(large)),
         Row("cost: LoRA, gradient checkpointing", cost, Setup(large, lora=True, arguments=checkpointing), lora),
@@ -498,7 +546,7 @@ def measure(row: Row) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return the card, its driver and clocks, and the versions that a figure depends on."""
-    packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
+    packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy", "trl", "triton")
     found: dict[str, Any] = {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},

@@ -22,7 +22,8 @@ def misses(name: str, found: dict[str, Any]) -> list[str]:
     missed = []
     if "stock again" in found:
         noise = found["stock again"]
-        missed += [kind for kind in ("once", "repeats and skips", "resumed") if found[kind] > noise]
+        kinds = ("once", "repeats and skips", "accuracy", "resumed")
+        missed += [kind for kind in kinds if (found.get(kind) or 0.0) > noise]
         missed += ["moved"] if not found["moved"] else []
     ratios = {kind: statistics.median(values) for kind, values in found.get("ratios", {}).items()}
     missed += [kind for kind in ("once", "pass") if ratios.get(kind, 0) > BARS[kind]]
@@ -72,7 +73,8 @@ def page(results: dict[str, Any]) -> str:
 
 
 def of_exactness(found: dict[str, Any]) -> list[str]:
-    return [f"{found[kind]:.0e}" for kind in ("moved", "stock again", "once", "repeats and skips", "resumed")]
+    kinds = ("moved", "stock again", "once", "repeats and skips", "accuracy", "resumed")
+    return ["refused" if found.get(kind) is None else f"{found[kind]:.0e}" for kind in kinds]
 
 
 def of_cost(found: dict[str, Any]) -> list[str]:
@@ -108,6 +110,7 @@ TABLES: list[tuple[str, list[str], Callable[[dict[str, Any]], list[str]]]] = [
             "stock Trainer twice",
             "N = 1 and stock",
             "repeats and skips, and stock on these batches",
+            "the same with a rule that looks at the accuracy",
             "resumed and unbroken",
         ],
         of_exactness,

@@ -100,6 +100,8 @@ def test_a_measurement_stops_by_itself(benchmark, tmp_path, monkeypatch, capsys)
 def test_bars_are_missed_by_what_lies_above_them(benchmark):
     exact = {"moved": 1e-3, "stock again": 1e-9, "once": 0.0, "repeats and skips": 2e-9, "resumed": 1e-9}
     assert benchmark.misses("exact: bf16", exact) == ["repeats and skips"]
+    assert benchmark.misses("exact: Liger fused loss", {**exact, "accuracy": None}) == ["repeats and skips"]
+    assert benchmark.misses("exact: bf16", {**exact, "accuracy": 2e-9}) == ["repeats and skips", "accuracy"]
     cost = {
         "ratios": {"once": [1.0, 1.02, 1.02], "pass": [1.0, 1.0, 1.2], "skip": [0.36, 0.36]},
         "forward_share": 1 / 3,

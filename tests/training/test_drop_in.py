@@ -13,6 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -22,6 +23,16 @@ from abr_trainer.records.files import read_lines
 from tests.conftest import ScaledMixin, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 
 BASELINE = functools.partial(ABRConfig, repeat_scheduler="baseline", skip_outliers="none")
+
+
+def adapted(**changes):
+    return get_peft_model(tiny_llama(**changes), LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0))
+
+
+def mean_over_targets(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
 
 FEATURES = {
     "bf16": {"bf16": True},
@@ -41,6 +52,8 @@ FEATURES = {
     "paged 8-bit AdamW": {"optim": "paged_adamw_8bit", "model": functools.partial(tiny_llama, hidden_size=64)},
     "dropout": {"model": functools.partial(tiny_llama, attention_dropout=0.5)},
     "NEFTune": {"neftune_noise_alpha": 5.0},
+    "compute_loss_func": {"trainer_options": {"compute_loss_func": mean_over_targets}},
+    "LoRA": {"model": adapted},
     "tokens counted": {"include_num_input_tokens_seen": "all"},
 }
 RANDOM = ("dropout", "NEFTune")  # a skip draws random numbers in its forward
