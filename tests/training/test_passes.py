@@ -51,10 +51,15 @@ def test_somebody_elses_backward_is_put_back(weight):
     assert accelerator.backward is own
 
 
-def test_counters_of_trl_are_as_they_were_before_the_pass():
-    trainer = SimpleNamespace(_metrics={"train": {"entropy": [0.5]}}, _total_train_tokens=7, forwards=1)
+def test_counters_of_trl_and_axolotl_are_as_they_were_before_the_pass():
+    state = SimpleNamespace(tokens={"total": torch.tensor(5)}, global_step=1)
+    trainer = SimpleNamespace(_metrics={"train": {"entropy": [0.5]}}, _total_train_tokens=7, forwards=1, state=state)
     with counted_once(trainer):
         trainer._metrics["train"]["entropy"].append(0.6)
         trainer._total_train_tokens += 7
         trainer.forwards += 1
-    assert vars(trainer) == {"_metrics": {"train": {"entropy": [0.5]}}, "_total_train_tokens": 7, "forwards": 2}
+        state.tokens["total"] += 5
+        state.global_step += 1
+    assert (trainer._metrics, trainer._total_train_tokens) == ({"train": {"entropy": [0.5]}}, 7)
+    assert state.tokens == {"total": torch.tensor(5)}
+    assert (trainer.forwards, state.global_step) == (2, 2)
