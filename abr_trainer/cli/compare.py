@@ -3,8 +3,9 @@
     abr compare --schedulers baseline abr fixed:2 --seeds 5 --out runs/cmp -- \
         --dataset_name demo --block_size 128 --max_passes 200 --learning_rate 2e-3 --use_cpu
 
-What follows `--` are flags of `abr train`. The same command goes on where it was stopped, and keeps what is
-finished. The report lies in --out: report.html, report.md and plots/, made of comparison.json.
+What follows `--` are flags of `abr train`; after `--command sft`, of `abr sft`. The same command goes on where it was
+stopped, and keeps what is finished. The report lies in --out: report.html, report.md and plots/, made of
+comparison.json. A file of flags may come first, and another one first behind `--`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 from ..comparison.arms import parse_arm
 from ..records.flags import complete_flags
 from .comparing import add_arguments, compare
+from .parsing import SWITCH
 
 HELP = {
+    "command": "what each run is: abr train, or abr sft on chats",
     "schedulers": "name, name:value, name:parameter=value,... or module:Class:parameter=value,...; a parameter that "
-    "the rule does not have is a flag of abr train",
+    "the rule does not have is a flag of the runs",
     "match": "passes: the same compute, --max_passes, and the same final learning rate; batches: the same data, "
     "whatever that costs (the published protocol)",
     "reference": "what the others are compared with; default: baseline, or the first",
@@ -40,10 +43,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         "abr compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--command", choices=("train", "sft"), default="train", help=HELP["command"])
     parser.add_argument("--schedulers", nargs="+", default=["baseline", "abr"], help=HELP["schedulers"])
     parser.add_argument("--match", choices=("passes", "batches"), default="passes", help=HELP["match"])
     parser.add_argument("--reference", help=HELP["reference"])
-    parser.add_argument("--controls", action="store_true", help=HELP["controls"])
+    parser.add_argument("--controls", **SWITCH, help=HELP["controls"])
     parser.add_argument("--evaluations", type=int, default=10, help=HELP["evaluations"])
     add_arguments(parser)
     return compare("compare", "train", parser, asked, argv)

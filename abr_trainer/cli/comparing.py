@@ -14,13 +14,14 @@ from ..comparison.collecting import collect, copy_configs, write_comparison
 from ..comparison.experiment import Experiment, RunFailed
 from ..comparison.processes import interruptible
 from ..records.commands import command
-from ..records.errors import one_line_errors
+from ..records.errors import MissingPackage, one_line_errors
 from ..records.flags import asks_to_save, expand_flags_file, parse_tuning
 from ..report.files import write_report
 from ..report.of_comparison import report_on_comparison
 from ..report.tensorboard import write_events
 from ..report.verdicts import summary_lines
 from .main import VERBS
+from .parsing import SWITCH
 
 OF_A_RUN = (
     *("classification.sentences", "classification.trainer", "models.loading", "perplexity.measurement"),
@@ -28,6 +29,9 @@ OF_A_RUN = (
 )
 PRELOAD = [f"abr_trainer.{name}" for name in (*OF_A_RUN, "cli.comparing")]
 """All of a run that takes long to import, and this module: a fork imports the main module anew."""
+
+OF_TRL = ["abr_trainer.integrations.trl"]
+"""What runs of `abr sft` import beside that."""
 
 Asked = Callable[[argparse.Namespace, list[str]], dict[str, Any]]
 """From the arguments before `--` and those behind to what an `Experiment` gets beside what all comparisons have."""
@@ -50,14 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tune_seeds", type=int, help="choose by the first so many seeds; default: all")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--launcher", default="", help="what starts each run, e.g. 'accelerate launch --num_processes 8'")
-    add("--keep-going", action="store_true", help="leave out runs that fail, instead of stopping")
+    add("--keep-going", **SWITCH, help="leave out runs that fail, instead of stopping")
 
 
 def split(argv: Sequence[str], parser: argparse.ArgumentParser, of_runs: str) -> tuple[argparse.Namespace, list[str]]:
     """Parse what stands before `--`, and return it with what stands behind."""
+    argv = expand_flags_file(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     args, unknown = parser.parse_known_args(argv[:cut])
     if unknown:
+        of_runs = getattr(args, "command", of_runs)
         parser.error(f"{unknown[0]} is no argument of this command. Those of abr {of_runs} stand behind --.")
     return args, list(argv[cut + 1 :])
 
@@ -78,13 +84,14 @@ def compare(
     """
     given = list(sys.argv[1:] if argv is None else argv)
     args, rest = split(given, parser, of_runs)
+    of_runs = getattr(args, "command", of_runs)
     with one_line_errors(ValueError, OSError, RunFailed, when_interrupted="the same command goes on"):
         rest = expand_flags_file(rest)
         seeds = list(range(args.seeds[0])) if len(args.seeds) == 1 else args.seeds
         experiment = Experiment(
             out=args.out,
             check=check_arguments,
-            preload=PRELOAD,
+            preload=[*PRELOAD, *OF_TRL] if of_runs == "sft" else PRELOAD,
             module=VERBS[of_runs].module,
             seeds=seeds,
             tune=parse_tuning(args.tune),
@@ -119,9 +126,9 @@ def check_arguments(module: str, arguments: list[list[str]], sender: Any) -> Non
 
     from .command_line import parse_arguments
 
-    argument_classes = importlib.import_module(module).ARGUMENTS
     found: dict[str, Any] | ValueError
     try:
+        argument_classes = importlib.import_module(module).ARGUMENTS
         first, *_ = [parse_arguments(argument_classes, argv)[-1] for argv in arguments]
         found = {
             "device": first.device.type,
@@ -130,7 +137,7 @@ def check_arguments(module: str, arguments: list[list[str]], sender: Any) -> Non
             "max_steps": first.most_batches,
             "epochs": first.num_train_epochs,
         }
-    except ValueError as error:
+    except (ValueError, MissingPackage) as error:
         found = ValueError(str(error))
     with contextlib.suppress(OSError):  # the comparison was interrupted
         sender.send(found)

@@ -1,17 +1,19 @@
-"""Which defaults of a run are not those of transformers' example scripts: people expect these, and should be told."""
+"""Which defaults of a run are not those of the scripts of transformers or of TRL: people expect these, and should be
+told.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
-from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from ..records.flags import given_flags, is_flags_file, read_flags_file
+from ..records.commands import arguments_in
+from ..records.flags import flags_file_in, given_flags, read_flags_file
+from ..training.config import ABRConfig
 
 THEIRS = {"use_lora": False, "skip_outliers": "none", "max_seq_length": 128}
 """What their scripts do where ours have a flag, beside the defaults of `TrainingArguments`."""
@@ -21,7 +23,7 @@ def describe_defaults(command: Sequence[str], args: TrainingArguments, others: S
     """Return a line on the defaults that make this run another than the same flags would make with their scripts.
 
     Args:
-        command: The command line, whatever stands before the flags included.
+        command: The command as it is recorded.
         others: Dataclasses of arguments beside those of the trainer.
 
     Returns:
@@ -29,7 +31,8 @@ def describe_defaults(command: Sequence[str], args: TrainingArguments, others: S
     """
     if not args.do_train:
         return []
-    theirs = THEIRS | {field.name: field.default for field in fields(TrainingArguments)}
+    stock: Any = next(kind for kind in type(args).__mro__ if not issubclass(kind, ABRConfig))
+    theirs = THEIRS | {field.name: field.default for field in fields(stock)}
     ours = {field.name: field.default for field in fields(args)}
     values = {name: getattr(each, name) for name in theirs for each in (args, *others) if hasattr(each, name)}
     given = _names_given(command)
@@ -40,13 +43,14 @@ def describe_defaults(command: Sequence[str], args: TrainingArguments, others: S
         and not {name, f"no_{name}"} & given
         and _shown(value) != _shown(theirs[name])
     ]
-    return [f"defaults here (in transformers' scripts): {', '.join(told)}"] if told else []
+    scripts = "transformers' scripts" if stock is TrainingArguments else "TRL's script"
+    return [f"defaults here (in {scripts}): {', '.join(told)}"] if told else []
 
 
 def _names_given(command: Sequence[str]) -> set[str]:
     """Return the flags that stand in a command or in its file of flags, without their dashes."""
-    words = list(takewhile(lambda word: not word.startswith("--"), command))
-    in_file = [flag for word in words if is_flags_file(word) for flag in read_flags_file(Path(word))]
+    path, _ = flags_file_in(arguments_in(command))
+    in_file = [] if path is None else read_flags_file(path)
     return {name[2:] for name in (*given_flags(in_file), *given_flags(command))}
 
 

@@ -23,6 +23,7 @@ from transformers.hf_argparser import string_to_bool
 from ..records.files import write_whole
 from .command_line import build_parser
 from .main import VERBS
+from .parsing import boolean
 from .quick import FLAGS_FILE
 
 USUAL = {
@@ -32,7 +33,15 @@ USUAL = {
     ),
     "data": (
         *("dataset_name", "dataset_config_name", "task_name", "train_file", "validation_file", "test_file"),
-        *("text_column", "block_size", "sentence_columns", "label_column", "max_seq_length", "prompt"),
+        *("chat_template", "text_column", "block_size", "max_length", "packing", "padding_free"),
+        *(
+            "assistant_only_loss",
+            "completion_only_loss",
+            "sentence_columns",
+            "label_column",
+            "max_seq_length",
+            "prompt",
+        ),
         *("max_train_samples", "max_eval_samples"),
     ),
     "which batches": (
@@ -55,7 +64,7 @@ USUAL = {
         *("save_strategy", "save_steps", "save_total_limit", "push_to_hub"),
     ),
 }
-"""The flags that `abr train --help` and `abr classify --help` show, in the order of the page."""
+"""The flags that `--help` shows of verbs that train, in the order of the page."""
 
 SHORT = {
     "do_train": "Train the model.",
@@ -84,6 +93,7 @@ GROUP_OF = {
     "AdaptedArguments": "model",
     "ModelArguments": "model",
     "ClassifierArguments": "model",
+    "ChatArguments": "data",
     "DataArguments": "data",
     "TextArguments": "data",
     "OptionalTextArguments": "data",
@@ -95,15 +105,24 @@ GROUP_OF = {
     "MergeArguments": "merging",
     "ABRConfig": "which batches",
     "ClassifierConfig": "which batches",
+    "SFTJobConfig": "which batches",
 }
 """Where `--help-all` shows the flags of a class that are not among the usual ones."""
 
+OF_TRL = {
+    "data": ("eos_token", "eval_packing", "packing_strategy", "pad_to_multiple_of", "shuffle_dataset"),
+    "training and budget": ("activation_offloading", "loss_type", "router_aux_loss_coef"),
+}
 ELSEWHERE = {
     "evaluation": ("eval_on_start", "early_stopping_threshold"),
     "output": ("save_passes", "hub_base_model"),
     "training and budget": ("scale_with_batch_size", "base_learning_rate", "base_samples"),
 }
 """Flags that are not where the others of their class are."""
+
+
+NEED_TRL = ("sft",)
+"""Verbs with flags of TRL, which another version of it may have otherwise."""
 
 
 class _Parser(BaseException):
@@ -166,6 +185,7 @@ def describe() -> dict[str, Any]:
             "exact": bool(classes),
             "takes_trainer": takes_trainer,
             "usual": usual if takes_trainer else {},
+            **({"needs": {"trl": importlib.metadata.version("trl")}} if verb in NEED_TRL else {}),
             "flags": [flag for flag in flags if flag not in trainer] if takes_trainer else flags,
         }
     return {
@@ -211,7 +231,7 @@ def _own_groups(classes: Sequence[Any]) -> dict[str, str]:
         inherited = {field.name for field in fields(TrainingArguments)} if issubclass(kind, TrainingArguments) else ()
         own = [field.name for field in fields(kind) if field.name not in inherited]
         groups |= dict.fromkeys(own, GROUP_OF[kind.__name__])
-    for group, names in itertools.chain(USUAL.items(), ELSEWHERE.items()):
+    for group, names in itertools.chain(USUAL.items(), ELSEWHERE.items(), OF_TRL.items()):
         groups |= {name: group for name in names if name in groups}
     return groups
 
@@ -238,7 +258,7 @@ def _flag(action: argparse.Action, group: str | None) -> dict[str, Any]:
 
 def _type_name(action: argparse.Action) -> str | None:
     """Return "int", "float" or "bool" where a value must be one; any other is read by the command itself."""
-    known: dict[Any, str] = {int: "int", float: "float", string_to_bool: "bool"}
+    known: dict[Any, str] = {int: "int", float: "float", string_to_bool: "bool", boolean: "bool"}
     return known.get(action.type)
 
 

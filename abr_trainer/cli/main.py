@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from .. import __version__
+from ..records.errors import MissingPackage, one_line_errors
 from .parsing import WRONG_USAGE
 
 
@@ -33,6 +34,11 @@ VERBS = {
         "run_clm_abr",
         "fine-tune a causal language model",
         "abr train --dataset_name demo --do_train --do_eval --output_dir runs/demo",
+    ),
+    "sft": Verb(
+        "abr_trainer.cli.sft",
+        "fine-tune on chats or instructions, with TRL",
+        "abr sft --dataset_name demo --chat_template alpaca --do_train --do_eval --output_dir runs/chat",
     ),
     "classify": Verb(
         "abr_trainer.cli.classify",
@@ -107,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .quick import check  # which may describe the verbs, and so import this module
 
         check(verb, arguments)
-        importlib.import_module(VERBS[verb].module).main(arguments)
+        with one_line_errors(MissingPackage):
+            module = importlib.import_module(VERBS[verb].module)
+        module.main(arguments)
     else:
         refuse(verb)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .upstream import accepted
+from .upstream import FALSE, TRUE, accepted
 
 WRONG_USAGE = 2
 """Exit status."""
@@ -50,6 +50,17 @@ def wanted_splits(args: Any) -> list[str]:
     if not splits:
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     return splits
+
+
+def boolean(text: str) -> bool:
+    """Return what a command line, or a file of flags, writes for true or false."""
+    if text.lower() in (*TRUE, *FALSE):
+        return text.lower() in TRUE
+    raise ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
+"""How argparse takes a flag that is on or off, alone or with true or false behind it, as files of flags have it."""
 
 
 def _raise_value_error(message: str) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 from ..comparison.arms import parse_arm
 from ..data.tasks import BY_NAME, find_prompt
 from ..records.errors import find_named, one_line, refuse_missing_directory, refuse_missing_files
-from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, parse_tuning
+from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, given_flags, parse_tuning
 from ..schedulers import SCHEDULERS, build_rule
 from .help_page import help_page
-from .parsing import WRONG_USAGE, names_in, prepared, refuse_rest, wanted_splits
-from .upstream import FALSE, TRUE, unknown
+from .parsing import WRONG_USAGE, boolean, names_in, prepared, refuse_rest, wanted_splits
+from .upstream import unknown
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
 """Written by `describe.py`."""
@@ -25,7 +25,9 @@ FLAGS_FILE = Path(__file__).with_name("flags.json")
 INPUTS = ("train_file", "validation_file", "test_file", "primer_file", "text_file")
 """Flags that name a file to read."""
 
-MAY_BE_PATHS = ("model_name_or_path", "adapter_name_or_path", "config_name", "tokenizer_name", "dataset_name")
+MAY_BE_PATHS = (
+    *("model_name_or_path", "adapter_name_or_path", "config_name", "tokenizer_name", "dataset_name", "chat_template"),
+)
 """Flags that name something on the Hub or on this machine. A name that begins like a path is on this machine."""
 
 OPTIONS = ("action", "choices", "const", "default", "metavar", "nargs", "required", "type")
@@ -49,7 +51,7 @@ def check(verb: str, argv: Sequence[str]) -> None:
         return
     own = list(argv[: argv.index("--")]) if verb in OF_RUNS and "--" in argv else list(argv)
     if not {"--help", "-h", "--help-all"}.isdisjoint(own):
-        print(help_page(verb, known, OF_RUNS.get(verb), whole="--help-all" in own))
+        print(help_page(verb, known, _runs_of(verb, own), whole="--help-all" in own))
         raise SystemExit(0)
     try:
         if verb in OF_RUNS:
@@ -59,6 +61,12 @@ def check(verb: str, argv: Sequence[str]) -> None:
     except ValueError as error:
         print(f"error: {one_line(error, width=sys.maxsize)}", file=sys.stderr)
         raise SystemExit(WRONG_USAGE) from None
+
+
+def _runs_of(verb: str, own: Sequence[str]) -> str | None:
+    """Return the verb whose flags stand behind `--`, if any do."""
+    named = given_flags(own).get("--command", [])
+    return named[0] if verb == "compare" and named[:1] in (["train"], ["sft"]) else OF_RUNS.get(verb)
 
 
 def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any]) -> None:
@@ -95,7 +103,8 @@ def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], know
     Raises:
         ValueError: Something in it is wrong.
     """
-    runs = OF_RUNS[verb]
+    own = expand_flags_file(own)
+    runs = _runs_of(verb, own) or verb
     args = _parse(verb, own, known)
     rest = expand_flags_file(behind)
     added: list[Sequence[str]] = [[]]
@@ -119,7 +128,8 @@ def _parse(verb: str, argv: Sequence[str], known: dict[str, Any]) -> Namespace |
     """Parse a command line as its command will, as far as that can be told from here.
 
     Returns:
-        None if it has flags of a transformers that this data was not written for.
+        None if it has flags of a transformers that this data was not written for, or if another version of a package
+        whose flags it takes is installed.
 
     Raises:
         ValueError: A flag is unknown or has a bad value.
@@ -127,6 +137,9 @@ def _parse(verb: str, argv: Sequence[str], known: dict[str, Any]) -> Namespace |
     described = known["verbs"][verb]
     trainer = known["trainer"] if described["takes_trainer"] else []
     is_current = not trainer or importlib.metadata.version("transformers") == known["transformers"]
+    needed = described.get("needs", {})
+    if any(_version(package) not in (None, version) for package, version in needed.items()):
+        return None
     own = {flag["dest"] for flag in described["flags"]}
     parser = ArgumentParser(add_help=False)
     for flag in described["flags"]:
@@ -150,13 +163,20 @@ def _parse_plain(verb: str, parser: ArgumentParser, argv: Sequence[str], known: 
     parsed, rest = parser.parse_known_args(list(argv))
     if rest and rest[0].startswith("-"):
         flag = rest[0].partition("=")[0]
-        runs = OF_RUNS.get(verb, verb)
+        runs = _runs_of(verb, argv) or verb
         of_runs = {name for each in (*known["verbs"][runs]["flags"], *known["trainer"]) for name in each["names"]}
         if runs != verb and flag in of_runs:
             raise ValueError(f"{flag} is a flag of abr {runs}: it stands behind --.")
         raise ValueError(unknown(flag, names_in(parser)))
     refuse_rest(rest)
     return parsed
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _lenient(flag: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +186,7 @@ def _lenient(flag: dict[str, Any]) -> dict[str, Any]:
 
 def _add(parser: ArgumentParser, flag: dict[str, Any]) -> None:
     """Add an argument as `describe.py` has found it."""
-    types: dict[str, Any] = {"int": int, "float": float, "bool": _boolean}
+    types: dict[str, Any] = {"int": int, "float": float, "bool": boolean}
     taken = ["action", "default"] if flag.get("action", "").startswith("store_") else OPTIONS
     options: dict[str, Any] = {name: flag[name] for name in taken if name in flag}
     options.setdefault("default", None)  # that of a switch would be its opposite
@@ -177,9 +197,3 @@ def _add(parser: ArgumentParser, flag: dict[str, Any]) -> None:
     if flag["names"]:
         options["dest"] = flag["dest"]
     parser.add_argument(*(flag["names"] or [flag["dest"]]), **options)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() in (*TRUE, *FALSE):
-        return text.lower() in TRUE
-    raise ArgumentTypeError(f"{text!r} is neither true nor false")

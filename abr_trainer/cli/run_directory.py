@@ -56,9 +56,12 @@ RUN_FILES = (
         REPORT_FOLDER,
     ),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
+    *("chat_template.jinja", "additional_chat_templates"),
     *(TASK_NAME, QUANT_CONFIG_NAME, PREDICTIONS_NAME.format(split="*")),
 )
-"""What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them."""
+"""What a run leaves in its output directory. An adapter left beside full weights would be loaded on top of them, and a
+chat template of an earlier run would be taken for that of this one.
+"""
 
 PREVIOUS = "_previous-run"
 

@@ -98,11 +98,124 @@ class DataArguments:
             )
 
     @property
+    def split_aliases(self) -> dict[str, tuple[str, ...]]:
+        """What a data set may call the splits, by what we call them."""
+        return SPLIT_ALIASES
+
+    def other_split(self, split: str) -> str:
+        """Return what else to do where a data set has no such split."""
+        return ""
+
+    @property
     def is_streamed(self) -> bool:
         """Whether the training set is read while training, so that it has no length."""
         named = [] if self.dataset_name is None else [self.dataset_name]
         names = named if self.dataset_mix is None else parse_mix(self.dataset_mix)
         return self.streaming or any(find_corpus(name).streaming for name in names)
+
+
+FORMATS = (
+    "each row is a chat, or an instruction with its answer: columns messages, conversations, prompt and completion, "
+    "instruction and output, or text. Formats: .json, .jsonl, .ndjson, .csv, .tsv or .parquet; any other suffix is "
+    "read as one plain text. All but .parquet may be compressed: .gz, .bz2, .xz, .zst, .lz4, .zip."
+)
+
+
+@dataclass
+class ChatArguments(DataArguments):
+    """Which chats to train and evaluate on, how they are written, and which of their tokens are targets."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chats, instructions or texts: a Hub id, a directory, or demo, chats that are made on the spot. "
+            "Default: demo, unless --train_file, --validation_file or --test_file is given."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Configuration of the data set, e.g. main of openai/gsm8k.",
+            "aliases": ["--dataset_config"],
+        },
+    )
+    dataset_mix: str | None = field(default=None, init=False)
+    mix_until: str = field(default="first_exhausted", init=False)
+    train_file: str | None = field(default=None, metadata={"help": f"Training rows: {FORMATS}"})
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation rows, in the same formats."})
+    test_file: str | None = field(default=None, metadata={"help": "Rows for --do_predict, in the same formats."})
+    primer_file: str | None = field(default=None, init=False)
+    text_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the messages, or with the text. Default: by the usual names.",
+            "aliases": ["--dataset_text_field"],
+        },
+    )
+    block_size: int | None = field(default=None, init=False)
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many rows of the evaluation and test sets."}
+    )
+    streaming: bool = field(default=False, init=False)
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize.", "aliases": ["--dataset_num_proc"]}
+    )
+    dataset_train_split: str | None = field(
+        default=None, metadata={"help": "Split of the data set to train on. Default: train."}
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of the data set to evaluate on, as TRL calls it. Default: validation."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a chat is written: a Jinja file, a model whose tokenizer has the template, chatml or alpaca. "
+            "Default: the tokenizer's own.",
+            "aliases": ["--chat_template_path"],
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a row; what is longer is cut at the end. With --packing, the length of a row. "
+            "Default: 1024, or what the model can attend to, if that is less."
+        },
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Of chats, learn only what the assistant writes. Default: true where the chat template marks it "
+            "with {%% generation %%}, or TRL knows such a variant of it.",
+            "nargs": "?",  # as for a flag whose default is no None
+            "const": True,
+        },
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Of prompts with completions, and of instructions, learn only the answer. Default: true.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_below(self, {"max_length": 2})
+        for flag in ("dataset_train_split", "dataset_test_split", "dataset_config_name"):
+            if getattr(self, flag) is not None and self.dataset_name is None:
+                raise ValueError(f"--{flag} means nothing without --dataset_name.")
+
+    @property
+    def split_aliases(self) -> dict[str, tuple[str, ...]]:
+        named = {"train": self.dataset_train_split, "validation": self.dataset_test_split}
+        return SPLIT_ALIASES | {split: (name,) for split, name in named.items() if name is not None}
+
+    def other_split(self, split: str) -> str:
+        flag = "train" if split == "train" else "test"
+        return "" if self.dataset_name is None else f", or --dataset_{flag}_split: what the data set calls it"
 
 
 @dataclass

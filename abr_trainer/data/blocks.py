@@ -171,6 +171,7 @@ def cut_blocks(
     rows: TextRows,
     vocabulary: int,
     sources: list[str] | None = None,
+    flag: str = "block_size",
 ) -> Dataset | IterableDataset:
     """Concatenate all tokens and cut them into blocks. A stream is cut a thousand rows at a time.
 
@@ -178,6 +179,7 @@ def cut_blocks(
 
     Args:
         sources: Each block says which rows of which source it was cut from; these sources are added.
+        flag: What names the length of a block, for messages.
 
     Raises:
         BadRow: A row has ids that are not of the vocabulary.
@@ -214,7 +216,7 @@ def cut_blocks(
     if is_stream:
         stream = _map(tokens, cut, arguments, "", used)
         if not first_rows(stream, origin, 1):
-            raise ValueError(f"{origin} is shorter than one block: --block_size is {block_size}.")
+            raise ValueError(f"{origin} is shorter than one block: --{flag} is {block_size}.")
         return stream
     lengths = pc.list_value_length(tokens.with_format("arrow")[:][TOKENS]).fill_null(0).to_numpy()
     if not rows.rows_are_lines:
@@ -223,7 +225,7 @@ def cut_blocks(
         missing = [index for index, each in zip(empty, raw, strict=True) if column.is_row(each)]
         say_what_is_left_out(missing, len(lengths) - len(empty) + len(missing), rows)
     if lengths.sum() < block_size:
-        raise ValueError(f"{origin} has {lengths.sum()} tokens, less than one block: --block_size is {block_size}.")
+        raise ValueError(f"{origin} has {lengths.sum()} tokens, less than one block: --{flag} is {block_size}.")
     description = f"Cutting blocks of {block_size}"
     blocks = _map(tokens.with_format("numpy"), cut, arguments, description, used, batch_size=None)
     return blocks.with_format(None)

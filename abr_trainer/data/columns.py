@@ -20,6 +20,8 @@ from .identity import IntArray
 from .readers import count_lines
 
 TOKENS = "input_ids"
+EVERY = ""
+"""Stands for all columns of a row, where others stand for one of them."""
 TEXT_COLUMNS = ("text", "dialog", "content", "sentence")
 NOT_TEXT = {
     *("author", "category", "checksum", "created", "date", "doc_id", "domain", "file", "filename", "hash", "id"),
@@ -132,6 +134,11 @@ class Column:
         return partial(self.place, index)
 
 
+def choose_every(rows: Iterable[Row], origin: str) -> str:
+    """Choose all columns."""
+    return EVERY
+
+
 def choose_text_column(rows: Iterable[Row], origin: str, wanted: str | None = None, takes_tokens: bool = False) -> str:
     """Return the column that holds the text: the wanted one, a usual name, or the only one that can be text.
 
@@ -198,7 +205,7 @@ def _kind_of(value: Any) -> str | None:
     return None if isinstance(value, str) else type(value).__name__
 
 
-def _keys_of_objects(column: Sequence[Any]) -> list[str]:
+def keys_of_objects(column: Sequence[Any]) -> list[str]:
     """Return the keys of the first object in the lists of a column: the two of a message, if it has them."""
     lists = (value for value in column if isinstance(value, list))
     first = next((each for value in lists for each in value if isinstance(each, dict)), {})
@@ -210,7 +217,7 @@ def _shape_of_examples(values: Mapping[str, Sequence[Any]]) -> str | None:
     takes = "--text_column takes a column of text, or of turns that are texts."
     reads = f"ABRSFTTrainer of abr_trainer.integrations.trl reads them, in Python. {takes}"
     for name, column in values.items():
-        keys = _keys_of_objects(column)
+        keys = keys_of_objects(column)
         if tuple(keys) in MESSAGES:
             return f"{name} holds messages with {' and '.join(keys)}. {reads}"
         if keys:
@@ -258,7 +265,7 @@ def parse_line(line: str, where: Callable[[], str]) -> dict[str, Any]:
         )
         raise BadRow(f"{where()} cannot be read as JSON: {what}.") from error
     if not isinstance(row, dict):
-        raise BadRow(f"{where()} holds {_short(row)}, where a JSON object must be.")
+        raise BadRow(f"{where()} holds {shortly(row)}, where a JSON object must be.")
     return row
 
 
@@ -277,10 +284,10 @@ def as_text(value: Any, where: Callable[[], str] = str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise BadRow(f"{where()} holds {_short(value)}, where text or a list of turns must be.")
+        raise BadRow(f"{where()} holds {shortly(value)}, where text or a list of turns must be.")
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, str):
-            raise BadRow(f"{where()} holds {_short(turn)} as turn {number}, where text must be.")
+            raise BadRow(f"{where()} holds {shortly(turn)} as turn {number}, where text must be.")
     return "\n".join(turn.strip() for turn in value)
 
 
@@ -294,10 +301,10 @@ def as_tokens(value: Any, where: Callable[[], str]) -> list[int]:
         BadRow: They are something else.
     """
     if not isinstance(value, list):
-        raise BadRow(f"{where()} holds {_short(value)}, where a list of token ids must be.")
+        raise BadRow(f"{where()} holds {shortly(value)}, where a list of token ids must be.")
     for position, token in enumerate(value, 1):
         if type(token) is not int:
-            raise BadRow(f"{where()} holds {_short(token)} as token {position}, where a token id must be.")
+            raise BadRow(f"{where()} holds {shortly(token)} as token {position}, where a token id must be.")
     return value
 
 
@@ -319,7 +326,7 @@ def check_tokens(ids: np.ndarray, vocabulary: int, where: Callable[[], str]) -> 
             raise BadRow(f"{where()} holds {found} as token {position}; the model has ids from 0 to {vocabulary - 1}.")
 
 
-def _short(value: Any) -> str:
+def shortly(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"the number {value}"
     kind = {type(None): "null", dict: "an object", list: "a list"}.get(type(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,21 @@ from transformers.utils import logging
 
 from ..records.errors import BadRow, one_line
 from .arguments import SPLIT_ALIASES, DataArguments, TextArguments
-from .columns import EXAMPLES, Column, Place, as_text, choose_text_column, parse_line
+from .columns import EVERY, EXAMPLES, Column, Place, as_text, choose_every, choose_text_column, parse_line
 from .corpora import C4_DOCUMENTS, Corpus, find_corpus
-from .demo import demo_texts
+from .demo import demo_chats, demo_texts
 from .identity import SOURCE_COLUMN
-from .readers import READERS, TABLES, Format, check_file, holds_json_lines, read_cells, read_files, what_is_wrong
+from .readers import (
+    READERS,
+    TABLES,
+    Format,
+    check_file,
+    holds_json_lines,
+    open_bytes,
+    read_cells,
+    read_files,
+    what_is_wrong,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -59,18 +70,24 @@ class TextRows(Rows):
 
 
 ChooseColumn = Callable[[Iterable[Mapping[str, Any]], str], str]
-"""Returns the column of the text, given the first rows and what named them."""
+"""Returns the column of the text, given the first rows and what named them; `EVERY` for all columns."""
 
 LoadRows = Callable[[], TextRows]
 
 
-def load_rows(arguments: DataArguments, splits: Collection[str], is_numbered: bool = False) -> dict[str, TextRows]:
+def load_rows(
+    arguments: DataArguments,
+    splits: Collection[str],
+    choose: ChooseColumn | None = None,
+    is_numbered: bool = False,
+) -> dict[str, TextRows]:
     """Load the rows of these splits; take validation rows from the training rows where there are no others.
 
     Args:
+        choose: Chooses the column. Default: that of the text, or of the tokens.
         is_numbered: Training rows of several files say which row of which file they are, if their format allows it.
     """
-    choose = partial(choose_text_column, wanted=arguments.text_column, takes_tokens=True)
+    choose = choose or partial(choose_text_column, wanted=arguments.text_column, takes_tokens=True)
     sources: dict[str, LoadRows] = {}
     if arguments.dataset_name is not None:
         sources = _find_splits(arguments, f"--dataset_name {arguments.dataset_name}", choose, is_numbered)
@@ -81,7 +98,7 @@ def load_rows(arguments: DataArguments, splits: Collection[str], is_numbered: bo
     takes_from_train = "validation" in splits and "validation" not in sources and "train" in sources
     for split in splits:
         if split not in sources and not (split == "validation" and takes_from_train):
-            otherwise = ", or --do_predict false" if split == "test" else ""
+            otherwise = ", or --do_predict false" if split == "test" else arguments.other_split(split)
             where = f"--dataset_name {arguments.dataset_name} has" if arguments.dataset_name else "There is"
             raise ValueError(f"{where} no {split} split. Give --{split}_file{otherwise}.")
     needed = {*splits} - {"validation"} | {"train"} if takes_from_train else splits
@@ -232,11 +249,17 @@ def _load_text_files(
         return TextRows(rows, origin, Column(choose(first, origin), lines, is_json=True), numbered=numbered)
     if reader == "csv":
         column = choose(_first_cells(origin, paths[0]), origin)
+        if column == EVERY:
+            table = pd.concat([frame for path in paths for frame in _cells(origin, path, 10_000)])
+            return TextRows(Dataset.from_pandas(table, preserve_index=False), origin, Column(EVERY, place))
         rows = _read(origin, "cell", paths, streaming, column=column, **numbering)
         return TextRows(rows, origin, Column(column, place), numbered=numbered)
     if reader == "parquet":
         column = choose(first_rows(_read(origin, reader, paths, streaming=True), origin), origin)
-        return TextRows(_read(origin, reader, paths, streaming, columns=[column]), origin, Column(column, place))
+        columns = None if column == EVERY else [column]
+        return TextRows(_read(origin, reader, paths, streaming, columns=columns), origin, Column(column, place))
+    if choose is choose_every:
+        return TextRows(_objects_in(origin, paths), origin, Column(EVERY, place, is_json=True))
     return _choosing(_read(origin, reader, paths, streaming, parse_agent_traces=False), origin, choose, place)
 
 
@@ -249,8 +272,27 @@ def _choosing(
     numbered: tuple[str, ...] = (),
 ) -> TextRows:
     column = choose(first_rows(rows, origin), origin)
-    read = rows.select_columns([column, SOURCE_COLUMN] if numbered else [column])
-    return TextRows(read, origin, Column(column, place), rows_are_lines, numbered)
+    read = [column, SOURCE_COLUMN] if numbered else [column]
+    chosen = rows if column == EVERY else rows.select_columns(read)
+    return TextRows(chosen, origin, Column(column, place), rows_are_lines, numbered)
+
+
+def _objects_in(origin: str, paths: Sequence[str]) -> Dataset:
+    """Return the objects in lists of JSON as a line each, whatever keys each of them has."""
+    lines: list[str] = []
+    for path in paths:
+        with _refusing(origin):
+            try:
+                with open_bytes(path) as stream:
+                    rows = json.loads(stream.read().decode("utf-8-sig"))
+            except (ValueError, EOFError) as error:
+                raise BadRow(what_is_wrong([path], error)) from error
+            if not isinstance(rows, list):
+                raise BadRow("it must hold a list of rows, or a row in each line.")
+        lines += [json.dumps(row, ensure_ascii=False) for row in rows]
+    if not lines:
+        raise ValueError(f"{origin} is empty.")
+    return Dataset.from_dict({"text": lines})
 
 
 def _find_splits(
@@ -272,7 +314,8 @@ def _find_splits(
             load = partial(
                 _load_text_files, choose=choose, streaming=streaming, origin=origin, is_numbered=is_numbered
             )
-            return _by_alias({split: partial(load, _split_of(origin, split), paths) for split, paths in files.items()})
+            loads = {split: partial(load, _split_of(origin, split), paths) for split, paths in files.items()}
+            return _by_alias(loads, arguments, origin)
         found = named(revision=corpus.revision, streaming=streaming)
         reader = next(iter(found.values())).info.builder_name
         if reader in ("text", "csv"):  # read as a file of ours is
@@ -283,7 +326,9 @@ def _find_splits(
         {
             split: partial(_choosing, rows, origin, choose, _split_of(origin, split), rows_are_lines)
             for split, rows in found.items()
-        }
+        },
+        arguments,
+        origin,
     )
 
 
@@ -297,18 +342,29 @@ def _files_in(arguments: DataArguments, origin: str) -> dict[str, list[str]] | N
 
 
 def _load_demo(split: str, origin: str, choose: ChooseColumn) -> TextRows:
-    return _choosing(Dataset.from_dict({"text": demo_texts(split)}), origin, choose, _split_of(origin, split))
+    chats = choose is choose_every
+    rows = Dataset.from_list(demo_chats(split)) if chats else Dataset.from_dict({"text": demo_texts(split)})
+    return _choosing(rows, origin, choose, _split_of(origin, split))
 
 
 def _split_of(origin: str, split: str) -> Place:
     return Place(f"the {split} split of {origin}")
 
 
-def _by_alias(found: Mapping[str, LoadRows]) -> dict[str, LoadRows]:
-    """Call splits as we do."""
-    return {
-        split: found[alias] for split, aliases in SPLIT_ALIASES.items() for alias in aliases[::-1] if alias in found
-    }
+def _by_alias(found: Mapping[str, LoadRows], arguments: DataArguments, origin: str) -> dict[str, LoadRows]:
+    """Call splits as we do.
+
+    Raises:
+        ValueError: There is none of the name that a flag gives.
+    """
+    known: dict[str, LoadRows] = {}
+    for split, aliases in arguments.split_aliases.items():
+        loads = [found[alias] for alias in aliases if alias in found]
+        if loads:
+            known[split] = loads[0]
+        elif aliases != SPLIT_ALIASES[split]:
+            raise ValueError(f"{origin} has no split {aliases[0]}. It has {', '.join(found)}.")
+    return known
 
 
 def is_saved_to_disk(path: Path) -> bool:

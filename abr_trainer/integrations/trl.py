@@ -10,15 +10,37 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..records.errors import MissingPackage
 
 try:
     from trl import SFTConfig, SFTTrainer
+    from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
 except ImportError as error:
-    raise ImportError('abr_trainer.trl needs TRL: pip install "abr-trainer[trl]".') from error
+    raise MissingPackage('This needs TRL: pip install "abr-trainer[trl]".') from error
 
 from ..training.config import ABRConfig
 from ..training.targets import count_targets, first_target
 from ..training.trainer import ABRMixin
+
+
+def marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the variant of a tokenizer's chat template that marks what the assistant writes, if TRL knows one."""
+    try:
+        found: str | None = get_training_chat_template(tokenizer)
+    except ValueError:  # it knows none of this template
+        return None
+    return found
+
+
+def learns_to_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> bool:
+    """Tell whether the end of a turn is among what a chat template marks as the assistant's.
+
+    Args:
+        template: None for the tokenizer's own.
+    """
+    return bool(is_chat_template_stop_token_trained(tokenizer, chat_template=template))
 
 
 @dataclass

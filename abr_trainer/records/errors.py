@@ -21,6 +21,10 @@ class BadRow(ValueError):
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
+class MissingPackage(ImportError):
+    """A package is not installed that only some of our commands need; the message says how to install it."""
+
+
 def one_line(error: BaseException, width: int = 300) -> str:
     """Return the message of an error on one line, cut at `width` characters; its kind if it has none."""
     return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")

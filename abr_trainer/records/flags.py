@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -32,11 +34,16 @@ BUDGET = "--max_passes"
 SHARED = (
     *(BUDGET, "--max_steps", "--num_train_epochs", "--do_train", "--do_eval", "--do_predict"),
     *("--validation_file", "--test_file", "--max_eval_samples", "--block_size", "--task_name"),
+    *("--max_length", "--chat_template", "--assistant_only_loss", "--completion_only_loss"),
 )
 """How long a run is and what it is judged by: the same for all runs of a comparison."""
 
 ORDER = "--train_sampling_strategy"
 SAVING = ("--save_strategy", "--save_steps", "--save_passes", "--save_total_limit")
+CONFIG = "--config"
+ENVIRONMENT = "env"
+"""What a file of flags has beside flags: environment variables."""
+
 EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 
 
@@ -53,11 +60,23 @@ def is_flags_file(argument: str) -> bool:
 
 
 def read_flags_file(path: Path) -> list[str]:
-    """Return what a file of flags says, as a command line would.
+    """Return what a file of flags says, as a command line would. Its `env` is left out.
 
     Raises:
         ValueError: The file cannot be read, or holds no flags.
     """
+    flags = []
+    for name, value in _values_in(path).items():
+        if name == ENVIRONMENT:
+            continue
+        if isinstance(value, dict):
+            flags += [f"--{name}", json.dumps(value)]
+        elif value is not None:
+            flags += [f"--{name}", *(_as_argument(item) for item in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def _values_in(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except OSError as error:
@@ -66,13 +85,9 @@ def read_flags_file(path: Path) -> list[str]:
         raise ValueError(f"{path} is not valid: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of flags to values.")
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flags += [f"--{name}", json.dumps(value)]
-        elif value is not None:
-            flags += [f"--{name}", *(_as_argument(item) for item in (value if isinstance(value, list) else [value]))]
-    return flags
+    if not isinstance(values.get(ENVIRONMENT, {}), dict):
+        raise ValueError(f"{path}: {ENVIRONMENT} must be a mapping of environment variables to values.")
+    return values
 
 
 def _as_argument(value: object) -> str:
@@ -82,14 +97,41 @@ def _as_argument(value: object) -> str:
 
 
 def expand_flags_file(argv: Sequence[str]) -> list[str]:
-    """Put the flags in the place of a file of flags at the beginning of a command line.
+    """Put the flags of a file at the beginning of a command line, so that those of the command line win.
+
+    The file is the first argument, or what `--config` names, as in TRL. Environment variables in its `env` are set.
 
     Raises:
         ValueError: The file cannot be read, or holds no flags.
     """
-    if argv and is_flags_file(argv[0]):
-        return [*read_flags_file(Path(argv[0])), *argv[1:]]
-    return list(argv)
+    path, rest = flags_file_in(argv)
+    if path is None:
+        return rest
+    environment = _values_in(path).get(ENVIRONMENT, {})
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    return [*read_flags_file(path), *rest]
+
+
+def flags_file_in(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the file of flags that a command line names, if it does, and the rest of the command line.
+
+    Raises:
+        ValueError: `--config` names none.
+
+    >>> flags_file_in(["--bf16", "--config", "run.yaml"])
+    (PosixPath('run.yaml'), ['--bf16'])
+    """
+    rest = list(argv)
+    if rest and is_flags_file(rest[0]):
+        return Path(rest[0]), rest[1:]
+    for index, argument in enumerate(rest):
+        flag, has_value, value = argument.partition("=")
+        if flag == CONFIG:
+            value = value if has_value else "".join(rest[index + 1 : index + 2])
+            if not is_flags_file(value):
+                raise ValueError(f"{CONFIG} takes a .yaml, .yml or .json file of flags, got {value or 'nothing'}.")
+            return Path(value), rest[:index] + rest[index + 1 + (not has_value) :]
+    return None, rest
 
 
 def given_flags(argv: Iterable[str]) -> dict[str, list[str]]:
@@ -152,7 +194,7 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
     """Return the flags that all runs share: those given, and what a comparison needs where nothing else is said.
 
     Args:
-        rest: Arguments of `abr train`, a file of flags expanded.
+        rest: Arguments of `abr train` or `abr sft`, a file of flags expanded.
         match: "passes" or "batches": what is to be equal between runs.
         evaluations: How often to evaluate in the course of a run, at equal distances on that clock.
 

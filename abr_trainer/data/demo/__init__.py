@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .prose import Register, passages
 
-__all__ = ["DEMO_MODEL", "SPLITS", "Register", "demo_rows", "demo_texts", "passages"]
+__all__ = ["DEMO_MODEL", "SPLITS", "Register", "demo_chats", "demo_rows", "demo_texts", "passages"]
 
 DEMO_MODEL = Path(__file__).parent / "model"
 """A `LlamaForCausalLM` of half a million parameters with its tokenizer, made by `benchmarks/build_demo_model.py` from
@@ -32,6 +32,18 @@ def demo_texts(split: str) -> list[str]:
     """Return the passages of one split. Only the training split has broken ones."""
     seed, count, broken = SPLITS[split]
     return list(passages("report", count, seed=seed, broken=broken))
+
+
+def demo_chats(split: str) -> list[dict[str, list[dict[str, str]]]]:
+    """Return the passages of one split as chats: the user begins a report, the assistant goes on with it."""
+    chats = []
+    for text in demo_texts(split):
+        first, mark, rest = text.partition(". ")
+        if not rest:  # broken, and so without sentences
+            first, mark, rest = text[: len(text) // 2], "", text[len(text) // 2 :]
+        turns = {"user": first + mark.strip(), "assistant": rest}
+        chats.append({"messages": [{"role": role, "content": text} for role, text in turns.items()]})
+    return chats
 
 
 ROWS = {"train": (1, 640), "validation": (2, 160), "test": (3, 160)}

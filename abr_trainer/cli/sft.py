@@ -1,0 +1,244 @@
+"""Fine-tune on chats or instructions with adaptive batch repetition, on TRL's SFTTrainer.
+
+    abr sft --dataset_name demo --chat_template alpaca --learning_rate 2e-3 --use_cpu \
+        --do_train --do_eval --output_dir runs/chat
+    abr sft config.yaml --learning_rate 1e-4
+    abr sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --train_file chats.jsonl --max_passes 2000 \
+        --do_train --do_eval --output_dir runs/chat
+    torchrun --nproc_per_node 8 -m abr_trainer sft config.yaml --packing
+
+Rows are messages, ShareGPT's conversations, prompts with completions, instructions with outputs, or texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+from ..data.arguments import ChatArguments
+from ..data.chat_tokens import (
+    ChatRows,
+    Encoder,
+    Tokenised,
+    choose_max_length,
+    load_chats,
+    tokenise_chats,
+)
+from ..data.templates import check_template, find_template, marks_assistant
+from ..integrations.trl import ABRSFTConfig, ABRSFTTrainer, learns_to_stop, marked_template
+from ..models.arguments import ModelArguments
+from ..models.loading import describe_model, load_config, load_model, load_tokenizer
+from ..records.errors import one_line_errors
+from ..training.callbacks import summarise
+from ..training.config import ABRConfig, checkpoints_activations
+from ..training.engines import leave_ranks
+from ..training.readiness import telling_of_a_full_disk
+from ..training.tracking import PerplexityCallback, show_history
+from .command_line import parse_arguments
+from .job import begin, carry_out, command_of, push_result, wanted_splits
+from .run_directory import check_output_dir, find_checkpoint, only_run_in
+
+logger = logging.get_logger(__name__)
+
+
+OF_ABR: dict[str, Any] = {
+    name: field(default=known.default, metadata=known.metadata)
+    for name, known in ABRConfig.__dataclass_fields__.items()
+    if name in ("eval_on_start", "eval_strategy", "report_to")
+}
+"""Fields of `ABRConfig` whose defaults give way to those of `TrainingArguments` in a class of TRL."""
+
+
+@dataclass
+class SFTJobConfig(ABRSFTConfig):
+    """`ABRSFTConfig` with the defaults of our other trainings, and without what our flags say of data and model."""
+
+    eval_on_start: bool | None = OF_ABR["eval_on_start"]  # type: ignore[assignment]
+    eval_strategy: str | None = OF_ABR["eval_strategy"]  # type: ignore[assignment]
+    report_to: None | str | list[str] = OF_ABR["report_to"]  # noqa: RUF036  # HfArgumentParser takes the second type
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Compute in bf16: mixed precision. Default: true on a GPU that has it.",
+            "nargs": "?",  # as for a flag whose default is no None
+            "const": True,
+        },
+    )
+    assistant_only_loss: bool = field(default=False, init=False)
+    chat_template_path: str | None = field(default=None, init=False)
+    completion_only_loss: bool | None = field(default=None, init=False)
+    dataset_kwargs: dict[str, Any] | str | None = field(default=None, init=False)
+    dataset_num_proc: int | None = field(default=None, init=False)
+    dataset_text_field: str = field(default="text", init=False)
+    max_length: int | None = field(default=None, init=False)
+    model_init_kwargs: dict[str, Any] | str | None = field(default=None, init=False)
+    pad_token: str | None = field(default=None, init=False)
+    truncation_mode: str = field(default="keep_start", init=False)
+    trust_remote_code: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+
+
+ARGUMENTS = (ModelArguments, ChatArguments, SFTJobConfig)
+"""What the command line is parsed into."""
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    results = run(argv)
+    leave_ranks()
+    return results
+
+
+def run(argv: list[str] | None) -> dict[str, float]:
+    with one_line_errors(ValueError):
+        arguments = parse_arguments(ARGUMENTS, argv)
+    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
+        return train_and_evaluate(argv, *arguments)
+
+
+def train_and_evaluate(
+    argv: list[str] | None, model_args: ModelArguments, data_args: ChatArguments, args: SFTJobConfig
+) -> dict[str, float]:
+    with one_line_errors(ValueError):
+        if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
+            args.metric_for_best_model = "perplexity"
+        splits = wanted_splits(args)
+        checkpoint = find_checkpoint(args) if args.do_train else None
+        check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)
+        config, tokenizer = load_config(model_args), load_tokenizer(model_args)
+        data_args.max_length = choose_max_length(data_args, config)
+        take_up_tokens(tokenizer, model_args, data_args, args)
+        with args.main_process_first(desc="preparing the data"):
+            found = load_chats(data_args, splits)
+            encoder = choose_targets(found, data_args, tokenizer)
+            splits_whole = args.packing and args.packing_strategy != "bfd"
+            rows = {
+                split: tokenise_chats(each, data_args, encoder, data_args.max_length, keeps_whole=splits_whole)
+                for split, each in found.items()
+            }
+        if args.packing:  # else all rows are cut already
+            args.max_length = data_args.max_length
+
+    begin(args)
+    with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
+        model = load_model(model_args, config, tokenizer, args.device, checkpoints_activations(args))
+        trainer = ABRSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=next(iter(rows.values())).rows,  # where nothing is trained on, SFTTrainer wants one, too
+            eval_dataset=rows["validation"].rows if "validation" in rows else None,
+            processing_class=tokenizer,
+            callbacks=[PerplexityCallback("eval_perplexity")],
+        )
+    described = [
+        *describe_model(model, model_args.adapter_name_or_path),
+        *describe_chats(rows, data_args, any(each.is_chat for each in found.values())),
+    ]
+
+    def test() -> dict[str, float]:
+        return trainer.evaluate(rows["test"].rows, metric_key_prefix="test")
+
+    results = carry_out(trainer, checkpoint, command_of(argv, "sft"), (model_args, data_args), described, test)
+    if trainer.is_world_process_zero():
+        output_dir = Path(str(args.output_dir))
+        if args.do_train:
+            show_history(output_dir)
+        print("", *summarise(trainer.state.log_history, trainer.ledger, results, output_dir.resolve()), sep="\n")
+    push_result(trainer)
+    return results
+
+
+def take_up_tokens(
+    tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: ChatArguments, args: SFTJobConfig
+) -> None:
+    """Give the tokenizer the chat template and the end-of-text token that flags name.
+
+    Raises:
+        ValueError: One of them cannot be.
+    """
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"--eos_token {args.eos_token} is no token of {tokenizer.name_or_path}.")
+        tokenizer.eos_token = args.eos_token
+    if data_args.chat_template is not None:
+        options = {"trust_remote_code": model_args.trust_remote_code}
+        tokenizer.chat_template = find_template(data_args.chat_template, **options)
+        check_template(tokenizer, f"--chat_template {data_args.chat_template}")
+
+
+def choose_targets(
+    found: Mapping[str, ChatRows], data_args: ChatArguments, tokenizer: PreTrainedTokenizerBase
+) -> Encoder:
+    """Say which tokens are learnt, where flags do not, and return what turns rows into tokens.
+
+    Raises:
+        ValueError: A flag asks for what the rows do not have.
+    """
+    first = next(iter(found.values()))
+    is_chat = any(each.is_chat for each in found.values())
+    has_prompts = any(each.has_prompts for each in found.values())
+    origin = first.loaded.origin
+    if data_args.assistant_only_loss and not is_chat:
+        raise ValueError(f"--assistant_only_loss is for chats, and {origin} holds texts. Leave it out.")
+    if data_args.completion_only_loss and not has_prompts:
+        instead = "Of chats, --assistant_only_loss learns only the answers." if is_chat else "Leave it out."
+        raise ValueError(f"--completion_only_loss: {origin} has no prompts with completions. {instead}")
+    variant = None
+    if is_chat and tokenizer.chat_template and not marks_assistant(tokenizer.chat_template):
+        variant = marked_template(tokenizer)
+    if data_args.assistant_only_loss is None:
+        is_marked = variant is not None or marks_assistant(tokenizer.chat_template)
+        data_args.assistant_only_loss = is_chat and not has_prompts and is_marked
+    if data_args.completion_only_loss is None:
+        data_args.completion_only_loss = has_prompts
+    encoder = Encoder(
+        tokenizer,
+        variant if data_args.assistant_only_loss else None,
+        data_args.assistant_only_loss,
+        data_args.completion_only_loss,
+    )
+    if encoder.assistant_only and encoder.is_marked and not learns_to_stop(tokenizer, encoder.template):
+        logger.warning(
+            "The chat template does not mark the end of the assistant's turn as the assistant's: the model may not "
+            "learn to stop. Put it between {% generation %} and {% endgeneration %}."
+        )
+    return encoder
+
+
+def describe_chats(rows: Mapping[str, Tokenised], data_args: ChatArguments, is_chat: bool) -> list[str]:
+    """Return lines on how many rows there are, and which of their tokens are learnt."""
+    counted = ", ".join(f"{len(each.rows):,} {split}" for split, each in rows.items())
+    split, first = next(iter(rows.items()))
+    share = f"{first.targets:,} of the {first.tokens:,} {split} tokens ({first.targets / first.tokens:.1%})"
+    if data_args.assistant_only_loss:
+        what = "what the assistant writes"
+    elif data_args.completion_only_loss:
+        what = "completions"
+    elif is_chat:
+        what = "all that is written, the user's messages too (--assistant_only_loss: only the assistant's)"
+    else:
+        what = "all tokens"
+    lines = [
+        f"rows: {counted}",
+        f"learnt: {what}; {share}",
+    ]
+    lines += [
+        f"cut: {each.cut:,} of the {len(each.rows):,} {split} rows are longer than --max_length {data_args.max_length}"
+        for split, each in rows.items()
+        if each.cut
+    ]
+    return lines
+
+
+if __name__ == "__main__":
+    main()

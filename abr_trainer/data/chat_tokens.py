@@ -1,0 +1,323 @@
+"""From chats, instructions and texts to tokens, and to the labels that say which of them are learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from jinja2 import TemplateError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..records.errors import BadRow, one_line
+from .arguments import ChatArguments
+from .blocks import cut_blocks, tokenize
+from .chat import Chat, Message, Shape, Where, Written, find_shape, read_row
+from .columns import TOKENS, Row, choose_every, parse_line
+from .context import fit_context
+from .sources import TextRows, first_rows, load_rows
+from .templates import Template, marks_assistant, refuse_missing_template
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_LENGTH = 1024
+NO_TARGET = -100
+ROW = "row"
+"""Column with the index of a row among those that were loaded."""
+
+Encoded = tuple[list[int], list[int]]
+"""Tokens, and labels: the token where it is learnt, -100 elsewhere."""
+
+
+def choose_max_length(arguments: ChatArguments, config: PreTrainedConfig) -> int:
+    """Return `--max_length` or its default, checked against what the model can attend to."""
+    return fit_context("max_length", arguments.max_length, DEFAULT_LENGTH, config)
+
+
+# ---- Rows ----
+
+
+@dataclass(frozen=True)
+class ChatRows:
+    """The rows of one split, and what they hold.
+
+    Attributes:
+        shape: None for one plain text, which is cut into blocks.
+        is_chat: They are written down by a chat template.
+    """
+
+    loaded: TextRows
+    shape: Shape | None
+    is_chat: bool
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.shape is not None and self.shape.kind in ("pair", "asked")
+
+
+def load_chats(arguments: ChatArguments, splits: Collection[str]) -> dict[str, ChatRows]:
+    """Load the rows of these splits, and find out what they hold.
+
+    Raises:
+        ValueError: A split is missing, cannot be read, or holds nothing that can be learnt from.
+    """
+    if arguments.is_streamed:
+        raise ValueError(f"--dataset_name {arguments.dataset_name} is streamed, and abr sft reads no streams.")
+    found = {}
+    for split, loaded in load_rows(arguments, splits, choose_every).items():
+        flag = "max_train_samples" if split == "train" else "max_eval_samples"
+        limit = getattr(arguments, flag)
+        if loaded.rows_are_lines:
+            found[split] = ChatRows(loaded, None, is_chat=False)
+            continue
+        first = list(_read(loaded, _columns(first_rows(loaded.rows, loaded.origin)), range(len(loaded.rows))))
+        shape = find_shape(first, loaded.origin, arguments.text_column)
+        is_chat = shape.kind in ("chat", "asked") or any(isinstance(row.get(shape.columns[0]), list) for row in first)
+        if limit is not None and limit < len(loaded.rows):
+            loaded = replace(loaded, rows=loaded.rows.select(range(limit)))
+        elif limit is not None and limit > len(loaded.rows):
+            logger.warning(
+                f"--{flag} {limit} asks for more than the {len(loaded.rows)} rows there are: using all of them."
+            )
+        found[split] = ChatRows(loaded, shape, is_chat and shape.kind != "text")
+    return found
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in (rows[0] if rows else ())}
+
+
+def _read(loaded: TextRows, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterator[Row]:
+    """Yield rows whole; an empty line of JSON is a row without columns."""
+    column = loaded.column
+    if column.is_json:
+        for line, index in zip(batch["text"], indices, strict=False):
+            yield parse_line(line, column.where(index))
+    else:
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+# ---- Tokens ----
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """The rows of one split as a trainer takes them.
+
+    Attributes:
+        rows: With `input_ids`, `labels`, and, unless they are blocks of a plain text, `row`.
+        cut: How many rows were longer than they may be.
+    """
+
+    rows: Dataset
+    tokens: int
+    targets: int
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns what a row holds into tokens and labels.
+
+    Attributes:
+        template: How a chat is written. None: by the tokenizer's own template.
+        assistant_only: Of chats, learn what the assistant writes.
+        completion_only: After a prompt, learn what follows it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None = None
+    assistant_only: bool = False
+    completion_only: bool = True
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the template marks what the assistant writes."""
+        own: Template | None = self.tokenizer.chat_template
+        return marks_assistant(self.template or own)
+
+    def __call__(self, example: Chat | Written, where: Where) -> Encoded:
+        """Return tokens and labels.
+
+        Raises:
+            BadRow: The chat template does not take the messages.
+        """
+        return self._written(example) if isinstance(example, Written) else self._chat(example, where)
+
+    def _written(self, example: Written) -> Encoded:
+        before = "" if example.prompt is None else example.prompt
+        ids = self.tokenizer(before + example.text)[TOKENS]
+        end = self.tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        learnt = np.ones(len(ids), bool)
+        if example.prompt is not None and self.completion_only:
+            learnt[: _common(self.tokenizer(before)[TOKENS], ids)] = False
+        return ids, _labels(ids, learnt)
+
+    def _chat(self, chat: Chat, where: Where) -> Encoded:
+        if self.assistant_only:
+            ids, learnt = self._marked(chat, where) if self.is_marked else self._told_apart(chat, where)
+        else:
+            ids = self._apply(chat, chat.messages, where, tokenize=True, return_dict=True)[TOKENS]
+            learnt = np.ones(len(ids), bool)
+        if chat.given and self.completion_only:
+            options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+            learnt[: _common(self._apply(chat, chat.messages[: chat.given], where, **options)[TOKENS], ids)] = False
+        if chat.tools or any("tool_calls" in message for message in chat.messages):
+            self._refuse_dropped_tools(chat, where)
+        return ids, _labels(ids, learnt)
+
+    def _marked(self, chat: Chat, where: Where) -> tuple[list[int], np.ndarray]:
+        """Return tokens, and which of them the template marks."""
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        found = self._apply(chat, chat.messages, where, **options)
+        return found[TOKENS], np.asarray(found["assistant_masks"], bool)
+
+    def _told_apart(self, chat: Chat, where: Where) -> tuple[list[int], np.ndarray]:
+        """Return tokens, and which of them come with a message of the assistant.
+
+        The template marks nothing. What it writes for the messages up to one of the assistant's, ready for it to
+        answer, must be the beginning of what it writes with that message: the rest is the assistant's.
+        """
+        whole = self._apply(chat, chat.messages, where, tokenize=False)
+        spans = []
+        for number, message in enumerate(chat.messages):
+            if message["role"] == "assistant":
+                before = self._apply(chat, chat.messages[:number], where, tokenize=False, add_generation_prompt=True)
+                after = self._apply(chat, chat.messages[: number + 1], where, tokenize=False)
+                if not (whole.startswith(after) and after.startswith(before) and len(before) < len(after)):
+                    raise BadRow(
+                        f"{where()}: the chat template does not mark the assistant's tokens with {{% generation %}}, "
+                        f"and writes the messages before message {number + 1} otherwise when it is there, so they "
+                        "cannot be told apart. Add the marks to the template and give it as --chat_template, or give "
+                        "--assistant_only_loss false."
+                    )
+                spans.append((len(before), len(after)))
+        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        begins = np.array([begin for begin, _ in found["offset_mapping"]], np.int64)
+        learnt = np.zeros(len(begins), bool)
+        for begin, end in spans:
+            learnt |= (begins >= begin) & (begins < end)
+        return found[TOKENS], learnt
+
+    def _refuse_dropped_tools(self, chat: Chat, where: Where) -> None:
+        """Refuse a template that says nothing of the tools: many do, in silence."""
+        whole = self._apply(chat, chat.messages, where, tokenize=False)
+        calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
+        for what, each in [*(("tools", tool) for tool in chat.tools or ()), *(("tool_calls", call) for call in calls)]:
+            name = (each.get("function") or each).get("name") if isinstance(each, dict) else None
+            if name is not None and str(name) not in whole:
+                raise BadRow(
+                    f"{where()} has {what}, and the chat template leaves them out: {name} is not in what the model "
+                    "reads. Give the --chat_template of a model that calls tools, or take them out of the data."
+                )
+
+    def _apply(self, chat: Chat, messages: Sequence[Message], where: Where, **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=chat.tools, chat_template=self.template, **chat.options, **options
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise BadRow(f"{where()} does not go with the chat template: {one_line(error)}") from error
+
+
+def _common(some: Sequence[int], others: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    return next(
+        (index for index, (one, other) in enumerate(zip(some, others, strict=False)) if one != other),
+        min(len(some), len(others)),
+    )
+
+
+def _labels(ids: Sequence[int], learnt: np.ndarray) -> list[int]:
+    return [token if is_learnt else NO_TARGET for token, is_learnt in zip(ids, learnt.tolist(), strict=True)]
+
+
+def tokenise_chats(
+    found: ChatRows, arguments: ChatArguments, encoder: Encoder, length: int, keeps_whole: bool = False
+) -> Tokenised:
+    """Turn the rows of a split into tokens and labels, and cut what is longer than it may be.
+
+    Rows without a target, and empty ones, are left out, which a warning says.
+
+    Args:
+        length: Most tokens of a row.
+        keeps_whole: Leave longer rows to what will pack them, which splits them.
+
+    Raises:
+        ValueError: No row has a target. It is a `BadRow` where a row cannot be learnt from.
+    """
+    loaded, shape = found.loaded, found.shape
+    if shape is None:
+        return _blocks_of(loaded, arguments, encoder.tokenizer, length)
+    if found.is_chat:
+        refuse_missing_template(encoder.tokenizer, loaded.origin)
+    column = loaded.column
+
+    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows: list[tuple[int, list[int], list[int], int]] = []
+        for index, row in zip(indices, _read(loaded, batch, indices), strict=True):
+            example = read_row(row, shape, column.where(index), not column.is_json) if row else None
+            if example is not None:
+                ids, labels = encoder(example, column.where(index))
+                most = len(ids) if keeps_whole else length
+                rows.append((index, ids[:most], labels[:most], len(ids)))
+            elif row:
+                rows.append((index, [], [], 0))
+        names = (ROW, TOKENS, "labels", "_length")
+        return {name: [row[number] for row in rows] for number, name in enumerate(names)}
+
+    rows = loaded.rows.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        remove_columns=loaded.rows.column_names,
+        num_proc=arguments.preprocessing_num_workers,
+        load_from_cache_file=False,  # what a tokenizer does with a template is not all in its fingerprint
+        desc="Tokenizing",
+    )
+    targets = np.array([sum(label != NO_TARGET for label in labels[1:]) for labels in rows["labels"]], np.int64)
+    lengths = np.array(rows["_length"], np.int64)
+    kept = np.flatnonzero(targets)
+    if not len(kept):
+        raise ValueError(f"{loaded.origin} has no row with something to learn within --max_length {length}.")
+    _say_what_is_left_out(found, rows, targets, lengths, length)
+    cut = 0 if keeps_whole else int((lengths[kept] > length).sum())
+    rows = rows.remove_columns("_length")
+    rows = rows if len(kept) == len(rows) else rows.select(kept)
+    tokens = int(lengths[kept].sum() if keeps_whole else np.minimum(lengths[kept], length).sum())
+    return Tokenised(rows, tokens, int(targets.sum()), cut)
+
+
+def _say_what_is_left_out(
+    found: ChatRows, rows: Dataset, targets: np.ndarray, lengths: np.ndarray, length: int
+) -> None:
+    place = found.loaded.column.place
+    reasons = {
+        "are empty": lengths == 0,
+        f"have nothing to learn within --max_length {length}": (targets == 0) & (lengths > 0),
+    }
+    for reason, are in reasons.items():
+        if are.any():
+            first = place.number(rows[ROW][int(np.flatnonzero(are)[0])])
+            logger.warning(
+                f"{are.sum()} of {len(rows)} rows of {found.loaded.origin} {reason}, and are left out. The first is "
+                f"{first}."
+            )
+
+
+def _blocks_of(
+    loaded: TextRows, arguments: ChatArguments, tokenizer: PreTrainedTokenizerBase, length: int
+) -> Tokenised:
+    """Cut a plain text into blocks, as `abr train` does."""
+    text = replace(
+        loaded, rows=loaded.rows.select_columns(["text"]), column=replace(loaded.column, name="text", is_json=False)
+    )
+    tokens = tokenize(text, arguments, tokenizer)
+    blocks = cut_blocks(tokens, length, arguments, text, len(tokenizer), "max_length")
+    return Tokenised(blocks, len(blocks) * length, len(blocks) * (length - 1))
