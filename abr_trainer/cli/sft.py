@@ -71,6 +71,14 @@ class SFTJobConfig(ABRSFTConfig):
             "const": True,
         },
     )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Need less memory: compute activations twice. Default: true, as in TRL.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     assistant_only_loss: bool = field(default=False, init=False)
     chat_template_path: str | None = field(default=None, init=False)
     completion_only_loss: bool | None = field(default=None, init=False)
@@ -86,6 +94,9 @@ class SFTJobConfig(ABRSFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.activation_checkpointing is None:  # TRL sets it by the old name, of which transformers then warns
+            self.activation_checkpointing = self.gradient_checkpointing
+        self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
 
 

@@ -1,4 +1,4 @@
-"""Flags of transformers' example scripts that users paste, and that are not flags here."""
+"""Flags of the scripts of transformers and TRL that users paste, and that are not flags here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ SAME_HERE = {
         "Rows are padded to the longest of their batch, with the same results. Leave it out.",
     ),
     "save_safetensors": (True, "Weights are always saved as safetensors. Leave it out."),
+    "use_bnb_nested_quant": (True, "4-bit weights are quantised twice. Leave it out."),
+    "use_peft": (True, "Use --no_use_lora."),
     "use_fast_tokenizer": (True, "transformers 5 chooses the implementation of a tokenizer itself. Leave it out."),
 }
 """Flags that are true or false and say what is done anyway: with which value (None: with either, the results are the
@@ -29,7 +31,7 @@ ON_CPU = "Use --use_cpu."
 PRECISION = "Use --bf16 or --fp16."
 COMPILE = "Use --torch_compile."
 
-INSTEAD = {
+INSTEAD: dict[str, str | tuple[str, ...]] = {
     "cache_dir": "Set the environment variable HF_HOME: models and data are then cached below that directory.",
     "config_overrides": FROM_SCRATCH,
     "model_type": FROM_SCRATCH,
@@ -39,12 +41,17 @@ INSTEAD = {
     # of train, where it is a flag of classify
     "ignore_mismatched_sizes": "A language model has no head that is made anew. Give a checkpoint of this model.",
     "max_predict_samples": "Use --max_eval_samples, which also limits the test set.",
-    "max_seq_length": "Use --block_size.",
-    # of classify, where it is a flag of train
-    "block_size": "Use --max_seq_length.",
-    "streaming": "Rows of a classifier are read before training. Leave it out.",
+    "max_seq_length": ("Use --block_size.", "Use --max_length."),
+    # of classify and of sft, where it is a flag of train
+    "block_size": ("Use --max_seq_length.", "Use --max_length."),
+    "streaming": "Rows are read before training. Leave it out.",
     "validation_split_percentage": "Give --validation_file, or --do_eval false.",
     "preprocessing_num_workers": "Rows are tokenized by one process. Leave it out.",
+    # of TRL's scripts
+    "bnb_4bit_quant_type": "4-bit weights are nf4. Leave it out.",
+    "dataset_streaming": "Rows are read before training. Leave it out.",
+    "model_init_kwargs": "Use --torch_dtype, --attn_implementation and --model_revision.",
+    "truncation_mode": "What is longer than --max_length is cut at the end. Leave it out.",
     # gone from TrainingArguments
     "evaluation_strategy": "Use --eval_strategy.",
     "fp16_backend": PRECISION,
@@ -62,7 +69,9 @@ INSTEAD = {
     "use_mps_device": "The device is found without it. Leave it out.",
     "warmup_ratio": "Use --warmup_steps: below 1 it is a share of the run.",
 }
-"""What to do instead of giving a flag, where a command has no flag of this name."""
+"""What to do instead of giving a flag, where a command has no flag of this name. Of several answers, the first that
+names a flag of the command.
+"""
 
 TRUE = ("yes", "true", "t", "y", "1")
 FALSE = ("no", "false", "f", "n", "0")
@@ -105,7 +114,10 @@ def accepted(argv: Sequence[str], known: Collection[str]) -> list[str]:
 
 def unknown(flag: str, known: Collection[str]) -> str:
     """Return what to say of a flag that a command does not have."""
-    if instead := INSTEAD.get(flag[2:].replace("-", "_")):
-        return f"{flag} is not a flag here. {instead}"
+    answers = INSTEAD.get(flag[2:].replace("-", "_"), ())
+    answers = (answers,) if isinstance(answers, str) else answers
+    if answers:
+        fits = (each for each in answers if each.removeprefix("Use ").removesuffix(".") in known)
+        return f"{flag} is not a flag here. {next(fits, answers[0])}"
     close = difflib.get_close_matches(flag, known, n=1)
     return f"Unknown flag {flag}." + (f" Did you mean {close[0]}?" if close else " See --help.")

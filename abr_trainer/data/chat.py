@@ -210,7 +210,7 @@ def _read_message(value: Any, number: int, where: Where) -> Message:
         )
     role, content = (value.get(name) for name in pair)
     if role not in ROLES:
-        said = f"the {pair[0]} {shortly(role)}" if role is not None else f"no {pair[0]}"
+        said = f"{shortly(role)} as {pair[0]}" if role is not None else f"no {pair[0]}"
         raise BadRow(f"{where()} has {said} in message {number}. Known are {', '.join(ROLES)}.")
     others = {name: each for name, each in value.items() if name not in pair and each is not None}
     if content is None and ROLES[role] == "assistant" and others:  # it calls a tool, or only thinks
