@@ -75,6 +75,8 @@ SHORT = {
     "learning_rate": "Learning rate of the first batch after warm-up.",
     "per_device_train_batch_size": "Rows of a micro-batch, on each device.",
     "gradient_accumulation_steps": "Micro-batches in a batch.",
+    "packing": "Put several rows into one, of --max_length.",
+    "padding_free": "Put the rows of a micro-batch into one, without padding.",
     "bf16": "Compute in bf16: mixed precision.",
     "activation_checkpointing": "Need less memory: compute activations twice.",
     "seed": "Seed of the order of rows, of dropout and of new weights.",
@@ -86,7 +88,7 @@ SHORT = {
     "save_total_limit": "Keep only so many checkpoints.",
     "push_to_hub": "Push to the Hub whenever a checkpoint is saved.",
 }
-"""What the short page says of flags whose help is that of `TrainingArguments`."""
+"""What the short page says of flags whose help is that of `TrainingArguments` or of TRL."""
 
 GROUP_OF = {
     "LoadArguments": "model",
@@ -109,10 +111,6 @@ GROUP_OF = {
 }
 """Where `--help-all` shows the flags of a class that are not among the usual ones."""
 
-OF_TRL = {
-    "data": ("eos_token", "eval_packing", "packing_strategy", "pad_to_multiple_of", "shuffle_dataset"),
-    "training and budget": ("activation_offloading", "loss_type", "router_aux_loss_coef"),
-}
 ELSEWHERE = {
     "evaluation": ("eval_on_start", "early_stopping_threshold"),
     "output": ("save_passes", "hub_base_model"),
@@ -120,9 +118,11 @@ ELSEWHERE = {
 }
 """Flags that are not where the others of their class are."""
 
-
-NEED_TRL = ("sft",)
-"""Verbs with flags of TRL, which another version of it may have otherwise."""
+OF_TRL = {
+    "data": ("eos_token", "eval_packing", "packing_strategy", "pad_to_multiple_of", "shuffle_dataset"),
+    "training and budget": ("activation_offloading", "loss_type", "router_aux_loss_coef"),
+}
+"""Where the flags stand that TRL declares."""
 
 
 class _Parser(BaseException):
@@ -164,7 +164,8 @@ def describe() -> dict[str, Any]:
     """Return what `flags.json` holds.
 
     `trainer` has the flags of `TrainingArguments` under its own headings, `verbs` those of each verb; a verb that
-    `takes_trainer` has the former beside its own, except where it has another of the same name.
+    `takes_trainer` has the former beside its own, except where it has another of the same name. `of_trl` names those
+    that are as TRL declares them, in the version that `needs` tells.
     """
     headings = _headings()
     trainer = [_flag(action, headings.get(action.dest)) for action in _actions(build_parser(TrainingArguments))]
@@ -179,13 +180,14 @@ def describe() -> dict[str, Any]:
             _flag(action, own.get(action.dest, headings.get(action.dest) if takes_trainer else None))
             for action in _actions(parser)
         ]
+        of_trl = _of_trl(classes)
         usual = {group: [name for name in names if name in _dests(parser)] for group, names in USUAL.items()}
         verbs[verb] = {
             "description": _lines_as_written(inspect.cleandoc(module.__doc__ or "")),
             "exact": bool(classes),
             "takes_trainer": takes_trainer,
             "usual": usual if takes_trainer else {},
-            **({"needs": {"trl": importlib.metadata.version("trl")}} if verb in NEED_TRL else {}),
+            **({"needs": {"trl": importlib.metadata.version("trl")}, "of_trl": of_trl} if of_trl else {}),
             "flags": [flag for flag in flags if flag not in trainer] if takes_trainer else flags,
         }
     return {
@@ -234,6 +236,16 @@ def _own_groups(classes: Sequence[Any]) -> dict[str, str]:
     for group, names in itertools.chain(USUAL.items(), ELSEWHERE.items(), OF_TRL.items()):
         groups |= {name: group for name in names if name in groups}
     return groups
+
+
+def _of_trl(classes: Sequence[Any]) -> list[str]:
+    """Return the flags that are as TRL declares them; another version of it may have others."""
+    found: set[str] = set()
+    for kind in classes:
+        for base in reversed(kind.__mro__):
+            declared = set(vars(base).get("__annotations__", ()))
+            found = found | declared if base.__module__.startswith("trl.") else found - declared
+    return sorted(found)
 
 
 def _flag(action: argparse.Action, group: str | None) -> dict[str, Any]:

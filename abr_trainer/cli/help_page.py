@@ -31,6 +31,7 @@ def help_page(verb: str, known: dict[str, Any], runs: str | None, whole: bool) -
     described = known["verbs"][verb]
     width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
     inherited = {flag["dest"] for flag in known["trainer"]} - {flag["dest"] for flag in described["flags"]}
+    inherited |= set(described.get("of_trl", ()))
     short = {name: text for name, text in known["short"].items() if name in inherited}
     groups = _all_groups(described, known) if whole else _usual_groups(described, known)
     what, _, examples = described["description"].partition("\n\n")
@@ -45,7 +46,7 @@ def help_page(verb: str, known: dict[str, Any], runs: str | None, whole: bool) -
 
 def _usage(verb: str, described: dict[str, Any], runs: str | None) -> str:
     positional = [flag["dest"].upper() for flag in described["flags"] if not flag["names"]]
-    first = "[FILE.yaml] " if described["exact"] else ""
+    first = "[FILE.yaml] " if described["exact"] or runs else ""
     behind = f" -- [flags of abr {runs}]" if runs else ""
     flags = f"{first}[--flag value ...]{behind}" if len(positional) < len(described["flags"]) else ""
     return " ".join(filter(None, [f"abr {verb}", *positional, flags]))

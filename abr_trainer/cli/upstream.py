@@ -27,6 +27,7 @@ FROM_SCRATCH = (
     "Training starts from a checkpoint. Save one with new weights, `AutoModelForCausalLM.from_config(config)"
     ".save_pretrained(directory)`, and give it as --model_name_or_path with --no_use_lora."
 )
+PLAIN_LORA = "Adapters are plain LoRA. For others, give ABRSFTTrainer a model with your adapter, in Python."
 ON_CPU = "Use --use_cpu."
 PRECISION = "Use --bf16 or --fp16."
 COMPILE = "Use --torch_compile."
@@ -48,10 +49,20 @@ INSTEAD: dict[str, str | tuple[str, ...]] = {
     "validation_split_percentage": "Give --validation_file, or --do_eval false.",
     "preprocessing_num_workers": "Rows are tokenized by one process. Leave it out.",
     # of TRL's scripts
+    "bnb_4bit_quant_storage": "It follows from how the weights are sharded. Leave it out.",
     "bnb_4bit_quant_type": "4-bit weights are nf4. Leave it out.",
+    "dataset_kwargs": "Rows are always prepared. Leave it out.",
     "dataset_streaming": "Rows are read before training. Leave it out.",
+    "datasets": "Give one data set, as --dataset_name or --train_file.",
+    "lora_modules_to_save": PLAIN_LORA,
+    "lora_target_parameters": PLAIN_LORA,
+    "lora_task_type": "It follows from the command. Leave it out.",
     "model_init_kwargs": "Use --torch_dtype, --attn_implementation and --model_revision.",
+    "pad_token": "It is that of the tokenizer, or else the end-of-text token. Leave it out.",
+    "test_split_size": "Use --validation_split_percentage.",
     "truncation_mode": "What is longer than --max_length is cut at the end. Leave it out.",
+    "use_dora": PLAIN_LORA,
+    "use_rslora": PLAIN_LORA,
     # gone from TrainingArguments
     "evaluation_strategy": "Use --eval_strategy.",
     "fp16_backend": PRECISION,

@@ -115,8 +115,8 @@ class DataArguments:
 
 
 FORMATS = (
-    "each row is a chat, or an instruction with its answer: columns messages, conversations, prompt and completion, "
-    "instruction and output, or text. Formats: .json, .jsonl, .ndjson, .csv, .tsv or .parquet; any other suffix is "
+    "chats, or instructions with answers. Columns: messages, conversations, prompt and completion, instruction and "
+    "output, or text. Formats: .json, .jsonl, .ndjson, .csv, .tsv or .parquet; any other suffix is "
     "read as one plain text. All but .parquet may be compressed: .gz, .bz2, .xz, .zst, .lz4, .zip."
 )
 
@@ -128,7 +128,7 @@ class ChatArguments(DataArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Chats, instructions or texts: a Hub id, a directory, or demo, chats that are made on the spot. "
+            "help": "Chats or instructions: a Hub id, a directory, or demo. demo is made on the spot. "
             "Default: demo, unless --train_file, --validation_file or --test_file is given."
         },
     )
@@ -171,8 +171,8 @@ class ChatArguments(DataArguments):
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "How a chat is written: a Jinja file, a model whose tokenizer has the template, chatml or alpaca. "
-            "Default: the tokenizer's own.",
+            "help": "How a chat is written: a Jinja file, a model to take it from, chatml or alpaca. Default: by the "
+            "tokenizer's own template.",
             "aliases": ["--chat_template_path"],
         },
     )
@@ -186,8 +186,8 @@ class ChatArguments(DataArguments):
     assistant_only_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Of chats, learn only what the assistant writes. Default: true where the chat template marks it "
-            "with {%% generation %%}, or TRL knows such a variant of it.",
+            "help": "Of chats, learn only what the assistant writes. Default: if the template marks it, that is with "
+            "{%% generation %%}, or TRL knows such a variant of it.",
             "nargs": "?",  # as for a flag whose default is no None
             "const": True,
         },
@@ -195,7 +195,7 @@ class ChatArguments(DataArguments):
     completion_only_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Of prompts with completions, and of instructions, learn only the answer. Default: true.",
+            "help": "Of prompts and instructions, learn only the answers. Default: true.",
             "nargs": "?",
             "const": True,
         },

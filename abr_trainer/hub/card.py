@@ -360,6 +360,11 @@ def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
             is_file = arguments.get("train_file") or id_on_the_hub(source) is None
             named = PurePath(source).name if is_file else source
         yield f"data: {named}{config}"
+    if arguments.get("chat_template"):
+        yield f"chat template: {PurePath(arguments['chat_template']).name}, saved with the tokenizer"
+    learnt = {"assistant_only_loss": "what the assistant writes", "completion_only_loss": "what follows the prompts"}
+    if told := [what for flag, what in learnt.items() if arguments.get(flag)]:
+        yield f"learnt, and measured: {' and '.join(told)}"
 
 
 def training_lines(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import run_clm_abr
 from abr_trainer.cli import describe, quick
 from abr_trainer.cli.command_line import build_parser, parse_arguments
 from abr_trainer.cli.help_page import help_page
+from abr_trainer.cli.parsing import boolean
 
 KNOWN = json.loads(quick.FLAGS_FILE.read_text())
 of_this_version = pytest.mark.skipif(
@@ -77,7 +79,7 @@ def test_every_verb_has_a_page(verb, capsys):
     assert all(flag["dest"].upper() in shown for flag in positional)
 
 
-@pytest.mark.parametrize("verb", ["train", "classify"])
+@pytest.mark.parametrize("verb", ["train", "classify", "sft"])
 def test_help_is_a_page_and_help_all_is_everything(verb, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     page = help_page(verb, KNOWN, None, whole=False)
@@ -136,6 +138,16 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
         ("classify", ["--block_size", "8"], "--block_size is not a flag here. Use --max_seq_length."),
         ("classify", ["--model_name_or_path", "./no/model"], "--model_name_or_path ./no/model does not exist."),
         ("train", ["--dataset_name", "/no/texts"], "--dataset_name /no/texts does not exist."),
+        ("sft", ["--chat_template", "./no.jinja"], "--chat_template ./no.jinja does not exist."),
+        ("sft", ["--config"], "--config takes a .yaml, .yml or .json file of flags, got nothing."),
+        ("sft", ["--config", "missing.yaml"], "missing.yaml cannot be read"),
+        ("compare", ["--command", "sft", "--out", "x", "--max_length", "2"], "--max_length is a flag of abr sft: it"),
+        ("compare", ["--command", "classify", "--out", "x"], "argument --command: invalid choice: 'classify'"),
+        (
+            "compare",
+            ["--command", "sft", "--out", "x", "--", *BUDGET, "--block_size", "2"],
+            "--block_size is not a flag here. Use --max_length.",
+        ),
         ("push", ["no/run"], "no/run is no directory."),
         ("perplexity", ["--text_file", "missing.txt"], "--text_file missing.txt does not exist."),
         ("perplexity", [*ON_DEMO, "--output_file", "no/where.json"], "--output_file no/where.json: its directory"),
@@ -202,6 +214,34 @@ def test_a_file_of_flags_is_read_first(tmp_path, capsys):
     assert "invalid float" in answer(capsys, "train", flags, "--learning_rate", "x")[1], "flags after it count, too"
 
 
+def test_a_file_of_flags_may_stand_behind_config_and_sets_its_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ABR_COLOUR", "none")
+    path = tmp_path / "run.yaml"
+    path.write_text("env:\n  ABR_COLOUR: green\n  ABR_SIZE: 7\nlearning_rate: much\n")
+    for argv in (["--do_train", "--config", path], ["--do_train", f"--config={path}"], [path, "--do_train"]):
+        status, said = answer(capsys, "sft", *argv)
+        assert (status, "invalid float value: 'much'" in said) == (2, True)
+    assert (os.environ.pop("ABR_COLOUR"), os.environ.pop("ABR_SIZE")) == ("green", "7")
+    path.write_text("env: green\n")
+    assert "env must be a mapping of environment variables" in answer(capsys, "train", path)[1]
+
+
+def test_a_comparison_takes_a_file_of_flags_before_and_behind_the_dashes(tmp_path, capsys):
+    own, runs = tmp_path / "comparison.yaml", tmp_path / "runs.yaml"
+    own.write_text("command: sft\nschedulers: [baseline, abr]\nout: runs/cmp\nseeds: 2\ncontrols: true\n")
+    runs.write_text("dataset_name: demo\nmax_passes: 20\nchat_template: alpaca\n")
+    assert answer(capsys, "compare", own, "--", runs) == (None, "")
+    assert answer(capsys, "compare", own, "--keep-going", "no", "--", runs) == (None, "")
+    assert "Unknown flag --chat_template" in answer(capsys, "compare", own, "--command", "train", "--", runs)[1]
+
+
+def test_flags_of_another_trl_are_left_to_it(monkeypatch, capsys):
+    assert "Unknown flag" in answer(capsys, "sft", "--do_train", "--new_flag_of_trl")[1]
+    monkeypatch.setitem(KNOWN["verbs"]["sft"], "needs", {"trl": "0"})
+    monkeypatch.setattr(quick.json, "loads", lambda _: KNOWN)
+    assert answer(capsys, "sft", "--do_train", "--new_flag_of_trl") == (None, "")
+
+
 def test_with_another_transformers_its_flags_are_left_to_it(monkeypatch, capsys):
     monkeypatch.setattr(quick.importlib.metadata, "version", lambda name: "5.17.0")
     assert answer(capsys, "train", "--a_flag_of_another_version", "1")[0] is None
@@ -223,7 +263,7 @@ def test_real_and_quick_answers_are_the_same(capsys):
 def test_true_and_false_are_what_transformers_takes_for_them():
     string_to_bool = transformers.hf_argparser.string_to_bool
     for text in ("yes", "True", "t", "Y", "1", "no", "FALSE", "f", "n", "0"):
-        assert quick._boolean(text) is string_to_bool(text)
+        assert boolean(text) is string_to_bool(text)
     for text in ("", "2", "on"):
         with pytest.raises(ArgumentTypeError):
-            quick._boolean(text)
+            boolean(text)

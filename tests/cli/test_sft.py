@@ -1,0 +1,286 @@
+"""Fine-tuning on chats, as a user runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("trl")
+
+from abr_trainer.cli import comparing, sft
+from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.cli.compare import main as compare
+from abr_trainer.cli.main import main as abr
+from abr_trainer.data.arguments import ChatArguments
+from abr_trainer.data.chat_tokens import Encoder, load_chats, tokenise_chats
+from abr_trainer.data.demo import DEMO_MODEL, demo_chats
+from abr_trainer.data.templates import ALPACA
+from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
+from abr_trainer.records.errors import MissingPackage
+from abr_trainer.records.files import read_lines
+from tests.conftest import ROOT
+
+QUICK = ["--chat_template", "alpaca", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--use_cpu"]
+QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "12", "--max_train_samples", "40", "--report_to", "none"]
+QUICK += ["--activation_checkpointing", "false"]
+ABR = ["--repeat_scheduler", "abr", "--loss_threshold", "2.0", "--max_passes", "20", "--save_steps", "4"]
+
+
+def run(output, *flags):
+    return sft.main([*QUICK, "--output_dir", str(output), *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with everything switched on, and what it returned."""
+    output = tmp_path_factory.mktemp("chats") / "run"
+    return output, run(output, "--do_train", "--do_eval", "--do_predict", *ABR)
+
+
+def answers(split, tokenizer, count=12):
+    """Return the rows of a split, of which only what the assistant writes is a target."""
+    arguments = ChatArguments(dataset_name="demo", max_eval_samples=count, max_train_samples=count)
+    found = load_chats(arguments, [split])[split]
+    return tokenise_chats(found, arguments, Encoder(tokenizer, assistant_only=True), 256).rows
+
+
+def perplexity_of(model, rows):
+    total = TokenPerplexity()
+    with torch.no_grad():
+        for row in rows:
+            logits = model(torch.tensor([row["input_ids"]])).logits
+            total.add(*causal_nll(logits, torch.tensor([row["labels"]])))
+    return total
+
+
+def test_the_perplexity_is_that_of_the_assistant_s_tokens_before_and_after(finished):
+    output, results = finished
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.chat_template == ALPACA, "who loads the adapter writes chats as it has learnt them"
+    rows = {split: answers(split, tokenizer) for split in ("validation", "test")}
+    before = perplexity_of(base, rows["validation"])
+    history = json.loads((output / "perplexity_history.json").read_text())
+    assert history["summary"]["baseline"] == pytest.approx(before.perplexity, rel=1e-5)
+    assert results["eval_target_tokens"] == before.tokens
+    after = PeftModel.from_pretrained(base, output).eval()
+    assert perplexity_of(after, rows["validation"]).perplexity == pytest.approx(results["eval_perplexity"], rel=1e-5)
+    assert perplexity_of(after, rows["test"]).perplexity == pytest.approx(results["test_perplexity"], rel=1e-5)
+    assert results["eval_perplexity"] < 0.95 * before.perplexity
+    written = json.loads((output / "all_results.json").read_text())
+    assert written["perplexity"] == results["eval_perplexity"]
+
+
+def test_a_run_keeps_its_trace_its_cost_and_where_it_came_from(finished):
+    output, results = finished
+    trace = list(read_lines(output / "abr_trace.jsonl"))
+    assert sum(batch["repeats"] for batch in trace) == results["train_updates"]
+    assert max(batch["repeats"] for batch in trace) > 1
+    assert 19 < results["train_passes"] <= 20
+    provenance = json.loads((output / "run.json").read_text())
+    assert provenance["argv"][:2] == ["abr", "sft"]
+    told = {name: provenance["arguments"][name] for name in ("assistant_only_loss", "max_length", "chat_template")}
+    assert told == {"assistant_only_loss": True, "max_length": 256, "chat_template": "alpaca"}
+    assert not any("# Model Card" in path.read_text() for path in output.glob("*.md") if "TRL" in path.read_text())
+
+
+def test_it_resumes_itself_bit_for_bit(finished):
+    output, results = finished
+    with pytest.raises(SystemExit, match="is not empty"):
+        run(output, "--do_train")
+    again = run(output, "--do_train", "--do_eval", *ABR, "--resume_from_checkpoint", str(output / "checkpoint-4"))
+    assert again["eval_perplexity"] == results["eval_perplexity"]
+    assert [batch["step"] for batch in read_lines(output / "abr_trace.jsonl")] == list(
+        range(1, again["train_batches"] + 1)
+    )
+
+
+def test_what_is_learnt_is_said_before_the_first_batch(tmp_path, capsys):
+    run(tmp_path / "run", "--do_train", "--max_steps", "1", "--max_length", "40")
+    told = capsys.readouterr().out
+    assert "defaults here (in TRL's script): --use_lora true (false)" in told
+    assert re.search(r"rows: \d\d train\n", told)
+    assert re.search(r"learnt: what the assistant writes; [\d,]+ of the [\d,]+ train tokens \(\d\d\.\d%\)", told)
+    assert re.search(r"cut: \d+ of the \d+ train rows are longer than --max_length 40", told)
+    run(tmp_path / "whole", "--do_eval", "--assistant_only_loss", "false")
+    assert "learnt: all that is written, the user's messages too (--assistant_only_loss:" in capsys.readouterr().out
+
+
+CHATS = [
+    {"conversations": [{"from": "human", "value": chat["messages"][0]["content"]}, {"from": "gpt", "value": "Yes."}]}
+    for chat in demo_chats("validation")[:12]
+]
+
+
+def test_it_reads_a_yaml_file_whose_flags_give_way_to_those_of_the_command_line(tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"train_file: {chats}\nmax_steps: 3\nlearning_rate: 1.0e-3\nuse_peft: true\nlora_r: 4\ndo_train: true\n"
+        "dataset_num_proc: null\nchat_template_path: alpaca\nlora_target_modules: [q_proj, v_proj]\nbf16: false\n"
+    )
+    for argv in ([str(config), "--learning_rate", "1e-4"], ["--learning_rate", "1e-4", "--config", str(config)]):
+        model, data, args = parse_arguments(sft.ARGUMENTS, [*argv, "--output_dir", "x", "--use_cpu"])
+        assert (args.learning_rate, args.max_steps, data.chat_template, model.lora_r) == (1e-4, 3, "alpaca", 4)
+    output = tmp_path / "run"
+    sft.main([str(config), *QUICK[2:], "--output_dir", str(output), "--max_steps", "2"])
+    assert len(list(read_lines(output / "abr_trace.jsonl"))) == 2
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("flags", [["--packing"], ["--padding_free"], ["--packing", "--padding_free"]])
+def test_packed_and_flattened_rows_have_the_same_perplexity(tmp_path, finished, flags):
+    output, results = finished
+    where = ["--adapter_name_or_path", str(output)]
+    packed = run(tmp_path / "run", *where, "--do_eval", *flags)
+    assert packed["eval_perplexity"] == pytest.approx(results["eval_perplexity"], rel=1e-5)
+    assert packed["eval_target_tokens"] == results["eval_target_tokens"]
+
+
+def test_packed_rows_are_trained_on(tmp_path):
+    results = run(
+        tmp_path / "run", "--do_train", "--do_eval", "--packing", "--repeat_scheduler", "fixed", "--max_steps", "3"
+    )
+    history = json.loads((tmp_path / "run" / "perplexity_history.json").read_text())
+    assert results["eval_perplexity"] < history["summary"]["baseline"]
+    assert results["train_updates"] == 6
+
+
+def test_all_weights_are_trained_and_the_best_is_kept(tmp_path):
+    flags = ["--no_use_lora", "--early_stopping_patience", "1", "--save_strategy", "steps", "--save_steps", "2"]
+    results = run(tmp_path / "run", "--do_train", "--do_eval", *flags, "--learning_rate", "0.5", "--max_steps", "8")
+    history = json.loads((tmp_path / "run" / "perplexity_history.json").read_text())["evaluations"]
+    assert results["train_batches"] < 8
+    evaluated = [each["perplexity"] for each in history if each["step"]]
+    assert results["eval_perplexity"] == pytest.approx(min(value or math.inf for value in evaluated), rel=1e-5)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "learnt"),
+    [
+        ({"prompt": "The fox", "completion": " ran away."}, [], "completions"),
+        ({"instruction": "Say it.", "output": "The fox ran away."}, [], "completions"),
+        ({"text": "The fox ran away."}, [], "all tokens"),
+    ],
+)
+def test_other_shapes_are_trained_on(tmp_path, capsys, row, flags, learnt):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(8)))
+    run(tmp_path / "run", "--do_train", "--train_file", str(path), "--max_steps", "1", *flags)
+    assert f"learnt: {learnt}; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        ([{"messages": []}], [], "line 1 of --train_file FILE has no messages."),
+        ([{"label": 1}], [], "--train_file FILE holds nothing that abr sft can learn from: its columns are label."),
+        (
+            [{"text": "a b"}],
+            ["--assistant_only_loss"],
+            "--assistant_only_loss is for chats, and --train_file FILE holds",
+        ),
+        (
+            CHATS,
+            ["--completion_only_loss"],
+            "--completion_only_loss: --train_file FILE has no prompts with completions.",
+        ),
+        (CHATS, ["--max_length", "300"], "--max_length 300 exceeds the model's context of 256 tokens."),
+        (CHATS, ["--eos_token", "<stop>"], "--eos_token <stop> is no token of"),
+        (CHATS, ["--chat_template", "alpacca"], "Unknown --chat_template 'alpacca'. Did you mean 'alpaca'?"),
+        (CHATS, ["--do_predict"], "There is no test split. Give --test_file, or --do_predict false."),
+        (CHATS, ["--dataset_name", "c4"], "--dataset_name c4 is streamed, and abr sft reads no streams."),
+        (CHATS, ["--dataset_test_split", "x"], "--dataset_test_split means nothing without --dataset_name."),
+    ],
+)
+def test_bad_arguments_and_rows_give_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, rows, flags, message):
+    monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="error: ") as caught:
+        run(tmp_path / "run", "--do_train", "--train_file", str(path), *flags)
+    assert message in str(caught.value).replace(str(path), "FILE")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists(), "nothing may be half-written"
+
+
+def test_a_tokenizer_without_a_template_gets_one_line_with_the_fix(tmp_path):
+    with pytest.raises(SystemExit, match="has no chat template.*Give --chat_template: a file") as caught:
+        sft.main([*QUICK[2:], "--do_train", "--output_dir", str(tmp_path / "run")])
+    assert "\n" not in str(caught.value)
+
+
+def test_without_trl_there_is_one_line_that_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    for name in ("abr_trainer.integrations.trl", "abr_trainer.cli.sft"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit, match=r'This needs TRL: pip install "abr-trainer\[trl\]"'):
+        abr(["sft", "--dataset_name", "demo", "--do_eval", "--output_dir", "x"])
+    told = []
+    monkeypatch.setattr(comparing, "importlib", importlib)
+    connection = type("End", (), {"send": staticmethod(told.append)})
+    comparing.check_arguments("abr_trainer.cli.sft", [[]], connection)
+    assert isinstance(told[0], ValueError)
+    assert not isinstance(told[0], MissingPackage)
+
+
+def test_a_pushed_adapter_says_what_it_has_learnt(hub, tmp_path):
+    flags = ["--push_to_hub", "--hub_model_id", "me/chat", "--hub_base_model", "demo-org/base", "--save_steps", "1"]
+    run(tmp_path / "run", "--do_train", "--do_eval", "--max_steps", "2", *flags)
+    files = hub.repository("me/chat").files("main")
+    card = files["README.md"].decode()
+    assert "- learnt, and measured: what the assistant writes" in card
+    assert "- chat template: alpaca, saved with the tokenizer" in card
+    assert "abr sft --chat_template alpaca" in card
+    assert "using TRL" not in card.partition("## How it was trained")[0], "ours is the card, not that of TRL"
+    assert {"adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"} <= set(files)
+
+
+@pytest.mark.slow
+def test_rules_are_compared_on_chats(tmp_path):
+    out = tmp_path / "cmp"
+    argv = ["--command", "sft", "--schedulers", "baseline", "fixed:2", "--seeds", "2", "--evaluations", "1"]
+    data = compare([*argv, "--out", str(out), "--", *QUICK[:-4], "--dataset_name", "demo", "--max_passes", "4"])
+    assert [len(arm["runs"]) for arm in data["arms"]] == [2, 2]
+    provenance = json.loads(next(out.glob("runs/*/seed-0/run.json")).read_text())
+    assert provenance["argv"][:2] == ["abr", "sft"]
+    assert (out / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_the_command_line_itself(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("dataset_name: demo\nchat_template: alpaca\ndo_train: true\ndo_eval: true\nuse_cpu: true\n")
+    argv = [
+        str(config),
+        "--max_steps",
+        "2",
+        "--max_train_samples",
+        "16",
+        "--max_eval_samples",
+        "4",
+        "--report_to",
+        "none",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "abr_trainer", "sft", *argv, "--output_dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^evaluation  perplexity [\d.]+ before, [\d.]+ after", done.stdout, flags=re.MULTILINE)
+    assert "gradient_checkpointing" not in done.stderr.replace("is_gradient_checkpointing", ""), "no library noise"
