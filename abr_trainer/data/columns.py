@@ -41,7 +41,6 @@ PAIRS = (
     ("query", "response"),
 )
 """Columns that are parts of one example; more may stand beside them."""
-READ_BY_TRL = (("prompt", "completion"), ("prompt", "chosen", "rejected"))
 EXAMPLES = 100
 """Rows that are looked at to find the column."""
 
@@ -215,7 +214,7 @@ def keys_of_objects(column: Sequence[Any]) -> list[str]:
 def _shape_of_examples(values: Mapping[str, Sequence[Any]]) -> str | None:
     """Say which columns are chats, or parts of one example, and what reads them; None where there are none."""
     takes = "--text_column takes a column of text, or of turns that are texts."
-    reads = f"ABRSFTTrainer of abr_trainer.integrations.trl reads them, in Python. {takes}"
+    reads = f"abr sft learns from them. {takes}"
     for name, column in values.items():
         keys = keys_of_objects(column)
         if tuple(keys) in MESSAGES:
@@ -225,8 +224,8 @@ def _shape_of_examples(values: Mapping[str, Sequence[Any]]) -> str | None:
     pair = next((pair for pair in PAIRS if set(pair) <= set(values)), None)
     if pair is None:
         return None
-    if pair not in READ_BY_TRL:
-        reads = reads.replace(" reads them", " reads them with a formatting_func")
+    if "chosen" in pair:
+        reads = f"Trainers of TRL learn from them, in Python. {takes}"
     return f"{' and '.join(pair)} are the parts of one example. {reads}"
 
 

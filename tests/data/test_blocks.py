@@ -362,7 +362,7 @@ def test_chats_are_no_text_and_what_reads_them_is_told(tmp_path, tokenizer, row,
     message = message_of(path, tokenizer)
     assert message.startswith(f"--train_file FILE is not plain text: its columns are {', '.join(row)}, and ")
     assert shape in message
-    assert "ABRSFTTrainer" in message
+    assert "abr sft learns from them." in message
     Dataset.from_list([row] * 20).save_to_disk(tmp_path / "saved")
     assert shape in message_of(tmp_path / "saved", tokenizer)
     with pytest.raises(ValueError, match=re.escape(shape)):
@@ -373,7 +373,7 @@ def test_a_chat_that_is_named_is_no_text_either(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     write_rows(path, [{"text": "Who are you?", "messages": [USER]}] * 20)
     message = message_of(path, tokenizer, text_column="messages")
-    assert "holds lists of dict, not text. messages holds messages with role and content. ABRSFTTrainer" in message
+    assert "holds lists of dict, not text. messages holds messages with role and content. abr sft learns" in message
     assert len(load_train(path, tokenizer)) > 5, "a column that is called text is the text"
 
 
