@@ -297,7 +297,7 @@ class Experiment:
         """Keep a second comparison out of the directory, for as long as this process or one that it launched lives.
 
         Raises:
-            ValueError: Another one is at work there, or has run with another launcher.
+            ValueError: Another one is at work there, or has run with another launcher, or another command.
         """
         with locked(self.out, "--out") as self._lock:
             before = self._recorded().get("launcher", self.launcher)
@@ -305,6 +305,11 @@ class Experiment:
                 raise ValueError(
                     f"--launcher {self.launcher or '(none)'}: the runs in {self.out} were started with "
                     f"{before or 'none'}. Give another --out."
+                )
+            module = self._recorded().get("module", self.module)
+            if module != self.module:
+                raise ValueError(
+                    f"The runs in {self.out} are of {module}, and these of {self.module}: give another --out."
                 )
             yield
 
@@ -346,7 +351,7 @@ class Experiment:
             raise found
         self._facts: dict[str, Any] = found
         self._check_rules()
-        self._record({"launcher": self.launcher})
+        self._record({"launcher": self.launcher, "module": self.module})
 
     def _check_rules(self) -> None:
         """Refuse to go on with runs of a rule of one's own that has changed: they would be made by two rules.

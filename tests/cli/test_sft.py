@@ -259,12 +259,17 @@ def test_a_pushed_adapter_says_what_it_has_learnt(hub, tmp_path):
 @pytest.mark.slow
 def test_rules_are_compared_on_chats(tmp_path):
     out = tmp_path / "cmp"
-    argv = ["--command", "sft", "--schedulers", "baseline", "fixed:2", "--seeds", "2", "--evaluations", "1"]
-    data = compare([*argv, "--out", str(out), "--", *QUICK[:-4], "--dataset_name", "demo", "--max_passes", "4"])
-    assert [len(arm["runs"]) for arm in data["arms"]] == [2, 2]
+    argv = ["--schedulers", "baseline", "fixed:2", "--seeds", "1", "--evaluations", "1", "--out", str(out)]
+    rest = ["--", *QUICK[:-4], "--dataset_name", "demo", "--max_passes", "4"]
+    data = compare(["--command", "sft", *argv, *rest])
+    assert data["missing"] == data["failures"] == []
+    assert data["metric"] == "test_perplexity"
+    assert [run["cost"]["updates"] for run in data["runs"]] == [4, 4]
     provenance = json.loads(next(out.glob("runs/*/seed-0/run.json")).read_text())
     assert provenance["argv"][:2] == ["abr", "sft"]
     assert (out / "report.md").exists()
+    with pytest.raises(SystemExit, match="The runs in .* are of abr_trainer.cli.sft, and these of run_clm_abr"):
+        compare([*argv, "--", "--dataset_name", "demo", "--max_passes", "4", "--use_cpu"])
 
 
 @pytest.mark.slow
