@@ -319,5 +319,5 @@ def _blocks_of(
         loaded, rows=loaded.rows.select_columns(["text"]), column=replace(loaded.column, name="text", is_json=False)
     )
     tokens = tokenize(text, arguments, tokenizer)
-    blocks = cut_blocks(tokens, length, arguments, text, len(tokenizer), "max_length")
+    blocks = cut_blocks(tokens, length, arguments, text, len(tokenizer), flag="max_length")
     return Tokenised(blocks, len(blocks) * length, len(blocks) * (length - 1))
