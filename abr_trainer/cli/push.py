@@ -9,6 +9,7 @@ What the run was told of the Hub holds unless flags say otherwise. The token is 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..hub.repository import (
 )
 from ..records.errors import one_line_errors
 from ..records.files import PROVENANCE, read_json
+from ..records.flags import expand_flags_file
 
 
 def target_of(directory: Path) -> Target:
@@ -55,8 +57,8 @@ def main(argv: list[str] | None = None) -> Any:
     private: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True}
     parser.add_argument("--hub_private_repo", **private, help="make a private repository, where there is none")
     parser.add_argument("--hub_base_model", help="what the base model is called on the Hub")
-    args = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError, PushError, when_interrupted="the same command goes on"):
+        args = parser.parse_args(expand_flags_file(sys.argv[1:] if argv is None else argv))
         if not args.directory.is_dir():
             raise ValueError(f"{args.directory} is no directory.")
         told = remembered_target(args.directory) or target_of(args.directory)

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .. import __version__
 from ..records.errors import BadRow, one_line
 from .arguments import ChatArguments
 from .blocks import cut_blocks, tokenize
@@ -259,17 +260,18 @@ def tokenise_chats(
         refuse_missing_template(encoder.tokenizer, loaded.origin)
     column = loaded.column
 
-    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows: list[tuple[int, list[int], list[int], int]] = []
+    def encode(batch: dict[str, list[Any]], indices: list[int], version: str) -> dict[str, list[Any]]:
+        rows: list[tuple[int, list[int], list[int], int, int]] = []
         for index, row in zip(indices, _read(loaded, batch, indices), strict=True):
             example = read_row(row, shape, column.where(index), not column.is_json) if row else None
             if example is not None:
                 ids, labels = encoder(example, column.where(index))
                 most = len(ids) if keeps_whole else length
-                rows.append((index, ids[:most], labels[:most], len(ids)))
+                targets = sum(label != NO_TARGET for label in labels[1:most])
+                rows.append((index, ids[:most], labels[:most], len(ids), targets))
             elif row:
-                rows.append((index, [], [], 0))
-        names = (ROW, TOKENS, "labels", "_length")
+                rows.append((index, [], [], 0, 0))
+        names = (ROW, TOKENS, "labels", "_length", "_targets")
         return {name: [row[number] for row in rows] for number, name in enumerate(names)}
 
     rows = loaded.rows.map(
@@ -278,17 +280,17 @@ def tokenise_chats(
         with_indices=True,
         remove_columns=loaded.rows.column_names,
         num_proc=arguments.preprocessing_num_workers,
-        load_from_cache_file=False,  # what a tokenizer does with a template is not all in its fingerprint
+        load_from_cache_file=not arguments.overwrite_cache,
+        fn_kwargs={"version": __version__},  # what another version of us has made of a row is made again
         desc="Tokenizing",
     )
-    targets = np.array([sum(label != NO_TARGET for label in labels[1:]) for labels in rows["labels"]], np.int64)
-    lengths = np.array(rows["_length"], np.int64)
+    lengths, targets = (np.array(rows[name], np.int64) for name in ("_length", "_targets"))
     kept = np.flatnonzero(targets)
     if not len(kept):
         raise ValueError(f"{loaded.origin} has no row with something to learn within --max_length {length}.")
     _say_what_is_left_out(found, rows, targets, lengths, length)
     cut = 0 if keeps_whole else int((lengths[kept] > length).sum())
-    rows = rows.remove_columns("_length")
+    rows = rows.remove_columns(["_length", "_targets"])
     rows = rows if len(kept) == len(rows) else rows.select(kept)
     tokens = int(lengths[kept].sum() if keeps_whole else np.minimum(lengths[kept], length).sum())
     return Tokenised(rows, tokens, int(targets.sum()), cut)
