@@ -39,6 +39,7 @@ from ..records.errors import one_line_errors
 from ..training.callbacks import summarise
 from ..training.config import ABRConfig, checkpoints_activations
 from ..training.engines import leave_ranks
+from ..training.identity import asks_for_rows
 from ..training.readiness import telling_of_a_full_disk
 from ..training.tracking import PerplexityCallback, show_history
 from .command_line import parse_arguments
@@ -130,11 +131,19 @@ def train_and_evaluate(
         data_args.max_length = choose_max_length(data_args, config)
         take_up_tokens(tokenizer, model_args, data_args, args)
         with args.main_process_first(desc="preparing the data"):
-            found = load_chats(data_args, splits)
+            wants_sources = asks_for_rows(args)
+            found = load_chats(data_args, splits, wants_sources)
             encoder = choose_targets(found, data_args, tokenizer)
             splits_whole = args.packing and args.packing_strategy != "bfd"
             rows = {
-                split: tokenise_chats(each, data_args, encoder, data_args.max_length, keeps_whole=splits_whole)
+                split: tokenise_chats(
+                    each,
+                    data_args,
+                    encoder,
+                    data_args.max_length,
+                    keeps_whole=splits_whole,
+                    with_sources=wants_sources and split == "train",
+                )
                 for split, each in found.items()
             }
         if args.packing:  # else all rows are cut already

@@ -19,6 +19,7 @@ from .blocks import cut_blocks, tokenize
 from .chat import Chat, Message, Shape, Where, Written, find_shape, read_row
 from .columns import TOKENS, Row, choose_every, parse_line
 from .context import fit_context
+from .identity import SOURCE_COLUMN, name_sources, rows_of
 from .sources import TextRows, first_rows, load_rows
 from .templates import Template, marks_assistant, refuse_missing_template
 
@@ -59,8 +60,11 @@ class ChatRows:
         return self.shape is not None and self.shape.kind in ("pair", "asked")
 
 
-def load_chats(arguments: ChatArguments, splits: Collection[str]) -> dict[str, ChatRows]:
+def load_chats(arguments: ChatArguments, splits: Collection[str], with_sources: bool = False) -> dict[str, ChatRows]:
     """Load the rows of these splits, and find out what they hold.
+
+    Args:
+        with_sources: Each training row shall say by `SOURCE_COLUMN` which row of which source it is.
 
     Raises:
         ValueError: A split is missing, cannot be read, or holds nothing that can be learnt from.
@@ -68,7 +72,7 @@ def load_chats(arguments: ChatArguments, splits: Collection[str]) -> dict[str, C
     if arguments.is_streamed:
         raise ValueError(f"--dataset_name {arguments.dataset_name} is streamed, and abr sft reads no streams.")
     found = {}
-    for split, loaded in load_rows(arguments, splits, choose_every).items():
+    for split, loaded in load_rows(arguments, splits, choose_every, is_numbered=with_sources).items():
         flag = "max_train_samples" if split == "train" else "max_eval_samples"
         limit = getattr(arguments, flag)
         if loaded.rows_are_lines:
@@ -240,7 +244,12 @@ def _labels(ids: Sequence[int], learnt: np.ndarray) -> list[int]:
 
 
 def tokenise_chats(
-    found: ChatRows, arguments: ChatArguments, encoder: Encoder, length: int, keeps_whole: bool = False
+    found: ChatRows,
+    arguments: ChatArguments,
+    encoder: Encoder,
+    length: int,
+    keeps_whole: bool = False,
+    with_sources: bool = False,
 ) -> Tokenised:
     """Turn the rows of a split into tokens and labels, and cut what is longer than it may be.
 
@@ -249,13 +258,14 @@ def tokenise_chats(
     Args:
         length: Most tokens of a row.
         keeps_whole: Leave longer rows to what will pack them, which splits them.
+        with_sources: Each row says by `SOURCE_COLUMN` which row of which source it is.
 
     Raises:
         ValueError: No row has a target. It is a `BadRow` where a row cannot be learnt from.
     """
     loaded, shape = found.loaded, found.shape
     if shape is None:
-        return _blocks_of(loaded, arguments, encoder.tokenizer, length)
+        return _blocks_of(loaded, arguments, encoder.tokenizer, length, with_sources)
     if found.is_chat:
         refuse_missing_template(encoder.tokenizer, loaded.origin)
     column = loaded.column
@@ -291,6 +301,12 @@ def tokenise_chats(
     _say_what_is_left_out(found, rows, targets, lengths, length)
     cut = 0 if keeps_whole else int((lengths[kept] > length).sum())
     rows = rows.remove_columns(["_length", "_targets"])
+    if with_sources:
+        kept_rows = rows[ROW][:]
+        numbers = rows_of(0, column.place.rows(kept_rows))
+        if loaded.numbered:
+            numbers = np.asarray(loaded.rows[SOURCE_COLUMN][:])[kept_rows]
+        rows = name_sources(rows.add_column(SOURCE_COLUMN, numbers), loaded.sources)
     rows = rows if len(kept) == len(rows) else rows.select(kept)
     tokens = int(lengths[kept].sum() if keeps_whole else np.minimum(lengths[kept], length).sum())
     return Tokenised(rows, tokens, int(targets.sum()), cut)
@@ -314,12 +330,16 @@ def _say_what_is_left_out(
 
 
 def _blocks_of(
-    loaded: TextRows, arguments: ChatArguments, tokenizer: PreTrainedTokenizerBase, length: int
+    loaded: TextRows, arguments: ChatArguments, tokenizer: PreTrainedTokenizerBase, length: int, with_sources: bool
 ) -> Tokenised:
     """Cut a plain text into blocks, as `abr train` does."""
+    used = ["text", SOURCE_COLUMN] if loaded.numbered else ["text"]
     text = replace(
-        loaded, rows=loaded.rows.select_columns(["text"]), column=replace(loaded.column, name="text", is_json=False)
+        loaded, rows=loaded.rows.select_columns(used), column=replace(loaded.column, name="text", is_json=False)
     )
+    sources: list[str] | None = [] if with_sources else None
     tokens = tokenize(text, arguments, tokenizer)
-    blocks = cut_blocks(tokens, length, arguments, text, len(tokenizer), flag="max_length")
+    blocks = cut_blocks(tokens, length, arguments, text, len(tokenizer), sources, flag="max_length")
+    if sources is not None:
+        name_sources(blocks, sources)
     return Tokenised(blocks, len(blocks) * length, len(blocks) * (length - 1))

@@ -27,6 +27,7 @@ from abr_trainer.data.templates import ALPACA
 from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 from abr_trainer.records.errors import MissingPackage
 from abr_trainer.records.files import read_lines
+from abr_trainer.schedulers import RowRule
 from tests.conftest import ROOT
 
 QUICK = ["--chat_template", "alpaca", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--use_cpu"]
@@ -257,6 +258,34 @@ def test_a_pushed_adapter_says_what_it_has_learnt(hub, tmp_path):
 
 
 @pytest.mark.slow
+class SecondOfFour(RowRule):
+    """Drop the second row of each batch."""
+
+    def decide(self, row):
+        return row.position % 4 != 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--padding_free"]], ids=["padded", "padding-free"])
+def test_dropped_rows_are_named_by_file_and_line(tmp_path, flags):
+    chats = list(demo_chats("train"))[:40]
+    for name, part in {"one": chats[:15], "two": chats[15:]}.items():
+        lines = [json.dumps(each) for each in part]
+        lines.insert(3, "")  # an empty line is no row, and is counted
+        (tmp_path / "data" / "train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "train" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    rule = f"{__name__}:SecondOfFour"
+    data = ["--dataset_name", str(tmp_path / "data"), "--do_train", "--num_train_epochs", "1"]
+    run(tmp_path / "run", *data, "--skip_rows", rule, "--rank_rows", *flags)
+    dropped = list(read_lines(tmp_path / "run" / "_dropped_rows.jsonl"))
+    assert len(dropped) == 10
+    for drop in dropped:
+        line = (tmp_path / "data" / "train" / drop["source"]).read_text().split("\n")[drop["first_row"] - 1]
+        answer = json.loads(line)["messages"][-1]["content"]
+        assert answer.split()[-1] in drop["text"]
+        assert drop["first_row"] == drop["last_row"]
+    assert {drop["source"] for drop in dropped} == {"one.jsonl", "two.jsonl"}
+
+
 def test_rules_are_compared_on_chats(tmp_path):
     out = tmp_path / "cmp"
     argv = ["--schedulers", "baseline", "fixed:2", "--seeds", "1", "--evaluations", "1", "--out", str(out)]
