@@ -65,6 +65,8 @@ from turns import ON_GPU, BatchTimes, paired_ratios, peak_memory, reset_peak_mem
 
 from abr_trainer import ABRConfig, ABRTrainer, ConstantScheduler, RepeatScheduler
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.schedulers import RowRule
+from abr_trainer.training.row_seams import RowsUnsupported
 from abr_trainer.training.signals import NoAccuracy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +155,13 @@ class Planned(RepeatScheduler):
         return self.plan[observation.batch % len(self.plan)]
 
 
+class WithoutTheFirst(RowRule):
+    """Drop the first row of each batch."""
+
+    def decide(self, row: Any) -> bool:
+        return bool(row.position)
+
+
 # ---- Models, data and trainers ----
 
 
@@ -203,7 +212,12 @@ def token_rows(count: int, scale: Scale) -> list[dict[str, torch.Tensor]]:
 
 
 def build_trainer(
-    setup: Setup, directory: Path, rule: RepeatScheduler | None, rows: list[Any], **arguments: Any
+    setup: Setup,
+    directory: Path,
+    rule: RepeatScheduler | None,
+    rows: list[Any],
+    row_rule: RowRule | None = None,
+    **arguments: Any,
 ) -> Any:
     """Return a trainer that goes over `rows` once: stock Trainer without a rule, else ours."""
     is_stock = rule is None
@@ -223,7 +237,7 @@ def build_trainer(
         **arguments,
     }
     trainer_cls, config_cls = (Trainer, TrainingArguments) if is_stock else (ABRTrainer, ABRConfig)
-    given: dict[str, Any] = {} if is_stock else {"repeat_scheduler": rule}
+    given: dict[str, Any] = {} if is_stock else {"repeat_scheduler": rule, "row_rule": row_rule}
     if setup.sft:
         trainer_cls, config_cls, rows = for_sft(is_stock, rows)
         options = {"max_length": None, "bf16": False, CHECKPOINTING: False, **options}
@@ -264,7 +278,8 @@ def exactness(setup: Setup, directory: Path) -> dict[str, Any]:
     Returns:
         The largest difference between two weights of each pair of runs. "stock again" is stock Trainer twice: what
         the kernels alone make of it. "moved" is how far training moves a weight: without that, equal means nothing.
-        "accuracy" is with a rule that looks at the token accuracy beside one that does not; None where it is refused.
+        "accuracy" is with a rule that looks at the token accuracy beside one that does not, and "rows" with dropped
+        rows beside stock Trainer on labels that are masked; None where it is refused.
     """
     size = setup.scale.rows
     rows = token_rows(len(PLAN) * size, setup.scale)
@@ -290,6 +305,23 @@ def exactness(setup: Setup, directory: Path) -> dict[str, Any]:
             raise AssertionError("A rule was given an accuracy that nobody can see.")
         return difference(seen, unbroken)
 
+    def rows_dropped() -> float | None:
+        try:
+            ours = weights(ConstantScheduler(1), rows, row_rule=WithoutTheFirst())
+        except RowsUnsupported:
+            if setup.has_logits:
+                raise
+            return None
+        masked = [
+            {**row, "labels": torch.full_like(row["labels"], -100)} if not i % size else row
+            for i, row in enumerate(rows)
+        ]
+        theirs = build_trainer(setup, directory, None, masked)
+        targets = torch.tensor(size * (setup.scale.length - 1), device=theirs.args.device)
+        theirs._get_num_items_in_batch = lambda *_: targets  # of all rows: the others weigh what they weighed
+        theirs.train()
+        return difference(ours, trained_weights(theirs.model))
+
     with deterministic():
         start = trained_weights(build_model(setup, directory))
         stock, planned = weights(None, rows), weights(None, as_trained)
@@ -301,6 +333,7 @@ def exactness(setup: Setup, directory: Path) -> dict[str, Any]:
             "once": difference(weights(ConstantScheduler(1), rows), stock),
             "repeats and skips": difference(unbroken, planned),
             "accuracy": accuracy(),
+            "rows": rows_dropped(),
             "resumed": difference(
                 weights(Planned(PLAN), rows, directory / "saved" / f"checkpoint-{CHECKPOINT}", **saving), unbroken
             ),
