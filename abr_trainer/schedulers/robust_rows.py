@@ -44,7 +44,7 @@ TARGETS_SKEW = 2.0
 LEVEL_STEP = 0.15
 """Standard deviation of the step in level from one length to twice that length, as a share of the level."""
 
-SMALLEST_RATIO = 0.5
+SMALLEST_RATIO = 0.75
 """Least factor by which the spread of older rows is scaled down with the level."""
 
 MEDIAN_VARIANCE = math.pi / 2
@@ -116,7 +116,7 @@ class RobustRows(RowRule):
       while there are few.
     - Whatever the spread, all targets of a row together must be less likely than those of a typical row by
       `sigmas ** 2 / 2` nats, as a normal value is at so many deviations. This protects rows of one target: of the rows
-      that a calibrated classifier of two classes sees, a share of 0.03 % loses 8 nats.
+      that a calibrated classifier of two classes sees, at most 0.012 % lose 9 nats.
 
     Nothing is dropped before 16 rows are known, nor while fewer than two thirds of the remembered rows look good: then
     the data are of several kinds. Once two thirds of the last 64 rows, or of the last 15 batches if these have fewer,
@@ -132,7 +132,7 @@ class RobustRows(RowRule):
             heart. 0 drops no low ones.
     """
 
-    sigmas: float = 4.0
+    sigmas: float = 4.25
     window: int = 256
     low: float = 0.0
     history: deque[Remembered] = field(init=False, repr=False)
@@ -277,10 +277,14 @@ def fitted(rows: Sequence[Remembered], sigmas: float) -> Fit | None:
 
 
 def chunks_of(rows: Sequence[Remembered]) -> list[Sequence[Remembered]]:
-    """Return the rows in chunks of successive batches, each of `LEAST_ROWS` rows or more, the oldest first."""
+    """Return the rows in chunks of successive batches, the oldest first.
+
+    Each has `LEAST_ROWS` rows or more; an eighth of all, if that is more, since the level is then less of a guess.
+    """
+    size = max(LEAST_ROWS, len(rows) // 8)
     cuts = [len(rows)]
-    for i in range(len(rows) - LEAST_ROWS, LEAST_ROWS - 1, -1):
-        if cuts[-1] - i >= LEAST_ROWS and rows[i].batch != rows[i - 1].batch:
+    for i in range(len(rows) - size, size - 1, -1):
+        if cuts[-1] - i >= size and rows[i].batch != rows[i - 1].batch:
             cuts.append(i)
     cuts = [0, *reversed(cuts)]
     return [rows[start:stop] for start, stop in itertools.pairwise(cuts)]

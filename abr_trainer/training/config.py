@@ -94,7 +94,7 @@ class ABRConfig(TrainingArguments):
     )
     row_sigmas: float | None = field(
         default=None,
-        metadata={"help": "Spreads above the recent row losses at which a row is dropped. Default: 4.0 (robust)."},
+        metadata={"help": "Spreads above the recent row losses at which a row is dropped. Default: 4.25 (robust)."},
     )
     row_window: int | None = field(
         default=None, metadata={"help": "Number of recent row losses that rows are judged by. Default: 256 (robust)."}

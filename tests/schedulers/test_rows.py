@@ -211,10 +211,10 @@ def test_broken_rows_are_dropped_and_good_ones_are_not(size, share):
 
 
 def test_rows_of_one_length_are_judged_as_strictly_as_if_there_were_no_short_ones():
-    """At 127 targets: 4 spreads of 0.3 above 3, and little more for what 256 rows leave unknown."""
+    """At 127 targets: 4.25 spreads of 0.3 above 3, and little more for what 256 rows leave unknown."""
     rule, draw = RobustRows(), random.Random(1)
     feed(rule, [normal(draw, 32) for _ in range(20)])
-    assert 4.0 < rule.evidence(Row(3.0, 127, 20, 0))["limit"] < 4.5
+    assert 4.1 < rule.evidence(Row(3.0, 127, 20, 0))["limit"] < 4.6
 
 
 def test_short_rows_get_more_room_and_long_ones_none_of_it():
