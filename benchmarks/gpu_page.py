@@ -125,8 +125,8 @@ TABLES: list[tuple[str, list[str], Callable[[dict[str, Any]], list[str]]]] = [
 ]
 WANTED = [
     "- exact: the largest difference of two weights is at most that of stock Trainer run twice. With dropped rows "
-    f"it may be {BARS['rows']} of what training moves: a compiled model has the loss of the kept rows computed outside "
-    "of it, and TRL's fused head sums over other tiles.",
+    f"it may be {BARS['rows']} of what training moves: a compiled model has the loss of the kept rows computed "
+    "outside of it, and TRL's fused head sums over other tiles.",
     f"- N = 1, and a pass of N = 3: at most {BARS['once']} of a batch of stock Trainer.",
     f"- A skip: at most its forward share + {BARS['skip']:.0%} of such a batch.",
     f"- Peak memory: at most {BARS['memory']} of that of stock Trainer.",

@@ -53,7 +53,7 @@ class TooManySkips(RuntimeError):
 class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     """Give any `Trainer` subclass batch repetition and skipping: `class MyTrainer(ABRMixin, SomeTrainer)`.
 
-    With plain `TrainingArguments` and no scheduler it changes nothing at all.
+    With plain `TrainingArguments` and neither a scheduler nor a row rule it changes nothing at all.
 
     Attributes:
         repeat_scheduler: The rule of this run.
@@ -174,7 +174,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self.repeat_scheduler = self._given_scheduler
             self.repeat_scheduler.load_state_dict(copy.deepcopy(self._initial_scheduler_state))
         else:
-            self.repeat_scheduler = self.args.build_repeat_scheduler() if self._is_active else ConstantScheduler()
+            has_fields = isinstance(self.args, ABRConfig)
+            self.repeat_scheduler = self.args.build_repeat_scheduler() if has_fields else ConstantScheduler()
         self._scheduler_description = repr(self.repeat_scheduler)
         self.row_rule = self._fresh_row_rule()
         self._run, self._batch, self._is_drawn = Run(self.args, self.accelerator), Batch(), False

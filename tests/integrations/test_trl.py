@@ -139,12 +139,14 @@ class MasksRows(SFTTrainer):
 
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`")
-@pytest.mark.parametrize("kind", ["padded", "padding-free", "packed", "smoothed"])
+@pytest.mark.parametrize("kind", ["padded", "padding-free", "packed", "smoothed", "dft", "NEFTune"])
 def test_dropped_rows_are_masked_labels(tmp_path, kind):
     options = {
         "padding-free": {"padding_free": True, "max_length": None},
         "packed": {"packing": True},
         "smoothed": {"label_smoothing_factor": 0.1},
+        "dft": {"loss_type": "dft"},
+        "NEFTune": {"neftune_noise_alpha": 5.0},
     }.get(kind, {})
     trained = []
     for trainer_cls, config_cls, rule in [
@@ -488,6 +490,21 @@ def test_the_forward_of_a_reference_model_is_charged(tmp_path):
 
 class MixedGRPOTrainer(ABRMixin, GRPOTrainer):
     pass
+
+
+@pytest.mark.parametrize("theirs", [(DPOTrainer, DPOConfig), (RewardTrainer, RewardConfig)], ids=["DPO", "reward"])
+def test_rows_of_pairs_are_not_dropped(tmp_path, theirs):
+    trainer_cls, config_cls = theirs
+    mixed = type(f"ABR{trainer_cls.__name__}", (ABRMixin, trainer_cls), {})
+    pairs = Dataset.from_list([{"prompt": "The fox", "chosen": " ran home.", "rejected": " ran."}] * 4)
+    with pytest.raises(ValueError, match=f"ABR{trainer_cls.__name__} computes the loss itself"):
+        mixed(
+            model=demo_classifier() if trainer_cls is RewardTrainer else demo_model(),
+            args=config_cls(**{**OPTIONS, "output_dir": str(tmp_path)}),
+            train_dataset=pairs,
+            processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
+            row_rule=DropsRows(),
+        )
 
 
 def test_a_trainer_that_generates_its_inputs_is_refused(tmp_path):

@@ -116,6 +116,14 @@ def test_dropped_rows_are_masked_labels(train, kind, accumulation):
     assert ours.ledger.forwards == 6
 
 
+def test_a_row_rule_is_enough_beside_plain_arguments(train):
+    options: dict[str, Any] = {"config_cls": TrainingArguments, "gradient_accumulation_steps": 2}
+    ours = train(trainer_options={"row_rule": named(2)}, **options)
+    theirs = train(data=masked(token_rows(12), DROPPED), trainer_cls=DividesByAll, **options)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert ours.ledger.rows_dropped == 3
+
+
 def test_a_batch_of_which_half_is_dropped_is_trained_on_and_of_which_more_is_not(train):
     scheduler = Scripted(1)
     ours = train(
