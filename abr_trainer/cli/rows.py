@@ -23,7 +23,16 @@ from typing import Any
 from ..records.errors import one_line_errors
 from ..records.files import PROVENANCE, ROW_LOSSES_NAME
 from ..report.cleaning import doubtful_row, rows_to_remove
-from ..report.rows import RunRow, broken_rows, has_row_rule, ranked_rows, read_drops, read_row_losses, rows_judged
+from ..report.rows import (
+    RunRow,
+    broken_rows,
+    has_row_rule,
+    ranked_rows,
+    read_described,
+    read_drops,
+    read_row_losses,
+    rows_judged,
+)
 from ..report.text import escaped, printable, shortened
 from ..report.why import read_trace
 
@@ -47,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument(
         "--all", action="store_true", help="rank all rows by their last loss, highest first; needs --rank_rows"
     )
+    parser.add_argument("--lowest", action="store_true", help="with --all: lowest first; text that repeats is there")
     parser.add_argument(
         "--limit", type=int, help=f"how many rows to show of each run; 0: all. Default: {MOST}, all as JSON or CSV"
     )
@@ -67,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"--limit must be at least 0, got {args.limit}.")
         if args.clean and args.all:
             raise ValueError("--clean removes the rows that were dropped: it does not go with --all.")
+        if args.lowest and not args.all:
+            raise ValueError("--lowest goes with --all.")
         if args.overwrite and not args.clean:
             raise ValueError("--overwrite goes with --clean FILE OUT.")
-        found = [Found.of(directory, args.all) for directory in directories]
+        found = [Found.of(directory, args.all, args.lowest) for directory in directories]
         if args.clean:
             file, out = map(Path, args.clean)
             print(*clean(directories, file, out, args.overwrite), sep="\n")
@@ -99,7 +111,7 @@ class Found:
     about: str
 
     @classmethod
-    def of(cls, directory: Path, all_rows: bool) -> Found:
+    def of(cls, directory: Path, all_rows: bool, lowest_first: bool) -> Found:
         """Find the rows that a run has dropped, or all that it has seen.
 
         Raises:
@@ -112,8 +124,10 @@ class Found:
         if all_rows:
             if losses is None:
                 raise ValueError(f"{directory} holds no {ROW_LOSSES_NAME}: --all needs a run with --rank_rows.")
-            rows, count = ranked_rows(losses, dropped), len(losses["visits"])
-            about = f"{len(rows):,} of {count:,} rows were seen; by their last loss, highest first"
+            described = [*read_described(directory), *dropped]
+            rows, count = ranked_rows(losses, described, lowest_first=lowest_first), len(losses["visits"])
+            first = "lowest" if lowest_first else "highest"
+            about = f"{len(rows):,} of {count:,} rows were seen; by their last loss, {first} first"
             return cls(directory, rows, about)
         if not has_row_rule(directory):
             hint = " --all ranks its rows." if losses is not None else ""

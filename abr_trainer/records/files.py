@@ -39,6 +39,9 @@ PREDICTIONS_NAME = "{split}_predictions.jsonl"
 ROW_LOSSES_NAME = "_row_losses.npz"
 """The last loss of each row of the training set: `loss`, `visits` and `step`, by index."""
 
+RANKED_NAME = "_ranked_rows.jsonl"
+"""What the rows of the highest and the lowest losses among them say, and where they come from."""
+
 SKIPPED_NAME = "_skipped_batches.jsonl"
 DROPPED_NAME = "_dropped_rows.jsonl"
 ROW_TRACE_NAME = "_row_trace.jsonl"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, read_lines
+from ..records.files import DROPPED_NAME, RANKED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, read_lines
 from ..schedulers.rows import Row, RowRule
 from .text import number, printable
 
@@ -166,18 +166,31 @@ def _badness(loss: float | None, limit: float | None) -> tuple[int, float]:
     return (0, loss) if limit is None else (1, loss - limit)
 
 
-def ranked_rows(losses: Mapping[str, Any], dropped: Iterable[RunRow], most: int | None = None) -> list[RunRow]:
-    """Return rows that a run has seen, by their last loss, highest first.
+def read_described(directory: Path) -> list[RunRow]:
+    """Return the rows of which a run with `--rank_rows` says what they say and where they come from."""
+    path = directory / RANKED_NAME
+    return [
+        RunRow(line["index"], line.get("source"), line.get("first_row"), line.get("last_row"), text=text_of(line))
+        for line in (read_lines(path) if path.is_file() else ())
+    ]
+
+
+def ranked_rows(
+    losses: Mapping[str, Any], described: Iterable[RunRow], most: int | None = None, lowest_first: bool = False
+) -> list[RunRow]:
+    """Return rows that a run has seen, by their last loss.
 
     Args:
         losses: What `read_row_losses` returns.
-        dropped: The rows that were dropped: of these the text and the place are known.
+        described: Rows of which more is known than their loss: what they say, and where they come from.
         most: How many to return. Default: all.
+        lowest_first: The highest come first otherwise.
     """
-    known = {row.index: row for row in dropped}
+    known = {row.index: row for row in described}
     level = np.where(np.isfinite(losses["loss"]), losses["loss"], np.inf)
     level[losses["visits"] == 0] = -np.inf
-    order = np.argsort(-level, kind="stable")[: np.count_nonzero(losses["visits"])][:most]
+    order = np.argsort(-level, kind="stable")[: np.count_nonzero(losses["visits"])]
+    order = (order[::-1] if lowest_first else order)[:most]
     return [_ranked(index, losses, known.get(index, RunRow())) for index in order.tolist()]
 
 

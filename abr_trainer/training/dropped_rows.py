@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..records.files import RANKED_NAME, write_whole
 from .held import Call
 from .identity import source_of
+from .ranking import RowRanking
 from .row_losses import owners_of
 
 EXCERPT_TOKENS = 128
@@ -75,6 +79,23 @@ def tokens_of_rows(inputs: Any, rows: int) -> list[list[int]]:
     there = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
     owners = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids) if owners is None else owners
     return [ids[there & (owners == row)][:KEPT_TOKENS].tolist() for row in range(rows)]
+
+
+MOST_RANKED = 200
+"""Rows of the highest and of the lowest losses whose text a run with `--rank_rows` leaves behind."""
+
+
+def write_ranked(trainer: Any, ranking: RowRanking, directory: Path) -> None:
+    """Write what the rows of the highest and of the lowest losses say, and where they come from."""
+    decode = getattr(trainer.processing_class, "decode", None)
+    lines = []
+    for index in ranking.extremes(MOST_RANKED):
+        row = trainer.train_dataset[index]
+        ids = row.get("input_ids") if isinstance(row, Mapping) else None
+        tokens = [] if ids is None else torch.as_tensor(ids).flatten()[:KEPT_TOKENS].tolist()
+        text = {"text": decode(tokens)} if decode is not None and tokens else {}
+        lines.append({**source_of(trainer.train_dataset, index), "index": index, "input_ids": tokens, **text})
+    write_whole(directory / RANKED_NAME, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def with_text(trainer: Any, dropped: Sequence[DroppedRow]) -> list[DroppedRow]:

@@ -70,6 +70,15 @@ class RowRanking:
         self.visits[rows] += 1
         self.step[rows] = step
 
+    def extremes(self, most: int) -> list[int]:
+        """Return the rows of the highest losses, highest first, and those of the lowest, lowest last: so many of each.
+
+        A loss that is not finite is higher than all others. Rows that were never visited are left out.
+        """
+        seen = np.flatnonzero(self.visits)
+        order: list[int] = seen[np.argsort(-np.nan_to_num(self.loss[seen], nan=np.inf), kind="stable")].tolist()
+        return order if len(order) <= 2 * most else order[:most] + order[-most:]
+
     def save(self, directory: Path) -> None:
         """Write everything, all or nothing."""
         content = io.BytesIO()

@@ -23,6 +23,7 @@ from .batch import Batch
 from .budget import put_on_budget_clock
 from .callbacks import ABRProgressCallback, TraceCallback
 from .config import ABRConfig, checkpoints_activations, setting
+from .dropped_rows import write_ranked
 from .dropping import row_gate
 from .empty_rows import WatchForEmptyRows
 from .evaluation import PerplexityMixin, refuse_missing_perplexity
@@ -211,7 +212,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self._rows_without_targets.warn_at_end(self)
             if self._ranking is not None and self.is_world_process_zero():
                 self._ranking.warn_if_empty()
-                self._ranking.save(self._trace.directory or Path(self.args.output_dir))
+                directory = self._trace.directory or Path(self.args.output_dir)
+                self._ranking.save(directory)
+                if directory == Path(self.args.output_dir):  # that of a trial could be pushed
+                    write_ranked(self, self._ranking, directory)
         loads_best = self._is_active and self.args.load_best_model_at_end
         if loads_best and self.is_world_process_zero() and (doubt := doubt_of_the_best(self.args, self.state)):
             logger.warning(doubt)

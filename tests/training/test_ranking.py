@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
 
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.data.identity import name_sources, with_rows
 from abr_trainer.records.files import ROW_LOSSES_NAME, flaw_of
+from abr_trainer.report.rows import ranked_rows, read_described, read_row_losses
 from abr_trainer.training.ranking import RowRanking
 from tests.conftest import Stream, token_rows
 
@@ -91,3 +98,34 @@ def test_a_stream_cannot_be_ranked(build):
     with pytest.raises(ValueError, match="--rank_rows needs a training set with a length"):
         build(data=Stream(token_rows(8)), max_steps=4, rank_rows=True)
     build(data=token_rows(8), rank_rows=True)
+
+
+def test_the_rows_at_both_ends_are_described(train, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL, pad_token="<|endoftext|>")
+    rows = [
+        {**row, "input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in token_rows(12)
+    ]
+    trainer = train(
+        data=name_sources(with_rows(Dataset.from_list(rows)), ["notes.jsonl"]),
+        rank_rows=True,
+        trainer_options={"processing_class": tokenizer},
+        per_device_train_batch_size=4,
+    )
+    assert trainer.ledger.rows_dropped == 0
+    assert trainer.row_rule is None
+    described = read_described(Path(trainer.args.output_dir))
+    losses = read_row_losses(Path(trainer.args.output_dir))
+    ranked = ranked_rows(losses, described)
+    assert sorted(row.index for row in ranked) == list(range(12))
+    assert [row.loss for row in ranked] == sorted((row.loss for row in ranked), reverse=True)
+    for row in ranked:
+        assert row.text == tokenizer.decode(rows[row.index]["input_ids"])
+        assert (row.source, row.first_row) == ("notes.jsonl", row.index + 1)
+    assert ranked_rows(losses, described, lowest_first=True) == ranked[::-1]
+
+
+def test_of_many_rows_the_ends_are_found():
+    ranking = RowRanking(10)
+    ranking.note(1, np.arange(9), np.array([3.0, 1.0, np.nan, 2.0, 5.0, 4.0, 0.5, 6.0, 0.1]))
+    assert ranking.extremes(2) == [2, 7, 6, 8]
+    assert ranking.extremes(5) == [2, 7, 4, 5, 0, 3, 1, 6, 8]
