@@ -506,7 +506,7 @@ def loaders(output_dir: str) -> None:
         for trainer_cls, config_cls in ((Trainer, TrainingArguments), (ABRTrainer, ABRConfig)):
             config = {"output_dir": output_dir, "per_device_train_batch_size": 2, **QUIET, **options}
             trainer = trainer_cls(model=tiny_llama(), args=config_cls(**config), train_dataset=data)
-            trainer._row_rule = object()
+            trainer.row_rule = object()
             batches.append(list(trainer.get_train_dataloader()))
         taken = [taken_out(batch) for batch in batches[1]]
         numbers = [[] if indices is None else indices.tolist() for _, indices in taken]

@@ -142,7 +142,7 @@ def test_rows_of_several_files_are_counted_in_each_also_by_workers_that_share_th
     blocks = train(tokenizer, dataset_name=str(tmp_path / "data"), streaming=True)
     assert blocks.num_shards == 4
     trainer = build(data=blocks, max_steps=1, dataloader_num_workers=2, per_device_train_batch_size=1)
-    trainer._row_rule = object()
+    trainer.row_rule = object()
     seen = []
     for batch in trainer.get_train_dataloader():
         inputs, [number] = taken_out(batch)
@@ -226,7 +226,7 @@ def test_no_model_gets_the_source(tmp_path, tokenizer, build, streaming, removes
     path = write(tmp_path / "notes.jsonl", texts(20, "girl"))
     blocks = train(tokenizer, train_file=path, streaming=streaming)
     trainer = build(data=blocks, max_steps=2, remove_unused_columns=removes)
-    trainer._row_rule = object()
+    trainer.row_rule = object()
     expected = [row["input_ids"] for row in blocks]
     found = []
     for batch in trainer.get_train_dataloader():

@@ -20,6 +20,7 @@ from transformers import (
 
 from abr_trainer import ABRTrainer
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.schedulers import RowRule
 from abr_trainer.training.identity import ROW_INDEX, UNKNOWN, taken_out
 from tests.conftest import Stream, token_rows
 
@@ -117,6 +118,11 @@ def test_after_a_resume_the_indices_go_on(build, kind):
     assert numbers_in(list(skip_first_batches(trainer.get_train_dataloader(), 2))) == [[4, 5], [6, 7]]
 
 
+class KeepsAll(RowRule):
+    def decide(self, row):
+        return True
+
+
 class Recording(ABRTrainer):
     """Takes the indices out of each micro-batch, as the engine does, and writes them down by step."""
 
@@ -128,8 +134,8 @@ class Recording(ABRTrainer):
 
 
 def recorded(build: Any, rows: list[Any], kind: str, resume: Any = None, **options: Any) -> list[Any]:
+    options.setdefault("trainer_options", {})["row_rule"] = KeepsAll()
     trainer = build(Recording, data=KINDS[kind](rows), **options)
-    trainer._row_rule = object()
     trainer.taken, trainer.known = [], [row["input_ids"].tolist() for row in rows]
     trainer.train(resume_from_checkpoint=resume)
     return trainer.taken
