@@ -50,6 +50,7 @@ USUAL = {
         "loss_threshold",
         "max_repeats",
         "skip_outliers",
+        "skip_rows",
     ),
     "training and budget": (
         *("do_train", "max_passes", "num_train_epochs", "max_steps", "learning_rate"),

@@ -87,9 +87,9 @@ class ABRConfig(TrainingArguments):
     skip_rows: str = field(
         default="none",
         metadata={
-            "help": "Drop rows with outlying losses from their batch; the other rows count as they would have. "
-            "robust: by level and spread of the recent row losses of that length. none: drop no rows. Or your own "
-            "rule, as module:Class. Costs no extra pass."
+            "help": "Drop rows with outlying losses: robust or none. Or your own rule, as module:Class. The other rows "
+            "of the batch count as they would have. robust: by level and spread of the recent row losses of that "
+            "length. Costs no extra pass."
         },
     )
     row_sigmas: float | None = field(
@@ -102,7 +102,7 @@ class ABRConfig(TrainingArguments):
     rank_rows: bool = field(
         default=False,
         metadata={
-            "help": "Keep the last first-pass loss of every row of the training set, to rank all of them: 12 bytes a "
+            "help": "Keep the last first-pass loss of every row of the training set, to rank all of them. 12 bytes a "
             "row. They are written to _row_losses.npz in --output_dir, for `abr rows`."
         },
     )
