@@ -85,7 +85,7 @@ class ClassifierConfig(ABRConfig):
     skip_outliers: str = field(
         default="none",
         metadata={
-            "help": "Skip batches with outlying losses: robust, classic or none. The losses of few rows "
+            "help": "Skip batches with outlying losses: robust, classic, none. The losses of few rows "
             "scatter widely, so that good batches are skipped as well, on MRPC one in 70.",
             "choices": [*sorted(OUTLIER_RULES), "none"],
         },

@@ -63,7 +63,7 @@ class ABRConfig(TrainingArguments):
     skip_outliers: str = field(
         default="robust",
         metadata={
-            "help": "Skip batches with outlying losses: robust, classic or none. The loss is that of the first pass. "
+            "help": "Skip batches with outlying losses: robust, classic, none. The loss is that of the first pass. "
             "robust: by median and MAD of the recent losses. classic: by their mean and standard deviation, the "
             "published rule.",
             "choices": [*sorted(OUTLIER_RULES), "none"],
