@@ -141,6 +141,7 @@ def _first() -> Iterator[Case]:
         *_several(TALK[16], EASY, [10], ["rows", "oracle"]),
         *_several(TALK[16], ["random"], [10], ["none", "batches"]),
         *_several(TALK[16], ["swapped"], [10], ARMS),
+        *_several(WIKI[16], ["foreign"], [10], ["none", "rows", "oracle"]),
         *_clean(PAIRS),
         *_several(PAIRS, ["label"], [10], ARMS),
     ]

@@ -54,7 +54,7 @@ class ABRPlugin(BasePlugin):
         Raises:
             ValueError: A key of ours has a value that cannot be, or axolotl gives our trainer no model.
         """
-        from ..schedulers.registry import build_rule
+        from ..schedulers.registry import build_row_rule, build_rule
 
         if cfg.get("rl"):
             raise ValueError(
@@ -62,6 +62,7 @@ class ABRPlugin(BasePlugin):
                 "plugin no model. Remove the plugin, or train with ABRMixin and TRL's own trainer in Python."
             )
         build_rule(self.get_training_args(cfg))
+        build_row_rule(self.get_training_args(cfg))
 
     def get_input_args(self) -> str:
         return INPUT_ARGS
@@ -99,7 +100,7 @@ class ABRPlugin(BasePlugin):
             )
         if trainer.is_world_process_zero():
             rules = ", ".join(
-                f"{name} {getattr(trainer.args, name)}" for name in ("repeat_scheduler", "skip_outliers")
+                f"{name} {getattr(trainer.args, name)}" for name in ("repeat_scheduler", "skip_outliers", "skip_rows")
             )
             print(f"ABR Trainer: active in {type(trainer).__name__} with {rules}.", flush=True)
 

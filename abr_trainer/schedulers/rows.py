@@ -16,7 +16,8 @@ class Row:
         loss: Mean loss per target of the row, in nats. Finite.
         targets: Targets in the row, at least 1.
         batch: Index of the batch since training began, from 0.
-        position: Of the row in its batch, from 0: rank by rank, micro-batch by micro-batch.
+        position: Of the row in its batch, from 0: rank by rank, micro-batch by micro-batch. Where documents are packed
+            into rows, other ranks can have more than were expected; then `observe` gets other positions than `decide`.
     """
 
     loss: float

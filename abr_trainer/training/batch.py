@@ -35,7 +35,7 @@ from torch import Tensor
 from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from .config import setting
-from .deciding import AGAIN, NON_FINITE, Decision, decide, look_at_gradient
+from .deciding import AGAIN, NO_ROOM, NON_FINITE, Decision, decide, look_at_gradient
 from .dropped_rows import DroppedRow, excerpts, with_text
 from .dropping import BatchRows, RowGate, batch_rows, without_broken
 from .held import Call, HeldBatch, check_holdable
@@ -102,18 +102,17 @@ class Batch:
             loss = passes.one(call, self._hits, judges_rows=True)
         backwards = len(self._calls) - (self._decision is not None and self._decision.repeats == 0)
         is_trained_on(loss)  # decides if no backward has asked
+        self._losses.append(loss)
         if self._decision is not None and self._decision.reason == AGAIN:
-            backwards = self._pass_without_broken_rows(passes, backwards)
+            self._charge(trainer, backwards)
+            backwards = self._pass_without_broken_rows(passes)
         assert self._decision is not None
         self._decision = decision = look_at_gradient(passes, self._decision)
-        self._charge(trainer, backwards)
+        if decision.reason != NO_ROOM:
+            self._charge(trainer, backwards)
         self._carry_out(passes, decision)
         if math.isfinite(decision.observation.loss):
-            if self.rows is None or not self.rows.dropped:
-                return loss
-            # The loss of the kept rows was divided by the targets of all. What is logged is their own mean.
-            logged: Tensor = decision.observation.loss - (trainer._tr_loss - self._tr_loss_before).to(loss.device)
-            return logged
+            return self._as_logged(trainer, loss, decision)
         # No loss of this batch enters the logged mean; the log divides by the other batches.
         trainer._tr_loss.copy_(self._tr_loss_before)
         trainer._run.non_finite_batches += 1
@@ -139,6 +138,19 @@ class Batch:
         must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
         return contextlib.nullcontext() if must_finish else before_backward(trainer.accelerator, wanted)
 
+    def _as_logged(self, trainer: Any, loss: Tensor, decision: Decision) -> Tensor:
+        """Return what the last micro-batch adds to the sum that Trainer logs.
+
+        Where rows were dropped, the losses were divided by the targets of all rows. They are logged as the mean of the
+        rows that were kept, on Trainer's scale.
+        """
+        if self.rows is None or not self.rows.dropped:
+            return loss
+        share = self._whole.share
+        total = torch.stack(self._losses).sum() / share if share else torch.full_like(loss, decision.observation.loss)
+        added: Tensor = trainer._tr_loss - self._tr_loss_before
+        return total - added.to(loss.device)
+
     def _charge(self, trainer: Any, backwards: int) -> None:
         trainer.ledger.charge_pass(len(self._calls), backwards, self._whole.tokens, self._whole.forward_flops)
 
@@ -152,14 +164,14 @@ class Batch:
         own_tokens = sum(call.inputs[main_input].numel() for call in self._calls if main_input in call.inputs)
         costs = (own_tokens, own_tokens * trainer._forward_flops_per_token, run.extra_forwards)
         hits = summed(self._hits)
-        cured, lists, longest = self._own_rows(run.rows)
+        cured, lists, longest = self._own_rows(trainer, run.rows)
         agreed = run.consensus.begin_mean(
             trainer, self._calls, losses, *tallied, *costs, cured is None, *hits, lists=lists, longest=longest
         )()
         targets, empty_rows, rows, tokens, forward_flops, extra_forwards, incurable, *hits = agreed.sums
         run.ledger.extra_forwards = Fraction(int(extra_forwards), trainer.args.world_size * len(self._calls))
         trainer._rows_without_targets.count(int(empty_rows), int(rows))
-        self.rows = batch_rows(agreed.lists) if lists else None
+        self.rows = batch_rows(agreed.lists, trainer.args.world_size) if lists else None
         self._calls = cured or self._calls
         self._whole = HeldBatch(self._calls, int(tokens), forward_flops, self.rows.share if self.rows else 1.0)
         loss = agreed.mean
@@ -173,33 +185,30 @@ class Batch:
                 return decide(trainer, math.nan, hits, NON_FINITE if incurable else AGAIN)
         return decide(trainer, loss / self._whole.share, hits)
 
-    def _own_rows(self, gate: RowGate | None) -> tuple[list[Call] | None, list[list[float]], int]:
+    def _own_rows(self, trainer: Any, gate: RowGate | None) -> tuple[list[Call] | None, list[list[float]], int]:
         """Return the micro-batches of this rank with the rows that are kept, None if broken ones cannot be taken out;
         what to tell the other ranks of them; and the most rows that a rank can have.
         """
         if gate is None:
             return self._calls, [], 0
-        gate.check_judged(len(self._calls))
-        return without_broken(self._calls, gate.judged), gate.lists(self._indices), gate.longest
+        gate.check_judged(trainer, self._calls)
+        kept = self._calls if gate.rule is None else without_broken(self._calls, gate.judged)
+        return kept, gate.lists(self._indices), gate.longest
 
-    def _pass_without_broken_rows(self, passes: Passes, backwards: int) -> int:
+    def _pass_without_broken_rows(self, passes: Passes) -> int:
         """Make the first pass once more, over all micro-batches of all ranks, and decide by it.
 
-        The forwards in which broken rows were found are charged like others, and their gradients forgotten.
-
-        Args:
-            backwards: Backwards that were made so far.
+        The gradients of the forwards in which broken rows were found are forgotten.
 
         Returns:
-            Those that were made now.
+            The backwards that were made now.
         """
         trainer, run = passes.trainer, passes.trainer._run
-        self._charge(trainer, backwards)
         passes.forget()
         trainer._tr_loss.copy_(self._tr_loss_before)
         self._decision = None
         if run.budget.is_spent:
-            self._decision = decide(trainer, math.nan, [], NON_FINITE)
+            self._decision = decide(trainer, math.nan, [], NO_ROOM)
             return 0
 
         def is_trained_on(losses: list[Tensor], hits: list[Hits]) -> bool:
@@ -209,8 +218,8 @@ class Batch:
             return self._decision.repeats > 0
 
         must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
-        losses, hits = passes.over(self._whole, None if must_finish else is_trained_on)
-        return len(self._calls) - (not is_trained_on(losses, hits) and not must_finish)
+        self._losses, hits = passes.over(self._whole, None if must_finish else is_trained_on)
+        return len(self._calls) - (not is_trained_on(self._losses, hits) and not must_finish)
 
     # ---- Repeats, replays, or a skip ----
 
@@ -235,9 +244,10 @@ class Batch:
         if repeats == 0:
             self._excerpts = run.consensus.gather_lists(excerpts(self._arrived))  # all ranks skip it
         if run.rows is not None and self.rows is not None and self.rows.dropped:
-            dropped = run.consensus.gather_lists(run.rows.describe_dropped(self._arrived))
+            dropped = run.consensus.gather_lists(run.rows.describe_dropped(self._arrived, self.rows))
             self._dropped = with_text(trainer, dropped)
-        judged, dropped = (len(self.rows.judged), len(self.rows.dropped)) if self.rows else (0, 0)
+        counts = self.rows is not None and trainer.row_rule is not None
+        judged, dropped = (len(self.rows.judged), len(self.rows.dropped)) if counts and self.rows else (0, 0)
         self.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed, judged, dropped)
         if run.budget.is_spent:
             trainer.state.max_steps = trainer.state.global_step + 1  # Trainer stops, evaluates and saves by its rules

@@ -87,8 +87,8 @@ class ABRConfig(TrainingArguments):
     skip_rows: str = field(
         default="none",
         metadata={
-            "help": "Drop rows with outlying losses: robust or none. Or your own rule, as module:Class. The other rows "
-            "of the batch count as they would have. robust: by level and spread of the recent row losses of that "
+            "help": "Drop rows with outlying losses: robust or none. Or your own rule, as module:Class. The other "
+            "rows of the batch count as they would have. robust: by level and spread of the recent row losses of that "
             "length. Costs no extra pass."
         },
     )

@@ -17,6 +17,9 @@ AGAIN = "again"
 
 NON_FINITE = "non-finite"
 
+NO_ROOM = "no room"
+"""Why a batch with broken rows is skipped: the budget has no room for the pass without them."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Decision:

@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+from ..records.errors import one_line
 from ..records.files import RANKED_NAME, write_whole
 from .held import Call
 from .identity import source_of
 from .ranking import RowRanking
 from .row_losses import owners_of
+
+logger = logging.get_logger(__name__)
 
 EXCERPT_TOKENS = 128
 """How much of each row of a skipped batch is kept, to show which data are broken."""
@@ -87,15 +91,21 @@ MOST_RANKED = 200
 
 def write_ranked(trainer: Any, ranking: RowRanking, directory: Path) -> None:
     """Write what the rows of the highest and of the lowest losses say, and where they come from."""
-    decode = getattr(trainer.processing_class, "decode", None)
-    lines = []
-    for index in ranking.extremes(MOST_RANKED):
-        row = trainer.train_dataset[index]
-        ids = row.get("input_ids") if isinstance(row, Mapping) else None
-        tokens = [] if ids is None else torch.as_tensor(ids).flatten()[:KEPT_TOKENS].tolist()
-        text = {"text": decode(tokens)} if decode is not None and tokens else {}
-        lines.append({**source_of(trainer.train_dataset, index), "index": index, "input_ids": tokens, **text})
+    try:
+        lines = [_described(trainer, index) for index in ranking.extremes(MOST_RANKED)]
+    except Exception as error:  # the data set is somebody else's code, and the run is over: nothing of it may be lost
+        logger.warning(f"{RANKED_NAME} is not written: a row of the training set cannot be read ({one_line(error)}).")
+        return
     write_whole(directory / RANKED_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _described(trainer: Any, index: int) -> dict[str, Any]:
+    decode = getattr(trainer.processing_class, "decode", None)
+    row = trainer.train_dataset[index]
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    tokens = [] if ids is None else torch.as_tensor(ids).flatten()[:KEPT_TOKENS].tolist()
+    text = {"text": decode(tokens)} if decode is not None and tokens else {}
+    return {**source_of(trainer.train_dataset, index), "index": index, "input_ids": tokens, **text}
 
 
 def with_text(trainer: Any, dropped: Sequence[DroppedRow]) -> list[DroppedRow]:

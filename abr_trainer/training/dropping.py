@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..data.identity import UNKNOWN
+from ..perplexity.windows import IGNORE_INDEX
 from ..schedulers import Row, RowRule
 from .dropped_rows import DroppedRow, tokens_of_rows
 from .held import Call
 from .ranking import RowRanking
+from .row_losses import of_rows, owners_of
 from .row_seams import NO_LOGITS, RowsUnsupported, Seam, find_seam
 from .rows import Judged, KeptRows, Sieve
 
@@ -31,12 +33,14 @@ class BatchRows:
         targets: 0 where there is no such row, or nothing to judge it by.
         keep: Whether it is trained on.
         indices: In the training set, or `UNKNOWN`.
+        of_a_rank: Positions that each rank has.
     """
 
     losses: list[float]
     targets: list[int]
     keep: list[bool]
     indices: list[int]
+    of_a_rank: int
 
     @property
     def judged(self) -> list[int]:
@@ -88,7 +92,7 @@ class RowGate:
         self.indices: list[int] = []
         self.longest = longest
         self._seam = seam
-        self._first_position = rank * longest
+        self._rank = rank
         self._batch = 0
         self._asks = True
 
@@ -108,13 +112,31 @@ class RowGate:
         Args:
             judges: Whether this is its first pass: then the rule is asked.
         """
-        if not judges and (call.kept is None or all(call.kept.keep)):
+        if not judges and (call.kept is None or call.kept.are_all):
             return contextlib.nullcontext()
         sieve = Sieve(self._judge, None if judges else call.kept)
         return self._seam.open(trainer, model, call, sieve)
 
+    def counting(self, call: Call, judges: bool) -> Callable[[Tensor], Tensor]:
+        """Return what masks the labels of dropped rows, once a forward has shown which these are.
+
+        Under label smoothing that is only known after the first forward: then all rows count.
+        """
+        judged = len(self.judged)
+
+        def masked(labels: Tensor) -> Tensor:
+            keep = call.kept.keep if call.kept is not None else []
+            if judges:
+                keep = self.judged[judged].keep if len(self.judged) > judged else []
+            if not keep or all(keep):
+                return labels
+            owners = owners_of(call.inputs, labels)
+            return labels.masked_fill(~of_rows(keep, owners, labels), IGNORE_INDEX)
+
+        return masked
+
     def _judge(self, losses: Sequence[float], targets: Sequence[int], are_documents: bool) -> Judged:
-        first = self._first_position + sum(len(each.losses) for each in self.judged)
+        first = self._rank * self.longest + sum(len(each.losses) for each in self.judged)
         rows = enumerate(zip(losses, targets, strict=True), start=first)
         keep = [self._keeps(loss, count, position) for position, (loss, count) in rows]
         judged = Judged(list(losses), list(targets), keep, are_documents)
@@ -124,18 +146,24 @@ class RowGate:
     def _keeps(self, loss: float, targets: int, position: int) -> bool:
         if not targets or self.rule is None:
             return True
-        return math.isfinite(loss) and (
-            not self._asks or bool(self.rule.decide(Row(loss, targets, self._batch, position)))
-        )
+        if not math.isfinite(loss) or not self._asks:
+            return math.isfinite(loss)
+        keeps = self.rule.decide(Row(loss, targets, self._batch, position))
+        if not isinstance(keeps, bool | np.bool_):
+            raise TypeError(f"decide of {self.rule} must return whether to train on a row, got {keeps!r}.")
+        return bool(keeps)
 
-    def check_judged(self, micro_batches: int) -> None:
+    def check_judged(self, trainer: Any, calls: Sequence[Call]) -> None:
         """Check that the losses of all rows were seen.
 
         Raises:
-            RowsUnsupported: The model has shown none.
+            RowsUnsupported: They were not.
         """
-        if len(self.judged) != micro_batches:
-            raise RowsUnsupported(*NO_LOGITS)
+        if len(self.judged) != len(calls):
+            inputs = calls[0].inputs
+            if not isinstance(inputs, Mapping) or "labels" not in inputs:
+                raise RowsUnsupported(trainer, 'the batches have no "labels"')
+            raise RowsUnsupported(trainer, *NO_LOGITS)
 
     def lists(self, indices: Sequence[Tensor | None]) -> list[list[float]]:
         """Return what ranks tell each other of their rows: losses, targets, whether they are kept, indices.
@@ -153,19 +181,20 @@ class RowGate:
         )
         return [losses, targets, keep, [float(index) for index in self.indices]]
 
-    def describe_dropped(self, calls: Sequence[Call]) -> list[DroppedRow]:
+    def describe_dropped(self, calls: Sequence[Call], rows: BatchRows) -> list[DroppedRow]:
         """Return the dropped rows of this rank.
 
         Args:
             calls: Its micro-batches as they arrived.
+            rows: Those of all ranks.
         """
         dropped: list[DroppedRow] = []
-        number = 0
+        first, number = self._rank * rows.of_a_rank, 0
         for call, judged in zip(calls, self.judged, strict=True):
             tokens = [] if all(judged.keep) else tokens_of_rows(call.inputs, len(judged.keep))
             for i, (loss, targets, keep) in enumerate(zip(judged.losses, judged.targets, judged.keep, strict=True)):
                 if not keep:
-                    row = Row(loss, targets, self._batch, self._first_position + number)
+                    row = Row(loss, targets, self._batch, first + number)
                     asks = self.rule is not None and math.isfinite(loss)
                     limit = self.rule.evidence(row).get("limit") if self.rule is not None and asks else None
                     dropped.append(DroppedRow(row.position, self.indices[number], loss, limit, targets, tokens[i]))
@@ -193,14 +222,16 @@ def row_gate(trainer: Any, rule: RowRule | None) -> RowGate:
         RowsUnsupported: No rows can be dropped there.
     """
     args = trainer.args
+    ranking = RowRanking.of(trainer)
     longest = trainer._train_batch_size * args.gradient_accumulation_steps
-    return RowGate(rule, find_seam(trainer), args.process_index, longest, RowRanking.of(trainer))
+    return RowGate(rule, find_seam(trainer), args.process_index, longest, ranking)
 
 
-def batch_rows(lists: list[list[float]]) -> BatchRows:
+def batch_rows(lists: list[list[float]], ranks: int) -> BatchRows:
     """Return the rows of a batch from what all ranks have told of theirs."""
     losses, targets, keep, indices = lists
-    return BatchRows(losses, [int(n) for n in targets], [bool(k) for k in keep], [int(i) for i in indices])
+    counts, flags, numbers = [int(n) for n in targets], [bool(k) for k in keep], [int(i) for i in indices]
+    return BatchRows(losses, counts, flags, numbers, len(losses) // ranks)
 
 
 def without_broken(calls: Sequence[Call], judged: Sequence[Judged]) -> list[Call] | None:

@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldBatch:
-    """A batch as it arrived.
+    """A batch as it is trained on.
 
     Attributes:
         calls: Its micro-batches, on this rank.

@@ -15,6 +15,7 @@ from ..report.rows import row_of
 from ..report.text import number, shortened
 from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
+from .deciding import NO_ROOM
 from .dropped_rows import DroppedRow
 
 logger = logging.get_logger(__name__)
@@ -41,11 +42,11 @@ class Notices:
     rows: int = 0
     batches: int = 0
 
-    def note_rows(self, directory: Path, step: int, dropped: Iterable[Mapping[str, Any]]) -> list[str]:
+    def note_rows(self, directory: Path | None, step: int, dropped: Iterable[Mapping[str, Any]]) -> list[str]:
         """Count the rows that were dropped from a batch, and return what to say of them.
 
         Args:
-            directory: Where the trace of the run is.
+            directory: Where the records of the run are; None if it leaves only a trace.
             dropped: What `_dropped_rows.jsonl` says of them.
         """
         lines = []
@@ -54,12 +55,18 @@ class Notices:
             if self.rows <= FIRST:
                 row = row_of([drop])
                 said = f"{row.place}; {row.numbers}{_excerpt(row.text)}"
-                lines.append(f"Dropped from batch {step}: {said}. {_why(directory, step)}")
+                lines.append(f"Dropped from batch {step}: {said}.{_why(directory, step)}")
             lines += self._summary(self.rows, f"rows dropped so far, the last from batch {step}", "rows", directory)
         return lines
 
     def note_batch(
-        self, directory: Path, step: int, reason: str, loss: float, limit: float | None = None, text: str | None = None
+        self,
+        directory: Path | None,
+        step: int,
+        reason: str,
+        loss: float,
+        limit: float | None = None,
+        text: str | None = None,
     ) -> list[str]:
         """Count a skipped batch, and return what to say of it.
 
@@ -73,14 +80,14 @@ class Notices:
         if self.batches <= FIRST:
             said = _why_skipped(reason, loss, limit)
             excerpt = "" if text is None else _excerpt(text)
-            lines.append(f"Batch {step} is skipped: {said}{excerpt}. {_why(directory, step)}")
+            lines.append(f"Batch {step} is skipped: {said}{excerpt}.{_why(directory, step)}")
         return lines + self._summary(self.batches, f"batches skipped so far, the last is {step}", "report", directory)
 
     @staticmethod
-    def _summary(count: int, what: str, verb: str, directory: Path) -> list[str]:
+    def _summary(count: int, what: str, verb: str, directory: Path | None) -> list[str]:
         if count == FIRST + 1:
             return [f"From here on, one line for each {EVERY} {what.partition(' so far')[0]}."]
-        return [f"{count:,} {what}. {_command(verb, directory)}"] if count % EVERY == 0 else []
+        return [f"{count:,} {what}.{_command(verb, directory)}"] if count % EVERY == 0 else []
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts, for a checkpoint: a resumed run goes on counting."""
@@ -95,6 +102,8 @@ def _why_skipped(reason: str, loss: float, limit: float | None) -> str:
         return "it has no targets (labels other than -100)"
     if reason == TOO_FEW_ROWS:
         return "more than half of its rows are dropped"
+    if reason == NO_ROOM:
+        return "the budget has no room for the pass without its broken rows"
     if not math.isfinite(loss):
         return f"its loss is {loss}"
     return f"loss {number(loss)}" + (f", limit {number(limit)}" if limit is not None else "") + f" ({reason})"
@@ -104,12 +113,12 @@ def _excerpt(text: str) -> str:
     return f'; "{shortened(text, EXCERPT)}"' if text.strip() else ""
 
 
-def _why(directory: Path, step: int) -> str:
+def _why(directory: Path | None, step: int) -> str:
     return _command("why", directory, str(step))
 
 
-def _command(verb: str, directory: Path, *more: str) -> str:
-    return pasted(command(verb, [str(directory), *more]))
+def _command(verb: str, directory: Path | None, *more: str) -> str:
+    return "" if directory is None else " " + pasted(command(verb, [str(directory), *more]))
 
 
 def say_what_is_left_out(
@@ -122,7 +131,9 @@ def say_what_is_left_out(
     """
     if not (outcome.skipped or dropped) or not trainer.is_world_process_zero():
         return
-    notices, directory = trainer._run.notices, trainer._trace.directory or Path(trainer.args.output_dir)
+    output_dir = Path(trainer.args.output_dir)
+    is_trial = trainer._trace.directory not in (None, output_dir)  # of which only the trace is written
+    notices, directory = trainer._run.notices, None if is_trial else output_dir
     seen = outcome.observation
     step = seen.batch + 1
     lines = notices.note_rows(directory, step, [{"step": step, **row.as_line()} for row in dropped])

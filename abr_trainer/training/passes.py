@@ -84,11 +84,13 @@ class Passes:
         with contextlib.ExitStack() as watch:
             if has_own_compute_loss(trainer):
                 watch.enter_context(self._counting_forwards())
+            rows = trainer._run.rows
+            if rows is not None:  # before the hits are counted: those of dropped rows are none
+                watch.enter_context(rows.watching(trainer, self.model, call, judges_rows))
             if "accuracy" in trainer.repeat_scheduler.wants:
-                check = counting_hits(self.model, call.inputs, label_use(trainer), hits)
+                counts = None if rows is None else rows.counting(call, judges_rows)
+                check = counting_hits(self.model, call.inputs, label_use(trainer), hits, counts)
                 watch.enter_context(before_backward(trainer.accelerator, watch.enter_context(check)))
-            if trainer._run.rows is not None:
-                watch.enter_context(trainer._run.rows.watching(trainer, self.model, call, judges_rows))
             loss = self._training_step(self.model, call.inputs, *call.args, **call.kwargs)
         return loss.clone()  # CUDA graphs write the loss of the next forward into the same memory
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -42,7 +43,7 @@ class RowRanking:
         """
         if not setting(trainer.args, "rank_rows") or trainer.train_dataset is None:
             return None
-        if not has_length(trainer.train_dataset):
+        if not has_length(trainer.train_dataset) or isinstance(trainer.train_dataset, IterableDataset):
             raise ValueError(
                 "--rank_rows needs a training set with a length: rows of a stream have no place in a ranking. Leave "
                 "--rank_rows out, or read the data without --streaming."

@@ -12,7 +12,6 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..records.files import ABR_STATE_NAME, CHECKPOINT_PREFIX, TRAINER_STATE, read_json, write_whole
-from ..schedulers import RowRule
 from .callbacks import LogWindow
 from .checkpoints import (
     UnfitCheckpoint,
@@ -105,7 +104,7 @@ class ResumeMixin(_AnyTrainer):
                 "description": self._scheduler_description,
                 "state": self.repeat_scheduler.state_dict(),
             },
-            **({} if self.row_rule is None else {"row_rule": _described(self.row_rule)}),
+            **({} if self.row_rule is None else {"row_rule": self._row_rule_state()}),
             "skips_in_a_row": self._run.skips_in_a_row,
             "notices": self._run.notices.state_dict(),
             "batch": self._batch_size(),
@@ -229,6 +228,14 @@ class ResumeMixin(_AnyTrainer):
             self._run.window = LogWindow(**log["window"])
             self._restored_log = log["tr_loss"], log["last_logged"]
 
+    def _row_rule_state(self) -> dict[str, Any]:
+        state = {"description": self._row_rule_description, "state": self.row_rule.state_dict()}
+        try:
+            json.dumps(state, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"The state_dict of {self._row_rule_description} is not JSON: {error}.") from error
+        return state
+
     @property
     def _ranking(self) -> RowRanking | None:
         return None if self._run.rows is None else self._run.rows.ranking
@@ -238,8 +245,10 @@ class ResumeMixin(_AnyTrainer):
         if self._ranking is not None:
             self._ranking.load(Path(checkpoint))
         if self.row_rule is None:
+            if saved is not None:
+                logger.warning(f"The checkpoint was written under {saved['description']}; no rows are dropped now.")
             return
-        now = _described(self.row_rule)["description"]
+        now = self._row_rule_description
         if saved is not None and saved["description"] == now:
             self.row_rule.load_state_dict(saved["state"])
         else:
@@ -284,7 +293,3 @@ class ResumeMixin(_AnyTrainer):
             self._tr_loss += tr_loss[self.args.process_index]
             self._total_loss_scalar -= sum(tr_loss) / len(tr_loss)  # `train` returns the mean loss of its own batches
             self._restored_log = None
-
-
-def _described(rule: RowRule) -> dict[str, Any]:
-    return {"description": repr(rule), "state": rule.state_dict()}

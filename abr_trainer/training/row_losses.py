@@ -101,18 +101,16 @@ class RowLoss:
         """
         with torch.no_grad():
             if self.function is ForSequenceClassificationLoss:
+                if given["config"].problem_type is None:
+                    self._call(given)  # finds the kind of problem, and writes it there
                 return _of_sequences(given)
             logits, labels, owners = given["logits"], self._aligned(given), self._aligned_owners(given)
-            sums = [logits.new_zeros(0, labels.shape[1], dtype=torch.float32)]
-            rows = max(1, LOGITS_AT_A_TIME // max(1, logits[:1].numel()))
-            for part, targets in zip(
-                torch.split(logits, rows), torch.split(labels.to(logits.device), rows), strict=True
-            ):
-                flat = F.cross_entropy(part.float().flatten(0, 1), targets.flatten(), reduction="none")
-                sums.append(flat.view(targets.shape))
-            owners = None if owners is None else owners.to(logits.device)
-            counted = labels.ne(IGNORE_INDEX).to(logits.device)
-            return summed_by_row(torch.cat(sums), owners), summed_by_row(counted, owners)
+            labels, owners = labels.to(logits.device), None if owners is None else owners.to(logits.device)
+            tokens = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+            parts = zip(torch.split(logits.flatten(0, 1), tokens), torch.split(labels.flatten(), tokens), strict=True)
+            losses = [F.cross_entropy(part.float(), targets, reduction="none") for part, targets in parts]
+            by_token = torch.cat(losses).view(labels.shape)
+            return summed_by_row(by_token, owners), summed_by_row(labels.ne(IGNORE_INDEX), owners)
 
     def of_kept(self, given: Mapping[str, Any], keep: list[bool], share: float) -> Tensor:
         """Return the loss of some rows, in which each weighs as it does in the loss of all.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,30 +18,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss
 
 from ..perplexity.windows import IGNORE_INDEX
+from .loss_scale import has_own_compute_loss
 from .row_losses import KNOWN, RowLoss, arguments_of, nothing_of, of_rows, owners_of, summed_by_row
 from .rows import Sieve
 from .signals import watching
 from .targets import base_model, forward_with_loss, names_in, unwrapped
 
-CLOSE = 1e-3
-"""Relative difference up to which a loss that we compute is taken for that of the model."""
+CLOSE, EQUAL = 1e-3, 1e-5
+"""Relative difference up to which a loss that we compute is that of the model: where we know which one it computes,
+and where several come into question. Before training, a loss of shifted labels is nearly that of labels as they are.
+"""
 
 
 class RowsUnsupported(ValueError):
-    """Rows cannot be dropped here, and why."""
+    """The losses of rows cannot be seen, or rows cannot be dropped, and why.
 
-    def __init__(self, reason: str, advice: str = "Use --skip_rows none.") -> None:
-        super().__init__(f"--skip_rows does not work here: {reason}. {advice}")
+    Args:
+        advice: What else to do than to leave the flag out.
+    """
+
+    def __init__(self, trainer: Any, reason: str, advice: str = "") -> None:
+        drops = trainer.row_rule is not None
+        flag, leave_out = ("--skip_rows", "Use --skip_rows none") if drops else ("--rank_rows", "Leave it out")
+        fix = f"{advice}, or {leave_out[0].lower()}{leave_out[1:]}" if advice else leave_out
+        super().__init__(f"{flag} does not work here: {reason}. {fix}.")
 
 
 NO_LOGITS = (
     "the model returns no logits while it trains, as with a fused loss",
-    'With Liger, give --liger_kernel_config \'{"fused_linear_cross_entropy": false, "cross_entropy": true}\'; else '
-    "use --skip_rows none.",
+    'With Liger, give --liger_kernel_config \'{"fused_linear_cross_entropy": false, "cross_entropy": true}\'',
 )
 
 
@@ -70,8 +80,6 @@ class LossFunctionSeam(Seam):
             if given.get("labels") is None and given.get("shift_labels") is None:
                 return function(*args, **kwargs)
             loss = _row_loss(function, given, call.inputs)
-            if function is ForSequenceClassificationLoss and given["config"].problem_type is None:
-                function(*args, **kwargs)  # finds the kind of problem, and writes it there
             kept = sieve.sift(partial(loss.by_row, given), loss.owners is not None)
             return function(*args, **kwargs) if kept is None else loss.of_kept(given, kept.keep, kept.share)
 
@@ -95,16 +103,16 @@ class LabelSmootherSeam(Seam):
 
         def of_kept_rows(outputs: Any, labels: Tensor, shift_labels: bool = False, **kwargs: Any) -> Tensor:
             if owners_of(call.inputs, labels) is not None:
-                raise RowsUnsupported("label smoothing over a padding-free or packed batch")
+                raise RowsUnsupported(trainer, "labels are smoothed over a padding-free or packed batch")
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 
             def by_row() -> tuple[Tensor, Tensor]:
-                targets = (labels[:, 1:] if shift_labels else labels).ne(IGNORE_INDEX).flatten(1).sum(1)
+                counted = (labels[:, 1:] if shift_labels else labels).ne(IGNORE_INDEX)
                 rows = [
                     smoother({"logits": row[None].float()}, its[None], shift_labels, num_items_in_batch=1)
                     for row, its in zip(logits.detach(), labels, strict=True)
                 ]
-                return torch.stack(rows), targets
+                return torch.stack(rows), counted[:, None].flatten(1).sum(1)
 
             kept = sieve.sift(by_row)
             if kept is None:
@@ -137,23 +145,26 @@ class OutputSeam(Seam):
                 return _keep_log_probs(output, given.get("labels"), call.inputs, call.items_in_batch, sieve)
             labels, logits = given.get("labels"), output.get("logits")
             if isinstance(labels, Tensor) and isinstance(logits, Tensor) and output.get("loss") is not None:
-                return self._keep(base_model(trainer).config, output, labels, call, sieve)
+                return self._keep(trainer, output, labels, call, sieve)
             return None
 
         with watching(model, of_kept_rows):
             yield
 
-    def _keep(self, config: Any, output: Any, labels: Tensor, call: Any, sieve: Sieve) -> Any:
-        given = _arguments(output["logits"], labels, config, call.items_in_batch)
+    def _keep(self, trainer: Any, output: Any, labels: Tensor, call: Any, sieve: Sieve) -> Any:
+        base = base_model(trainer)
+        given = _arguments(output["logits"], labels, base.config, call.items_in_batch)
         if self._loss is None:
             loss = output["loss"].detach()
-            if not loss or not loss.isfinite():
+            tells = bool(loss) and bool(loss.isfinite())
+            found = _losses_like(base, given, loss if tells else None)
+            if not found:
+                raise RowsUnsupported(trainer, "the loss of this model is not a sum over the targets of its rows")
+            if len(found) > 1:
                 sieve.cannot_tell()  # which of the losses it is: this number does not say
                 return output
-            self._loss = _find_loss(given, loss)
-        if self._loss is None:
-            raise RowsUnsupported("the loss of this model is not a sum over the targets of its rows")
-        function, counts_items = self._loss
+            self._loss = found[0] if tells else None
+        function, counts_items = self._loss or found[0]
         if not counts_items:
             given["num_items_in_batch"] = None
         loss = _row_loss(function, given, call.inputs)
@@ -202,25 +213,50 @@ def _arguments(logits: Tensor, labels: Tensor, config: Any, items: Any) -> dict[
     }
 
 
-def _find_loss(given: Mapping[str, Any], loss: Tensor) -> tuple[Callable[..., Tensor], bool] | None:
-    """Return which loss of transformers a model has computed, and whether it was divided by the targets of the batch.
+Found = tuple[Callable[..., Tensor], bool]
+"""A loss of transformers, and whether it was divided by the targets of the whole batch."""
+
+
+def _losses_like(base: Any, given: Mapping[str, Any], loss: Tensor | None) -> list[Found]:
+    """Return which losses of transformers a model may have computed: mostly one, or none.
 
     Args:
         given: What these losses take, by name.
-        loss: What the model has returned.
+        loss: What the model has returned; None if it does not tell.
     """
-    logits, labels = given["logits"], given["labels"]
-    by_token = logits.dim() == 3 and logits.shape[:2] == labels.shape
-    candidates = (ForMaskedLMLoss, ForCausalLMLoss) if by_token else (ForSequenceClassificationLoss,)
-    if not by_token and (logits.dim() != 2 or len(logits) != len(labels)):
-        return None
+    forward = forward_with_loss(base)
+    if loss is None:
+        return _candidates(base, forward, given)
     with torch.no_grad():
-        for function in candidates:
-            for items in (given["num_items_in_batch"], None):
-                found = function(**{**given, "num_items_in_batch": items})
-                if torch.isclose(found.float(), loss.float(), rtol=CLOSE, atol=0.0):
-                    return function, items is not None
-    return None
+        return [
+            (function, counts_items)
+            for function, counts_items in _candidates(base, forward, given)
+            if torch.isclose(
+                function(
+                    **{**given, "num_items_in_batch": given["num_items_in_batch"] if counts_items else None}
+                ).float(),
+                loss.float(),
+                rtol=CLOSE if "loss_function" in names_in(forward) or loss.dtype != torch.float32 else EQUAL,
+                atol=0.0,
+            )
+        ]
+
+
+def _candidates(base: Any, forward: Any, given: Mapping[str, Any]) -> list[Found]:
+    logits, labels = given["logits"], given["labels"]
+    if logits.dim() == 2 and len(logits) == len(labels):
+        fits = logits.shape[1] == getattr(base.config, "num_labels", None)
+        return [(ForSequenceClassificationLoss, False)] if fits else []
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        return []
+    if "loss_function" in names_in(forward):  # of a compiled model
+        function = base.loss_function
+        return [(function, given["num_items_in_batch"] is not None)] if function in KNOWN else []
+    # A forward that computes the loss itself gets the number of targets if it asks for it by name.
+    asks = "num_items_in_batch" in inspect.signature(forward).parameters and given["num_items_in_batch"] is not None
+    of_transformers = (getattr(forward, "__module__", None) or "").startswith("transformers.")
+    functions = (ForMaskedLMLoss,) if of_transformers else (ForMaskedLMLoss, ForCausalLMLoss)
+    return [(function, asks) for function in functions]
 
 
 def find_seam(trainer: Any) -> Seam:
@@ -230,15 +266,14 @@ def find_seam(trainer: Any) -> Seam:
         RowsUnsupported: There is none.
     """
     if trainer.compute_loss_func is not None:
-        raise RowsUnsupported("`compute_loss_func` computes the loss, and cannot be told which rows count")
-    computes = type(trainer).compute_loss
-    by_trl = computes.__module__ == "trl.trainer.sft_trainer"
-    if computes is not Trainer.compute_loss and not by_trl:
-        raise RowsUnsupported(f"{type(trainer).__name__} computes the loss itself, in `compute_loss`")
+        raise RowsUnsupported(trainer, "`compute_loss_func` computes the loss, and cannot be told which rows count")
+    by_trl = trainer.compute_loss.__module__ == "trl.trainer.sft_trainer"
+    if has_own_compute_loss(trainer) and not by_trl:
+        raise RowsUnsupported(trainer, f"{type(trainer).__name__} computes the loss itself, in `compute_loss`")
     if trainer.args.use_liger_kernel and (trainer.args.liger_kernel_config or {}).get(
         "fused_linear_cross_entropy", True
     ):
-        raise RowsUnsupported(*NO_LOGITS)
+        raise RowsUnsupported(trainer, *NO_LOGITS)
     if trainer.label_smoother is not None:
         return LabelSmootherSeam()
     if by_trl:
@@ -247,6 +282,7 @@ def find_seam(trainer: Any) -> Seam:
     is_compiled = trainer.args.torch_compile or hasattr(unwrapped(trainer), "_orig_mod")
     if isinstance(base, PreTrainedModel) and "loss_function" in names_in(forward_with_loss(base)) and not is_compiled:
         if base.loss_function not in KNOWN:
-            raise RowsUnsupported(f"the loss of the model, {base.loss_function}, is not known to be a sum over rows")
+            name = getattr(base.loss_function, "__name__", base.loss_function)
+            raise RowsUnsupported(trainer, f"the loss of the model, {name}, is not known to be a sum over rows")
         return LossFunctionSeam()
     return OutputSeam()

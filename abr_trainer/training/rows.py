@@ -29,6 +29,11 @@ class KeptRows(NamedTuple):
     share: float
     targets: int
 
+    @property
+    def are_all(self) -> bool:
+        """Whether they are all rows that the micro-batch came with, broken ones that were taken out among them."""
+        return all(self.keep) and self.share == 1.0
+
 
 @dataclass
 class Judged:
@@ -81,7 +86,7 @@ class Sieve:
             counts = [int(count) for count in targets]
             means = [total / count if count else math.nan for total, count in zip(sums, counts, strict=True)]
             self._kept = self._judge(means, counts, are_documents).kept()
-        return None if self._kept is None or all(self._kept.keep) else self._kept
+        return None if self._kept is None or self._kept.are_all else self._kept
 
     def cannot_tell(self) -> None:
         """Note that this micro-batch does not tell what its rows lose."""

@@ -54,12 +54,15 @@ def watching(model: nn.Module, look: Callable[[Any, Mapping[str, Any]], Any]) ->
 
 
 @contextlib.contextmanager
-def counting_hits(model: nn.Module, inputs: Any, use: LabelUse, hits: list[Hits]) -> Iterator[Callable[[Any], bool]]:
+def counting_hits(
+    model: nn.Module, inputs: Any, use: LabelUse, hits: list[Hits], counts: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Callable[[Any], bool]]:
     """Add the hits of a micro-batch to `hits`, as the first forward of `model` in this context tells them that can.
 
     Args:
         inputs: The micro-batch, with `labels` of shape (rows, length), or with `shift_labels`.
         use: What the model does with labels.
+        counts: Leaves of labels those of rows that are kept, once that is decided; without it all count.
 
     Yields:
         A function to call when all forwards are made; what it is given does not matter. It returns True, or raises
@@ -71,7 +74,7 @@ def counting_hits(model: nn.Module, inputs: Any, use: LabelUse, hits: list[Hits]
     def look(output: Any, _: Any) -> None:
         if len(hits) == known:
             try:
-                hits.append(hits_in(output, inputs, use))
+                hits.append(hits_in(output, inputs, use, counts))
             except NoAccuracy as problem:
                 problems.append(str(problem))
 
@@ -85,7 +88,7 @@ def counting_hits(model: nn.Module, inputs: Any, use: LabelUse, hits: list[Hits]
         yield check
 
 
-def hits_in(output: Any, inputs: Any, use: LabelUse) -> Hits:
+def hits_in(output: Any, inputs: Any, use: LabelUse, counts: Callable[[Tensor], Tensor] | None = None) -> Hits:
     """Return how many targets a forward predicts right, and how many there are.
 
     Raises:
@@ -105,7 +108,7 @@ def hits_in(output: Any, inputs: Any, use: LabelUse) -> Hits:
     if not isinstance(logits, Tensor):
         raise NoAccuracy(f"the model returns a loss without logits. {_how_to_get_logits(output)}")
     predicted = logits.detach().argmax(dim=-1)
-    targets = labels.to(logits.device)
+    targets = (labels if counts is None else counts(labels)).to(logits.device)
     virtual = predicted.shape[-1] - targets.shape[-1] if predicted.dim() == targets.dim() == 2 else 0
     if use.shifts and not use.first and virtual > 0:  # tokens of an adapter before those of the text
         predicted = predicted[:, virtual - 1 : -1]

@@ -179,6 +179,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self.repeat_scheduler = self.args.build_repeat_scheduler() if has_fields else ConstantScheduler()
         self._scheduler_description = repr(self.repeat_scheduler)
         self.row_rule = self._fresh_row_rule()
+        self._row_rule_description = repr(self.row_rule)
         self._run, self._batch, self._is_drawn = Run(self.args, self.accelerator), Batch(), False
         if self._is_active and wants_row_indices(self):
             self._run.rows = row_gate(self, self.row_rule)

@@ -13,6 +13,8 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
@@ -196,7 +198,7 @@ def test_a_resumed_run_drops_the_same_rows_and_says_so_once(build, train, tmp_pa
     }
     whole = train(output_dir=str(tmp_path / "whole"), **options)
     written = {path.name: path.read_bytes() for path in Path(whole.args.output_dir).glob("_[dr]*")}
-    assert written.keys() == {"_dropped_rows.jsonl", "_row_trace.jsonl", "_row_losses.npz"}
+    assert written.keys() == {"_dropped_rows.jsonl", "_row_trace.jsonl", "_row_losses.npz", "_ranked_rows.jsonl"}
     assert whole.ledger.rows_dropped > 5
     stopped = build(**options)
     stopped.add_callback(StopAfter(20))
@@ -317,15 +319,17 @@ def test_a_batch_without_a_finite_row_is_skipped(train):
 # ---- Other models ----
 
 
+@pytest.mark.parametrize("why", ["by a rule", "not finite"])
 @pytest.mark.parametrize("kind", ["classes", "regression", "several labels", "bert classes"])
-def test_rows_of_classifiers_are_dropped(train, kind):
+def test_rows_of_classifiers_are_dropped(train, kind, why):
     labels = {
         "classes": lambda i: i % 3,
         "bert classes": lambda i: i % 3,
         "regression": lambda i: i / 12,
         "several labels": lambda i: [float(i % 2), float(i % 3 == 0), 1.0],
     }[kind]
-    rows = [{"input_ids": row["input_ids"], "labels": labels(i)} for i, row in enumerate(token_rows(12))]
+    of_tokens = rows_with_broken_ones(*DROPPED)
+    rows = [{"input_ids": row["input_ids"], "labels": labels(i)} for i, row in enumerate(of_tokens)]
 
     def model() -> Any:
         torch.manual_seed(0)
@@ -338,14 +342,17 @@ def test_rows_of_classifiers_are_dropped(train, kind):
         config.problem_type = "multi_label_classification" if kind == "several labels" else None
         return AutoModelForSequenceClassification.from_config(config)
 
-    rule = named(1)
+    network, scheduler = model(), Scripted(1)
+    if why == "not finite":
+        network.get_input_embeddings().register_forward_hook(poison)
     ours = train(
-        model=model(),
+        model=network,
         data=rows,
-        trainer_options={"row_rule": rule},
-        skip_outliers="none",
+        repeat_scheduler=scheduler,
+        trainer_options={"row_rule": named(1) if why == "by a rule" else Named()},
         optim="adamw_torch",
         weight_decay=0.0,
+        logging_steps=1,
     )
     reference = model().train()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
@@ -359,6 +366,9 @@ def test_rows_of_classifiers_are_dropped(train, kind):
             output = reference(input_ids=ids)
             wanted = torch.tensor([rows[j]["labels"] for j in (i, i + 1)])
             by_row = _losses_by_hand(kind, output.logits, wanted)
+            kept_mean = sum(by_row[j - i].item() for j in keep) / len(keep)
+            assert scheduler.outcomes[i // 2].observation.loss == pytest.approx(kept_mean, rel=1e-3)
+            assert ours.state.log_history[i // 2]["loss"] == pytest.approx(kept_mean, rel=1e-3)
             (sum(by_row[j - i] for j in keep) / 2).backward()
             torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
             optimizer.step()
@@ -390,8 +400,7 @@ def test_dropped_rows_under_label_smoothing(train, accumulation):
     assert ours.ledger.rows_dropped == 3
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_rows_of_encoder_decoders_are_dropped(train, kind):
+def encoder_decoder(kind: str) -> Any:
     sizes = {
         "t5": dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, dropout_rate=0.0),
         "bart": dict(
@@ -406,11 +415,15 @@ def test_rows_of_encoder_decoders_are_dropped(train, kind):
             max_position_embeddings=64,
         ),
     }[kind]
+    torch.manual_seed(0)
+    ids = dict(pad_token_id=0, decoder_start_token_id=0, bos_token_id=1, eos_token_id=1)
+    return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, vocab_size=VOCABULARY, **sizes, **ids))
 
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_rows_of_encoder_decoders_are_dropped(train, kind):
     def model() -> Any:
-        torch.manual_seed(0)
-        ids = dict(pad_token_id=0, decoder_start_token_id=0, bos_token_id=1, eos_token_id=1)
-        return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, vocab_size=VOCABULARY, **sizes, **ids))
+        return encoder_decoder(kind)
 
     options = dict(optim="adamw_torch", weight_decay=0.0)
     ours = train(model=model(), trainer_options={"row_rule": named(1)}, skip_outliers="none", **options)
@@ -432,9 +445,18 @@ def test_rows_of_encoder_decoders_are_dropped(train, kind):
     assert ours.ledger.rows_dropped == 3
 
 
-def test_a_compiled_model_drops_the_same_rows(train):
-    eager = train(trainer_options={"row_rule": named(1)})
-    compiled = train(trainer_options={"row_rule": named(1)}, torch_compile=True, torch_compile_backend="aot_eager")
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_compiled_model_drops_the_same_rows(train, seed):
+    """A model that has learnt nothing loses as much by the labels of a position as by those of the next."""
+
+    def model() -> Any:
+        return tiny_llama(seed, tie_word_embeddings=False)
+
+    rule = named(1)
+    eager = train(model=model(), trainer_options={"row_rule": named(1)})
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = train(model=model(), trainer_options={"row_rule": rule}, **options)
+    assert {row.targets for rows, _ in rule.seen for row in rows} == {11}
     torch.testing.assert_close(weights(compiled.model), weights(eager.model), rtol=1e-5, atol=1e-6)
     assert compiled.ledger.rows_dropped == 3
 
@@ -520,3 +542,105 @@ def test_a_model_without_logits_is_refused_before_its_first_update(build):
 def test_flags_for_rows_are_checked(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
         ABRConfig(output_dir=str(tmp_path), use_cpu=True, **config)
+
+
+def test_what_rows_cannot_be_seen_in_is_named(build):
+    """Multiple choice has a row of logits for each choice, question answering no labels by that name."""
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    config = AutoConfig.for_model("bert", **sizes, num_attention_heads=2, pad_token_id=0)
+    ids = token_rows(4)
+    choices = [{"input_ids": row["input_ids"].view(3, 4), "labels": 1} for row in ids]
+    trainer = build(model=BertForMultipleChoice(config), data=choices, trainer_options={"row_rule": Named()})
+    with pytest.raises(RowsUnsupported, match="not a sum over the targets of its rows"):
+        trainer.train()
+    answers = [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 2} for row in ids]
+    trainer = build(model=BertForQuestionAnswering(config), data=answers, rank_rows=True)
+    with pytest.raises(RowsUnsupported, match=r'--rank_rows does not work here: the batches have no "labels"'):
+        trainer.train()
+
+
+class Forgetful(RowRule):
+    """A rule without a return."""
+
+    def decide(self, row):
+        row.loss  # noqa: B018
+
+
+def test_a_rule_must_say_whether_to_train_on_a_row(build):
+    with pytest.raises(TypeError, match="must return whether to train on a row, got None"):
+        build(trainer_options={"row_rule": Forgetful()}).train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_a_budget_without_room_for_a_second_first_pass_is_kept(train, accumulation):
+    model, made = tiny_llama(), []
+    model.get_input_embeddings().register_forward_hook(poison)
+    model.register_forward_hook(lambda *_: made.append(1))
+    scheduler = Scripted(1)
+    ours = train(
+        model=model,
+        data=rows_with_broken_ones(1),
+        repeat_scheduler=scheduler,
+        trainer_options={"row_rule": Named()},
+        gradient_accumulation_steps=accumulation,
+        max_passes=1,
+    )
+    assert ours.ledger.forwards == len(made) == accumulation
+    assert ours.ledger.passes <= 1
+    assert [(outcome.repeats, outcome.reason) for outcome in scheduler.outcomes] == [(0, "no room")]
+
+
+def test_labels_of_a_classifier_may_be_smoothed(train):
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=2, pad_token_id=0, num_labels=3)
+    rows = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(token_rows(12))]
+    model = AutoModelForSequenceClassification.from_config(config)
+    rule = named(1)
+    ours = train(model=model, data=rows, trainer_options={"row_rule": rule}, label_smoothing_factor=0.1)
+    assert ours.ledger.rows_dropped == 3
+    assert [[row.targets for row in rows] for rows, _ in rule.seen] == [[1, 1]] * 6
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_the_log_keeps_the_scale_that_trainer_has(train, kind):
+    """Stock Trainer logs sums over micro-batches of T5, and divides by the first labels of GPT-2, too."""
+    model = small(kind) if kind == "gpt2" else encoder_decoder("t5")
+    options: dict[str, Any] = {
+        "model": model,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.0,
+        "logging_steps": 1,
+    }
+    dropped = train(trainer_options={"row_rule": named(2)}, skip_outliers="none", **options)
+    stock = train(trainer_cls=Trainer, config_cls=TrainingArguments, **options)
+    for ours, theirs in zip(dropped.state.log_history[:3], stock.state.log_history[:3], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.2)
+    assert dropped.state.log_history[2]["loss"] == pytest.approx(stock.state.log_history[2]["loss"], rel=1e-6)
+
+
+class WantsAccuracy(Scripted):
+    wants = frozenset({"accuracy"})
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_accuracy_is_that_of_the_kept_rows(train, repeats):
+    options: dict[str, Any] = {"learning_rate": 0.0, "num_train_epochs": 1}
+    ours = train(repeat_scheduler=WantsAccuracy(repeats), trainer_options={"row_rule": named(1)}, **options)
+    theirs = train(repeat_scheduler=WantsAccuracy(repeats), data=masked(token_rows(12), DROPPED), **options)
+    pairs = zip(ours.repeat_scheduler.outcomes, theirs.repeat_scheduler.outcomes, strict=True)
+    found = [(one.observation.accuracy, other.observation.accuracy) for one, other in pairs if other.repeats]
+    assert len(found) == 5
+    assert all(one == other for one, other in found)
+
+
+def test_a_resumed_run_says_if_rows_are_dropped_no_more(train, caplog):
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    train(trainer_options={"row_rule": Named()}, **options)
+    train(resume_from_checkpoint=True, num_train_epochs=2, **options)
+    assert "was written under Named(); no rows are dropped now" in caplog.text
+
+
+def test_a_ranking_alone_counts_no_rows_as_judged(train):
+    ours = train(rank_rows=True)
+    assert (ours.ledger.rows, ours._run.rows.rule) == (0, None)
+    assert "rows_dropped" not in ours.state.log_history[0]
