@@ -19,6 +19,7 @@ from ..training.config import ABRConfig
 from ..training.evaluation import NoSuchMetric
 from ..training.readiness import check_disk, mend_generation_config
 from ..training.row_seams import RowsUnsupported
+from ..training.signals import NoAccuracy
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
 from .parsing import wanted_splits as wanted_splits
@@ -61,7 +62,7 @@ def carry_out(
             trainer.check_checkpoint(checkpoint)
     with (
         replacing_previous_run(args),
-        one_line_errors(TooManySkips, NoSuchMetric, BadRow, UnfitCheckpoint, RowsUnsupported),
+        one_line_errors(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint, RowsUnsupported),
     ):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)

@@ -39,6 +39,20 @@ def finished(tmp_path_factory):
     return output, run(output, *flags, *ABR)
 
 
+def test_a_rule_that_cannot_see_the_accuracy_ends_the_run_with_one_line(tmp_path, monkeypatch):
+    load = run_clm_abr.load_model
+
+    def load_without_logits(*arguments):
+        model = load(*arguments)
+        model.register_forward_hook(lambda _, __, output: {"loss": output["loss"]})
+        return model
+
+    monkeypatch.setattr(run_clm_abr, "load_model", load_without_logits)
+    with pytest.raises(SystemExit, match=r"^error: The --repeat_scheduler looks at the token accuracy, but") as caught:
+        run(tmp_path / "run", "--do_train", "--max_steps", "1", "--repeat_scheduler", "gain")
+    assert "\n" not in str(caught.value)
+
+
 def test_perplexity_falls_and_is_written_down(finished):
     output, results = finished
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
