@@ -89,7 +89,7 @@ def _load_blocks(
         flag, limit = limits.get(split, ("max_eval_samples", arguments.max_eval_samples))
         tokens = tokenize(rows, arguments, tokenizer)
         cut = cut_blocks(tokens, block_size, arguments, rows, vocabulary, sources if split == "train" else None)
-        blocks[split] = _at_most(cut, limit, flag, must_end=split != "train")
+        blocks[split] = at_most(cut, limit, flag, must_end=split != "train")
     return blocks
 
 
@@ -113,7 +113,7 @@ def _load_mix(
         seed=seed,
         stopping_strategy=arguments.mix_until,
     )
-    blocks["train"] = _at_most(drawn, arguments.max_train_samples, "max_train_samples", must_end=False)
+    blocks["train"] = at_most(drawn, arguments.max_train_samples, "max_train_samples", must_end=False)
     return blocks
 
 
@@ -252,9 +252,19 @@ def _map(
     )
 
 
-def _at_most(
+def at_most(
     blocks: Dataset | IterableDataset, limit: int | None, flag: str, must_end: bool
 ) -> Dataset | IterableDataset:
+    """Return the first so many blocks.
+
+    Args:
+        limit: None for all of them.
+        flag: What gave the limit, for messages.
+        must_end: Read the blocks of a stream, so that they can be counted.
+
+    Raises:
+        ValueError: A stream must end, and there is no limit.
+    """
     if isinstance(blocks, IterableDataset):
         if must_end and limit is None:
             raise ValueError(f"A streamed data set has no end to evaluate to: give --{flag}.")

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..records.errors import BadRow, one_line
 from .arguments import ChatArguments
-from .blocks import cut_blocks, tokenize
+from .blocks import at_most, cut_blocks, tokenize
 from .chat import Chat, Message, Shape, Where, Written, find_shape, read_row
 from .columns import TOKENS, Row, choose_every, parse_line
 from .context import fit_context
@@ -47,11 +47,13 @@ class ChatRows:
     """The rows of one split, and what they hold.
 
     Attributes:
+        limited_by: The flag that says how many of them are used.
         shape: None for one plain text, which is cut into blocks.
         is_chat: They are written down by a chat template.
     """
 
     loaded: TextRows
+    limited_by: str
     shape: Shape | None
     is_chat: bool
 
@@ -76,7 +78,7 @@ def load_chats(arguments: ChatArguments, splits: Collection[str], with_sources: 
         flag = "max_train_samples" if split == "train" else "max_eval_samples"
         limit = getattr(arguments, flag)
         if loaded.rows_are_lines:
-            found[split] = ChatRows(loaded, None, is_chat=False)
+            found[split] = ChatRows(loaded, flag, None, is_chat=False)
             continue
         first = list(_read(loaded, _columns(first_rows(loaded.rows, loaded.origin)), range(len(loaded.rows))))
         shape = find_shape(first, loaded.origin, arguments.text_column)
@@ -87,7 +89,7 @@ def load_chats(arguments: ChatArguments, splits: Collection[str], with_sources: 
             logger.warning(
                 f"--{flag} {limit} asks for more than the {len(loaded.rows)} rows there are: using all of them."
             )
-        found[split] = ChatRows(loaded, shape, is_chat and shape.kind != "text")
+        found[split] = ChatRows(loaded, flag, shape, is_chat and shape.kind != "text")
     return found
 
 
@@ -265,7 +267,7 @@ def tokenise_chats(
     """
     loaded, shape = found.loaded, found.shape
     if shape is None:
-        return _blocks_of(loaded, arguments, encoder.tokenizer, length, with_sources)
+        return _blocks_of(found, arguments, encoder.tokenizer, length, with_sources)
     if found.is_chat:
         refuse_missing_template(encoder.tokenizer, loaded.origin)
     column = loaded.column
@@ -330,9 +332,10 @@ def _say_what_is_left_out(
 
 
 def _blocks_of(
-    loaded: TextRows, arguments: ChatArguments, tokenizer: PreTrainedTokenizerBase, length: int, with_sources: bool
+    found: ChatRows, arguments: ChatArguments, tokenizer: PreTrainedTokenizerBase, length: int, with_sources: bool
 ) -> Tokenised:
     """Cut a plain text into blocks, as `abr train` does."""
+    loaded, flag = found.loaded, found.limited_by
     used = ["text", SOURCE_COLUMN] if loaded.numbered else ["text"]
     text = replace(
         loaded, rows=loaded.rows.select_columns(used), column=replace(loaded.column, name="text", is_json=False)
@@ -340,6 +343,7 @@ def _blocks_of(
     sources: list[str] | None = [] if with_sources else None
     tokens = tokenize(text, arguments, tokenizer)
     blocks = cut_blocks(tokens, length, arguments, text, len(tokenizer), sources, flag="max_length")
+    blocks = at_most(blocks, getattr(arguments, flag), flag, must_end=True)
     if sources is not None:
         name_sources(blocks, sources)
     return Tokenised(blocks, len(blocks) * length, len(blocks) * (length - 1))

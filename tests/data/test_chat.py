@@ -163,6 +163,17 @@ def test_a_plain_text_is_cut_into_blocks_as_for_abr_train(tmp_path, tokenizer):
     assert "--max_length is 4096" in refused(path, tokenizer, length=4096)
 
 
+def test_only_so_many_blocks_of_a_plain_text_are_used(tmp_path, tokenizer, caplog):
+    path = tmp_path / "tale.txt"
+    path.write_text("".join(f"The girl saw the boat {i}.\n\n" for i in range(60)))
+    whole = tokenised(path, tokenizer, length=32)
+    some = tokenised(path, tokenizer, length=32, max_train_samples=3)
+    assert some.rows["input_ids"][:] == whole.rows["input_ids"][:3]
+    assert (some.tokens, some.targets) == (3 * 32, 3 * 31)
+    assert len(tokenised(path, tokenizer, length=32, max_train_samples=999).rows) == len(whole.rows)
+    assert f"--max_train_samples 999 asks for more than the {len(whole.rows)} blocks there are" in caplog.text
+
+
 def test_what_stands_beside_a_chat_is_taken(tokenizer):
     shape = Shape("chat", ("messages",))
     found = read_row({"system": "Be kind.", "messages": [user(), assistant()]}, shape, str)
