@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -47,6 +48,9 @@ ROLES = {
     "ipython": "ipython",
 }
 """What the writers of messages are called, and what chat templates call them."""
+
+WEIGHTS = ("weight", "loss", "train", "training")
+"""Keys of messages that say whether they are learnt, as OpenAI, ms-swift and axolotl read them."""
 
 NEEDED = (
     "messages (lists of objects with role and content), conversations (from and value), prompt and completion, "
@@ -105,7 +109,11 @@ def find_shape(rows: Sequence[Row], origin: str, wanted: str | None = None) -> S
             columns.setdefault(name, []).extend([] if value is None else [value])
     if not columns:
         raise ValueError(f"{origin} is empty.")
-    chats = [name for name, values in columns.items() if tuple(keys_of_objects(values)) in MESSAGES]
+    chats = [
+        name
+        for name, values in columns.items()
+        if tuple(keys_of_objects(values)) in MESSAGES or 2 * sum(map(are_messages, values)) > len(values)
+    ]
     if wanted is not None:
         is_chat = wanted in chats
         return Shape("chat" if is_chat else "text", (wanted if is_chat else choose_text_column(rows, origin, wanted),))
@@ -152,9 +160,9 @@ def read_row(row: Row, shape: Shape, where: Where, may_be_padded: bool = False) 
         row = {name: _without_nulls(value) for name, value in row.items()}
     first, *others = (row.get(name) for name in shape.columns)
     if shape.kind == "chat":
-        messages = _with_system(read_messages(first, where, shape.columns[0]), row, where)
-        _refuse_no_answer(messages, where)
-        return Chat(messages, 0, *_for_template(row, where))
+        messages = read_messages(first, where, shape.columns[0])
+        _check_answers(messages, where)
+        return Chat(_with_system(messages, row, where), 0, *_for_template(row, where))
     if shape.kind == "asked":
         asked, answer = (
             _text(value, name, where) for value, name in zip((first, *others), shape.columns, strict=True)
@@ -167,20 +175,33 @@ def read_row(row: Row, shape: Shape, where: Where, may_be_padded: bool = False) 
     return _read_pair(first, others[0], row, where)
 
 
+def are_messages(value: Any) -> bool:
+    """Tell whether something is a list of messages, or a text that is meant as one, as a cell of a .csv holds it."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        return any(all(re.search(rf"[\"']{key}[\"']\s*:", value) for key in pair) for pair in MESSAGES)
+    return isinstance(value, list) and tuple(keys_of_objects([value])) in MESSAGES
+
+
 def _read_pair(prompt: Any, completion: Any, row: Row, where: Where) -> Chat | Written:
-    if isinstance(prompt, str) and isinstance(completion, str):
+    are_texts = [isinstance(value, str) and not are_messages(value) for value in (prompt, completion)]
+    if all(are_texts):
+        beside = next((name for name in (*SYSTEMS, "tools") if row.get(name)), None)
+        if beside is not None:
+            raise BadRow(
+                f"{where()} has {beside} beside a prompt that is a text, which no chat template writes. Put it into "
+                "the prompt, or make prompt and completion lists of messages."
+            )
         return Written(_text(completion, "completion", where), prompt)
     for name, value in (("prompt", prompt), ("completion", completion)):
         if value is None or value == [] or value == "":
             raise BadRow(f"{where()} has no {name}.")
-    if isinstance(prompt, str):
+    if are_texts[0]:
         raise BadRow(f"{where()} has a text as prompt, but its completion is {shortly(completion)}: make both texts.")
     asked = _with_system(read_messages(prompt, where, "prompt"), row, where)
-    is_text = isinstance(completion, str)
     answer = read_messages(
-        [{"role": "assistant", "content": completion}] if is_text else completion, where, "completion"
+        [{"role": "assistant", "content": completion}] if are_texts[1] else completion, where, "completion"
     )
-    _refuse_no_answer(answer, where)
+    _check_answers(answer, where)
     return Chat([*asked, *answer], len(asked), *_for_template(row, where))
 
 
@@ -191,10 +212,7 @@ def read_messages(value: Any, where: Where, column: str) -> list[Message]:
         BadRow: They are something else; the message says which one of them.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):  # as a cell of a .csv holds them
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRow(f"{where()} has {column} that cannot be read as JSON: {error}.") from error
+        value = _parse(value, column, where)
     if value is None or value == [] or value == "":
         raise BadRow(f"{where()} has no {column}.")
     if not isinstance(value, list):
@@ -209,10 +227,14 @@ def _read_message(value: Any, number: int, where: Where) -> Message:
             f"{where()} holds {shortly(value)} as message {number}, where an object with role and content must be."
         )
     role, content = (value.get(name) for name in pair)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         said = f"{shortly(role)} as {pair[0]}" if role is not None else f"no {pair[0]}"
         raise BadRow(f"{where()} has {said} in message {number}. Known are {', '.join(ROLES)}.")
     others = {name: each for name, each in value.items() if name not in pair and each is not None}
+    if "tool_calls" in others:
+        others["tool_calls"] = _objects(others["tool_calls"], f"tool_calls of message {number}", where)
+        if not others["tool_calls"]:
+            del others["tool_calls"]
     if content is None and ROLES[role] == "assistant" and others:  # it calls a tool, or only thinks
         content = ""
     if content is None:
@@ -224,10 +246,19 @@ def _read_message(value: Any, number: int, where: Where) -> Message:
     return {"role": ROLES[role], "content": content, **others}
 
 
-def _refuse_no_answer(messages: Sequence[Message], where: Where) -> None:
+def _check_answers(messages: Sequence[Message], where: Where) -> None:
+    """Refuse messages without one of the assistant, and an answer that is not to be learnt like the others."""
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise BadRow(f"{where()} has no message of the assistant, so nothing to learn: its roles are {roles}.")
+    for number, message in enumerate(messages, 1):
+        name = next((name for name in WEIGHTS if message["role"] == "assistant" and message.get(name, 1) != 1), None)
+        if name is not None:
+            raise BadRow(
+                f"{where()} holds {shortly(message[name])} as {name} of message {number}, and abr sft learns all "
+                "answers of a chat alike. Give columns prompt and completion, with the answers that are not to be "
+                f"learnt in the prompt, or take {name} out."
+            )
 
 
 def _with_system(messages: list[Message], row: Row, where: Where) -> list[Message]:
@@ -241,7 +272,7 @@ def _with_system(messages: list[Message], row: Row, where: Where) -> list[Messag
 def _text(value: Any, name: str, where: Where) -> str:
     if value is None or value == "":
         raise BadRow(f"{where()} has no {name}.")
-    if not isinstance(value, str):
+    if not isinstance(value, str) or are_messages(value):
         raise BadRow(f"{where()} holds {shortly(value)} as {name}, where text must be.")
     return value
 
@@ -249,16 +280,31 @@ def _text(value: Any, name: str, where: Where) -> str:
 def _for_template(row: Row, where: Where) -> tuple[list[Any] | None, Mapping[str, Any]]:
     """Return the tools of a row, which may be JSON as text, and what else it tells the chat template."""
     tools, options = row.get("tools") or None, row.get("chat_template_kwargs") or {}
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) or None
-        except ValueError as error:
-            raise BadRow(f"{where()} has tools that cannot be read as JSON: {error}.") from error
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow(f"{where()} holds {shortly(tools)} as tools, where a list must be.")
+    if tools is not None:
+        tools = _objects(tools, "tools", where) or None
     if not isinstance(options, Mapping):
         raise BadRow(f"{where()} holds {shortly(options)} as chat_template_kwargs, where an object must be.")
     return tools, options
+
+
+def _objects(value: Any, name: str, where: Where) -> list[dict[str, Any]]:
+    """Return tools, or calls of them, which may be JSON as text."""
+    if isinstance(value, str):
+        value = (_parse(value, name, where) if value else None) or []
+    if not isinstance(value, list):
+        raise BadRow(f"{where()} holds {shortly(value)} as {name}, where a list of objects must be.")
+    for each in value:
+        function = each.get("function") or each if isinstance(each, dict) else each
+        if not isinstance(function, dict):
+            raise BadRow(f"{where()} holds {shortly(function)} in {name}, where an object with a name must be.")
+    return value
+
+
+def _parse(text: str, name: str, where: Where) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRow(f"{where()} has {name} that cannot be read as JSON: {error}.") from error
 
 
 def _without_nulls(value: Any) -> Any:

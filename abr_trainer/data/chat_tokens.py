@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -16,7 +16,7 @@ from .. import __version__
 from ..records.errors import BadRow, one_line
 from .arguments import ChatArguments
 from .blocks import at_most, cut_blocks, tokenize
-from .chat import Chat, Message, Shape, Where, Written, find_shape, read_row
+from .chat import Chat, Message, Shape, Where, Written, are_messages, find_shape, read_row
 from .columns import TOKENS, Row, choose_every, parse_line
 from .context import fit_context
 from .identity import SOURCE_COLUMN, name_sources, rows_of
@@ -61,6 +61,13 @@ class ChatRows:
     def has_prompts(self) -> bool:
         return self.shape is not None and self.shape.kind in ("pair", "asked")
 
+    @property
+    def kind(self) -> str:
+        """What the rows are, in words."""
+        if self.has_prompts:
+            return "prompts and answers of chats" if self.is_chat else "prompts and completions that are texts"
+        return "chats" if self.is_chat else "texts"
+
 
 def load_chats(arguments: ChatArguments, splits: Collection[str], with_sources: bool = False) -> dict[str, ChatRows]:
     """Load the rows of these splits, and find out what they hold.
@@ -80,9 +87,10 @@ def load_chats(arguments: ChatArguments, splits: Collection[str], with_sources: 
         if loaded.rows_are_lines:
             found[split] = ChatRows(loaded, flag, None, is_chat=False)
             continue
-        first = list(_read(loaded, _columns(first_rows(loaded.rows, loaded.origin)), range(len(loaded.rows))))
+        read = _read(loaded, _columns(first_rows(loaded.rows, loaded.origin)), range(len(loaded.rows)))
+        first = [row for row in read if row is not None]
         shape = find_shape(first, loaded.origin, arguments.text_column)
-        is_chat = shape.kind in ("chat", "asked") or any(isinstance(row.get(shape.columns[0]), list) for row in first)
+        is_chat = shape.kind in ("chat", "asked") or any(are_messages(row.get(shape.columns[0])) for row in first)
         if limit is not None and limit < len(loaded.rows):
             loaded = replace(loaded, rows=loaded.rows.select(range(limit)))
         elif limit is not None and limit > len(loaded.rows):
@@ -97,12 +105,12 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in (rows[0] if rows else ())}
 
 
-def _read(loaded: TextRows, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterator[Row]:
-    """Yield rows whole; an empty line of JSON is a row without columns."""
+def _read(loaded: TextRows, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterator[Row | None]:
+    """Yield rows whole; None for an empty line of JSON, which is no row."""
     column = loaded.column
     if column.is_json:
         for line, index in zip(batch["text"], indices, strict=False):
-            yield parse_line(line, column.where(index))
+            yield parse_line(line, column.where(index)) if column.is_row(line) else None
     else:
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
@@ -173,11 +181,28 @@ class Encoder:
             ids = self._apply(chat, chat.messages, where, tokenize=True, return_dict=True)[TOKENS]
             learnt = np.ones(len(ids), bool)
         if chat.given and self.completion_only:
-            options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-            learnt[: _common(self._apply(chat, chat.messages[: chat.given], where, **options)[TOKENS], ids)] = False
-        if chat.tools or any("tool_calls" in message for message in chat.messages):
+            learnt[: self._prompt_length(chat, ids, where)] = False
+        if chat.tools or any({"tool_calls", "function_call"} & set(message) for message in chat.messages):
             self._refuse_dropped_tools(chat, where)
         return ids, _labels(ids, learnt)
+
+    def _prompt_length(self, chat: Chat, ids: Sequence[int], where: Where) -> int:
+        """Return how many of the tokens of a chat are those of its prompt, with which it must begin."""
+        given = chat.messages[: chat.given]
+        is_answered = chat.messages[chat.given]["role"] == "assistant"
+        # What makes the assistant answer may be more than what stands before an answer: some begin with <think>.
+        prompts = [
+            partial(self._apply, chat, given, where, add_generation_prompt=asks)
+            for asks in dict.fromkeys((is_answered, False))
+        ]
+        whole = self._apply(chat, chat.messages, where, tokenize=False)
+        if not any(whole.startswith(prompt(tokenize=False)) for prompt in prompts):
+            raise BadRow(
+                f"{where()}: the chat template writes the prompt otherwise when the answer is there, so they cannot "
+                "be told apart. Give a --chat_template that writes it alike, or --completion_only_loss false."
+            )
+        # A token that reaches over the end of the prompt is learnt.
+        return max(_common(prompt(tokenize=True, return_dict=True)[TOKENS], ids) for prompt in prompts)
 
     def _marked(self, chat: Chat, where: Where) -> tuple[list[int], np.ndarray]:
         """Return tokens, and which of them the template marks."""
@@ -195,6 +220,13 @@ class Encoder:
         spans = []
         for number, message in enumerate(chat.messages):
             if message["role"] == "assistant":
+                if number == 0:
+                    raise BadRow(
+                        f"{where()}: message 1 is the assistant's, and the chat template does not mark the "
+                        "assistant's tokens with {% generation %}, so they cannot be told apart. Put a message of the "
+                        "system or the user before it, add the marks to the template and give it as --chat_template, "
+                        "or give --assistant_only_loss false."
+                    )
                 before = self._apply(chat, chat.messages[:number], where, tokenize=False, add_generation_prompt=True)
                 after = self._apply(chat, chat.messages[: number + 1], where, tokenize=False)
                 if not (whole.startswith(after) and after.startswith(before) and len(before) < len(after)):
@@ -215,8 +247,11 @@ class Encoder:
     def _refuse_dropped_tools(self, chat: Chat, where: Where) -> None:
         """Refuse a template that says nothing of the tools: many do, in silence."""
         whole = self._apply(chat, chat.messages, where, tokenize=False)
-        calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
-        for what, each in [*(("tools", tool) for tool in chat.tools or ()), *(("tool_calls", call) for call in calls)]:
+        said = [("tools", tool) for tool in chat.tools or ()]
+        for message in chat.messages:
+            said += [("tool_calls", call) for call in message.get("tool_calls", ())]
+            said += [("function_call", message["function_call"])] if "function_call" in message else []
+        for what, each in said:
             name = (each.get("function") or each).get("name") if isinstance(each, dict) else None
             if name is not None and str(name) not in whole:
                 raise BadRow(
@@ -229,7 +264,7 @@ class Encoder:
             return self.tokenizer.apply_chat_template(
                 list(messages), tools=chat.tools, chat_template=self.template, **chat.options, **options
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:  # a template is somebody else's code, and raises whatever it likes
             raise BadRow(f"{where()} does not go with the chat template: {one_line(error)}") from error
 
 
@@ -275,13 +310,15 @@ def tokenise_chats(
     def encode(batch: dict[str, list[Any]], indices: list[int], version: str) -> dict[str, list[Any]]:
         rows: list[tuple[int, list[int], list[int], int, int]] = []
         for index, row in zip(indices, _read(loaded, batch, indices), strict=True):
+            if row is None:
+                continue
             example = read_row(row, shape, column.where(index), not column.is_json) if row else None
             if example is not None:
                 ids, labels = encoder(example, column.where(index))
                 most = len(ids) if keeps_whole else length
                 targets = sum(label != NO_TARGET for label in labels[1:most])
                 rows.append((index, ids[:most], labels[:most], len(ids), targets))
-            elif row:
+            else:
                 rows.append((index, [], [], 0, 0))
         names = (ROW, TOKENS, "labels", "_length", "_targets")
         return {name: [row[number] for row in rows] for number, name in enumerate(names)}

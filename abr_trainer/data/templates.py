@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -129,8 +129,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, named: str) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise ValueError(f"{named} is not valid, line {error.lineno}: {one_line(error)}") from error
-    except (TemplateError, TypeError, ValueError):
-        return  # it wants other messages than this one
+    except Exception:  # it wants other messages than this one: a template is somebody else's code
+        return
     whole = tokenizer.chat_template
     vocabulary = tokenizer.get_vocab()
     written = SPECIAL.findall(whole if isinstance(whole, str) else "".join(whole.values()))

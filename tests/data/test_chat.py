@@ -142,6 +142,126 @@ def test_a_template_that_writes_earlier_turns_otherwise_is_refused_with_the_row(
     assert len(tokenised(path, other).rows) == 1
 
 
+PROMPT = {"prompt": [user()], "completion": [assistant()]}
+ANSWERS = "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+
+
+def with_template(template):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("row", [PROMPT, SHAPES["an instruction"]], ids=["messages", "an instruction"])
+def test_a_template_that_writes_a_prompt_otherwise_before_its_answer_is_refused(tmp_path, row):
+    only_last = "{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'user' %}Be kind.{% endif %}"
+    tokenizer = with_template(f"{only_last}{{{{ m.content }}}}{{% endfor %}}")
+    path = write(tmp_path / "rows.jsonl", [row])
+    message = refused(path, tokenizer)
+    assert message.startswith("line 1 of --train_file FILE: the chat template writes the prompt otherwise when")
+    assert message.endswith("or --completion_only_loss false.")
+    assert ASKED in learnt(tokenizer, tokenised(path, tokenizer, completion_only=False).rows[0])
+
+
+def test_a_token_over_the_end_of_the_prompt_is_learnt(tmp_path):
+    tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = {"prompt": [user("See the l")], "completion": [assistant("amp.")]}
+    (row,) = tokenised(write(tmp_path / "rows.jsonl", [row]), tokenizer).rows
+    assert tokenizer(["See the l"])["input_ids"][0][-1] not in row["input_ids"], "it is another token"
+    assert learnt(tokenizer, row).endswith("lamp.")
+    assert "See" not in learnt(tokenizer, row)
+
+
+def test_what_makes_the_assistant_answer_may_be_more_than_stands_before_an_answer(tmp_path):
+    tokenizer = with_template(UNMARKED.partition("{% if")[0] + ANSWERS)
+    (row,) = tokenised(write(tmp_path / "rows.jsonl", [PROMPT]), tokenizer).rows
+    assert learnt(tokenizer, row) == f"{ANSWER}{END}"
+
+
+def test_a_prompt_may_be_followed_by_another_message_than_an_answer(tmp_path):
+    tokenizer = with_template(UNMARKED)
+    row = {"prompt": [user(), assistant("Wait.")], "completion": [user("And now?"), assistant()]}
+    (row,) = tokenised(write(tmp_path / "rows.jsonl", [row]), tokenizer, length=200).rows
+    assert learnt(tokenizer, row).endswith(f"user]And now?{END}[assistant]{ANSWER}{END}")
+    assert "Wait." not in learnt(tokenizer, row)
+
+
+def test_a_chat_that_the_assistant_begins_is_refused_where_nothing_is_marked(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", [{"conversations": [{"from": "gpt", "value": ANSWER}]}])
+    message = refused(path, with_template(UNMARKED), assistant_only=True)
+    assert message.startswith("line 1 of --train_file FILE: message 1 is the assistant's, and the chat template does")
+    assert "Put a message of the system or the user before it" in message
+    assert learnt(tokenizer, tokenised(path, tokenizer, assistant_only=True).rows[0]) == f"{ANSWER}{END}"
+
+
+def test_whatever_a_template_raises_is_one_line_with_the_row(tmp_path):
+    tokenizer = with_template("{{ 1 // 0 }}")
+    check_template(tokenizer, "--chat_template")
+    message = refused(write(tmp_path / "rows.jsonl", [GOOD]), tokenizer)
+    assert message.startswith("line 1 of --train_file FILE does not go with the chat template: integer division")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"id": "7", "chat": [user(), assistant()]}, None),
+        ({"turns": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWER}]}, None),
+        ({"prompt": [user()], "completion": [assistant()]}, f"{ANSWER}{END}"),
+        ({"prompt": [user()], "completion": ANSWER}, f"{ANSWER}{END}"),
+    ],
+)
+def test_messages_may_be_json_as_text_in_any_column(tmp_path, tokenizer, row, expected, suffix):
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
+    (found,) = tokenised(write(tmp_path / f"rows{suffix}", [texts]), tokenizer).rows
+    assert read(tokenizer, found) == written(tokenizer, user(), assistant())
+    assert learnt(tokenizer, found) == expected or expected is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chat": str([user(), assistant()])}, "has chat that cannot be read as JSON: Expecting property name"),
+        ({"prompt": json.dumps([user()])[:-1], "completion": "a"}, "has prompt that cannot be read as JSON"),
+        ({"prompt": "a", "completion": json.dumps([assistant()])}, "has a text as prompt, but its completion is"),
+        ({"question": json.dumps([user()]), "answer": "a"}, 'holds \'[{"role": "user"'),
+        ({"prompt": "a", "completion": "b", "system": "Be kind."}, "has system beside a prompt that is a text"),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "c"}]}, "has tools beside a prompt that is a text"),
+    ],
+)
+def test_messages_are_not_learnt_as_json_nor_is_anything_beside_a_text_left_out(tmp_path, tokenizer, row, message):
+    assert refused(write(tmp_path / "rows.jsonl", [row]), tokenizer).startswith(
+        f"line 1 of --train_file FILE {message}"
+    )
+
+
+def test_a_text_of_json_that_is_no_chat_is_a_text(tmp_path, tokenizer):
+    text = '[{"name": "fox", "value": 3}]'
+    assert (
+        read(tokenizer, tokenised(write(tmp_path / "rows.jsonl", [{"text": text}]), tokenizer).rows[0]) == text + END
+    )
+
+
+def test_an_object_without_keys_is_an_empty_row_and_an_empty_line_is_none(tmp_path, tokenizer, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD), "", "{}", json.dumps(GOOD)]))
+    assert tokenised(path, tokenizer).rows["row"][:] == [0, 3]
+    assert re.search(
+        r"1 of 3 rows of --train_file .* are empty, and are left out\. The first is line 3\.", caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"), [("weight", 0, "the number 0"), ("loss", False, "False"), ("train", False, "False")]
+)
+def test_an_answer_that_is_not_to_be_learnt_is_refused_outside_of_a_prompt(tmp_path, tokenizer, name, value, found):
+    messages = [user(), assistant("No.", **{name: value}), user(), assistant(**{name: 1})]
+    message = refused(write(tmp_path / "a.jsonl", [{"messages": messages}]), tokenizer)
+    assert message.startswith(f"line 1 of --train_file FILE holds {found} as {name} of message 2, and abr")
+    path = write(tmp_path / "b.jsonl", [{"prompt": messages[:3], "completion": messages[3:]}])
+    assert learnt(tokenizer, tokenised(path, tokenizer, length=200).rows[0]) == f"{ANSWER}{END}"
+
+
 def test_prompts_and_texts_need_no_template(tmp_path):
     plain = AutoTokenizer.from_pretrained(DEMO_MODEL)
     (row,) = tokenised(write(tmp_path / "a.csv", [{"prompt": "The fox", "completion": " ran."}]), plain).rows
@@ -229,7 +349,28 @@ def test_tools_that_a_template_leaves_out_are_refused(tmp_path, tools):
     assert "does not go with the chat template: alpaca has no place for tools" in refused(path, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"tool_calls": [CALL]}, "tool_calls"),
+        ({"tool_calls": json.dumps([CALL])}, "tool_calls"),
+        ({"function_call": CALL["function"]}, "function_call"),
+    ],
+)
+def test_calls_that_a_template_leaves_out_are_refused(tmp_path, more, what):
+    path = write(tmp_path / "rows.jsonl", [{"messages": [user(), assistant("", **more)]}])
+    message = refused(path, with_template(UNMARKED))
+    assert f"line 1 of --train_file FILE has {what}, and the chat template leaves them out: weather" in message
+    if what == "tool_calls":
+        (row,) = tokenised(path, with_template(KNOWS_TOOLS), length=400).rows
+        assert '"city": "Leeds"' in learnt(with_template(KNOWS_TOOLS), row)
+
+
 GOOD = SHAPES["messages"]
+
+
+def calling(calls):
+    return {"messages": [user(), assistant("", tool_calls=calls)]}
 
 
 @pytest.mark.parametrize(
@@ -248,6 +389,14 @@ GOOD = SHAPES["messages"]
         ({"messages": [user(), assistant(" ")]}, "has an empty content in message 2, which is the assistant's."),
         ({"messages": [user(), user()]}, "has no message of the assistant, so nothing to learn: its roles are user."),
         ({"messages": [user(), assistant()], "tools": "{"}, "has tools that cannot be read as JSON"),
+        ({"messages": [user(), assistant()], "tools": [{"function": "a"}]}, "holds 'a' in tools, where an object"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "has a list as role in message 1. Known are system,"),
+        (calling(7), "holds the number 7 as tool_calls of message 2, where a list of objects must be."),
+        (calling({"name": "a"}), "holds an object as tool_calls of message 2, where a list of objects must be."),
+        (calling(["a"]), "holds 'a' in tool_calls of message 2, where an object with a name must be."),
+        (calling([{"function": "a"}]), "holds 'a' in tool_calls of message 2, where an object with a name must be."),
+        (calling("[{"), "has tool_calls of message 2 that cannot be read as JSON"),
+        (calling([]), "has an empty content in message 2, which is the assistant's."),
         (
             {"messages": [user(), {**assistant(), "role": "function"}, assistant()]},
             "does not go with the chat template",
