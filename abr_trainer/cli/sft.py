@@ -204,10 +204,16 @@ def choose_targets(
     Raises:
         ValueError: A flag asks for what the rows do not have.
     """
-    first = next(iter(found.values()))
-    is_chat = any(each.is_chat for each in found.values())
-    has_prompts = any(each.has_prompts for each in found.values())
-    origin = first.loaded.origin
+    first, *others = found.values()
+    is_chat, has_prompts, origin = first.is_chat, first.has_prompts, first.loaded.origin
+    for other in others:
+        if (other.is_chat, other.has_prompts) != (is_chat, has_prompts):
+            raise ValueError(
+                f"{origin} holds {first.kind}, and {other.loaded.origin} holds {other.kind}: other tokens would be "
+                "learnt than are measured. Give rows of the same kind."
+            )
+    if data_args.chat_template is not None and not is_chat:
+        logger.warning(f"--chat_template {data_args.chat_template} is not used: {origin} holds {first.kind}.")
     if data_args.assistant_only_loss and not is_chat:
         raise ValueError(f"--assistant_only_loss is for chats, and {origin} holds texts. Leave it out.")
     if data_args.completion_only_loss and not has_prompts:
@@ -221,6 +227,11 @@ def choose_targets(
         data_args.assistant_only_loss = is_chat and not has_prompts and is_marked
     if data_args.completion_only_loss is None:
         data_args.completion_only_loss = has_prompts
+    if data_args.assistant_only_loss and not tokenizer.is_fast:
+        raise ValueError(
+            f"--assistant_only_loss needs a fast tokenizer, and that of {tokenizer.name_or_path} is slow: it does not "
+            "say where a token lies in the text. Give --assistant_only_loss false."
+        )
     encoder = Encoder(
         tokenizer,
         variant if data_args.assistant_only_loss else None,

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 pytest.importorskip("trl")
 
@@ -223,6 +223,49 @@ def test_bad_arguments_and_rows_give_one_line_before_a_model_is_loaded(tmp_path,
     assert message in str(caught.value).replace(str(path), "FILE")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists(), "nothing may be half-written"
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"text": "The fox ran."}, "texts"),
+        ({"prompt": "The fox", "completion": " ran."}, "prompts and completions that are texts"),
+        ({"question": "Who ran?", "answer": "The fox."}, "prompts and answers of chats"),
+    ],
+)
+def test_one_split_does_not_change_what_is_learnt_of_another(tmp_path, row, kind):
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    validation.write_text(json.dumps(row) + "\n")
+    files = ["--train_file", str(train), "--validation_file", str(validation)]
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", "--do_train", "--do_eval", *files)
+    assert str(caught.value).startswith(
+        f"error: --train_file {train} holds chats, and --validation_file {validation} holds {kind}: "
+    )
+    assert "\n" not in str(caught.value)
+
+
+def chosen(tmp_path, tokenizer, rows, **flags):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ChatArguments(train_file=str(path), **flags)
+    return sft.choose_targets(load_chats(arguments, ["train"]), arguments, tokenizer)
+
+
+def test_a_slow_tokenizer_is_refused_where_the_place_of_a_token_is_needed(tmp_path):
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = ALPACA
+    with pytest.raises(ValueError, match=r"^--assistant_only_loss needs a fast tokenizer, .* --assistant_only_loss f"):
+        chosen(tmp_path, tokenizer, CHATS)
+    assert not chosen(tmp_path, tokenizer, CHATS, assistant_only_loss=False).assistant_only
+    assert chosen(tmp_path, tokenizer, [{"question": "Who?", "answer": "The fox."}]).completion_only
+
+
+def test_a_chat_template_that_texts_do_not_need_is_said(tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    chosen(tmp_path, tokenizer, [{"text": "The fox ran."}], chat_template="alpaca")
+    assert re.search(r"--chat_template alpaca is not used: --train_file .* holds texts\.", caplog.text)
 
 
 def test_a_tokenizer_without_a_template_gets_one_line_with_the_fix(tmp_path):
