@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,8 +104,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Do what a command line asks for.
 
     Raises:
-        SystemExit: The verb is unknown (status 2), or its work failed.
+        SystemExit: The verb is unknown (status 2), its work failed, or nobody reads what it prints.
     """
+    try:
+        _do(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        raise SystemExit(1) from None
+
+
+def _stdout_is_closed() -> bool:
+    """Tell whether nobody reads what is printed, as after `abr ... | head`; if so, what is left goes nowhere."""
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # it is no file
+        return False
+    asked = select.poll()
+    asked.register(stdout, select.POLLOUT)
+    is_closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes once more at its end
+    return is_closed
+
+
+def _do(argv: Sequence[str] | None) -> None:
     verb, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("--help", "-h", "help"):
         print(overview())

@@ -100,5 +100,7 @@ def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iter
             "--overwrite_output_dir starts over"
         )
         raise SystemExit(f"interrupted: {advice}") from error
+    except BrokenPipeError:  # nobody reads what is printed: no error of the user, see `cli/main.py`
+        raise
     except kinds as error:
         raise SystemExit(f"error: {one_line(error, width=sys.maxsize)}") from error

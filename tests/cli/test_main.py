@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from abr_trainer import __version__
 from abr_trainer.cli.main import VERBS, main
+from tests.report.dropped import drop, write_run
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -54,6 +56,38 @@ def test_a_verb_calls_the_main_of_its_module(monkeypatch, tmp_path, verb):
     argv = shlex.split(VERBS[verb].example)[2:]
     main([verb, *argv])
     assert given == [argv]
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_unbuffered"),
+    [
+        (["--help"], False),
+        (["rows", "RUN", "--limit", "0"], True),
+        (["rows", "RUN", "--clean", "IN", "OUT"], False),
+        (["rows", "RUN", "--clean", "IN", "OUT"], True),
+    ],
+)
+def test_it_ends_quietly_where_nobody_reads_what_it_prints(tmp_path, argv, is_unbuffered):
+    run, path = write_run(tmp_path / "run", [drop(1, 0, 1, 5.0, "a")]), tmp_path / "notes.jsonl"
+    path.write_text("{}\n" * 3)
+    names = {"RUN": str(run), "IN": str(path), "OUT": str(tmp_path / "out.jsonl")}
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "abr_trainer", *(names.get(word, word) for word in argv)]
+    options = {"stderr": subprocess.PIPE, "text": True, "timeout": 60, "check": False}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1" if is_unbuffered else ""}
+    done = subprocess.run(command, stdout=writes, env=env, **options)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(monkeypatch):
+    def fail(argv):
+        raise BrokenPipeError("a worker has died")
+
+    monkeypatch.setattr(importlib.import_module(VERBS["rows"].module), "main", fail)
+    with pytest.raises(BrokenPipeError, match="a worker has died"):
+        main(["rows", "runs/demo"])
 
 
 def test_an_unknown_verb_is_answered_before_torch_and_transformers_are_imported():
