@@ -13,6 +13,8 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForPermuta
 from transformers.utils import logging
 
 from ..perplexity.windows import IGNORE_INDEX, IntArray
+from ..report.rows import RunRow
+from .identity import source_of
 from .targets import first_target
 
 logger = logging.get_logger(__name__)
@@ -47,15 +49,18 @@ class RowsWithoutTargets:
     indices: tuple[int, ...]
     is_all: bool
 
-    def describe(self, of: str) -> str:
+    def describe(self, of: str, dataset: Any = None) -> str:
         """Return a sentence.
 
+        Args:
+            dataset: It, of which some know where their rows come from.
+
         >>> RowsWithoutTargets(looked_at=40, indices=(2, 7), is_all=True).describe("training")
-        '2 of the 40 rows of the training set (5.0 %) have no target (a label other than -100): rows 3, 8.'
+        '2 of the 40 rows of the training set (5.0 %) have no target (a label other than -100): index 2, index 7.'
         """
         count = _share(len(self.indices), self.looked_at, self.is_all, of)
         verb = "has" if len(self.indices) == 1 else "have"
-        return f"{count} {verb} no target (a label other than -100): {_named(self.indices)}."
+        return f"{count} {verb} no target (a label other than -100): {_named(self.indices, dataset)}."
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,25 @@ class UselessRows:
     repeats: tuple[tuple[int, int], ...]
     is_all: bool
 
-    def describe(self, of: str) -> list[str]:
+    def describe(self, of: str, dataset: Any = None) -> list[str]:
         """Return a sentence for each kind of row that there is.
 
+        Args:
+            dataset: It, of which some know where their rows come from.
+
         >>> UselessRows(looked_at=40, empty=(2,), repeats=(), is_all=True).describe("training")
-        ['1 of the 40 rows of the training set (2.5 %) has no token: row 3.']
+        ['1 of the 40 rows of the training set (2.5 %) has no token: index 2.']
         """
         lines = []
         if self.empty:
             count = _share(len(self.empty), self.looked_at, self.is_all, of)
-            lines.append(f"{count} {'has' if len(self.empty) == 1 else 'have'} no token: {_named(self.empty)}.")
+            verb = "has" if len(self.empty) == 1 else "have"
+            lines.append(f"{count} {verb} no token: {_named(self.empty, dataset)}.")
         if self.repeats:
             count = _share(len(self.repeats), self.looked_at, self.is_all, of)
             verb = "repeats" if len(self.repeats) == 1 else "repeat"
-            named = ", ".join(f"row {row + 1} repeats row {first + 1}" for row, first in self.repeats[:NAMED])
+            pairs = ([_place(index, dataset) for index in pair] for pair in self.repeats[:NAMED])
+            named = ", ".join(f"{row} repeats {first}" for row, first in pairs)
             more = " and others" if len(self.repeats) > NAMED else ""
             lines.append(f"{count} {verb} an earlier row, tokens and labels: {named}{more}.")
         return lines
@@ -98,10 +108,13 @@ def _share(found: int, looked_at: int, is_all: bool, of: str) -> str:
     return f"{found:,} of the {rows} of the {of} set ({100 * found / looked_at:.1f} %)"
 
 
-def _named(indices: tuple[int, ...]) -> str:
-    named = ", ".join(str(index + 1) for index in indices[:NAMED])
-    more = " and others" if len(indices) > NAMED else ""
-    return f"{'row' if len(indices) == 1 else 'rows'} {named}{more}"
+def _named(indices: tuple[int, ...], dataset: Any) -> str:
+    return ", ".join(_place(index, dataset) for index in indices[:NAMED]) + " and others" * (len(indices) > NAMED)
+
+
+def _place(index: int, dataset: Any) -> str:
+    row = RunRow(**source_of(dataset, index))
+    return f"index {index}" + (f" ({row.place})" if row.source is not None else "")
 
 
 def find_rows_without_targets(dataset: Any, collator: Any, first: int) -> RowsWithoutTargets | None:
@@ -283,14 +296,14 @@ class WatchForEmptyRows:
         if not trainer.is_world_process_zero():
             return
         if found is not None and found.indices:
-            logger.warning(f"{found.describe('training')} A batch of such rows alone is skipped.")
+            logger.warning(f"{found.describe('training', dataset)} A batch of such rows alone is skipped.")
         inputs = None
         if trainer.args.remove_unused_columns:
             trainer._set_signature_columns_if_needed()
             inputs = trainer._signature_columns
         label_names = ["label", "label_ids", *trainer.label_names]
         useless = find_useless_rows(dataset, label_names, inputs)
-        for line in () if useless is None else useless.describe("training"):
+        for line in () if useless is None else useless.describe("training", dataset):
             logger.warning(line)
 
     def count(self, empty: int, rows: int) -> None:

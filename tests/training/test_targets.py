@@ -8,6 +8,7 @@ from datasets import Dataset, Features, LargeList, Sequence, Value
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, default_data_collator
 
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.data.identity import name_sources, with_rows
 from abr_trainer.training import empty_rows
 from abr_trainer.training.empty_rows import find_rows_without_targets, find_useless_rows
 from abr_trainer.training.targets import count_targets, tally
@@ -118,9 +119,17 @@ def test_empty_rows_and_repeated_ones_are_found(kind):
     found = find_useless_rows(kinds_of_rows()[kind], ["labels"], None)
     assert (found.looked_at, found.empty, found.repeats, found.is_all) == (7, (1, 5), ((3, 0),), True)
     assert found.describe("training") == [
-        "2 of the 7 rows of the training set (28.6 %) have no token: rows 2, 6.",
-        "1 of the 7 rows of the training set (14.3 %) repeats an earlier row, tokens and labels: row 4 repeats row 1.",
+        "2 of the 7 rows of the training set (28.6 %) have no token: index 1, index 5.",
+        "1 of the 7 rows of the training set (14.3 %) repeats an earlier row, tokens and labels: "
+        "index 3 repeats index 0.",
     ]
+
+
+def test_rows_of_a_file_are_named_by_it():
+    data = name_sources(with_rows(Dataset.from_dict({"input_ids": TOKENS, "labels": CLASSES})), ["notes.jsonl"])
+    empty, repeated = find_useless_rows(data, ["labels"], ["input_ids", "labels"]).describe("training", data)
+    assert empty.endswith("have no token: index 1 (notes.jsonl, row 2), index 5 (notes.jsonl, row 6).")
+    assert repeated.endswith("index 3 (notes.jsonl, row 4) repeats index 0 (notes.jsonl, row 1).")
 
 
 def test_rows_are_not_the_same_for_their_tokens_alone():
@@ -157,7 +166,7 @@ def test_in_a_large_data_set_repeated_rows_are_looked_for_in_part(monkeypatch):
     assert find_useless_rows(list(data), ["labels"], None) == found
     assert found.describe("training") == [
         "3 of the first 4 rows of the training set (75.0 %) repeat an earlier row, tokens and labels: "
-        "row 2 repeats row 1, row 3 repeats row 1, row 4 repeats row 1."
+        "index 1 repeats index 0, index 2 repeats index 0, index 3 repeats index 0."
     ]
 
 
@@ -169,11 +178,9 @@ def test_empty_and_repeated_rows_are_named_at_the_start_and_trained_on(build, ca
     trainer.train()
     trainer.train()
     of = "rows of the training set"
-    repeats = (
-        f"2 of the 12 {of} (16.7 %) repeat an earlier row, tokens and labels: row 10 repeats row 3, row 11 repeats"
-    )
+    repeats = f"2 of the 12 {of} (16.7 %) repeat an earlier row, tokens and labels: index 9 repeats index 2,"
     assert caplog.text.count(repeats) == 1
-    assert caplog.text.count(f"1 of the 12 {of} (8.3 %) has no token: row 12.") == 1
+    assert caplog.text.count(f"1 of the 12 {of} (8.3 %) has no token: index 11.") == 1
     assert trainer.ledger.batches == 6
 
 

@@ -416,7 +416,7 @@ def test_rows_without_targets_are_named_at_the_start(build, caplog):
     trainer = build(data=rows, repeat_scheduler=Scripted(1))
     trainer.train()
     trainer.train()
-    told = "2 of the 8 rows of the training set (25.0 %) have no target (a label other than -100): rows 2, 7."
+    told = "2 of the 8 rows of the training set (25.0 %) have no target (a label other than -100): index 1, index 6."
     assert caplog.text.count(told) == 1
     assert "that went by" not in caplog.text
 
