@@ -65,7 +65,7 @@ def load_blocks(
     else:
         blocks = _load_mix(arguments, load, splits, seed)
     if sources is not None and "train" in splits:
-        name_sources(blocks["train"], sources)
+        name_sources(blocks["train"], sources, are_blocks=True)
     return blocks
 
 

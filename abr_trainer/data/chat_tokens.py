@@ -382,5 +382,5 @@ def _blocks_of(
     blocks = cut_blocks(tokens, length, arguments, text, len(tokenizer), sources, flag="max_length")
     blocks = at_most(blocks, getattr(arguments, flag), flag, must_end=True)
     if sources is not None:
-        name_sources(blocks, sources)
+        name_sources(blocks, sources, are_blocks=True)
     return Tokenised(blocks, len(blocks) * length, len(blocks) * (length - 1))

@@ -28,7 +28,7 @@ OPEN_SPAN = (1 << SPAN_BITS) - 1
 UNKNOWN = -1
 """Says nothing: there are more sources or rows than the bits have room for."""
 
-_NAMES = "abr_sources"
+_NAMES, _ARE_BLOCKS = "abr_sources", "abr_blocks"
 
 
 def rows_of(source: int, rows: Any) -> IntArray:
@@ -85,21 +85,33 @@ def with_rows(dataset: Any, source: int = 0) -> Any:
     return dataset.add_column(SOURCE_COLUMN, rows_of(source, np.arange(1, len(dataset) + 1)))
 
 
-def name_sources(dataset: Any, names: Sequence[str]) -> Any:
+def name_sources(dataset: Any, names: Sequence[str], are_blocks: bool = False) -> Any:
     """Write down what the sources of a data set of `datasets` are called, and return it.
 
     Args:
         names: Paths of files, of which the last part is kept where that tells them apart, or what else names rows.
+        are_blocks: Its rows are blocks of tokens, which begin and end anywhere in rows of the sources.
     """
     short = [Path(name).name if Path(name).is_file() else re.sub(r"--\w+ ", "", name) for name in names]
-    dataset.info.description = json.dumps({_NAMES: short if len(set(short)) == len(names) else list(names)})
+    told = short if len(set(short)) == len(names) else list(names)
+    dataset.info.description = json.dumps({_NAMES: told, _ARE_BLOCKS: are_blocks})
     return dataset
 
 
 def sources_of(dataset: Any) -> list[str]:
     """Return the names of the sources of a data set; none where nobody has written them down."""
-    try:
-        names: list[str] = json.loads(dataset.info.description)[_NAMES]
-    except (AttributeError, TypeError, ValueError, KeyError):
-        return []
+    names: list[str] = _description(dataset).get(_NAMES, [])
     return names
+
+
+def are_blocks(dataset: Any) -> bool:
+    """Tell whether the rows of a data set are known to be blocks, see `name_sources`."""
+    return bool(_description(dataset).get(_ARE_BLOCKS))
+
+
+def _description(dataset: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(dataset.info.description)
+    except (AttributeError, TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -18,7 +18,7 @@ from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ..data.identity import SOURCE_COLUMN, UNKNOWN, located, sources_of
+from ..data.identity import SOURCE_COLUMN, UNKNOWN, are_blocks, located, sources_of
 from .config import setting
 
 ROW_INDEX = "abr_row"
@@ -59,19 +59,21 @@ def source_of(dataset: Any, index: int) -> dict[str, Any]:
     Returns:
         `index`, its place in the training set from 0, and `source`, `first_row` and `last_row`: the file or the data
         set that it was made of, and from which row of it to which, from 1. What is not known is missing. A row of a
-        stream that has a source has no index.
+        stream that has a source has no index. A block of tokens, which may hold only a part of these rows, has
+        `is_block`.
     """
     index = int(index)
     if index < 0:
         return {}
     names = sources_of(dataset)
+    block = {"is_block": True} if are_blocks(dataset) else {}
     if isinstance(dataset, IterableDataset):
-        return located(names, index) if names else {"index": index}
+        return located(names, index) | block if names else {"index": index}
     if not names or SOURCE_COLUMN not in dataset.column_names:
         return {"index": index}
     if dataset not in _SOURCES:
         _SOURCES[dataset] = dataset.select_columns([SOURCE_COLUMN]).with_format(None)
-    return {"index": index, **located(names, _SOURCES[dataset][index][SOURCE_COLUMN])}
+    return {"index": index, **located(names, _SOURCES[dataset][index][SOURCE_COLUMN]), **block}
 
 
 def numbered(loader: Any, dataset: Any, collator: Any) -> Any:

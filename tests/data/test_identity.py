@@ -19,6 +19,7 @@ from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.data.identity import (
     SOURCE_COLUMN,
     UNKNOWN,
+    are_blocks,
     from_to,
     in_source,
     located,
@@ -30,6 +31,7 @@ from abr_trainer.data.identity import (
 from abr_trainer.training.identity import source_of, taken_out
 
 SIZE = 8
+BLOCK = {"is_block": True}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +71,8 @@ def sources(blocks: Any) -> list[dict[str, Any]]:
     """The source of each block, as it is asked for by its index, or by what a stream gives for it."""
     if isinstance(blocks, IterableDataset):
         return [source_of(blocks, row[SOURCE_COLUMN]) for row in blocks]
-    names = sources_of(blocks)
-    found = [located(names, number) for number in blocks[SOURCE_COLUMN]]
+    names, block = sources_of(blocks), {"is_block": True} if are_blocks(blocks) else {}
+    found = [located(names, number) | block for number in blocks[SOURCE_COLUMN]]
     for index in (0, len(blocks) - 1):
         assert source_of(blocks, index) == {"index": index, **found[index]}
     return found
@@ -115,13 +117,15 @@ def test_the_numbers_are_right_by_hand(tmp_path, tokenizer):
     rows = ["a dog", None, "a dog", "a dog", "a dog"]
     path = write(tmp_path / "notes.jsonl", rows)
     assert len(tokenizer("a dog")["input_ids"]) + 1 == 3  # a block has two rows and two thirds
-    assert sources(train(tokenizer, train_file=path)) == [{"source": "notes.jsonl", "first_row": 1, "last_row": 4}]
+    assert sources(train(tokenizer, train_file=path)) == [
+        {**BLOCK, "source": "notes.jsonl", "first_row": 1, "last_row": 4}
+    ]
 
 
 def test_a_long_document_is_named_by_each_of_its_blocks(tmp_path, tokenizer):
     path = write(tmp_path / "long.jsonl", [None, "and on " * 100])
     found = sources(train(tokenizer, train_file=path))
-    assert found == [{"source": "long.jsonl", "first_row": 2, "last_row": 2}] * len(found)
+    assert found == [{**BLOCK, "source": "long.jsonl", "first_row": 2, "last_row": 2}] * len(found)
     assert len(found) > 20
 
 
@@ -186,14 +190,14 @@ def test_what_is_no_file_is_named_by_what_it_is(tmp_path, tokenizer):
     rows = Dataset.from_dict({"text": texts(20, "girl")})
     rows.save_to_disk(tmp_path / "saved")
     found = sources(train(tokenizer, dataset_name=str(tmp_path / "saved")))
-    assert found[0] == {"source": f"the train split of {tmp_path / 'saved'}", "first_row": 1, "last_row": 1}
+    assert found[0] == {**BLOCK, "source": f"the train split of {tmp_path / 'saved'}", "first_row": 1, "last_row": 1}
 
 
 def test_of_a_stream_whose_parts_cannot_be_counted_only_the_source_is_known(tmp_path, tokenizer):
     for i in range(2):
         write(tmp_path / "data" / f"train-{i}.parquet", texts(20, "girl"))
     blocks = train(tokenizer, dataset_name=str(tmp_path / "data"), streaming=True)
-    assert sources(blocks)[0] == {"source": f"the train split of {tmp_path / 'data'}"}
+    assert sources(blocks)[0] == {**BLOCK, "source": f"the train split of {tmp_path / 'data'}"}
 
 
 def test_blocks_know_their_source_whatever_is_done_with_them(tmp_path, tokenizer):
