@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ class RunRow:
         index: In the training set, before shuffling, from 0.
         source: The file or data set that it is of.
         first_row, last_row: Rows of the source, from 1. A block of tokens can be of several. The last may be unknown.
+        is_block: It is a block of tokens, which may hold only a part of these rows.
         loss: In nats a target: of the worst of its drops, or the last one. None if it is not finite.
         limit: The loss above which the rule dropped it then.
         targets: Targets in the row.
@@ -39,6 +41,7 @@ class RunRow:
     source: str | None = None
     first_row: int | None = None
     last_row: int | None = None
+    is_block: bool = False
     loss: float | None = None
     limit: float | None = None
     targets: int | None = None
@@ -58,7 +61,7 @@ class RunRow:
             return f"{printable(self.source)}, {rows}"
         if self.index is not None:
             of = f" ({printable(self.source)})" if self.source else ""
-            return f"row {self.index:,} of the training set, counted from 0{of}"
+            return f"index {self.index:,} of the training set, counted from 0{of}"
         return UNKNOWN_PLACE if self.source is None else f"a row of {printable(self.source)}"
 
     @property
@@ -125,30 +128,42 @@ def broken_rows(directory: Path) -> list[RunRow]:
     drops: dict[Any, list[dict[str, Any]]] = {}
     for drop in read_drops(directory):
         drops.setdefault(_identity(drop), []).append(drop)
-    losses = read_row_losses(directory) if drops else None
-    found = [row_of(of_one, losses) for of_one in drops.values()]
+    visits = _visits_of_rows(directory, {index for index, *_ in drops if index is not None})
+    found = [row_of(of_one, visits) for of_one in drops.values()]
     return sorted(found, key=lambda row: _badness(row.loss, row.limit), reverse=True)
 
 
-def _identity(drop: Mapping[str, Any]) -> Any:
-    """Return what tells a row from others: its index, or what it holds."""
-    return drop["index"] if drop.get("index") is not None else (drop.get("text"), *drop.get("input_ids", ()))
+def _identity(drop: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a row from others: its index, and what it holds. Documents of a packed row have one index."""
+    return drop.get("index"), drop.get("text"), *drop.get("input_ids", ())
 
 
-def row_of(drops: Sequence[Mapping[str, Any]], losses: Mapping[str, Any] | None = None) -> RunRow:
+def _visits_of_rows(directory: Path, indices: set[int]) -> Mapping[int, int]:
+    """Return in how many batches a run passed over rows, as far as its records say."""
+    losses = read_row_losses(directory) if indices else None
+    if losses is not None:
+        return {index: int(losses["visits"][index]) for index in indices if index < len(losses["visits"])}
+    found: Counter[int] = Counter()
+    path = directory / ROW_TRACE_NAME
+    for line in read_lines(path) if indices and path.is_file() else ():
+        found.update({index for _, targets, *known in line["rows"] for index in known if targets} & indices)
+    return found
+
+
+def row_of(drops: Sequence[Mapping[str, Any]], visits: Mapping[int, int] | None = None) -> RunRow:
     """Return what is known of a row by what was written of it each time that it was dropped.
 
     Args:
-        losses: What `read_row_losses` returns.
+        visits: Of rows of the training set, by index.
     """
     worst = max(drops, key=lambda drop: _badness(drop["loss"], drop.get("limit")))
     index = worst.get("index")
-    is_known = losses is not None and index is not None and index < len(losses["visits"])
     named = ("index", "source", "first_row", "last_row", "loss", "limit", "targets", "reason")
     return RunRow(
         **{name: worst.get(name) for name in named},
+        is_block=worst.get("is_block", False),
         steps=tuple(drop["step"] for drop in drops),
-        visits=int(losses["visits"][index]) if losses is not None and is_known else None,
+        visits=None if visits is None or index is None else visits.get(index),
         text=text_of(worst),
     )
 
@@ -245,7 +260,7 @@ def read_judged_rows(directory: Path) -> dict[int, list[Row]]:
     return {
         line["step"]: [
             Row(loss, targets, line["step"] - 1, position)
-            for position, (loss, targets) in enumerate(line["rows"])
+            for position, (loss, targets, *_) in enumerate(line["rows"])
             if loss is not None and targets
         ]
         for line in (read_lines(path) if path.is_file() else ())

@@ -13,6 +13,7 @@ from typing import IO, Any
 from transformers import ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
+from ..data.identity import UNKNOWN
 from ..perplexity.windows import perplexity_of
 from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
 from ..report.rows import has_row_rule
@@ -110,7 +111,8 @@ class TraceCallback(ABRCallback):
     """Write one JSON line a batch to `abr_trace.jsonl` in the output directory, or in that of a trial.
 
     Beside it, in the output directory only, from where nothing whose name begins with `_` is pushed: the text of
-    skipped batches, the dropped rows, and under a row rule the losses of all rows, so that it can be replayed.
+    skipped batches, the dropped rows, and under a row rule the loss, the targets and the index
+    of each row, so that it can be replayed.
 
     Each line is on disk before the next batch begins. A resumed run keeps the lines up to its checkpoint, so that the
     trace has neither gaps nor doubles. A loss that is not finite is written as null.
@@ -174,8 +176,9 @@ class TraceCallback(ABRCallback):
         for row in dropped_rows:
             self._append(DROPPED_NAME, {"step": step, **row.as_line()})
         if rows is not None:
-            losses_of_rows = [[_finite(loss), n] for loss, n in zip(rows.losses, rows.targets, strict=True)]
-            self._append(ROW_TRACE_NAME, {"step": step, "rows": losses_of_rows})
+            columns = zip(rows.losses, rows.targets, rows.indices, strict=True)
+            told = [[_finite(loss), n, None if index == UNKNOWN else index] for loss, n, index in columns]
+            self._append(ROW_TRACE_NAME, {"step": step, "rows": told})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()

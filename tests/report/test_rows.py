@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -73,12 +74,27 @@ def test_visits_are_told_where_all_rows_were_ranked(tmp_path):
     assert far.fate == "dropped once (batch 3)", "it is not among the rows that were ranked"
 
 
+def test_visits_are_counted_in_the_trace_of_rows_where_none_were_ranked(tmp_path):
+    run = write_run(tmp_path, [drop(1, 0, 1, 5.0, "a"), drop(3, 0, 1, 6.0, "a")])
+    visited = [[[5.0, 12, 1], [2.0, 12, 4]], [[2.0, 12, 1], [2.0, 12, 1]], [[6.0, 12, 1]], [[None, 0, 1]], [[2.0, 9]]]
+    lines = [{"step": step, "rows": rows} for step, rows in enumerate(visited, 1)]
+    (run / "_row_trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert broken_rows(run)[0].fate == "dropped in 2 of 3 visits (batches 1, 3)"
+    assert [[row.loss for row in rows] for rows in read_judged_rows(run).values()] == [[5, 2], [2, 2], [6], [], [2]]
+
+
+def test_documents_of_a_packed_row_are_told_apart(tmp_path):
+    drops = [drop(1, i, 7, 5.0 - i, text, source=..., first_row=..., last_row=...) for i, text in enumerate("ab")]
+    drops += [drop(2, 0, 7, 5.0, ..., input_ids=[5, i], source=..., first_row=..., last_row=...) for i in (1, 2)]
+    assert [row.text for row in broken_rows(write_run(tmp_path, drops))] == ["a", "tokens 5 1", "tokens 5 2", "b"]
+
+
 @pytest.mark.parametrize(
     ("more", "place"),
     [
         ({"first_row": 1200, "last_row": 1214}, "notes.jsonl, rows 1,200 to 1,214"),
         ({"last_row": ...}, "notes.jsonl, from row 1,818 on"),
-        ({"source": ..., "first_row": ..., "last_row": ...}, "row 1,817 of the training set, counted from 0"),
+        ({"source": ..., "first_row": ..., "last_row": ...}, "index 1,817 of the training set, counted from 0"),
         ({"source": ..., "first_row": ..., "last_row": ..., "index": ...}, "a row of unknown place"),
         ({"source": "\x1b[2Jevil\n.txt"}, "\\x1b[2Jevil ⏎ .txt, row 1,818"),
     ],

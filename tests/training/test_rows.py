@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from abr_trainer import ABRConfig, ABRTrainer
+from abr_trainer.report.rows import broken_rows
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RowRule
 from abr_trainer.training.row_seams import RowsUnsupported
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
@@ -209,6 +210,14 @@ def test_a_resumed_run_drops_the_same_rows_and_says_so_once(build, train, tmp_pa
     assert resumed.row_rule.state_dict() == whole.row_rule.state_dict()
     assert resumed.ledger.rows_dropped == whole.ledger.rows_dropped
     assert resumed._run.notices == whole._run.notices
+
+
+def test_visits_are_known_without_a_ranking(train):
+    options = {"gradient_accumulation_steps": 1, "num_train_epochs": 3, "max_steps": -1}
+    trainer = train(trainer_options={"row_rule": named(1)}, **options)
+    found = broken_rows(Path(trainer.args.output_dir))
+    assert len(found) == 3
+    assert {(len(row.steps), row.visits) for row in found} == {(1, 3)}
 
 
 def test_rules_see_the_rows_and_the_batch_rule_the_mean_of_those_that_are_kept(train):
