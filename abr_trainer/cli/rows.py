@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"--limit must be at least 0, got {args.limit}.")
         if args.clean and args.all:
             raise ValueError("--clean removes the rows that were dropped: it does not go with --all.")
+        if args.clean and args.limit is not None:
+            raise ValueError("--clean removes all rows that were dropped: it does not go with --limit.")
         if args.lowest and not args.all:
             raise ValueError("--lowest goes with --all.")
         if args.overwrite and not args.clean:
@@ -191,15 +193,23 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
         raise ValueError(f"{out} exists: give another name, or --overwrite.")
     removal = rows_to_remove(directories, file)
     if not removal.whole and not removal.partly and (unknown := removal.elsewhere[""]):
-        raise ValueError(f"Of {unknown:,} dropped rows it is not known where they come from, and of {file} none is.")
-    from ..data.cleaning import copy_without, texts_in  # slower to import than all else here
+        unsaid = f"Of {unknown:,} dropped rows it is not known where they come from, as with --packing"
+        raise ValueError(f"{unsaid}; none is known to be of {file}. abr rows shows their text.")
+    from ..data.cleaning import copy_without, has_empty_lines, texts_in  # slower to import than all else here
 
-    empty = removal.counts_empty_lines
+    if len(removal.count_empty_lines) > 1 and has_empty_lines(file):
+        alike = "these runs do not count them alike" if len(directories) > 1 else f"{directories[0]} does not say so"
+        raise ValueError(
+            f"{file} has empty lines. Whether these are rows is not clear: {alike}. Remove the rows that abr rows "
+            "lists by hand."
+        )
+    empty = True in removal.count_empty_lines
     is_newer = any(file.stat().st_mtime > begun for begun in _beginnings(directories))
-    doubtful = doubtful_row(texts_in(file, removal.texts.keys(), empty), removal.texts) if is_newer else None
+    doubtful = doubtful_row(texts_in(file, {row for row, _ in removal.texts}, empty), removal.texts)
     if doubtful is not None:
-        text = shortened(removal.texts[doubtful], 60)
-        raise ValueError(f"{file} has changed since: its row {doubtful:,} is not what was dropped there: {text}")
+        row, text = doubtful
+        told = shortened(text, 60)
+        raise ValueError(f"{file} has changed since: its row {row:,} is not what was dropped there: {told}")
     count = copy_without(file, out, removal.whole, empty)
     whole, partly = removal.whole, removal.partly
     removed = _named([f"{number:,}" for number in sorted(whole)])

@@ -1,4 +1,4 @@
-"""Copies of data files without some of their rows, byte for byte the rest."""
+"""Copies of data files without some of their rows: what stays is as it was."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def copy_without(path: Path, out: Path, numbers: Collection[int], counts_empty_l
     """Write a copy of a file without the rows of these numbers, from 1, and return how many rows the file has.
 
     A row is a line of text or of JSON, a row of a table, an element of a JSON list. What stays is the same byte for
-    byte, except in Parquet, of which the values stay. A copy that fails leaves nothing behind.
+    byte, except in Parquet, of which the values stay, and at the end of a JSON list. A copy that fails leaves nothing
+    behind.
 
     Args:
         counts_empty_lines: An empty line of JSON lines is a row.
@@ -48,6 +49,8 @@ def copy_without(path: Path, out: Path, numbers: Collection[int], counts_empty_l
     written_as = format_of(name)
     if (written_as.reader, written_as.separator) != (form.reader, form.separator):
         raise ValueError(f"{out} must be named as {path.name} is, {form.suffix or 'without a suffix'}: it is a copy.")
+    if form.reader == "parquet" and written_as.compression is not None:
+        raise ValueError(f"{out}: Parquet is compressed inside, and is not read from another file. Name it .parquet.")
     draft = out.with_name(f".{os.getpid()}.{out.name}")  # the same suffix, by which it is read again
     try:
         if form.reader == "parquet":
@@ -71,28 +74,40 @@ def _member(path: Path, out: Path) -> str:
     return member_of(str(path)) if zipfile.is_zipfile(path) else out.stem
 
 
-def texts_in(path: Path, numbers: Collection[int], counts_empty_lines: bool = True) -> dict[int, str]:
-    """Return what stands in these rows of a file, by number, as far as it has them.
+def texts_in(path: Path, numbers: Collection[int], counts_empty_lines: bool = True) -> dict[int, list[str]]:
+    """Return the texts in these rows of a file, by number, as far as it has them: of JSON those that are values.
 
     Args:
         counts_empty_lines: See `copy_without`.
     """
     form = format_of(str(path))
     if form.reader == "parquet":
-        return {number: " ".join(map(str, row.values())) for number, row in _parquet_rows(path) if number in numbers}
+        return {number: list(_texts(row)) for number, row in _parquet_rows(path) if number in numbers}
     rows = (piece for is_row, piece in _pieces(path, form.reader, counts_empty_lines) if is_row)
     found = {number: piece for number, piece in enumerate(rows, 1) if number in numbers}
-    unescaped = _unescaped if form.reader == "json" else str
-    return {number: unescaped(piece.encode(BYTES).decode(errors="replace")) for number, piece in found.items()}
+    texts = _texts_of_json if form.reader == "json" else lambda text: [text]
+    return {number: texts(piece.encode(BYTES).decode(errors="replace")) for number, piece in found.items()}
 
 
-def _unescaped(text: str) -> str:
-    """Return JSON with the letters that it stands for, and spaces for line breaks; as it is if it is none."""
+def has_empty_lines(path: Path) -> bool:
+    """Return whether a file of JSON lines has empty ones; False for another file."""
+    return format_of(str(path)).reader == "json" and any(not is_row for is_row, _ in _pieces(path, "json", False))
+
+
+def _texts_of_json(text: str) -> list[str]:
+    """Return the texts in JSON; the whole if it is none."""
     try:
-        written = json.dumps(json.loads(text), ensure_ascii=False)
+        return list(_texts(json.loads(text.removeprefix("\ufeff"))))
     except ValueError:
-        return text
-    return re.sub(r"\\[nrtbf]", " ", written)
+        return [text]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 # ---- Text, JSON and tables of text ----
@@ -243,7 +258,8 @@ def _copy_parquet(path: Path, draft: Path, numbers: Collection[int]) -> int:
                 group = table.read_row_group(i)
                 kept = [row for row in range(len(group)) if count + row + 1 not in numbers]
                 count += len(group)
-                copy.write_table(group.take(kept))
+                if kept:
+                    copy.write_table(group.take(kept))
     return count
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +14,17 @@ from typing import Any
 
 from ..records.commands import PROGRAM
 from ..records.files import PROVENANCE, read_json
-from .rows import RunRow, broken_rows
+from .rows import RunRow, broken_rows, read_drops
 from .text import printable
 
 INPUTS = ("train_file", "primer_file", "dataset_name", "dataset_mix")
 """Flags that name what a run reads rows from."""
+
+WORD = re.compile(r"[^\W\u2e80-\ud7ff]+|[\u2e80-\ud7ff]")
+"""In Chinese and Japanese a letter counts as a word."""
+
+TELLING = 3
+"""Pairs of words by which a text is known again."""
 
 
 @dataclass
@@ -28,15 +36,15 @@ class Removal:
         partly: Rows of which a dropped block holds only a part, or perhaps only a part: they stay. By row, how many
             dropped blocks hold something of it.
         elsewhere: How many dropped rows are of other files or data sets, by name; "" for those of unknown place.
-        texts: The beginning of rows to remove, where a run knew it.
-        counts_empty_lines: An empty line of JSON lines is a row, as it is for `abr train`.
+        texts: Rows to remove, each with the beginning of its text, where a run knew it and it says enough.
+        count_empty_lines: Whether an empty line of JSON lines is a row for these runs; both if they differ.
     """
 
     whole: set[int] = field(default_factory=set)
     partly: Counter[int] = field(default_factory=Counter)
     elsewhere: Counter[str] = field(default_factory=Counter)
-    texts: dict[int, str] = field(default_factory=dict)
-    counts_empty_lines: bool = False
+    texts: list[tuple[int, str]] = field(default_factory=list)
+    count_empty_lines: set[bool] = field(default_factory=set)
 
 
 def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
@@ -46,15 +54,15 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
     only those are removed that lie between the first and the last row of blocks in a row which were all dropped.
 
     Raises:
-        ValueError: None of the runs has read the file.
+        ValueError: None of the runs has read the file, or a run has read another one of that name.
     """
     removal = Removal()
     known: set[str] = set()
     for directory in directories:
-        arguments, is_of_blocks = _how_it_read(directory)
+        provenance = read_json(directory / PROVENANCE) or {"arguments": {}, "argv": []}
         rows = broken_rows(directory)
-        named = {row.source for row in rows if row.source is not None}
-        known |= named | _inputs(arguments)
+        named, inputs = {row.source for row in rows if row.source is not None}, _inputs(provenance["arguments"])
+        known |= named | inputs
         source = _source_of(file, named, directory)
         of_file: list[RunRow] = []
         for row in rows:
@@ -62,12 +70,22 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
                 of_file.append(row)
             else:
                 removal.elsewhere[row.source or ""] += 1
-        if is_of_blocks or not all(row.is_one_row for row in of_file):
-            removal.counts_empty_lines = True
+        texts: list[tuple[int, str]] = []
+        if any(row.is_block or not row.is_one_row for row in of_file):
+            removal.count_empty_lines.add(True)
             whole, touched = _inside_blocks(of_file)
         else:
+            removal.count_empty_lines |= _count_empty_lines(provenance["argv"]) if of_file else set()
             whole, touched = {row.first_row for row in of_file if row.first_row is not None}, Counter()
-            removal.texts |= {row.first_row: row.text for row in of_file if row.first_row is not None}
+            decoded = {drop.get("text") for drop in read_drops(directory)}
+            known_texts = ((row.first_row, row.text) for row in of_file if row.text in decoded)
+            texts = [(number, text) for number, text in known_texts if number is not None and _tells(text)]
+        other = _other_than(file, source, inputs)
+        if other is not None and not texts:
+            raise ValueError(
+                f"{directory} has read {other}, and nothing shows that {file} holds the same. Give {other}."
+            )
+        removal.texts += texts
         removal.whole |= whole
         removal.partly += touched
     for row_number in removal.whole:
@@ -79,17 +97,16 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
     return removal
 
 
-def _how_it_read(directory: Path) -> tuple[Mapping[str, Any], bool]:
-    """Return the arguments of a run, and whether its rows are blocks of tokens for sure."""
-    provenance = read_json(directory / PROVENANCE) or {"arguments": {}, "argv": []}
-    begins = [*provenance["argv"], "", ""][:2]
-    return provenance["arguments"], begins == [PROGRAM, "train"] or begins[0].endswith("run_clm_abr.py")
+def _count_empty_lines(argv: Sequence[str]) -> set[bool]:
+    """Return whether a command counts the empty lines of JSON lines; both if it is not known."""
+    return {argv[:2] != [PROGRAM, "classify"]} if argv else {True, False}
 
 
 def _inputs(arguments: Mapping[str, Any]) -> set[str]:
     """Return the files and data sets that flags name."""
-    named = {str(arguments[flag]) for flag in INPUTS if arguments.get(flag)}
-    return {part.rpartition("=")[0] or part for name in named for part in name.split(",")}
+    named = {flag: str(arguments[flag]) for flag in INPUTS if arguments.get(flag)}
+    mixed = (part.rpartition("=")[0] or part for part in named.pop("dataset_mix", "").split(",") if part)
+    return {*named.values(), *mixed}
 
 
 def _is_named(file: Path, name: str) -> bool:
@@ -109,6 +126,20 @@ def _source_of(file: Path, named: Collection[str], directory: Path) -> str | Non
     if alike:
         raise ValueError(f"{directory} has read several files {file.name}: {', '.join(alike)}. Give one of these.")
     return None
+
+
+def _other_than(file: Path, source: str | None, inputs: Iterable[str]) -> Path | None:
+    """Return the file of the same name that a run has read, if it is still there and is another one.
+
+    Args:
+        source: What the run calls it: the last part of its path, or all of it where that was needed.
+        inputs: What the flags of the run name.
+    """
+    read: list[Path] = []
+    for path in map(Path, [source] if source is not None and Path(source).name != source else inputs):
+        read += path.rglob(glob.escape(file.name)) if path.is_dir() else [path] if _is_named(file, str(path)) else []
+    there = sorted(path for path in read if path.is_file())
+    return there[0] if there and not any(path.samefile(file) for path in there) else None
 
 
 def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], Counter[int]]:
@@ -137,23 +168,34 @@ def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], Counter[int]]:
     return whole, touched
 
 
-def doubtful_row(rows: Mapping[int, str], texts: Mapping[int, str]) -> int | None:
-    """Return the first row of a file that does not hold what a run has read there; None if all do.
+def doubtful_row(rows: Mapping[int, Sequence[str]], texts: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
+    """Return the first row that does not hold in a file what a run has read there, with that text; None if all do.
 
-    A tokenizer may change case and spaces, and a template adds to a text: so pairs of words are compared, and two in
-    three must be there.
+    A tokenizer may change case, accents and spaces. A template adds to a text, a row has more than is learnt, and a
+    run keeps the beginning alone. So pairs of words are compared, without those that are in all texts, and half of the
+    shorter one must be in the other.
 
     Args:
-        rows: As they stand in the file, by number.
-        texts: As the run has decoded them.
+        rows: What stands in the file, by number: the texts that a row has.
+        texts: Numbers of rows, and their texts as the run has decoded them.
     """
-    for number, text in sorted(texts.items()):
-        of_run, of_file = _pairs(text), _pairs(rows.get(number, ""))
-        if len(of_run) >= 3 and 3 * len(of_run & of_file) < 2 * len(of_run):
-            return number
+    compared = [(number, text, _pairs(text)) for number, text in sorted(texts)]
+    common = set.intersection(*(of_run for *_, of_run in compared)) if len(compared) > 1 else set()
+    for number, text, of_run in compared:
+        of_file = set().union(*map(_pairs, rows.get(number, ())))
+        if len(of_run - common) >= TELLING:
+            of_run, of_file = of_run - common, of_file - common
+        if not of_file or 2 * len(of_run & of_file) < min(len(of_run), len(of_file)):
+            return number, text
     return None
 
 
+def _tells(text: str) -> bool:
+    """Return whether a text says enough to be known again."""
+    return len(_pairs(text)) >= TELLING
+
+
 def _pairs(text: str) -> set[tuple[str, str]]:
-    words = re.findall(r"\w+", text.casefold())
-    return set(itertools.pairwise(words))
+    letters = unicodedata.normalize("NFKD", text.casefold())
+    words = WORD.findall("".join(letter for letter in letters if not unicodedata.combining(letter)))
+    return {pair for pair in itertools.pairwise(words) if "unk" not in pair}  # a tokenizer writes it for what it lacks

@@ -142,7 +142,7 @@ def test_all_rows_of_a_run_that_ranked_them(run, capsys):
     shown = lines_of(capsys, run, "--all", "--limit", "2")
     assert shown[0] == f"{run}: 3 of 4 rows were seen; by their last loss, highest first"
     assert "    loss 5, 12 targets; dropped in 2 of 2 visits (batches 1, 4)" in shown
-    assert "row 0 of the training set, counted from 0" in shown
+    assert "index 0 of the training set, counted from 0" in shown
     assert shown[-1] == "1 more: --limit 0 shows all."
 
 
@@ -162,6 +162,7 @@ def test_it_needs_neither_torch_nor_transformers(run, notes, tmp_path):
         (["."], "holds no run"),
         (["run", "--limit", "-1"], "--limit must be at least 0, got -1"),
         (["run", "--all", "--clean", "a", "b"], "does not go with --all"),
+        (["run", "--clean", "a", "b", "--limit", "3"], "does not go with --limit"),
         (["run", "--overwrite"], "--overwrite goes with --clean"),
         (["run", "--clean", "missing.jsonl", "out.jsonl"], "--clean missing.jsonl is missing"),
         (["run", "--clean", "run", "out.jsonl"], "--clean run is a directory"),
@@ -293,7 +294,7 @@ def test_a_file_that_has_changed_since_is_refused(run, notes, tmp_path):
         run, "--clean", notes, tmp_path / "o.jsonl"
     )
     os.utime(notes, (1e9, 1e9))
-    assert "has 5 rows, and row 8 was dropped" in refusal(run, "--clean", notes, tmp_path / "o.jsonl")
+    assert "has changed since: its row 8" in refusal(run, "--clean", notes, tmp_path / "o.jsonl"), "if older than it"
     notes.write_text("".join(whole[1:]) + "{}\n" * 3)
     os.utime(notes, (3e9, 3e9))
     message = refusal(run, "--clean", notes, tmp_path / "o.jsonl")
@@ -306,7 +307,9 @@ def test_a_file_that_has_changed_since_is_refused(run, notes, tmp_path):
 def blocks(*spans, first=0):
     """Drops of blocks of those rows; the next index for each, None for a gap."""
     return [
-        drop(1, i, first + i, 5.0, "x", first_row=span[0], last_row=span[1]) for i, span in enumerate(spans) if span
+        drop(1, i, first + i, 5.0, "x", first_row=span[0], last_row=span[1], is_block=True)
+        for i, span in enumerate(spans)
+        if span
     ]
 
 
@@ -338,6 +341,85 @@ def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_pa
 def test_blocks_are_told_from_rows_without_a_command_as_well(notes, tmp_path, capsys):
     run = write_run(tmp_path / "run", [*blocks((2, 2)), *blocks((5, 7), first=30)])
     assert "without 1 of its 12 rows: 6" in lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")[0]
+    run = write_run(tmp_path / "alone", blocks((2, 2)))
+    record(run, "sft", train_file=str(notes))
+    assert "without 0 of its 12 rows" in lines_of(capsys, run, "--clean", notes, tmp_path / "whole.jsonl")[0]
+
+
+@pytest.fixture
+def with_an_empty_line(notes):
+    lines = notes.read_text().splitlines()
+    notes.write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n")
+    return notes
+
+
+def test_empty_lines_are_counted_as_the_command_of_the_run_counts_them(with_an_empty_line, tmp_path, capsys):
+    notes = with_an_empty_line
+    of_chats = write_run(tmp_path / "chats", [drop(1, 0, 3, 9.0, text_of(2))])
+    record(of_chats, "sft", train_file=str(notes))
+    lines_of(capsys, of_chats, "--clean", notes, tmp_path / "clean.jsonl")
+    assert text_of(2) not in (tmp_path / "clean.jsonl").read_text()
+    of_sentences = write_run(tmp_path / "sentences", [drop(1, 0, 2, 9.0, text_of(2))])
+    record(of_sentences, "classify", train_file=str(notes))
+    lines_of(capsys, of_sentences, "--clean", notes, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "clean.jsonl").read_bytes()
+    both = refusal(of_chats, of_sentences, "--clean", notes, tmp_path / "both.jsonl")
+    assert "has empty lines. Whether these are rows is not clear: these runs do not count them alike" in both
+    (of_chats / "run.json").unlink()
+    alone = refusal(of_chats, "--clean", notes, tmp_path / "both.jsonl")
+    assert f"{of_chats} does not say so" in alone
+
+
+@pytest.mark.parametrize("names", ["train_file", "dataset_mix", "dataset_name", "source"])
+def test_another_file_of_the_same_name_must_hold_the_same_rows(run, notes, tmp_path, capsys, names):
+    other = tmp_path / "new" / "notes.jsonl"
+    other.parent.mkdir()
+    other.write_bytes(notes.read_bytes())
+    source = str(notes) if names == "source" else "notes.jsonl"
+    given = {"train_file": notes, "dataset_mix": f"{notes}=0.5,demo=0.5", "dataset_name": tmp_path / "data"}
+    if names == "dataset_name":
+        (tmp_path / "data").mkdir()
+        notes = notes.rename(tmp_path / "data" / "notes.jsonl")
+    run = write_run(tmp_path / "run", [drop(1, 0, i, 5.0, text_of(i), source=source) for i in (2, 7)])
+    record(run, "sft", **({} if names == "source" else {names: str(given[names])}))
+    assert "without 2 of its 12 rows" in lines_of(capsys, run, "--clean", other, tmp_path / "same.jsonl")[0]
+    other.write_text("".join(reversed(other.read_text().splitlines(keepends=True))))
+    os.utime(other, (1e9, 1e9))
+    assert "its row 3 is not what was dropped" in refusal(run, "--clean", other, tmp_path / "out.jsonl")
+    short = write_run(tmp_path / "short", [drop(1, 0, 2, 5.0, "x", source=source)])
+    (short / "run.json").write_bytes((run / "run.json").read_bytes())
+    told = refusal(short, "--clean", other, tmp_path / "out.jsonl")
+    assert told == f"error: {short} has read {notes}, and nothing shows that {other} holds the same. Give {notes}."
+    lines_of(capsys, short, "--clean", notes, tmp_path / "own.jsonl")
+
+
+def test_a_file_of_chats_that_was_touched_is_the_same(tmp_path, capsys):
+    path = tmp_path / "notes.jsonl"
+    chats = [
+        {"id": f"{i:032x}", "messages": [{"role": "user", "content": f"Name it, {name}"}, {"content": said}]}
+        for i, (name, said) in enumerate(
+            [("Ann", "A red fox\nran off."), ("Bob", "Nothing."), ("Cy", "Two blue birds.")]
+        )
+    ]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    template = "Below is an instruction that describes a task. ### Instruction: {} ### Response: {} <|end|>"
+    texts = [template.format(*(message["content"] for message in chat["messages"])) for chat in chats]
+    run = write_run(tmp_path / "run", [drop(1, i, i, 5.0, texts[i]) for i in (0, 2)])
+    record(run, "sft", train_file=str(path))
+    os.utime(path, (3e9, 3e9))
+    assert "without 2 of its 3 rows: 1, 3" in lines_of(capsys, run, "--clean", path, tmp_path / "out.jsonl")[0]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats[1:] + chats[:1]))
+    assert "its row 1 is not what was dropped" in refusal(run, "--clean", path, tmp_path / "new.jsonl")
+
+
+def test_chinese_is_compared_as_well(tmp_path, capsys):
+    path = tmp_path / "notes.jsonl"
+    said = ["狐狸在夜里跑过田野", "鸟儿在清晨歌唱", "猫睡在温暖的窗边"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in said))
+    run = write_run(tmp_path / "run", [drop(1, 0, 2, 5.0, said[2])])
+    lines_of(capsys, run, "--clean", path, tmp_path / "out.jsonl")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in reversed(said)))
+    assert "its row 3 is not what was dropped" in refusal(run, "--clean", path, tmp_path / "new.jsonl")
 
 
 class ThePosition(RowRule):

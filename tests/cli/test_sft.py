@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -308,6 +309,13 @@ class SecondOfFour(RowRule):
         return row.position % 4 != 1
 
 
+class TwoOfFour(RowRule):
+    """Drop two documents that stand side by side."""
+
+    def decide(self, row):
+        return row.position % 4 in (0, 3)
+
+
 @pytest.mark.parametrize("flags", [[], ["--padding_free"]], ids=["padded", "padding-free"])
 def test_dropped_rows_are_named_by_file_and_line(tmp_path, flags):
     chats = list(demo_chats("train"))[:40]
@@ -327,6 +335,42 @@ def test_dropped_rows_are_named_by_file_and_line(tmp_path, flags):
         assert answer.split()[-1] in drop["text"]
         assert drop["first_row"] == drop["last_row"]
     assert {drop["source"] for drop in dropped} == {"one.jsonl", "two.jsonl"}
+    for path in (tmp_path / "data" / "train").iterdir():
+        os.utime(path, (3e9, 3e9))
+        abr(["rows", str(tmp_path / "run"), "--clean", str(path), str(tmp_path / path.name)])
+        gone = {drop["first_row"] for drop in dropped if drop["source"] == path.name}
+        lines = path.read_text().splitlines()
+        assert (tmp_path / path.name).read_text().splitlines() == [
+            line for number, line in enumerate(lines, 1) if number not in gone
+        ]
+
+
+def test_of_plain_text_no_row_is_removed_of_which_a_block_is_a_part(tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("".join(f"{i} {'word ' * 300}\n" for i in range(3)))
+    data = ["--train_file", str(path), "--do_train", "--num_train_epochs", "1", "--max_length", "64"]
+    run(tmp_path / "run", *data, "--skip_rows", f"{__name__}:SecondOfFour")
+    dropped = list(read_lines(tmp_path / "run" / "_dropped_rows.jsonl"))
+    assert any(drop["first_row"] == drop["last_row"] for drop in dropped)
+    assert all(drop["is_block"] for drop in dropped)
+    capsys.readouterr()
+    abr(["rows", str(tmp_path / "run"), "--clean", str(path), str(tmp_path / "clean.txt")])
+    assert "without 0 of its 3 rows" in capsys.readouterr().out
+    assert (tmp_path / "clean.txt").read_bytes() == path.read_bytes()
+
+
+def test_packed_documents_are_listed_each_and_cannot_be_removed_from_a_file(tmp_path, capsys):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in list(demo_chats("train"))[:24]))
+    data = ["--train_file", str(path), "--do_train", "--max_steps", "2", "--packing", "--max_length", "256"]
+    run(tmp_path / "run", *data, "--skip_rows", f"{__name__}:TwoOfFour", "--padding_free")
+    dropped = list(read_lines(tmp_path / "run" / "_dropped_rows.jsonl"))
+    assert len({drop["index"] for drop in dropped}) < len(dropped), "some are of one packed row"
+    capsys.readouterr()
+    abr(["rows", str(tmp_path / "run"), "--json"])
+    assert len(json.loads(capsys.readouterr().out)) == len({drop["text"] for drop in dropped}) > 1
+    with pytest.raises(SystemExit, match="it is not known where they come from, as with --packing"):
+        abr(["rows", str(tmp_path / "run"), "--clean", str(path), str(tmp_path / "clean.jsonl")])
 
 
 def test_rules_are_compared_on_chats(tmp_path):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from abr_trainer.data.cleaning import copy_without, texts_in
+from abr_trainer.data.cleaning import copy_without, has_empty_lines, texts_in
 from abr_trainer.data.readers import open_bytes, read_cells, read_files
 
 BREAKS = "one\r\ntwo\rthree\n\n  \nsix é\u2028 and \x85 go on"
@@ -111,7 +111,19 @@ def test_parquet_keeps_its_types_its_row_groups_and_its_compression(tmp_path):
     assert after.num_row_groups == before.num_row_groups == 3
     kinds = [[file.metadata.row_group(0).column(i).compression for i in (0, 1)] for file in (before, after)]
     assert kinds == [["ZSTD", "UNCOMPRESSED"]] * 2
-    assert texts_in(path, {4, 9}) == {4: "d [4, 5]"}
+    assert texts_in(path, {4, 9}) == {4: ["d"]}
+    assert copy_without(path, out, {3, 4, 5}) == 5, "all of one group"
+    assert pq.read_table(out).equals(pq.read_table(path).take([0, 1]))
+    assert copy_without(path, out, {1, 2, 3, 4, 5}) == 5
+    assert pq.read_table(out).equals(pq.read_table(path).slice(0, 0))
+
+
+def test_parquet_is_not_written_into_a_compressed_file(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    with pytest.raises(ValueError, match=r"clean.parquet.gz: Parquet is compressed inside.* Name it .parquet."):
+        copy_without(path, tmp_path / "clean.parquet.gz", {1})
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.parquet"]
 
 
 def test_the_name_of_the_copy_says_how_it_is_compressed(tmp_path):
@@ -154,12 +166,16 @@ def test_empty_lines_of_json_lines_are_rows_or_are_not(tmp_path):
     assert [row["a"] for row in read(path, "json")] == [1, 2, 3], "as a table is read"
     assert copy_without(path, out, {2}, counts_empty_lines=False) == 3
     assert out.read_text() == '{"a": 1}\n\n \n{"a": 3}\n'
-    assert texts_in(path, {2}, counts_empty_lines=False) == {2: '{"a": 2}'}
+    path.write_text('{"a": "1"}\n\n{"a": "2"}\n')
+    assert texts_in(path, {2}, counts_empty_lines=False) == {2: ["2"]}
+    assert has_empty_lines(path)
+    path.write_text('{"a": "1"}\n')
+    assert not has_empty_lines(path)
 
 
 def test_what_stands_in_rows_is_found_by_their_numbers(tmp_path):
     table, lines = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
     table.write_text('text\none\n"two\nlines é"\n')
-    assert texts_in(table, {2, 3}) == {2: '"two\nlines é"\n'}
-    lines.write_text('{}\n{"text": "caf\\u00e9\\nau lait"}\nno JSON\n')
-    assert texts_in(lines, {2, 3}) == {2: '{"text": "café au lait"}', 3: "no JSON\n"}
+    assert texts_in(table, {2, 3}) == {2: ['"two\nlines é"\n']}
+    lines.write_text('{}\n{"text": ["caf\\u00e9\\nau", {"more": "lait"}]}\nno JSON\n')
+    assert texts_in(lines, {2, 3}) == {2: ["café\nau", "lait"], 3: ["no JSON\n"]}
