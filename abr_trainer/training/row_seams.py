@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -70,9 +71,18 @@ class Seam:
 class LossFunctionSeam(Seam):
     """The `loss_function` of a model of transformers, which the forward calls with logits and labels."""
 
+    def __init__(self) -> None:
+        self._base: tuple[weakref.ref[Any], Any] | None = None
+
+    def _base_of(self, trainer: Any) -> Any:
+        """Return the model that has the loss. To find it takes milliseconds, and is done once a model."""
+        if self._base is None or self._base[0]() is not trainer.model:
+            self._base = weakref.ref(trainer.model), base_model(trainer)
+        return self._base[1]
+
     @contextlib.contextmanager
     def open(self, trainer: Any, model: Any, call: Any, sieve: Sieve) -> Iterator[None]:
-        base = base_model(trainer)
+        base = self._base_of(trainer)
         function: Callable[..., Tensor] = base.loss_function
 
         def of_kept_rows(*args: Any, **kwargs: Any) -> Tensor:
