@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -181,7 +182,13 @@ def _of_sequences(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 def arguments_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, those that the function takes as `**kwargs` among them."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    others = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    signature = _signature_of(function)
+    bound = signature.bind(*args, **kwargs)
+    others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     given = dict(bound.arguments)
     return given if others is None else {**given, **given.pop(others, {})}
+
+
+@functools.cache
+def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
