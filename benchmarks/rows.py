@@ -619,9 +619,10 @@ def clean_lines(where: str, arms: Mapping[str, Any], line: Callable[[str, str, s
     return lines
 
 
-INTRODUCTION = f"""A share of the rows is broken, at random places. All arms see the same rows in the same order, once:
-stories260k, LoRA of rank 8, learning rate 2e-3 with linear decay, 160 batches of 4 rows, 80 of 16, or 32 of 64 (MRPC:
-full fine-tuning at 1e-3, 160 batches of 16). Dialogues have up to {LONGEST} tokens; longer ones are left out.
+INTRODUCTION = f"""A share of the rows is broken, at random places. All arms see the same rows in the same order, once.
+The model is stories260k with LoRA of rank 8, at a learning rate of 2e-3 with linear decay. A run has 160 batches of 4
+rows, 80 of 16, or 32 of 64. On MRPC it trains all weights at 1e-3, for 160 batches of 16. Dialogues have up to
+{LONGEST} tokens; longer ones are left out.
 
 - **none** trains on all rows.
 - **batches** skips batches: `--skip_outliers robust`.
