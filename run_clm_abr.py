@@ -11,26 +11,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 from safetensors import SafetensorError
 from transformers import default_data_collator
 
 from abr_trainer.cli.command_line import parse_arguments
-from abr_trainer.cli.job import begin, carry_out, command_of, push_result, wanted_splits
-from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint, only_run_in
+from abr_trainer.cli.job import begin, carry_out, command_of, push_result, run_alone, show_results, wanted_splits
+from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint
 from abr_trainer.data.arguments import DataArguments
 from abr_trainer.data.blocks import choose_block_size, load_blocks
 from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import EvaluationArguments, prepare_measurement
 from abr_trainer.records.errors import one_line_errors
-from abr_trainer.training.callbacks import summarise
 from abr_trainer.training.config import ABRConfig, checkpoints_activations
 from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.identity import asks_for_rows
-from abr_trainer.training.readiness import telling_of_a_full_disk
-from abr_trainer.training.tracking import PerplexityCallback, show_history
+from abr_trainer.training.tracking import PerplexityCallback
 from abr_trainer.training.trainer import ABRTrainer
 
 ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments, ABRConfig)
@@ -44,10 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def run(argv: list[str] | None) -> dict[str, float]:
-    with one_line_errors(ValueError):
-        arguments = parse_arguments(ARGUMENTS, argv)
-    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
-        return train_and_evaluate(argv, *arguments)
+    return run_alone(argv, partial(parse_arguments, ARGUMENTS), train_and_evaluate)
 
 
 def train_and_evaluate(
@@ -102,11 +97,7 @@ def train_and_evaluate(
         return trainer.evaluate(blocks["test"], metric_key_prefix="test")
 
     results = carry_out(trainer, checkpoint, command, (model_args, data_args, eval_args), described, test)
-    if trainer.is_world_process_zero():
-        output_dir = Path(args.output_dir)
-        if args.do_train:
-            show_history(output_dir)
-        print("", *summarise(trainer.state.log_history, trainer.ledger, results, output_dir.resolve()), sep="\n")
+    show_results(trainer, results)
     push_result(trainer)
     return results
 

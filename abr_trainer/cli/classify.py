@@ -37,10 +37,9 @@ from ..training.callbacks import cost_lines
 from ..training.config import checkpoints_activations
 from ..training.engines import leave_ranks
 from ..training.identity import asks_for_rows
-from ..training.readiness import telling_of_a_full_disk
 from .command_line import parse_arguments
-from .job import begin, carry_out, command_of, push_result, wanted_splits
-from .run_directory import check_output_dir, find_checkpoint, only_run_in
+from .job import begin, carry_out, command_of, push_result, run_alone, wanted_splits
+from .run_directory import check_output_dir, find_checkpoint
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
 """What the command line is parsed into."""
@@ -53,10 +52,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def run(argv: list[str] | None) -> dict[str, float]:
-    with one_line_errors(ValueError):
-        arguments = parse_arguments(ARGUMENTS, argv, recalled_flags(ARGUMENTS, argv))
-    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
-        return train_and_evaluate(argv, *arguments)
+    return run_alone(
+        argv, lambda argv: parse_arguments(ARGUMENTS, argv, recalled_flags(ARGUMENTS, argv)), train_and_evaluate
+    )
 
 
 def train_and_evaluate(

@@ -13,17 +13,18 @@ from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
 from ..records.files import read_json
-from ..training.callbacks import last_evaluation
+from ..training.callbacks import last_evaluation, summarise
 from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig
 from ..training.evaluation import NoSuchMetric
-from ..training.readiness import check_disk, mend_generation_config
+from ..training.readiness import check_disk, mend_generation_config, telling_of_a_full_disk
 from ..training.row_seams import RowsUnsupported
 from ..training.signals import NoAccuracy
+from ..training.tracking import show_history
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
 from .parsing import wanted_splits as wanted_splits
-from .run_directory import replacing_previous_run, set_aside_later_checkpoints, write_provenance
+from .run_directory import only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
 
 
 def begin(args: ABRConfig) -> None:
@@ -31,6 +32,23 @@ def begin(args: ABRConfig) -> None:
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # our models leave none out, and looking for them costs
     set_seed(args.seed)
+
+
+def run_alone(
+    argv: list[str] | None,
+    parse: Callable[[list[str] | None], Sequence[Any]],
+    train_and_evaluate: Callable[..., dict[str, float]],
+) -> dict[str, float]:
+    """Parse a command line, and do its work as the only run in its output directory.
+
+    Args:
+        parse: Returns the arguments, those of the trainer last.
+        train_and_evaluate: Does the work, given the command line and the arguments.
+    """
+    with one_line_errors(ValueError):
+        arguments = parse(argv)
+    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
+        return train_and_evaluate(argv, *arguments)
 
 
 def carry_out(
@@ -94,6 +112,16 @@ def carry_out(
         trainer.save_metrics("test", metrics)
         results |= metrics
     return results
+
+
+def show_results(trainer: ABRTrainer, results: dict[str, float]) -> None:
+    """Print the perplexities that a run has reached, and what it cost."""
+    if not trainer.is_world_process_zero():
+        return
+    output_dir = Path(str(trainer.args.output_dir))
+    if trainer.args.do_train:
+        show_history(output_dir)
+    print("", *summarise(trainer.state.log_history, trainer.ledger, results, output_dir.resolve()), sep="\n")
 
 
 def push_result(trainer: ABRTrainer) -> None:

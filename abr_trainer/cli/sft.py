@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from safetensors import SafetensorError
@@ -36,15 +36,13 @@ from ..integrations.trl import ABRSFTConfig, ABRSFTTrainer, learns_to_stop, mark
 from ..models.arguments import ModelArguments
 from ..models.loading import describe_model, load_config, load_model, load_tokenizer
 from ..records.errors import one_line_errors
-from ..training.callbacks import summarise
 from ..training.config import ABRConfig, checkpoints_activations
 from ..training.engines import leave_ranks
 from ..training.identity import asks_for_rows
-from ..training.readiness import telling_of_a_full_disk
-from ..training.tracking import PerplexityCallback, show_history
+from ..training.tracking import PerplexityCallback
 from .command_line import parse_arguments
-from .job import begin, carry_out, command_of, push_result, wanted_splits
-from .run_directory import check_output_dir, find_checkpoint, only_run_in
+from .job import begin, carry_out, command_of, push_result, run_alone, show_results, wanted_splits
+from .run_directory import check_output_dir, find_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -112,10 +110,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def run(argv: list[str] | None) -> dict[str, float]:
-    with one_line_errors(ValueError):
-        arguments = parse_arguments(ARGUMENTS, argv)
-    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
-        return train_and_evaluate(argv, *arguments)
+    return run_alone(argv, partial(parse_arguments, ARGUMENTS), train_and_evaluate)
 
 
 def train_and_evaluate(
@@ -169,11 +164,7 @@ def train_and_evaluate(
         return trainer.evaluate(rows["test"].rows, metric_key_prefix="test")
 
     results = carry_out(trainer, checkpoint, command_of(argv, "sft"), (model_args, data_args), described, test)
-    if trainer.is_world_process_zero():
-        output_dir = Path(str(args.output_dir))
-        if args.do_train:
-            show_history(output_dir)
-        print("", *summarise(trainer.state.log_history, trainer.ledger, results, output_dir.resolve()), sep="\n")
+    show_results(trainer, results)
     push_result(trainer)
     return results
 

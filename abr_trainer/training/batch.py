@@ -134,9 +134,16 @@ class Batch:
         """Return a context in which `wanted` is asked before the last backward of the batch, where that may be left
         out.
         """
-        # Before its last backward, FSDP keeps the gradients of a batch where `zero_grad` does not reach them.
-        must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
-        return contextlib.nullcontext() if must_finish else before_backward(trainer.accelerator, wanted)
+        if self._must_finish(trainer):
+            return contextlib.nullcontext()
+        return before_backward(trainer.accelerator, wanted)
+
+    def _must_finish(self, trainer: Any) -> bool:
+        """Tell whether no backward of the batch may be left out.
+
+        Before its last backward, FSDP keeps the gradients of a batch where `zero_grad` does not reach them.
+        """
+        return bool(trainer.is_fsdp_enabled) and len(self._calls) > 1
 
     def _as_logged(self, trainer: Any, loss: Tensor, decision: Decision) -> Tensor:
         """Return what the last micro-batch adds to the sum that Trainer logs.
@@ -217,7 +224,7 @@ class Batch:
                 self._decision = decide(trainer, agreed.mean / self._whole.share, agreed.sums)
             return self._decision.repeats > 0
 
-        must_finish = trainer.is_fsdp_enabled and len(self._calls) > 1
+        must_finish = self._must_finish(trainer)
         self._losses, hits = passes.over(self._whole, None if must_finish else is_trained_on)
         return len(self._calls) - (not is_trained_on(self._losses, hits) and not must_finish)
 

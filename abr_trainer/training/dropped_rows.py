@@ -75,14 +75,38 @@ def tokens_of_rows(inputs: Any, rows: int) -> list[list[int]]:
     Args:
         rows: How many there are: as many as rows of the tensors, or as documents in them.
     """
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
+    if (found := _tokens_in(inputs)) is None:
         return [[] for _ in range(rows)]
+    ids, there = found
     owners = owners_of(inputs, ids)
-    mask = inputs.get("attention_mask")
-    there = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
     owners = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids) if owners is None else owners
     return [ids[there & (owners == row)][:KEPT_TOKENS].tolist() for row in range(rows)]
+
+
+def excerpts(calls: list[Call]) -> list[list[int]]:
+    """Return the first tokens of each row of some micro-batches, without padding."""
+    rows: list[list[int]] = []
+    for inputs, *_ in calls:
+        if (found := _tokens_in(inputs)) is not None:
+            rows += [row[kept][:EXCERPT_TOKENS].tolist() for row, kept in zip(*found, strict=True)]
+    return rows
+
+
+def _tokens_in(inputs: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the tokens of a micro-batch, of shape (rows, length), and which of them are no padding; None if it has
+    none.
+    """
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    mask = inputs.get("attention_mask")
+    return ids, mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
+
+
+def decoded(trainer: Any, tokens: Sequence[int]) -> str | None:
+    """Return what tokens say; None without tokens or without a tokenizer."""
+    decode = getattr(trainer.processing_class, "decode", None)
+    return decode(tokens) if decode is not None and tokens else None
 
 
 MOST_RANKED = 200
@@ -100,36 +124,19 @@ def write_ranked(trainer: Any, ranking: RowRanking, directory: Path) -> None:
 
 
 def _described(trainer: Any, index: int) -> dict[str, Any]:
-    decode = getattr(trainer.processing_class, "decode", None)
     row = trainer.train_dataset[index]
     ids = row.get("input_ids") if isinstance(row, Mapping) else None
     tokens = [] if ids is None else torch.as_tensor(ids).flatten()[:KEPT_TOKENS].tolist()
-    text = {"text": decode(tokens)} if decode is not None and tokens else {}
-    return {**source_of(trainer.train_dataset, index), "index": index, "input_ids": tokens, **text}
+    text = decoded(trainer, tokens)
+    said = {} if text is None else {"text": text}
+    return {**source_of(trainer.train_dataset, index), "index": index, "input_ids": tokens, **said}
 
 
 def with_text(trainer: Any, dropped: Sequence[DroppedRow]) -> list[DroppedRow]:
     """Add to dropped rows, on the main process, what they say and where they come from."""
     if not trainer.is_world_process_zero():
         return []
-    decode = getattr(trainer.processing_class, "decode", None)
     return [
-        replace(
-            row,
-            text=None if decode is None or not row.input_ids else decode(row.input_ids),
-            source=source_of(trainer.train_dataset, row.index),
-        )
+        replace(row, text=decoded(trainer, row.input_ids), source=source_of(trainer.train_dataset, row.index))
         for row in dropped
     ]
-
-
-def excerpts(calls: list[Call]) -> list[list[int]]:
-    """Return the first tokens of each row of some micro-batches, without padding."""
-    rows: list[list[int]] = []
-    for inputs, *_ in calls:
-        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-        if isinstance(ids, Tensor) and ids.dim() == 2:
-            mask = inputs.get("attention_mask")
-            mask = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) > 0
-            rows += [row[kept][:EXCERPT_TOKENS].tolist() for row, kept in zip(ids, mask, strict=True)]
-    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -42,11 +43,11 @@ class BatchRows:
     indices: list[int]
     of_a_rank: int
 
-    @property
+    @functools.cached_property
     def judged(self) -> list[int]:
         return [i for i, targets in enumerate(self.targets) if targets]
 
-    @property
+    @functools.cached_property
     def dropped(self) -> list[int]:
         return [i for i in self.judged if not self.keep[i]]
 

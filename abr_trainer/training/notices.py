@@ -16,7 +16,7 @@ from ..report.text import number, shortened
 from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from .deciding import NO_ROOM
-from .dropped_rows import DroppedRow
+from .dropped_rows import DroppedRow, decoded
 
 logger = logging.get_logger(__name__)
 
@@ -139,8 +139,7 @@ def say_what_is_left_out(
     lines = notices.note_rows(directory, step, [{"step": step, **row.as_line()} for row in dropped])
     if outcome.skipped:
         limit = trainer.repeat_scheduler.evidence(seen).get("outlier above") if math.isfinite(seen.loss) else None
-        decode = getattr(trainer.processing_class, "decode", None)
-        text = decode(excerpts[0]) if decode is not None and excerpts else None
+        text = decoded(trainer, excerpts[0]) if excerpts else None
         lines += notices.note_batch(directory, step, outcome.reason, seen.loss, limit, text)
     for line in lines:
         logger.warning(line)
