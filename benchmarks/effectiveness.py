@@ -7,7 +7,7 @@
 DIR of the data holds `wikitext2/wiki.{train,valid,test}.tokens`, `dailydialog/{train,validation,test}.jsonl` and
 `tinystories/valid_sample.txt`; DIR of the models `stories260k-hf` and `wiki-llama-2.6m`. The same command goes on
 where it was stopped; `--only scarce` runs one regime. Numbers go to benchmarks/results/effectiveness.json, tables to
-docs/effectiveness.md.
+docs/measure/effectiveness.md.
 
 Fresh: more data than budget. Controls: the same, beside even and random repeats of the same mean. Scarce: few batches,
 many epochs; every arm may stop early. Same batches: the published protocol, 50 batches once, whatever that costs.
@@ -43,7 +43,7 @@ from abr_trainer.records.flags import given_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "effectiveness.json"
-TABLES = ROOT / "docs" / "effectiveness.md"
+TABLES = ROOT / "docs" / "measure" / "effectiveness.md"
 
 BLOCK, ROWS = 128, 4
 """Tokens in a block, blocks in a batch."""

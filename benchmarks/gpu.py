@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                   # on the GPU; adds its rows to benchmarks/results/gpu.json
     python benchmarks/gpu.py --tiny            # the same rows with tiny models, on any machine: does the program work?
-    python benchmarks/gpu.py --page            # only write docs/gpu.md from the results that are there
+    python benchmarks/gpu.py --page            # only write docs/measure/gpu.md from the results that are there
 
 Each row is written as soon as it is measured. A run that was stopped, by its time limit or otherwise, goes on where
 it was when the same command is started again on the same card. Rows stand in order of importance. A row that cannot
@@ -71,7 +71,7 @@ from abr_trainer.training.signals import NoAccuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
-PAGE = ROOT / "docs" / "gpu.md"
+PAGE = ROOT / "docs" / "measure" / "gpu.md"
 LEARNING_RATE = 1e-4
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)

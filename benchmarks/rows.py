@@ -8,7 +8,7 @@
 DIR of the data holds `wikitext2/wiki.{train,test}.tokens`, `dailydialog/{train,test}.jsonl` and
 `mrpc/{train,test}.jsonl`; DIR of the models `stories260k-hf`. All runs are made in this process, one after the other,
 the most telling ones first. Each is written to benchmarks/results/rows.json when it is finished, and the same command
-goes on where it was stopped. Tables go to docs/rows_measured.md.
+goes on where it was stopped. Tables go to docs/measure/rows.md.
 
 A share of the rows is broken. The arms see the same rows in the same order: "none" trains on all, "batches" skips
 batches (`--skip_outliers robust`), "rows" drops rows (`--skip_rows robust`), and "oracle" drops exactly the broken
@@ -57,7 +57,7 @@ from abr_trainer.training.callbacks import ABRCallback
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rows.json"
-PAGE = ROOT / "docs" / "rows_measured.md"
+PAGE = ROOT / "docs" / "measure" / "rows.md"
 
 MODEL = "stories260k-hf"
 LONGEST = 160

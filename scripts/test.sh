@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Install with the test extra and check everything: ruff, mypy, pytest. Arguments go to pytest.
+# Install with the test extra and check everything: ruff, mypy, the documentation, pytest. Arguments go to pytest.
 #
 #   bash scripts/test.sh --oldest    # fast tests alone, in .venv-oldest, against the lowest versions that setup.cfg allows
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # several processes share the cores
-check() { echo "ruff" && ruff format --check . && ruff check . && echo "mypy" && mypy && echo "layers" && lint-imports --no-cache; }
+check() {
+    echo "ruff" && ruff format --check . && ruff check . && echo "mypy" && mypy && echo "layers" && lint-imports --no-cache &&
+        echo "docs" && sphinx-build -q -W --keep-going docs build/docs
+}
 test_all() {
     echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 }

@@ -120,7 +120,7 @@ def find_shape(rows: Sequence[Row], origin: str, wanted: str | None = None) -> S
     if {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             f"{origin} holds preferences: its columns are {', '.join(columns)}. abr sft learns from answers, not from "
-            "chosen and rejected ones. For DPO and reward training from Python see docs/chat.md."
+            "chosen and rejected ones. For DPO and reward training from Python see docs/start/chat.md."
         )
     named = next((name for name in CHAT_COLUMNS if name in chats), None)
     # A column of this name that holds something else is refused where its first row is read.

@@ -1,4 +1,4 @@
-"""The examples of `docs/chat.md` run."""
+"""The examples of `docs/start/chat.md` run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abr_trainer.cli.main import VERBS
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.records.files import read_lines
 
-CHAT = (Path(__file__).resolve().parents[2] / "docs" / "chat.md").read_text()
+CHAT = (Path(__file__).resolve().parents[2] / "docs" / "start" / "chat.md").read_text()
 EXAMPLES = dict(re.findall(r"### (DPO|KTO|Reward models)\n.*?```python\n(.*?)```", CHAT, flags=re.DOTALL))
 QUICK = "max_passes=4, use_cpu=True, bf16=False, report_to='none', disable_tqdm=True, gradient_checkpointing=False"
 

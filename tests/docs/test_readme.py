@@ -23,7 +23,7 @@ from tests.conftest import tiny_llama, token_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = (ROOT / "docs" / "rows.md").read_text(encoding="utf-8")
+ROWS = (ROOT / "docs" / "rules" / "rows.md").read_text(encoding="utf-8")
 EXAMPLE, OWN_RULE, TRL_EXAMPLE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -92,7 +92,7 @@ def commands():
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
     ROOT / "docs/compare/README.md",
 ]
 DOCSTRINGS = [importlib.import_module(verb.module).__doc__ for verb in VERBS.values()]

@@ -48,7 +48,7 @@ def factory(monkeypatch):
     for name in ("TRAINER_MAPPING", "TRAINING_ARGS_MAPPING"):
         monkeypatch.setattr(TrainerFactory, name, dict(getattr(TrainerFactory, name)))
     # ms-swift imports the file under a name that it makes up.
-    spec = importlib.util.spec_from_file_location("_swift_external", ROOT / "docs" / "examples" / "swift_plugin.py")
+    spec = importlib.util.spec_from_file_location("_swift_external", ROOT / "examples" / "swift_plugin.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)

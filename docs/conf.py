@@ -1,0 +1,19 @@
+"""How Sphinx builds the documentation: `sphinx-build -W --keep-going docs build/docs`, without a network."""
+
+from abr_trainer import __version__
+
+project = "ABR Trainer"
+author = copyright = "ABR Trainer contributors"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "ABR Trainer"
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+nitpicky = False
