@@ -57,11 +57,11 @@ HELD_OUT = {"validation": 64, "test": 160}
 KINDS = ("random", "shuffled", "bytes", "repeated")
 SHARES = (5, 10, 25)
 
-FLAGS = [
+FLAGS = (
     *("--block_size", str(BLOCK), "--per_device_train_batch_size", str(ROWS), "--per_device_eval_batch_size", "16"),
     *("--torch_dtype", "float32", "--lora_r", "8", "--eval_on_start", "false", "--logging_steps", "50"),
     *("--use_cpu", "--save_strategy", "no"),
-]
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Study:
         data: Names of the files that it trains on, see `write_data`.
         options: Of `abr compare`.
         flags: Of `abr train`.
+        common: Flags that all studies of a benchmark share.
     """
 
     regime: str
@@ -106,6 +107,7 @@ class Study:
     options: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     dirty: dict[str, tuple[str, int]] = field(default_factory=dict)
+    common: tuple[str, ...] = FLAGS
 
     @property
     def folder(self) -> str:
@@ -239,10 +241,10 @@ def texts_of(corpus: str, split: str, data: Path) -> list[str]:
     return [text for text in texts if text not in held_out]  # one in fourteen stands in the training split too
 
 
-def blocks_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def blocks_of(texts: list[str], tokenizer: Any, length: int = BLOCK) -> list[list[int]]:
     """Return all whole blocks of these texts."""
     ids = [token for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in row]
-    return [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK + 1, BLOCK)]
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
 
 
 def spoil(kind: str, blocks: list[list[int]], tokenizer: Any, draw: random.Random) -> list[list[int]]:
@@ -324,7 +326,7 @@ def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
         *(sys.executable, "-m", "abr_trainer", "compare", "--schedulers", *arms.values()),
         *("--seeds", *map(str, study.seeds), "--jobs", str(args.jobs), "--out", str(out), "--evaluations", "1"),
         *(*study.options, "--", "--model_name_or_path", str(args.models / study.setting.model)),
-        *(*FLAGS, *flags, *study.flags),
+        *(*study.common, *flags, *study.flags),
     ]
     print(f"\n{study.folder}\n{shlex.join(command)}", flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
@@ -338,7 +340,7 @@ def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
         "title": study.title,
         "schedulers": study.arms,
         "options": list(study.options),
-        "flags": [*FLAGS, *study.flags],
+        "flags": [*study.common, *study.flags],
         "git": found["runs"][0]["git"],
         "versions": found["runs"][0]["versions"],
         "machine": found["runs"][0]["machine"],

@@ -250,7 +250,11 @@ def explain_rows(
         lines.append(f"{'the row rule':<24} {rule!r}")
     judged = {row.position: row for row in batches.get(step, ())}
     for position, drop in sorted(own.items()):
-        lines += _explain_drop(rule, row_of([drop]), position, judged.get(position))
+        row = judged.get(position)
+        judge = rule
+        if rule is not None and row is not None:
+            judge = rule.beside([other for other in judged.values() if other.micro_batch == row.micro_batch])
+        lines += _explain_drop(judge, row_of([drop]), position, row)
     return lines
 
 
@@ -259,8 +263,8 @@ def read_judged_rows(directory: Path) -> dict[int, list[Row]]:
     path = directory / ROW_TRACE_NAME
     return {
         line["step"]: [
-            Row(loss, targets, line["step"] - 1, position)
-            for position, (loss, targets, *_) in enumerate(line["rows"])
+            Row(loss, targets, line["step"] - 1, position, *index_and_micro_batch[1:])
+            for position, (loss, targets, *index_and_micro_batch) in enumerate(line["rows"])
             if loss is not None and targets
         ]
         for line in (read_lines(path) if path.is_file() else ())

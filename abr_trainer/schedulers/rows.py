@@ -18,12 +18,14 @@ class Row:
         batch: Index of the batch since training began, from 0.
         position: Of the row in its batch, from 0: rank by rank, micro-batch by micro-batch. Where documents are packed
             into rows, other ranks can have more than were expected; then `observe` gets other positions than `decide`.
+        micro_batch: Number of its micro-batch among those of the batch, over all ranks.
     """
 
     loss: float
     targets: int
     batch: int
     position: int
+    micro_batch: int = 0
 
 
 class RowRule(ABC):
@@ -40,6 +42,14 @@ class RowRule(ABC):
     def __repr__(self) -> str:
         """Name the rule: a checkpoint tells by it whether its state fits. A dataclass adds its parameters."""
         return f"{type(self).__qualname__}()"
+
+    def beside(self, rows: Sequence[Row]) -> RowRule:
+        """Return the rule that decides on these rows: all of one micro-batch that have targets and a finite loss.
+
+        By default it is the rule itself. A rule that compares a row with those beside it returns a copy that knows
+        them. This method only reads.
+        """
+        return self
 
     @abstractmethod
     def decide(self, row: Row) -> bool:

@@ -176,8 +176,8 @@ class TraceCallback(ABRCallback):
         for row in dropped_rows:
             self._append(DROPPED_NAME, {"step": step, **row.as_line()})
         if rows is not None:
-            columns = zip(rows.losses, rows.targets, rows.indices, strict=True)
-            told = [[_finite(loss), n, None if index == UNKNOWN else index] for loss, n, index in columns]
+            columns = zip(rows.losses, rows.targets, rows.indices, rows.micro_batches, strict=True)
+            told = [[_finite(loss), n, None if index == UNKNOWN else index, part] for loss, n, index, part in columns]
             self._append(ROW_TRACE_NAME, {"step": step, "rows": told})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -34,6 +34,7 @@ class BatchRows:
         targets: 0 where there is no such row, or nothing to judge it by.
         keep: Whether it is trained on.
         indices: In the training set, or `UNKNOWN`.
+        micro_batches: The number of its micro-batch, over all ranks.
         of_a_rank: Positions that each rank has.
     """
 
@@ -41,6 +42,7 @@ class BatchRows:
     targets: list[int]
     keep: list[bool]
     indices: list[int]
+    micro_batches: list[int]
     of_a_rank: int
 
     @functools.cached_property
@@ -92,6 +94,7 @@ class RowGate:
         self.judged: list[Judged] = []
         self.indices: list[int] = []
         self.longest = longest
+        self._judges: list[RowRule | None] = []
         self._seam = seam
         self._rank = rank
         self._batch = 0
@@ -104,7 +107,7 @@ class RowGate:
             batch: Its index.
             asks: Whether to ask the rule; if not, only rows whose loss is not finite are dropped.
         """
-        self.judged = []
+        self.judged, self._judges = [], []
         self._batch, self._asks = batch, asks
 
     def watching(self, trainer: Any, model: Any, call: Call, judges: bool) -> AbstractContextManager[Any]:
@@ -138,18 +141,23 @@ class RowGate:
 
     def _judge(self, losses: Sequence[float], targets: Sequence[int], are_documents: bool) -> Judged:
         first = self._rank * self.longest + sum(len(each.losses) for each in self.judged)
-        rows = enumerate(zip(losses, targets, strict=True), start=first)
-        keep = [self._keeps(loss, count, position) for position, (loss, count) in rows]
-        judged = Judged(list(losses), list(targets), keep, are_documents)
+        pairs = zip(losses, targets, strict=True)
+        number = len(self.judged)
+        rows = [Row(loss, count, self._batch, first + i, number) for i, (loss, count) in enumerate(pairs)]
+        judge = None
+        if self.rule is not None and self._asks:
+            judge = self.rule.beside([row for row in rows if row.targets and math.isfinite(row.loss)])
+        self._judges.append(judge)
+        judged = Judged(list(losses), list(targets), [self._keeps(judge, row) for row in rows], are_documents)
         self.judged.append(judged)
         return judged
 
-    def _keeps(self, loss: float, targets: int, position: int) -> bool:
-        if not targets or self.rule is None:
+    def _keeps(self, judge: RowRule | None, row: Row) -> bool:
+        if not row.targets or self.rule is None:
             return True
-        if not math.isfinite(loss) or not self._asks:
-            return math.isfinite(loss)
-        keeps = self.rule.decide(Row(loss, targets, self._batch, position))
+        if judge is None or not math.isfinite(row.loss):
+            return math.isfinite(row.loss)
+        keeps = judge.decide(row)
         if not isinstance(keeps, bool | np.bool_):
             raise TypeError(f"decide of {self.rule} must return whether to train on a row, got {keeps!r}.")
         return bool(keeps)
@@ -167,7 +175,8 @@ class RowGate:
             raise RowsUnsupported(trainer, *NO_LOGITS)
 
     def lists(self, indices: Sequence[Tensor | None]) -> list[list[float]]:
-        """Return what ranks tell each other of their rows: losses, targets, whether they are kept, indices.
+        """Return what ranks tell each other of their rows: losses, targets, whether they are kept, indices, and the
+        number of their micro-batch on their rank.
 
         Args:
             indices: Of the rows of each micro-batch in the training set, where they are known.
@@ -180,7 +189,8 @@ class RowGate:
             [float(value) for each in self.judged for value in getattr(each, name)]
             for name in ("losses", "targets", "keep")
         )
-        return [losses, targets, keep, [float(index) for index in self.indices]]
+        numbers = [float(number) for number, each in enumerate(self.judged) for _ in each.losses]
+        return [losses, targets, keep, [float(index) for index in self.indices], numbers]
 
     def describe_dropped(self, calls: Sequence[Call], rows: BatchRows) -> list[DroppedRow]:
         """Return the dropped rows of this rank.
@@ -191,13 +201,12 @@ class RowGate:
         """
         dropped: list[DroppedRow] = []
         first, number = self._rank * rows.of_a_rank, 0
-        for call, judged in zip(calls, self.judged, strict=True):
+        for call, judged, judge in zip(calls, self.judged, self._judges, strict=True):
             tokens = [] if all(judged.keep) else tokens_of_rows(call.inputs, len(judged.keep))
             for i, (loss, targets, keep) in enumerate(zip(judged.losses, judged.targets, judged.keep, strict=True)):
                 if not keep:
                     row = Row(loss, targets, self._batch, first + number)
-                    asks = self.rule is not None and math.isfinite(loss)
-                    limit = self.rule.evidence(row).get("limit") if self.rule is not None and asks else None
+                    limit = judge.evidence(row).get("limit") if judge is not None and math.isfinite(loss) else None
                     dropped.append(DroppedRow(row.position, self.indices[number], loss, limit, targets, tokens[i]))
                 number += 1
         return dropped
@@ -212,7 +221,7 @@ class RowGate:
         if self.rule is None:
             return
         finite = [i for i in rows.judged if math.isfinite(rows.losses[i])]
-        seen = [Row(rows.losses[i], rows.targets[i], self._batch, i) for i in finite]
+        seen = [Row(rows.losses[i], rows.targets[i], self._batch, i, rows.micro_batches[i]) for i in finite]
         self.rule.observe(seen, [rows.keep[i] for i in finite])
 
 
@@ -230,9 +239,11 @@ def row_gate(trainer: Any, rule: RowRule | None) -> RowGate:
 
 def batch_rows(lists: list[list[float]], ranks: int) -> BatchRows:
     """Return the rows of a batch from what all ranks have told of theirs."""
-    losses, targets, keep, indices = lists
-    counts, flags, numbers = [int(n) for n in targets], [bool(k) for k in keep], [int(i) for i in indices]
-    return BatchRows(losses, counts, flags, numbers, len(losses) // ranks)
+    losses, targets, keep, indices, numbers = lists
+    counts, flags = [int(n) for n in targets], [bool(k) for k in keep]
+    of_a_rank = len(losses) // ranks
+    micro_batches = [int(number) * ranks + i // max(1, of_a_rank) for i, number in enumerate(numbers)]
+    return BatchRows(losses, counts, flags, [int(i) for i in indices], micro_batches, of_a_rank)
 
 
 def without_broken(calls: Sequence[Call], judged: Sequence[Judged]) -> list[Call] | None:
