@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.report.rows import broken_rows
+from abr_trainer.records.files import read_lines
+from abr_trainer.report.rows import broken_rows, explain_rows, read_judged_rows
+from abr_trainer.report.why import read_trace
 from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RowRule
 from abr_trainer.training.row_seams import RowsUnsupported
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
@@ -566,6 +568,44 @@ def test_what_rows_cannot_be_seen_in_is_named(build):
     trainer = build(model=BertForQuestionAnswering(config), data=answers, rank_rows=True)
     with pytest.raises(RowsUnsupported, match=r'--rank_rows does not work here: the batches have no "labels"'):
         trainer.train()
+
+
+class NotTheHighest(Named):
+    """Drop the row of each micro-batch that has the highest loss."""
+
+    def __init__(self, highest: float = math.inf) -> None:
+        super().__init__()
+        self.highest = highest
+
+    def beside(self, rows):
+        return NotTheHighest(max(row.loss for row in rows))
+
+    def decide(self, row):
+        return row.loss < self.highest
+
+    def evidence(self, row):
+        return {"limit": self.highest}
+
+
+@pytest.mark.parametrize(("rows", "accumulation"), [(4, 1), (2, 2), (3, 2)])
+def test_a_rule_sees_the_rows_beside_a_row_and_why_shows_it_the_same(train, rows, accumulation):
+    rule = NotTheHighest()
+    options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": rows}
+    trainer = train(data=token_rows(12), trainer_options={"row_rule": rule}, skip_outliers="none", **options)
+    directory = Path(trainer.args.output_dir)
+    drops = list(read_lines(directory / "_dropped_rows.jsonl"))
+    assert len(drops) == 12 // rows, "one of each micro-batch"
+    for seen, kept in rule.seen:
+        assert [row.micro_batch for row in seen] == [i // rows for i in range(len(seen))]
+        for start in range(0, len(seen), rows):
+            losses = [row.loss for row in seen[start : start + rows]]
+            assert [not keep for keep in kept[start : start + rows]] == [loss == max(losses) for loss in losses]
+    assert all(drop["limit"] == pytest.approx(drop["loss"]) for drop in drops)
+    trace = read_trace(directory)
+    told = "\n".join(explain_rows(NotTheHighest(), trace[0], drops, read_judged_rows(directory)))
+    assert told.count("dropped: row") == accumulation
+    assert told.count("  limit  ") == accumulation
+    assert "the code of the rule has changed since" not in told
 
 
 class Forgetful(RowRule):
