@@ -322,9 +322,11 @@ def run(study: Study, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     files = {"train": f"{study.data}-{{seed}}.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
     flags = [part for split, name in files.items() for part in (f"--{split}_file", str(data / name))]
     arms = {name: arm.replace("{data}", str(data)) for name, arm in study.arms.items()}
+    count = len(study.seeds)
+    seeds = [str(count)] if study.seeds == tuple(range(count)) else map(str, study.seeds)
     command = [
         *(sys.executable, "-m", "abr_trainer", "compare", "--schedulers", *arms.values()),
-        *("--seeds", *map(str, study.seeds), "--jobs", str(args.jobs), "--out", str(out), "--evaluations", "1"),
+        *("--seeds", *seeds, "--jobs", str(args.jobs), "--out", str(out), "--evaluations", "1"),
         *(*study.options, "--", "--model_name_or_path", str(args.models / study.setting.model)),
         *(*study.common, *flags, *study.flags),
     ]
