@@ -1,5 +1,10 @@
 """How Sphinx builds the documentation: `sphinx-build -W --keep-going docs build/docs`, without a network."""
 
+import re
+from typing import Any
+
+from docutils import nodes
+
 from abr_trainer import __version__
 
 project = "ABR Trainer"
@@ -16,9 +21,19 @@ html_theme = "furo"
 html_title = "ABR Trainer"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_copy_source = False  # so the site stays half as large: the Markdown lies in the repository
-html_show_sphinx = False
+html_copy_source = False  # the Markdown lies in the repository
 
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 nitpicky = False
+
+
+def keep_percent_signs(app: Any, doctree: nodes.document) -> None:
+    """Let no line break come between a number and its percent sign."""
+    for text in doctree.findall(nodes.Text):
+        if not isinstance(text.parent, (nodes.literal, nodes.literal_block)) and " %" in text:
+            text.parent.replace(text, nodes.Text(re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)))
+
+
+def setup(app: Any) -> None:
+    app.connect("doctree-read", keep_percent_signs)
