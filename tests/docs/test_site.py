@@ -145,6 +145,7 @@ def test_the_search_knows_the_words_of_the_pages(site):
 SOME = ("index", "rules/index", "measure/effectiveness")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "scheme", "pages"),
     [(390, "dark", [*OWN, OLD_REPORTS[0]]), (390, "light", SOME), (1280, "dark", SOME)],
@@ -195,6 +196,17 @@ def test_tests_are_named_in_the_support_matrix_only():
 def test_no_sentence_is_too_long_to_be_read_once(page):
     assert [each for each in sentences(read(page)) if len(each.split()) > MOST_WORDS] == []
 
+
+@pytest.mark.parametrize("page", ["index", "abr", "window", "learnable", "gain", "replay", "easy", "controls"])
+def test_the_verdict_on_a_rule_is_what_was_measured(page):
+    said = re.sub(r"<details>.*</details>", "", read(f"rules/{page}"), flags=re.DOTALL)
+    changes = {f"{'+' if kind == 'worse' else '-'}{size} %" for size, kind in VERDICT.findall(said)}
+    changes |= set(re.findall(r"[+-]\d+\.\d %", said))
+    assert changes
+    assert {change for change in changes if change not in read("measure/effectiveness")} == set()
+
+
+VERDICT = re.compile(r"(\d+\.\d) %\s+(better|worse)")
 
 FENCES = [(page, *fence) for page in OWN for fence in re.findall(r"^```(\w+)\n(.*?)^```", read(page), re.M | re.S)]
 FLAGS = json.loads(Path(abr_trainer.cli.__file__).with_name("flags.json").read_text(encoding="utf-8"))
