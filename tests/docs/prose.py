@@ -19,5 +19,6 @@ def paragraphs(markdown: str) -> Iterator[str]:
 
 
 def sentences(markdown: str) -> Iterator[str]:
+    """Yield what is read in one breath: up to a full stop, a colon or a semicolon."""
     for paragraph in paragraphs(markdown):
-        yield from re.split(r"(?<=[.!?])[\"')]*\s+", paragraph)
+        yield from re.split(r"(?<=[.!?;:])[\"')]*\s+", paragraph)
