@@ -1,5 +1,7 @@
 """Write `flags.json`: the flags of all verbs as data, so that help and typing errors need no heavy import.
 
+From these data it also writes the page of the documentation, docs/reference/flags.md.
+
 python -m abr_trainer.cli.describe    # after a flag, a default or a help text has changed
 """
 
@@ -15,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -22,9 +25,13 @@ from transformers.hf_argparser import string_to_bool
 
 from ..records.files import write_whole
 from .command_line import build_parser
+from .help_page import reference_page
 from .main import VERBS
 from .parsing import boolean
 from .quick import FLAGS_FILE
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "flags.md"
+"""Where the page lies in a checkout."""
 
 USUAL = {
     "model": (
@@ -287,7 +294,9 @@ def _plain(value: Any) -> Any:
 
 
 def main() -> None:
-    write_whole(FLAGS_FILE, json.dumps(describe(), indent=1) + "\n")
+    flags = describe()
+    write_whole(FLAGS_FILE, json.dumps(flags, indent=1) + "\n")
+    write_whole(PAGE, reference_page(flags))
 
 
 if __name__ == "__main__":

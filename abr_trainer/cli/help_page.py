@@ -1,8 +1,9 @@
-"""The pages of `abr VERB --help` and `--help-all`, from the flags as data."""
+"""The pages of `abr VERB --help` and `--help-all`, and that of the documentation, from the flags as data."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 import textwrap
@@ -140,3 +141,91 @@ def _default(flag: Flag, said: str, shown: str) -> list[str]:
         return ["[off]"]
     told = re.search(r"[Dd]efault: (.+?)(?:\.(?:\s+[A-Z]|$)|$)", said)
     return [f"[{told[1].partition(',')[0]}]"] if told and told[0] not in shown else []
+
+
+# ---- The page of the documentation ----
+
+ABOUT_FLAGS = """\
+# Flags
+
+This page is written from the flags themselves, by `python -m abr_trainer.cli.describe`. In a terminal,
+`abr VERB --help` shows the flags that people use, and `abr VERB --help-all` shows all.
+
+- A file of flags, `.yaml` or `.json`, may come first where the help says `[FILE.yaml]`: `abr train run.yaml --seed 1`. It
+  holds the flags without their dashes. A flag on the command line wins.
+- In those verbs dashes and underscores in a name are the same, and a flag that is on or off takes `true` or `false`, too:
+  `--bf16`, `--bf16 false`.
+- In Python, a field of `ABRConfig` has the name of its flag.
+"""
+
+
+def reference_page(known: dict[str, Any]) -> str:
+    """Return all flags of all verbs as Markdown.
+
+    Args:
+        known: What `flags.json` holds.
+    """
+    verbs = known["verbs"]
+    trainings = [verb for verb, described in verbs.items() if described["takes_trainer"]]
+    shared = set.intersection(*({json.dumps(flag) for flag in verbs[verb]["flags"]} for verb in trainings))
+    named = _listed([f"`abr {verb}`" for verb in trainings])
+    common = [flag for flag in verbs[trainings[0]]["flags"] if json.dumps(flag) in shared]
+    parts = [
+        ABOUT_FLAGS,
+        f"## Flags of all trainings\n\n{named} take these, and [those of Trainer](#flags-of-trainer).\n",
+        *_by_group(common, list(verbs[trainings[0]]["usual"])),
+    ]
+    for verb, described in verbs.items():
+        what, _, examples = described["description"].partition("\n\n")
+        parts.append(f"## abr {verb}\n\n{_marked(' '.join(what.split()))}\n")
+        if examples:
+            parts.append(f"```text\n{textwrap.dedent(examples)}\n```\n")
+        if verb in trainings:
+            parts.append("Beside [the flags of all trainings](#flags-of-all-trainings):\n")
+        own = [flag for flag in described["flags"] if json.dumps(flag) not in shared or verb not in trainings]
+        parts += _by_group(own, list(described["usual"]))
+    parts += [
+        "## Flags of Trainer\n\n"
+        f"Those of `TrainingArguments` in transformers {known['transformers']}, in its own words. {named} take them. "
+        "Where a verb has a flag of the same name, that of the verb holds.\n",
+        *_by_group(known["trainer"], []),
+    ]
+    return "\n".join(parts)
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _by_group(flags: list[Flag], order: list[str]) -> Iterator[str]:
+    """Yield a heading for each group of flags, if there is more than one, and the flags as a list of definitions."""
+    groups: dict[str, dict[str, Flag]] = {group: {} for group in order}
+    for flag in flags:
+        groups.setdefault(flag.get("group", ""), {}).setdefault(flag["dest"], flag)  # `--no_X` is told where `--X` is
+    groups = {group: found for group, found in groups.items() if found}
+    for group, found in groups.items():
+        if len(groups) > 1:
+            yield f"### {group[:1].upper()}{group[1:]}\n"
+        yield from map(_defined, found.values())
+
+
+def _defined(flag: Flag) -> str:
+    """Return a flag, with its value and its other names, and beneath it all that is said of it."""
+    first, *others = flag["names"] or [flag["dest"].upper()]
+    said = re.sub(r"\s+", " ", flag.get("help", "")).strip()
+    text = " ".join([said, *_choices(flag, said)]).strip()
+    value = _value_of(flag)
+    aliases = [other for other in others if other.replace("-", "_") != first.replace("-", "_")]
+    names = [f"`{f'{first} {value}'.strip()}`", *(f"`{alias}`" for alias in aliases)]
+    default = "".join(_default(flag, said, text))[1:-1]
+    ends = text and not text.endswith((".", "?", "!"))
+    told = f"{_marked(text)}{'.' if ends else ''}" + (f" Default: `{default}`." if default else "")
+    return f"{', '.join(names)}\n: {told.strip() or 'See `--help-all`.'}\n"
+
+
+def _marked(text: str) -> str:
+    """Return a text of a help as Markdown: names of flags as code, and nothing in it taken for markup."""
+    parts = re.split(r"(`[^`]+`|(?<![\w-])--[a-z]\w*)", text)
+    parts[::2] = [re.sub(r"([*_<\[\]~|$])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [part if part.startswith("`") else f"`{part}`" for part in parts[1::2]]
+    return "".join(parts)

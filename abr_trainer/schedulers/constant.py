@@ -16,8 +16,8 @@ class ConstantScheduler(RepeatScheduler):
     A number that is not whole is the mean: batches with the next lower and the next higher number of updates take
     turns as evenly as possible, so that a rule can be compared with one that spends the same and looks at nothing.
 
-    Two updates are 8.7 % above the perplexity of one on fresh data, at equal passes; where 20 batches are all there
-    is, three are 3.2 % below (measured, see README).
+    Two updates are 8.7 % above the perplexity of one on fresh data, at equal passes; where 20 batches are all
+    there is, three are 3.2 % below (measured, see docs/measure/effectiveness.md).
 
     >>> ConstantScheduler(repeats=3).decide(Observation(batch=0, loss=2.0, progress=0.0))
     3

@@ -19,10 +19,10 @@ class ReplayScheduler(RepeatScheduler):
     earlier batch is trained on after each new one: of those that are due, the one with the highest loss. Of more than
     `buffer_size` hard batches that wait, the easiest is let go.
 
-    Costs a pass for each replay, and the inputs of `buffer_size` batches: in memory, and in each checkpoint. A resumed
-    run needs as many processes as before, and checkpoints may not be pushed: they hold training data. At equal passes
-    (measured, see README), 2.9 % above the perplexity of the baseline on fresh data; no evidence of a difference where
-    20 batches are all there is.
+    Costs a pass for each replay, and the inputs of `buffer_size` batches: in memory, and in each checkpoint. A
+    resumed run needs as many processes as before, and checkpoints may not be pushed: they hold training data. At
+    equal passes (measured, see docs/measure/effectiveness.md), 2.9 % above the perplexity of the baseline on fresh
+    data; no evidence of a difference where 20 batches are all there is.
 
     Attributes:
         quantile: Share of the recent losses above which a batch is hard, from 0 (all are) to below 1.

@@ -14,11 +14,11 @@ from .recent import share_below
 class EasySkip(RepeatScheduler):
     """Skip a batch whose first-pass loss lies in the lowest `quantile` of the recent ones; train on the others once.
 
-    The claim to be tested is that batches with a low loss teach nothing (selective backprop, arXiv 1910.00762). A skip
-    is decided before the backward and costs the forward: 1/3 of a pass, 1/2 with a frozen base. The trend of the
-    recent losses is taken off; no more than `patience` batches are skipped in a row, for losses that fall faster than
-    that. At equal passes (measured, see README), 0.9 % above the perplexity of the baseline on fresh data: skipping
-    easy batches is not free.
+    The claim to be tested is that batches with a low loss teach nothing (selective backprop, arXiv 1910.00762). A
+    skip is decided before the backward and costs the forward: 1/3 of a pass, 1/2 with a frozen base. The trend of
+    the recent losses is taken off; no more than `patience` batches are skipped in a row, for losses that fall
+    faster than that. At equal passes (measured, see docs/measure/effectiveness.md), 0.9 % above the perplexity of
+    the baseline on fresh data: skipping easy batches is not free.
 
     Attributes:
         quantile: Share of the recent losses below which a batch is easy, between 0 and 1.

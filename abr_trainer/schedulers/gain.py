@@ -25,8 +25,8 @@ class GainScheduler(RepeatScheduler):
 
     A batch of which the model predicts `saturation` of the tokens right is not repeated any more.
 
-    Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy. Where the model returns
-    none, as under TRL's SFTTrainer, no batch is ever saturated. At equal passes (measured, see README), 15 % above the
+    Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy. A run in which the
+    accuracy cannot be seen is refused. At equal passes (measured, see docs/measure/effectiveness.md), 15 % above the
     perplexity of the baseline on fresh data after 160 passes, 12.6 % after 500; no evidence of a difference where 20
     batches are all there is.
 

@@ -27,10 +27,10 @@ class GradNormSkip(StandoutSkip):
     skip costs a whole pass. After `patience` skips in a row the gradients have changed rather than broken, and the
     history is dropped.
 
-    It sees what a loss does not show (a few rows of garbage, labels that are wrong in one place). Where the loss shows
-    it, `--skip_outliers` is cheaper. Not under DeepSpeed, which updates the weights inside the backward, nor under
-    FSDP1. Of broken batches whose loss shows it (measured, see README) it catches 72 %, fewer than `robust`, for the
-    price of a whole pass each.
+    It sees what a loss does not show (a few rows of garbage, labels that are wrong in one place). Where the loss
+    shows it, `--skip_outliers` is cheaper. Not under DeepSpeed, which updates the weights inside the backward, nor
+    under FSDP1. Of broken batches whose loss shows it (measured, see docs/measure/effectiveness.md) it catches
+    72 %, fewer than `robust`, for the price of a whole pass each.
 
     Attributes:
         inner: The scheduler that decides about every batch that is not an outlier.

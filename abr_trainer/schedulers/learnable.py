@@ -63,12 +63,12 @@ class LearnableScheduler(RepeatScheduler):
     an update did to the loss of its own batch counts for nothing. Repeats drawn at random tell a gain from the habits
     of the rule itself. Until `warmup` batches are over the rule is `abr`, exploration apart.
 
-    Costs the passes that it explores with, and about 2 ms of a CPU core a batch, all of it on every eighth; imports
-    torch when it first learns. An update lowers the losses by far less than they differ: expect to wait for several
-    hundred batches, and to be left with 1, noise apart, where it does so by a hundredth of that. At equal passes
-    (measured, see README), 17 % above the perplexity of the baseline on fresh data after 160 passes, which do not
-    leave the warm-up, and 9.7 % after 500: from 3.0 repeats a batch in the first third it comes down to 1.3 in the
-    last.
+    Costs the passes that it explores with, and about 2 ms of a CPU core a batch, all of it on every eighth;
+    imports torch when it first learns. An update lowers the losses by far less than they differ: expect to wait
+    for several hundred batches, and to be left with 1, noise apart, where it does so by a hundredth of that. At
+    equal passes (measured, see docs/measure/effectiveness.md), 17 % above the perplexity of the baseline on fresh
+    data after 160 passes, which do not leave the warm-up, and 9.7 % after 500: from 3.0 repeats a batch in the
+    first third it comes down to 1.3 in the last.
 
     Attributes:
         loss_threshold: Of `abr`, during the warm-up.

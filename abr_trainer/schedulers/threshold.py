@@ -28,8 +28,9 @@ class ThresholdScheduler(RepeatScheduler):
 
     Recent losses are compared once their trend is taken off: while losses fall, none would be high.
 
-    Costs nothing but the passes it asks for. At equal passes (measured, see README), 16.7 % above the perplexity of
-    the baseline on fresh data with 1.0, 3.7 % with q0.8; where 20 batches are all there is, 2.4 % below it with 1.0.
+    Costs nothing but the passes it asks for. At equal passes (measured, see docs/measure/effectiveness.md), 16.7 %
+    above the perplexity of the baseline on fresh data with 1.0, 3.7 % with q0.8; where 20 batches are all there
+    is, 2.4 % below it with 1.0.
 
     Attributes:
         loss_threshold: As above.

@@ -14,21 +14,23 @@ from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 class WindowScheduler(RepeatScheduler):
     """Repeat a batch by the trend and the scatter of the last `window_size` first-pass losses, and by its own loss.
 
-    | the losses | this one is high | it is not |
-    |---|---|---|
-    | rise | `max_repeats` - 1 | 2 |
-    | fall | 2 | 1 |
-    | do neither, and scatter | `max_repeats` | 2 |
-    | do neither | `max_repeats` - 1 | 1 |
+    ========================  ================  =========
+    the losses                this one is high  it is not
+    ========================  ================  =========
+    rise                      max_repeats - 1   2
+    fall                      2                 1
+    do neither, and scatter   max_repeats       2
+    do neither                max_repeats - 1   1
+    ========================  ================  =========
 
     They rise or fall if the slope of a regression line exceeds `trend` of their mean, a batch; they scatter if their
     standard deviation exceeds `volatility` of it; a loss is high if it exceeds the mean. Until the window is full
     every batch is trained on once, and no batch more than `max_repeats` times.
 
-    Costs nothing but the passes it asks for, which are many: first-pass losses scatter far more from batch to batch
-    than they fall, so that the trend of a few is mostly chance. At equal passes (measured, see README), 6.2 % above
-    the perplexity of the baseline on fresh data, 8.7 % with the published constants; 1.1 % below it where 20 batches
-    are all there is.
+    Costs nothing but the passes it asks for, which are many: first-pass losses scatter far more from batch to
+    batch than they fall, so that the trend of a few is mostly chance. At equal passes (measured, see
+    docs/measure/effectiveness.md), 6.2 % above the perplexity of the baseline on fresh data, 8.7 % with the
+    published constants; 1.1 % below it where 20 batches are all there is.
 
     Attributes:
         window_size: Losses that are looked at.

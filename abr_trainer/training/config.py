@@ -15,13 +15,18 @@ from .support import refuse_single_process_launch
 
 @dataclass
 class ABRConfig(TrainingArguments):
-    """`TrainingArguments` with the fields below.
+    """`TrainingArguments` with the fields that say which batches to repeat or skip, and what a run may spend.
 
-    Defaults that differ from `TrainingArguments`: `report_to="tensorboard"`, `logging_steps=10`. `eval_on_start` is
-    True if `do_train` and `do_eval` are. `eval_strategy` is "no" without `do_eval` or beside `eval_passes`, that of
-    `save_strategy` if the best model is loaded at the end, and else "epoch". `greater_is_better` is False for a
-    perplexity. `max_passes` sets `max_steps` to the most batches that the budget can buy; a `max_steps` given beside
-    it caps the number of batches.
+    Defaults that differ from `TrainingArguments`:
+
+    - `report_to="tensorboard"` and `logging_steps=10`.
+    - `eval_on_start` is True if `do_train` and `do_eval` are.
+    - `eval_strategy` is "no" without `do_eval` or beside `eval_passes`, that of `save_strategy` if the best model is
+      loaded at the end, and else "epoch".
+    - `greater_is_better` is False for a perplexity.
+
+    `max_passes` sets `max_steps` to the most batches that the budget can buy. A `max_steps` given beside it caps the
+    number of batches.
     """
 
     repeat_scheduler: str = field(

@@ -66,7 +66,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         row_rule: Decides which rows of a batch are dropped, instead of the rule that `ABRConfig` describes.
         primer_dataset: What the run begins with: `primer_batches` batches of it, in order, as an epoch -1.
         eval_measurement: Measures something else of the model at each evaluation of a single `eval_dataset`; returns
-            numbers by name, which join the metrics as `eval_*`. Called on all ranks; see `measurement.Measurement`.
+            numbers by name, which join the metrics as `eval_*`. Called on all ranks; see
+            `abr_trainer.perplexity.measurement.Measurement`.
 
     Raises:
         ValueError: An argument of the trainer cannot be right with repeats; the message says why.
@@ -125,7 +126,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
 
     @property
     def has_trained(self) -> bool:
-        """Whether this call of `train` has trained on any batch: not so if a run that had ended is resumed."""
+        """Whether this call of `train` has trained on any batch; False if a run that had ended is resumed."""
         return self.state.global_step > self._run.begun_at
 
     @property
