@@ -151,10 +151,10 @@ ABOUT_FLAGS = """\
 This page is written from the flags themselves, by `python -m abr_trainer.cli.describe`. In a terminal,
 `abr VERB --help` shows the flags that people use, and `abr VERB --help-all` shows all.
 
-- A file of flags, `.yaml` or `.json`, may come first where the help says `[FILE.yaml]`: `abr train run.yaml --seed 1`. It
-  holds the flags without their dashes. A flag on the command line wins.
-- In those verbs dashes and underscores in a name are the same, and a flag that is on or off takes `true` or `false`, too:
-  `--bf16`, `--bf16 false`.
+- A file of flags, `.yaml` or `.json`, may come first where the help says `[FILE.yaml]`: `abr train run.yaml --seed 1`.
+  It holds the flags without their dashes. A flag on the command line wins.
+- In those verbs dashes and underscores in a name are the same, and a flag that is on or off takes `true` or `false`,
+  too: `--bf16`, `--bf16 false`.
 - In Python, a field of `ABRConfig` has the name of its flag.
 """
 

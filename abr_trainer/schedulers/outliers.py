@@ -196,9 +196,9 @@ class RobustOutlierSkip(OutlierSkip):
     Costs no pass, and some 0.2 ms a decision.
 
     What it catches in training, on batches of 512 tokens, is in docs/measure/effectiveness.md. On loss streams of
-    WikiText-2 and DailyDialog, LoRA on two small models, with 5 to 25 % of the batches random, shuffled, noise or another
-    language, 95 to 100 % were caught, batches of one row among them. Where good losses scatter by 20 % of their
-    level, 1 % of good batches are skipped; by 50 %, 3 %. Junk or foreign text within reach of the good losses is
+    WikiText-2 and DailyDialog, LoRA on two small models, with 5 to 25 % of the batches random, shuffled, noise or
+    another language, 95 to 100 % were caught, batches of one row among them. Where good losses scatter by 20 % of
+    their level, 1 % of good batches are skipped; by 50 %, 3 %. Junk or foreign text within reach of the good losses is
     missed; good batches are skipped where too high a learning rate makes the loss leap, until that is taken for a
     change of the data.
 
