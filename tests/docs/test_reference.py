@@ -126,6 +126,14 @@ def test_every_key_of_a_file_is_described(runs, name):
         assert key in described or key.endswith(by_pattern or ("\0",)), key
 
 
+def test_every_file_of_the_tree_exists():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = re.search(r"## What is where\n\n(.*?)\n\n", contributing, flags=re.DOTALL)[1].splitlines()
+    names = [("abr_trainer/" if line.startswith("      ") else "") + line.split()[0] for line in tree]
+    assert len(names) > 15
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
 def test_every_test_that_the_support_matrix_names_exists():
     support = (REFERENCE / "support.md").read_text(encoding="utf-8")
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
