@@ -23,7 +23,11 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False  # the Markdown lies in the repository
 
+default_role = "code"  # `x` in docstrings is code
+smartquotes = False  # "--flag" would get a long dash
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"  # ABRConfig would list 150 parameters
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 nitpicky = False
 
