@@ -21,7 +21,7 @@ from ..report.of_comparison import report_on_comparison
 from ..report.tensorboard import write_events
 from ..report.verdicts import summary_lines
 from .main import VERBS
-from .parsing import SWITCH
+from .parsing import SWITCH, seeds_of
 
 OF_A_RUN = (
     *("classification.sentences", "classification.trainer", "models.loading", "perplexity.measurement"),
@@ -87,7 +87,7 @@ def compare(
     of_runs = getattr(args, "command", of_runs)
     with one_line_errors(ValueError, OSError, RunFailed, when_interrupted="the same command goes on"):
         rest = expand_flags_file(rest)
-        seeds = list(range(args.seeds[0])) if len(args.seeds) == 1 else args.seeds
+        seeds = seeds_of(args.seeds)
         experiment = Experiment(
             out=args.out,
             check=check_arguments,

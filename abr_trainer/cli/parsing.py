@@ -65,3 +65,12 @@ SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default
 
 def _raise_value_error(message: str) -> NoReturn:
     raise ValueError(message)
+
+
+def seeds_of(given: Sequence[int]) -> list[int]:
+    """Return the seeds that `--seeds` asks for: one number is a count, several are the seeds.
+
+    >>> seeds_of([2]), seeds_of([7, 9])
+    ([0, 1], [7, 9])
+    """
+    return list(range(given[0])) if len(given) == 1 else list(given)

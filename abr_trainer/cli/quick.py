@@ -16,7 +16,7 @@ from ..records.errors import find_named, one_line, refuse_missing_directory, ref
 from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, given_flags, parse_tuning
 from ..schedulers import SCHEDULERS, build_rule
 from .help_page import help_page
-from .parsing import WRONG_USAGE, boolean, names_in, prepared, refuse_rest, wanted_splits
+from .parsing import WRONG_USAGE, boolean, names_in, prepared, refuse_rest, seeds_of, wanted_splits
 from .upstream import unknown
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
@@ -116,7 +116,10 @@ def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], know
     for name, values in parse_tuning(args.tune if args is not None else []).items():
         added += [[f"--{name}", value] for value in values]
     for flags in added:
-        _check_run(runs, [*rest, *flags], known)
+        argv = [*rest, *flags]
+        of_seeds = args is not None and any("{seed}" in part for part in argv)
+        for seed in seeds_of(args.seeds) if args is not None and of_seeds else [0]:
+            _check_run(runs, [part.replace("{seed}", str(seed)) for part in argv], known)
 
 
 def _is_own(rule: str) -> bool:

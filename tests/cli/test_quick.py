@@ -235,6 +235,21 @@ def test_a_comparison_takes_a_file_of_flags_before_and_behind_the_dashes(tmp_pat
     assert "Unknown flag --chat_template" in answer(capsys, "compare", own, "--command", "train", "--", runs)[1]
 
 
+@of_this_version
+def test_the_data_of_each_seed_must_be_there(tmp_path, capsys):
+    def compare(*own):
+        train, arm = tmp_path / "part-{seed}.jsonl", f"abr:train_file={tmp_path}/other-{{seed}}.jsonl"
+        own = ["--schedulers", "baseline", arm, "--out", "runs/cmp", *own]
+        return answer(capsys, "compare", *own, "--", "--train_file", train, "--max_passes", "20")
+
+    for name in ("part-0", "part-7", "other-0", "other-7"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    assert compare("--seeds", "1") == compare("--seeds", "0", "7") == (None, "")
+    (tmp_path / "part-1.jsonl").write_text('{"text": "a"}\n')
+    assert compare("--seeds", "2") == (2, f"error: --train_file {tmp_path}/other-1.jsonl does not exist.\n")
+    assert compare("--seeds", "7", "8") == (2, f"error: --train_file {tmp_path}/part-8.jsonl does not exist.\n")
+
+
 def test_flags_of_another_trl_are_left_to_it(monkeypatch, capsys):
     assert "Unknown flag" in answer(capsys, "sft", "--do_train", "--new_flag_of_trl")[1]
     monkeypatch.setitem(KNOWN["verbs"]["sft"], "needs", {"trl": "0"})
