@@ -1,9 +1,9 @@
 """Make what the README and the examples show: two pictures, and the notebook with its outputs.
 
-    python benchmarks/readme.py                      # all three, in two minutes
-    python benchmarks/readme.py --only worth         # docs/images/worth.png, of benchmarks/results alone
-    python benchmarks/readme.py --only comparison    # docs/images/comparison.png, a page in Chromium
-    python benchmarks/readme.py --only notebook      # examples/first_run.ipynb, run from top to bottom
+python benchmarks/readme.py                      # all three, in two minutes
+python benchmarks/readme.py --only worth         # docs/images/worth.png, of benchmarks/results alone
+python benchmarks/readme.py --only comparison    # docs/images/comparison.png, a page in Chromium
+python benchmarks/readme.py --only notebook      # examples/first_run.ipynb, run from top to bottom
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ def run_notebook() -> Path:
     import nbformat
     from nbclient import NotebookClient
 
-    os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    quiet = {"PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **quiet}
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}, coalesce_streams=True)
