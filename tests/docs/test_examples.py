@@ -24,7 +24,8 @@ from abr_trainer.records.files import read_lines
 from tests.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
-QUICK = ["--model_name_or_path", "demo", "--use_cpu", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]
+QUICK = ["--model_name_or_path", "demo", "--use_cpu", "--bf16", "false", "--report_to", "none"]
+QUICK += ["--disable_tqdm", "true"]
 
 
 def example(name: str, directory: Path, *flags: str) -> list[str]:
@@ -137,19 +138,9 @@ def test_a_file_of_flags_says_what_starts_it_and_names_real_models(path):
 
 def test_the_rule_trains_by_its_name_on_the_command_line(tmp_path, notes, monkeypatch):
     monkeypatch.chdir(ROOT)
-    flags = ["--repeat_scheduler", "examples.my_rule:TwiceWhileEarly", "--block_size", "64", "--max_passes", "16", "--do_train"]
-    run_clm_abr.main(
-        [
-            *QUICK,
-            *flags,
-            "--train_file",
-            notes,
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--repeat_scheduler_kwargs",
-            '{"factor": 1.05}',
-        ]
-    )
+    rule = "--repeat_scheduler", "examples.my_rule:TwiceWhileEarly", "--repeat_scheduler_kwargs", '{"factor": 1.05}'
+    flags = "--train_file", notes, "--block_size", "64", "--max_passes", "16", "--do_train"
+    run_clm_abr.main([*QUICK, *rule, *flags, "--output_dir", str(tmp_path / "run")])
     trace = trace_of(tmp_path / "run")
     early = [batch["repeats"] for batch in trace if batch["progress"] < 0.5]
     late = [batch["repeats"] for batch in trace if batch["progress"] >= 0.5]
