@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import default_data_collator
 
 from abr_trainer.cli.command_line import parse_arguments
+from abr_trainer.cli.header import describe_blocks
 from abr_trainer.cli.job import begin, carry_out, command_of, push_result, run_alone, show_results, wanted_splits
 from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint
 from abr_trainer.data.arguments import DataArguments
@@ -28,6 +29,7 @@ from abr_trainer.records.errors import one_line_errors
 from abr_trainer.training.config import ABRConfig, checkpoints_activations
 from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.identity import asks_for_rows
+from abr_trainer.training.log_table import Score
 from abr_trainer.training.tracking import PerplexityCallback
 from abr_trainer.training.trainer import ABRTrainer
 
@@ -87,17 +89,22 @@ def train_and_evaluate(
             primer_dataset=blocks.get("primer"),
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[PerplexityCallback(f"eval_{eval_args.metric}")],
+            callbacks=[PerplexityCallback(f"eval_{eval_args.metric}", prints=False)],
             eval_measurement=measurement,
         )
     command = command_of(argv, "train")
-    described = describe_model(model, model_args.adapter_name_or_path)
+    described = [
+        *describe_model(model, model_args.adapter_name_or_path),
+        describe_blocks(blocks, block_size, data_args),
+    ]
+    score = Score(f"eval_{eval_args.metric}", eval_args.metric.replace("_", " "))
 
     def test() -> dict[str, float]:
         return trainer.evaluate(blocks["test"], metric_key_prefix="test")
 
-    results = carry_out(trainer, checkpoint, command, (model_args, data_args, eval_args), described, test)
-    show_results(trainer, results)
+    arguments = (model_args, data_args, eval_args)
+    results = carry_out(trainer, checkpoint, command, arguments, described, test, score=score)
+    show_results(trainer, results, score)
     push_result(trainer)
     return results
 

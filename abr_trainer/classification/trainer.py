@@ -17,7 +17,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -29,6 +28,8 @@ from ..models.unwrapping import without_adapter
 from ..records.errors import find_named, refuse_below, refuse_missing_directory
 from ..schedulers import OUTLIER_RULES
 from ..training.config import ABRConfig
+from ..training.log_table import Score
+from ..training.summary import worse
 from ..training.tracking import name_of
 from ..training.trainer import ABRTrainer
 from .labels import shown
@@ -221,33 +222,20 @@ class Judge:
 
 
 class ClassifierCallback(TrainerCallback):
-    """Say at each evaluation what has been reached, and keep beside the weights what a classifier needs to be found
-    again: `task.json`, `config.json` and, if it is quantised, `quant_config.json`.
+    """Keep beside the weights what a classifier needs to be found again: `task.json`, `config.json` and, if it is
+    quantised, `quant_config.json`.
 
     Args:
         arguments: The dataclasses of the command line.
     """
 
-    def __init__(self, task: Task, arguments: Sequence[Any]) -> None:
-        self._task = task
+    def __init__(self, arguments: Sequence[Any]) -> None:
         self._arguments = arguments
-        self._has_ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._has_ended = False
         if state.is_world_process_zero and not state.is_hyper_param_search:
             remember_task(Path(args.output_dir), self._arguments)
             remember_model(Path(args.output_dir), without_adapter(model))
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        shown = scores_in(metrics or {}, self._task)
-        if shown and state.is_world_process_zero and not state.is_hyper_param_search:
-            is_best = self._has_ended and args.load_best_model_at_end and state.best_model_checkpoint is not None
-            name = f"Best, step {state.best_global_step}" if is_best else name_of(state.global_step, state.epoch)
-            tqdm.write(f"{name}: {shown}, loss {metrics['eval_loss']:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._has_ended = True
 
 
 def labels_in_config(task: Task) -> dict[str, Any]:
@@ -284,16 +272,15 @@ def check_order(arguments: ClassifierArguments, task: Task, trains: bool) -> Non
 
 
 def describe_rows(sentences: Sentences) -> list[str]:
-    """Return lines on how many rows there are, which classes, and what saying the same of all of them would reach."""
-    rows = ", ".join(f"{len(rows):,} {split}" for split, rows in sentences.splits.items())
+    """Return lines on which classes there are, and what one class for all rows would reach."""
     labels = sentences.task.labels
-    kind = f"{len(labels)} classes, in this order: {shown(labels)}" if labels else "numbers to be said"
-    lines = [f"rows: {rows}", f"labels: {kind}"]
+    kind = f"{len(labels)} classes, in this order: {shown(labels)}" if labels else "numbers (regression)"
+    lines = [f"labels: {kind}"]
     judged = next((split for split in ("validation", "test") if "label" in _columns(sentences, split)), None)
     if judged is not None and "accuracy" in sentences.task.scores:
         label, count = Counter(sentences.splits[judged]["label"]).most_common(1)[0]
         share = count / len(sentences.splits[judged])
-        lines.append(f"always saying {sentences.task.labels[label]!r} is {share:.4f} accurate on the {judged} rows")
+        lines.append(f"to beat: {share:.4f} accuracy, if all {judged} rows were {sentences.task.labels[label]!r}")
     return lines
 
 
@@ -321,16 +308,19 @@ def evaluations_in(log_history: list[dict[str, float]], task: Task) -> list[dict
     return list(by_step.values())
 
 
-def show_scores(state: TrainerState, task: Task, console: Console | None = None) -> None:
+def show_scores(state: TrainerState, task: Task, kept: int, console: Console | None = None) -> None:
     """Print the evaluations of a run as a table that marks the best; nothing if there were fewer than two.
 
     The best is the checkpoint that Trainer has chosen, if it did, else the first of the highest score.
+
+    Args:
+        kept: The step of the model that the run has kept.
     """
     evaluations = evaluations_in(state.log_history, task)
     if len(evaluations) < 2:
         return
     console = console or Console()
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False)
     for column in ("", *task.scores, "loss", ""):
         table.add_column(column, justify="right" if column else "left")
     main = f"eval_{task.scores[0]}"
@@ -343,16 +333,28 @@ def show_scores(state: TrainerState, task: Task, console: Console | None = None)
             name_of(int(logs["step"]), logs.get("epoch")),
             *scores,
             "" if loss is None else f"{loss:.4f}",
-            "best" if logs["step"] == best else "",
+            ", ".join(name for name, step in {"best": best, "kept": kept}.items() if logs["step"] == step),
         )
+    console.print()
     console.print(table)
 
 
 def score_lines(log_history: list[dict[str, float]], results: dict[str, float], task: Task) -> Iterator[str]:
     """Yield a line each on what a run has reached."""
-    evaluations = evaluations_in(log_history, task)
-    if evaluations and evaluations[0]["step"] == 0 and len(evaluations) > 1:
-        yield f"before      {scores_in(evaluations[0], task)}"
+    main = score_of(task)
+    first, *later = evaluations_in(log_history, task) or [{"step": math.nan}]
+    before = first if later and first["step"] == 0 else None
+    if before:
+        yield f"before      {scores_in(before, task)}"
     for what, prefix in {"evaluation": "eval", "mismatched": "eval_mm", "test": "test"}.items():
         if shown := scores_in(results, task, prefix):
             yield f"{what:<11} {shown}"
+    if before and (told := worse(main, before[main.key], results.get(main.key), greater_is_better=True)):
+        yield told
+
+
+def score_of(task: Task) -> Score:
+    """Return the score that the evaluations of a task are read by."""
+    first, *others = task.scores
+    more = {f"eval_{name}": name for name in (*others, "loss")}
+    return Score(f"eval_{first}", first.replace("_", " "), digits=4, is_perplexity=False, more=more)

@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding
 
@@ -28,17 +26,19 @@ from ..classification.trainer import (
     describe_rows,
     labels_in_config,
     score_lines,
+    score_of,
     show_scores,
 )
 from ..data.context import fit_context
 from ..models.loading import describe_model, load_config, load_model, load_tokenizer
 from ..records.errors import one_line_errors
-from ..training.callbacks import cost_lines
 from ..training.config import checkpoints_activations
 from ..training.engines import leave_ranks
 from ..training.identity import asks_for_rows
+from ..training.summary import kept_step
 from .command_line import parse_arguments
-from .job import begin, carry_out, command_of, push_result, run_alone, wanted_splits
+from .header import describe_data
+from .job import begin, carry_out, command_of, push_result, run_alone, show_end, wanted_splits
 from .run_directory import check_output_dir, find_checkpoint
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
@@ -89,27 +89,32 @@ def train_and_evaluate(
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=Judge(task, data_args),
-            callbacks=[ClassifierCallback(task, (model_args, data_args, args))],
+            callbacks=[ClassifierCallback((model_args, data_args, args))],
         )
 
     def test() -> dict[str, float]:
         found = [predict(trainer, rows[split], split, task) for split in rows if split.startswith("test")]
         return {name: value for metrics in found for name, value in metrics.items()}
 
+    score = score_of(task)
     results = carry_out(
         trainer,
         checkpoint,
         command_of(argv, "classify"),
         (model_args, data_args),
-        [*describe_model(model, model_args.adapter_name_or_path), *describe_rows(sentences)],
+        [
+            *describe_model(model, model_args.adapter_name_or_path),
+            describe_data(data_args, sentences.splits, "row", {}),
+            *describe_rows(sentences),
+        ],
         test,
         {f"eval{split.removeprefix('validation')}": rows[split] for split in rows if split == "validation_mm"},
+        score,
     )
     if trainer.is_world_process_zero():
         if args.do_train:
-            show_scores(trainer.state, task)
-        reached = score_lines(trainer.state.log_history, results, task)
-        print("", *reached, *cost_lines(trainer.ledger, Path(str(args.output_dir)).resolve()), sep="\n")
+            show_scores(trainer.state, task, kept_step(args, trainer.state))
+        show_end(trainer, score_lines(trainer.state.log_history, results, task))
     push_result(trainer)
     return results
 

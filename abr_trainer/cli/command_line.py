@@ -9,6 +9,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from ..records.flags import expand_flags_file
+from .bars import take_bars_away
 from .parsing import prepared, refuse_rest
 
 
@@ -25,6 +26,7 @@ def parse_arguments(
     Raises:
         ValueError: A flag is unknown or has a bad value.
     """
+    take_bars_away()  # here, because all commands that load a model come by
     argv = expand_flags_file(sys.argv[1:] if argv is None else argv)
     parser = build_parser(argument_classes)
     parser.set_defaults(**(defaults or {}))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,20 @@ from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
 from ..records.files import read_json
-from ..training.callbacks import last_evaluation, summarise
+from ..training.callbacks import last_evaluation
 from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig
 from ..training.evaluation import NoSuchMetric
+from ..training.log_table import Score
 from ..training.readiness import check_disk, mend_generation_config, telling_of_a_full_disk
 from ..training.row_seams import RowsUnsupported
+from ..training.screen import RunScreen, show_on
 from ..training.signals import NoAccuracy
+from ..training.summary import cost_lines, kept_line, kept_step, perplexity_lines
 from ..training.tracking import show_history
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
+from .header import header, show_header
 from .parsing import wanted_splits as wanted_splits
 from .run_directory import only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
 
@@ -59,6 +64,7 @@ def carry_out(
     described: Sequence[str],
     test: Callable[[], Mapping[str, float]],
     also_evaluated: Mapping[str, Any] | None = None,
+    score: Score = Score(),  # noqa: B008  # it cannot be changed
 ) -> dict[str, float]:
     """Train, evaluate and test as the arguments of the trainer say, keep all that was measured, and return it.
 
@@ -66,10 +72,26 @@ def carry_out(
         checkpoint: What to go on from.
         recorded: The command that is recorded.
         arguments: Dataclasses beside those of the trainer, for `run.json`.
-        described: What is printed before the first batch.
+        described: What the header says of model and data, a line each: `label: text`.
         test: Measures the test split.
         also_evaluated: Data sets that are evaluated at the end, by the prefix of their metrics.
+        score: What the evaluations are read by.
     """
+    screen = RunScreen(score, trainer.row_rule is not None, shows_bar=not trainer.args.disable_tqdm)
+    show_on(trainer, screen)
+    with contextlib.closing(screen):
+        return _carry_out(trainer, checkpoint, recorded, arguments, described, test, also_evaluated or {})
+
+
+def _carry_out(
+    trainer: ABRTrainer,
+    checkpoint: str | None,
+    recorded: Sequence[str],
+    arguments: Sequence[Any],
+    described: Sequence[str],
+    test: Callable[[], Mapping[str, float]],
+    also_evaluated: Mapping[str, Any],
+) -> dict[str, float]:
     args: Any = trainer.args
     results: dict[str, float] = {}
     with one_line_errors(ValueError):
@@ -84,9 +106,8 @@ def carry_out(
     ):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)
-            print(*describe_defaults(recorded, args, arguments), *described, sep="\n", flush=True)
-            if args.scale_with_batch_size:
-                print(f"scaled: {args.max_steps} batches at a learning rate of {args.learning_rate:.3g}", flush=True)
+            defaults = describe_defaults(recorded, args, arguments)
+            show_header(header(trainer, recorded, [*described, *defaults], checkpoint))
         if checkpoint is not None:
             set_aside_later_checkpoints(args, checkpoint)
         if args.do_train:
@@ -98,7 +119,7 @@ def carry_out(
     if args.do_eval:
         metrics = last_evaluation(trainer.state) if args.do_train and not args.load_best_model_at_end else None
         metrics = metrics or trainer.evaluate()
-        for prefix, rows in (also_evaluated or {}).items():
+        for prefix, rows in also_evaluated.items():
             metrics |= trainer.evaluate(rows, metric_key_prefix=prefix)
         if "eval_perplexity" in metrics:
             metrics["perplexity"] = metrics["eval_perplexity"]  # as run_clm.py calls it
@@ -114,14 +135,20 @@ def carry_out(
     return results
 
 
-def show_results(trainer: ABRTrainer, results: dict[str, float]) -> None:
+def show_results(trainer: ABRTrainer, results: dict[str, float], score: Score) -> None:
     """Print the perplexities that a run has reached, and what it cost."""
     if not trainer.is_world_process_zero():
         return
     output_dir = Path(str(trainer.args.output_dir))
     if trainer.args.do_train:
-        show_history(output_dir)
-    print("", *summarise(trainer.state.log_history, trainer.ledger, results, output_dir.resolve()), sep="\n")
+        show_history(output_dir, kept_step(trainer.args, trainer.state))
+    show_end(trainer, perplexity_lines(trainer.state.log_history, trainer.ledger, results, score))
+
+
+def show_end(trainer: ABRTrainer, reached: Iterable[str]) -> None:
+    """Print what a run has reached, of which model, at what cost, and where that model is."""
+    kept = kept_line(trainer.args, trainer.state, trainer.ledger)
+    print("", *reached, *kept, *cost_lines(trainer.ledger, Path(str(trainer.args.output_dir))), sep="\n")
 
 
 def push_result(trainer: ABRTrainer) -> None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..records.errors import MissingPackage, one_line_errors
+from .noise import filter_noise, say_what_is_loaded
 from .parsing import WRONG_USAGE
 
 
@@ -24,11 +25,13 @@ class Verb:
         module: The module whose `main` does it.
         summary: What it does, in one line.
         example: A command that works when pasted.
+        needs_torch: Whether the module imports PyTorch, which takes seconds.
     """
 
     module: str
     summary: str
     example: str
+    needs_torch: bool = False
 
 
 VERBS = {
@@ -36,16 +39,19 @@ VERBS = {
         "run_clm_abr",
         "fine-tune a causal language model",
         "abr train --dataset_name demo --do_train --do_eval --output_dir runs/demo",
+        needs_torch=True,
     ),
     "sft": Verb(
         "abr_trainer.cli.sft",
         "fine-tune on chats or instructions, with TRL",
         "abr sft --dataset_name demo --chat_template alpaca --do_train --do_eval --output_dir runs/chat",
+        needs_torch=True,
     ),
     "classify": Verb(
         "abr_trainer.cli.classify",
         "fine-tune a sentence classifier: GLUE or your own rows",
         "abr classify --model_name_or_path demo --task_name demo --do_train --do_eval --output_dir runs/reports",
+        needs_torch=True,
     ),
     "compare": Verb(
         "abr_trainer.cli.compare",
@@ -76,16 +82,19 @@ VERBS = {
         "abr_trainer.cli.perplexity",
         "measure the perplexity of a model, by the definition that you name",
         "abr perplexity --dataset_name demo --token_length 128",
+        needs_torch=True,
     ),
     "prune": Verb(
         "abr_trainer.cli.prune",
         "prune a model by magnitude",
         "abr prune --output_dir runs/pruned",
+        needs_torch=True,
     ),
     "export": Verb(
         "abr_trainer.cli.export",
         "merge an adapter into its base model",
         "abr export --adapter_name_or_path runs/demo --output_dir runs/whole",
+        needs_torch=True,
     ),
     "push": Verb(
         "abr_trainer.cli.push",
@@ -96,6 +105,7 @@ VERBS = {
         "abr_trainer.cli.evaluate",
         "evaluate a classifier that was trained before",
         "abr evaluate --adapter_name_or_path runs/reports",
+        needs_torch=True,
     ),
 }
 
@@ -139,6 +149,9 @@ def _do(argv: Sequence[str] | None) -> None:
         from .quick import check  # which may describe the verbs, and so import this module
 
         check(verb, arguments)
+        filter_noise()
+        if VERBS[verb].needs_torch:
+            say_what_is_loaded()
         with one_line_errors(MissingPackage):
             module = importlib.import_module(VERBS[verb].module)
         module.main(arguments)

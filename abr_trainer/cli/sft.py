@@ -39,8 +39,10 @@ from ..records.errors import one_line_errors
 from ..training.config import ABRConfig, checkpoints_activations
 from ..training.engines import leave_ranks
 from ..training.identity import asks_for_rows
+from ..training.log_table import Score, shown_share
 from ..training.tracking import PerplexityCallback
 from .command_line import parse_arguments
+from .header import describe_data
 from .job import begin, carry_out, command_of, push_result, run_alone, show_results, wanted_splits
 from .run_directory import check_output_dir, find_checkpoint
 
@@ -153,10 +155,11 @@ def train_and_evaluate(
             train_dataset=next(iter(rows.values())).rows,  # where nothing is trained on, SFTTrainer wants one, too
             eval_dataset=rows["validation"].rows if "validation" in rows else None,
             processing_class=tokenizer,
-            callbacks=[PerplexityCallback("eval_perplexity")],
+            callbacks=[PerplexityCallback("eval_perplexity", prints=False)],
         )
     described = [
         *describe_model(model, model_args.adapter_name_or_path),
+        describe_data(data_args, {name: each.rows for name, each in rows.items()}, "row", {}),
         *describe_chats(rows, data_args, any(each.is_chat for each in found.values())),
     ]
 
@@ -164,7 +167,7 @@ def train_and_evaluate(
         return trainer.evaluate(rows["test"].rows, metric_key_prefix="test")
 
     results = carry_out(trainer, checkpoint, command_of(argv, "sft"), (model_args, data_args), described, test)
-    show_results(trainer, results)
+    show_results(trainer, results, Score())
     push_result(trainer)
     return results
 
@@ -238,10 +241,9 @@ def choose_targets(
 
 
 def describe_chats(rows: Mapping[str, Tokenised], data_args: ChatArguments, is_chat: bool) -> list[str]:
-    """Return lines on how many rows there are, and which of their tokens are learnt."""
-    counted = ", ".join(f"{len(each.rows):,} {split}" for split, each in rows.items())
+    """Return lines on which tokens of the rows are learnt, and how many rows were cut."""
     split, first = next(iter(rows.items()))
-    share = f"{first.targets:,} of the {first.tokens:,} {split} tokens ({first.targets / first.tokens:.1%})"
+    share = f"{first.targets:,} of the {first.tokens:,} {split} tokens ({shown_share(first.targets, first.tokens)})"
     if data_args.assistant_only_loss:
         what = "what the assistant writes"
     elif data_args.completion_only_loss:
@@ -250,10 +252,7 @@ def describe_chats(rows: Mapping[str, Tokenised], data_args: ChatArguments, is_c
         what = "all that is written, the user's messages too (--assistant_only_loss: only the assistant's)"
     else:
         what = "all tokens"
-    lines = [
-        f"rows: {counted}",
-        f"learnt: {what}; {share}",
-    ]
+    lines = [f"learnt: {what}; {share}"]
     lines += [
         f"cut: {each.cut:,} of the {len(each.rows):,} {split} rows are longer than --max_length {data_args.max_length}"
         for split, each in rows.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from transformers.utils import logging
 
 from ..data.identity import UNKNOWN
 from ..perplexity.windows import perplexity_of
-from ..records.files import DROPPED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
-from ..report.rows import has_row_rule
+from ..records.files import DROPPED_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
 from ..schedulers import Outcome
 from .dropped_rows import DroppedRow
 from .dropping import BatchRows
@@ -212,7 +210,7 @@ def _finite(loss: float) -> float | None:
 
 
 class ABRProgressCallback(ProgressCallback):
-    """Trainer's progress bar, with repeats and perplexity; it counts passes where a budget bounds them."""
+    """Trainer's progress bar, with updates a batch and perplexity; it counts passes where a budget bounds them."""
 
     def __init__(self, *args: Any, shows_perplexity: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -236,8 +234,9 @@ class ABRProgressCallback(ProgressCallback):
             return
         loss = outcome.observation.loss
         level = {"perplexity": f"{perplexity_of(loss):.2f}"} if self._shows_perplexity else {"loss": f"{loss:.3f}"}
-        counts = {"skips": ledger.skips} | ({"rows_dropped": ledger.rows_dropped} if ledger.rows else {})
-        self.training_bar.set_postfix(repeats=f"{ledger.repeats:.2f}", **counts, **level, refresh=False)
+        counts = {"updates/batch": f"{ledger.repeats:.2f}", "skips": ledger.skips}
+        dropped = {"rows_dropped": ledger.rows_dropped} if ledger.rows else {}
+        self.training_bar.set_postfix(level | counts | dropped, refresh=False)
         if self._budget is not None:
             self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
 
@@ -248,48 +247,3 @@ def last_evaluation(state: TrainerState) -> dict[str, float] | None:
     if logs is None or logs["step"] != state.global_step:
         return None
     return {name: value for name, value in logs.items() if name != "step"}
-
-
-def summarise(
-    log_history: list[dict[str, float]], ledger: ComputeLedger, results: dict[str, float], output_dir: Path
-) -> list[str]:
-    """Return a line each on the perplexity that a run reached, what it spent, and where its files are."""
-    return [*perplexity_lines(log_history, ledger, results), *cost_lines(ledger, output_dir)]
-
-
-def perplexity_lines(
-    log_history: list[dict[str, float]], ledger: ComputeLedger, results: dict[str, float]
-) -> list[str]:
-    lines = []
-    evaluations = [logs for logs in log_history if "eval_perplexity" in logs]
-    if evaluations:
-        first, last = evaluations[0]["eval_perplexity"], evaluations[-1]["eval_perplexity"]
-        tokens = f"exp(nll per target token) over {evaluations[-1]['eval_target_tokens']:,} tokens"
-        if evaluations[0]["step"] == 0 and ledger.batches:
-            lines.append(
-                f"evaluation  perplexity {first:.2f} before, {last:.2f} after ({last / first - 1:+.1%}); {tokens}"
-            )
-        else:
-            lines.append(f"evaluation  perplexity {last:.2f}; {tokens}")
-    if "test_perplexity" in results:
-        lines.append(f"test        perplexity {results['test_perplexity']:.2f}")
-    return lines
-
-
-def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
-    """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates."""
-    if not ledger.batches:
-        return []
-    abr_rows = f"abr rows {shlex.quote(str(output_dir))}"
-    dropped = f"{ledger.rows_dropped:,} dropped ({ledger.rows_dropped / max(ledger.rows, 1):.2%})"
-    listed = f": {abr_rows}" if ledger.rows_dropped else ""
-    return [
-        f"batches     {ledger.batches} seen, {ledger.skips} skipped, {ledger.repeats:.2f} updates a batch",
-        *([f"rows        {ledger.rows:,} judged, {dropped}{listed}"] if has_row_rule(output_dir) else []),
-        *([f"ranked      {abr_rows} --all"] if (output_dir / ROW_LOSSES_NAME).is_file() else []),
-        f"cost        {float(ledger.passes):g} passes, {ledger.updates} updates, {ledger.tokens:,} tokens, "
-        f"{ledger.flops:.3g} FLOPs, {ledger.seconds:.1f} s",
-        f"model       {output_dir}",
-        f"trace       {output_dir / TRACE_NAME}",
-        *(f"TensorBoard tensorboard --logdir {shlex.quote(str(logs))}" for logs in output_dir.glob("runs")),
-    ]

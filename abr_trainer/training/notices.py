@@ -26,8 +26,11 @@ FIRST = 5
 EVERY = 100
 """After these there is one line for each so many."""
 
-EXCERPT = 60
-"""Characters of a text."""
+WIDTH = 100
+"""Characters of a line, where that leaves enough of a text."""
+
+EXCERPT = range(24, 60)
+"""Characters of a text: at least, and below."""
 
 
 @dataclass
@@ -54,8 +57,8 @@ class Notices:
             self.rows += 1
             if self.rows <= FIRST:
                 row = row_of([drop])
-                said = f"{row.place}; {row.numbers}{_excerpt(row.text)}"
-                lines.append(f"Dropped from batch {step}: {said}.{_why(directory, step)}")
+                lines.append(_with_excerpt(f"Dropped from batch {step}: {row.place}; {row.numbers}", row.text))
+                lines += _how_to_see_why(self.rows, directory, step)
             lines += self._summary(self.rows, f"rows dropped so far, the last from batch {step}", "rows", directory)
         return lines
 
@@ -78,9 +81,8 @@ class Notices:
         self.batches += 1
         lines = []
         if self.batches <= FIRST:
-            said = _why_skipped(reason, loss, limit)
-            excerpt = "" if text is None else _excerpt(text)
-            lines.append(f"Batch {step} is skipped: {said}{excerpt}.{_why(directory, step)}")
+            lines.append(_with_excerpt(f"Batch {step} is skipped: {_why_skipped(reason, loss, limit)}", text or ""))
+            lines += _how_to_see_why(self.batches, directory, step)
         return lines + self._summary(self.batches, f"batches skipped so far, the last is {step}", "report", directory)
 
     @staticmethod
@@ -109,12 +111,17 @@ def _why_skipped(reason: str, loss: float, limit: float | None) -> str:
     return f"loss {number(loss)}" + (f", limit {number(limit)}" if limit is not None else "") + f" ({reason})"
 
 
-def _excerpt(text: str) -> str:
-    return f'; "{shortened(text, EXCERPT)}"' if text.strip() else ""
+def _with_excerpt(said: str, text: str) -> str:
+    """Return a sentence, and as much of a text as the line has room for."""
+    if not text.strip():
+        return f"{said}."
+    room = min(max(WIDTH - len(said) - len('; "".'), EXCERPT.start), EXCERPT.stop)
+    return f'{said}; "{shortened(text, room)}".'
 
 
-def _why(directory: Path | None, step: int) -> str:
-    return _command("why", directory, str(step))
+def _how_to_see_why(count: int, directory: Path | None, step: int) -> list[str]:
+    """Return the command that explains it, once: it is the same for all, but for the number of the batch."""
+    return [f"Why:{_command('why', directory, str(step))}"] if count == 1 and directory is not None else []
 
 
 def _command(verb: str, directory: Path | None, *more: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+BEFORE = "Before training"
+"""The name of an evaluation before the first batch. Files of earlier versions call it Baseline."""
+
 WORSE = 0.005
 """By how much, as a share, perplexity must have risen to count as a rise."""
+
+MOST_ROWS = 20
+"""Evaluations that the table at the end shows, beside the first and the one that was kept."""
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -69,7 +75,7 @@ class Evaluation:
     """An evaluation in the course of a run.
 
     Attributes:
-        name: Baseline, before the first batch; the epoch that has ended; or the step.
+        name: `BEFORE`; the epoch that has ended; or the step.
         step: Batches finished.
         perplexity: None where it is not finite.
         loss: Mean first-pass loss of the batches since the evaluation before, in nats; None where there are none, or
@@ -97,11 +103,13 @@ class PerplexityCallback(TrainerCallback):
     Args:
         metric: Which one to follow, such as `eval_wanda_perplexity` of an `eval_measurement`. Default: the token-exact
             perplexity of a causal language model, of several evaluation sets on the first.
+        prints: Whether each evaluation is said in a line; not where something else shows them.
     """
 
-    def __init__(self, metric: str | None = None) -> None:
+    def __init__(self, metric: str | None = None, prints: bool = True) -> None:
         self.history: list[Evaluation] = []
         self._metric = metric
+        self._prints = prints
         self._losses: list[tuple[int, float]] = []
         self._has_ended = False
         self._has_warned = False
@@ -111,7 +119,7 @@ class PerplexityCallback(TrainerCallback):
         self._has_warned = self._has_ended = False
         path = Path(args.output_dir, HISTORY_NAME)
         written = (read_json(path) or {"evaluations": []})["evaluations"] if state.global_step else []
-        self.history = [Evaluation(**entry) for entry in written if entry["step"] <= state.global_step]
+        self.history = [each for each in evaluations_in(written) if each.step <= state.global_step]
         self._losses = batch_losses(Path(args.output_dir), state.global_step) if state.global_step else []
         self._before = memory_in_use()
 
@@ -142,7 +150,8 @@ class PerplexityCallback(TrainerCallback):
             self._memory(),
         )
         self.history.append(evaluation)
-        tqdm.write(trend(evaluation, self.history[0]))
+        if self._prints:
+            tqdm.write(trend(evaluation, self.history[0]))
         data = {
             "metric": self._metric,
             "evaluations": [asdict(each) for each in self.history],
@@ -173,11 +182,16 @@ def name_of(step: int, epoch: float | None) -> str:
     """Return how to call an evaluation: by the epoch that it ends, if it does.
 
     >>> name_of(0, 0), name_of(50, 1.0), name_of(60, 1.2)
-    ('Baseline', 'Epoch 1', 'Step 60')
+    ('Before training', 'Epoch 1', 'Step 60')
     """
     if step == 0:
-        return "Baseline"
+        return BEFORE
     return f"Epoch {epoch:.0f}" if epoch and float(epoch).is_integer() else f"Step {step}"
+
+
+def evaluations_in(written: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
+    """Return the evaluations that a file of the history holds, also one of an earlier version."""
+    return [Evaluation(**{**entry, "name": entry["name"] if entry["step"] else BEFORE}) for entry in written]
 
 
 def change(now: float | None, before: float | None) -> float | None:
@@ -188,9 +202,9 @@ def change(now: float | None, before: float | None) -> float | None:
 def trend(evaluation: Evaluation, first: Evaluation) -> str:
     """Return a line on an evaluation, beside the first one.
 
-    >>> first, later = Evaluation("Baseline", 0, 0.0, 27.45, None), Evaluation("Epoch 1", 50, 1.0, 25.82, 3.1)
+    >>> first, later = Evaluation(BEFORE, 0, 0.0, 27.45, None), Evaluation("Epoch 1", 50, 1.0, 25.82, 3.1)
     >>> trend(first, first), trend(later, first)
-    ('Baseline: 27.45', 'Epoch 1: 25.82 (-5.9 %)')
+    ('Before training: 27.45', 'Epoch 1: 25.82 (-5.9 %)')
     """
     if evaluation.perplexity is None:
         return f"{evaluation.name}: not finite"
@@ -209,8 +223,9 @@ def overfitting(history: Sequence[Evaluation]) -> str | None:
     risen = change(last.perplexity, best.perplexity)
     if risen is None or risen < WORSE or last.loss is None or loss is None or last.loss >= loss:
         return None
+    when = BEFORE.lower() if best.name == BEFORE else best.name
     return (
-        f"Overfitting: since {best.name} perplexity has risen from {best.perplexity:.2f} to {last.perplexity:.2f}, "
+        f"Overfitting: since {when} perplexity has risen from {best.perplexity:.2f} to {last.perplexity:.2f}, "
         f"while the training loss fell from {loss:.3f} to {last.loss:.3f}. --early_stopping_patience stops such a "
         "run, and keeps the best checkpoint."
     )
@@ -243,8 +258,12 @@ def summary(history: Sequence[Evaluation], losses: Sequence[tuple[int, float]]) 
     }
 
 
-def show_history(directory: Path, console: Console | None = None) -> None:
-    """Print the evaluations of a run as a table, and their summary; nothing if there were fewer than two."""
+def show_history(directory: Path, kept: int | None = None, console: Console | None = None) -> None:
+    """Print the evaluations of a run as a table; nothing if there were fewer than two.
+
+    Args:
+        kept: The step of the model that the run has kept.
+    """
     found = read_json(directory / HISTORY_NAME)
     if found is None or len(found["evaluations"]) < 2:
         return
@@ -253,30 +272,28 @@ def show_history(directory: Path, console: Console | None = None) -> None:
     from rich.table import Table
 
     console = console or Console()
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
-    for column in ("", "perplexity", "change", "training loss", "memory, MB", "peak, MB"):
-        table.add_column(column, justify="right" if column else "left")
-    history = [Evaluation(**entry) for entry in found["evaluations"]]
-    for each in history:
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False)
+    for column in ("", "perplexity", "change", "training loss", "memory, MB", "peak, MB", ""):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    history = evaluations_in(found["evaluations"])
+    shown = [each for i, each in enumerate(history) if i == 0 or i >= len(history) - MOST_ROWS or each.step == kept]
+    for each in shown:
         where = "gpu" if "gpu" in each.memory else "process"
-        kept, peak = (each.memory[where][name] for name in ("before", "peak"))
-        kept += each.memory[where]["consumed"]
+        held, peak = (each.memory[where][name] for name in ("before", "peak"))
+        held += each.memory[where]["consumed"]
         changed = None if each is history[0] else change(each.perplexity, history[0].perplexity)
         table.add_row(
             each.name,
-            "not finite" if each.perplexity is None else f"{each.perplexity:.2f}",
+            "not finite" if each.perplexity is None else f"{each.perplexity:,.2f}",
             "" if changed is None else f"{100 * changed:+.1f} %",
             "" if each.loss is None else f"{each.loss:.3f}",
-            f"{kept / 1e6:.0f}",
-            f"{peak / 1e6:.0f}",
+            f"{held / 1e6:,.0f}",
+            f"{peak / 1e6:,.0f}",
+            "kept" if each.step == kept else "",
         )
+    console.print()
     console.print(table)
-    told = found["summary"]
-    if None not in (told["best"], told["improvement"], told["mean_loss"]):
-        followed = found["metric"].removeprefix("eval_").replace("_", " ")
+    if len(shown) < len(history):
         console.print(
-            f"{followed} {told['baseline']:.2f} to {told['final']:.2f} ({100 * told['improvement']:+.1f} %), best "
-            f"{told['best']:.2f} at {told['best_at']}; {told['batches']} batches of mean loss {told['mean_loss']:.3f}",
-            highlight=False,
-            soft_wrap=True,
+            f"{len(history) - len(shown)} more in {directory / HISTORY_NAME}", highlight=False, soft_wrap=True
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
+from transformers import trainer as trainer_module
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -115,9 +116,20 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self.add_callback(self._trace)
             if (patience := setting(self.args, "early_stopping_patience")) is not None:
                 self.add_callback(EarlyStopping(patience, setting(self.args, "early_stopping_threshold")))
-            if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
-                self.remove_callback(ProgressCallback)
-                self.add_callback(ABRProgressCallback(shows_perplexity=self._loss_is_of_tokens))
+            self._show_our_columns()
+
+    def _show_our_columns(self) -> None:
+        """Replace the bar of Trainer, in a terminal or in a notebook, by ours; leave one of the user's own."""
+        shows_perplexity = self._loss_is_of_tokens
+        kinds = {type(callback).__name__: type(callback) for callback in self.callback_handler.callbacks}
+        if kinds.get("ProgressCallback") is ProgressCallback:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ABRProgressCallback(shows_perplexity=shows_perplexity))
+        elif (theirs := kinds.get("NotebookProgressCallback")) is trainer_module.DEFAULT_PROGRESS_CALLBACK:
+            from .notebook import ABRNotebookProgressCallback  # needs IPython
+
+            self.remove_callback(theirs)
+            self.add_callback(ABRNotebookProgressCallback(shows_perplexity, self.row_rule is not None))
 
     @property
     def ledger(self) -> ComputeLedger:

@@ -1,0 +1,233 @@
+"""What a command shows while it trains: aligned lines, and in a terminal a bar below them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
+
+from ..schedulers import Outcome
+from .callbacks import LogWindow
+from .ledger import ComputeLedger
+from .log_table import LogTable, Score, log_columns, shown_duration, shown_passes, shown_score
+from .tracking import name_of
+
+PLAIN_WIDTH = 100
+"""Of lines that go into a file."""
+
+REFRESH = 0.1
+"""Seconds between two pictures of the bar. There is no thread that draws it: data loaders fork."""
+
+
+class RunScreen(TrainerCallback):
+    """Show a run: a line of numbers for each log and each evaluation, and in a terminal a bar.
+
+    Args:
+        score: What evaluations are read by.
+        judges_rows: Whether a rule drops rows.
+        shows_bar: Whether there may be a bar.
+        console: Where the lines go. Default: stdout.
+    """
+
+    def __init__(
+        self, score: Score, judges_rows: bool = False, shows_bar: bool = True, console: Console | None = None
+    ) -> None:
+        self._score = score
+        self._judges_rows = judges_rows
+        self.console = console or Console()
+        bar_console = self.console if self.console.is_terminal else Console(stderr=True)
+        self._bar = _Bar(bar_console) if shows_bar and bar_console.is_terminal else None
+        self._table: LogTable | None = None
+        self._ledger, self._window = ComputeLedger(), LogWindow()
+        self._logged = (0, 0.0)
+        self._clock: tuple[float, float] | None = None
+
+    # ---- Events ----
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._budget = getattr(args, "max_passes", None)
+        self._ledger, self._window, self._logged, self._clock = ComputeLedger(), LogWindow(), (0, 0.0), None
+        most = self._budget or state.max_steps
+        passes = self._budget or 10 * state.max_steps  # a rule may repeat each batch
+        columns = log_columns(self._score, state.max_steps, passes, self._judges_rows)
+        self._table = LogTable(columns, self.console.width if self.console.is_terminal else PLAIN_WIDTH)
+        self._print("")
+        if self._bar is not None:
+            self._bar.begin("training", most, "passes" if self._budget else "batches")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (
+            self._clock is None
+        ):  # not earlier: an evaluation before the first batch says nothing of how long those take
+            self._clock = time.monotonic(), self._done(state)
+
+    def on_outcome(
+        self, args: Any, state: Any, control: Any, outcome: Outcome, ledger: ComputeLedger, **kwargs: Any
+    ) -> None:
+        self._ledger = ledger
+        self._window.observe(outcome)
+        if self._table is not None and self._bar is not None:
+            self._bar.move("training", self._done(state), f"{self._time_left(state)} left")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._table is None or not {"loss", "learning_rate"} <= (logs or {}).keys():
+            return
+        window, ledger = self._window, self._ledger
+        tokens, seconds = ledger.tokens - self._logged[0], ledger.seconds - self._logged[1]
+        self._window, self._logged = LogWindow(), (ledger.tokens, ledger.seconds)
+        values = {
+            **self._position(state),
+            "loss": f"{logs['loss']:.3f}",
+            "updates": f"{window.updates / window.batches:.2f}" if window.batches else "",
+            "skipped": f"{window.skipped:,}",
+            "rows_dropped": f"{window.rows_dropped:,}",
+            "learning_rate": f"{logs['learning_rate']:.2e}",
+            "speed": f"{tokens / seconds:,.0f}" if seconds else "",
+            "left": self._time_left(state),
+        }
+        self._print_titles()
+        self._print(self._table.line(values))
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self._bar is not None and has_length(eval_dataloader):
+            self._bar.begin("evaluating", len(eval_dataloader), "batches")
+            self._bar.move("evaluating")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self._end_bar("evaluating")
+        value = (metrics or {}).get(self._score.key)
+        if self._table is None or value is None:
+            return
+        first = next((logs for logs in state.log_history if self._score.key in logs), {"step": 0})
+        before = first.get(self._score.key) if first["step"] == 0 < state.global_step else None
+        told = self._score.remark(metrics, before)
+        self._print_titles()
+        score = {"score": shown_score(value, self._score.digits)}
+        name = name_of(state.global_step, state.epoch)
+        self._print(
+            self._table.remark(self._position(state) | score, f"{name}: {told}" if told else name), style="bold"
+        )
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self._end_bar("evaluating")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._table = None  # what is evaluated later stands in the summary
+        self._end_bar("training")
+
+    # ---- Numbers ----
+
+    def _position(self, state: Any) -> dict[str, str]:
+        return {"step": f"{state.global_step:,}", "passes": shown_passes(float(self._ledger.passes))}
+
+    def _done(self, state: Any) -> float:
+        """Return how far the run is, in passes where these are bounded, else in batches."""
+        return float(self._ledger.passes) if self._budget else state.global_step
+
+    def _time_left(self, state: Any) -> str:
+        """Return how long the rest takes, at the pace since this call of `train` began, evaluations included."""
+        if self._clock is None:
+            return ""
+        begun, at = self._clock
+        done = self._done(state)
+        rest = (self._budget or state.max_steps) - done
+        return shown_duration((time.monotonic() - begun) * max(rest, 0.0) / (done - at)) if done > at else ""
+
+    # ---- Lines ----
+
+    def _print_titles(self) -> None:
+        if self._table is not None and (titles := self._table.titles()):
+            self._print(titles, style="dim")
+
+    def _print(self, line: str, style: str = "") -> None:
+        if self.console.is_terminal:
+            self.console.print(Text(line, style=style, no_wrap=True, overflow="ellipsis"))
+        else:
+            print(line, flush=True)
+
+    def _end_bar(self, name: str) -> None:
+        if self._bar is not None:
+            self._bar.end(name)
+
+    def close(self) -> None:
+        """Take the bar away, also where the run has failed."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Bar:
+    """A line at the bottom of a terminal for what is under way. What is printed meanwhile stands above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._drawn = 0.0
+        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
+
+    def begin(self, name: str, total: float, unit: str) -> None:
+        """Show something that takes so many units, unless it is shown already."""
+        if name in self._tasks:
+            return
+        if self._progress is None:
+            self._open()
+        assert self._progress is not None
+        self._tasks[name] = self._progress.add_task(name, total=total, unit=unit, left="", done="0")
+        self._progress.refresh()
+
+    def move(self, name: str, done: float | None = None, left: str = "") -> None:
+        """Show how far it is. Default: one unit further."""
+        if self._progress is None or name not in self._tasks:
+            return
+        task = self._tasks[name]
+        done = self._progress.tasks[self._progress.task_ids.index(task)].completed + 1 if done is None else done
+        self._progress.update(task, completed=done, left=left, done=f"{done:,.1f}".removesuffix(".0"))
+        if time.monotonic() - self._drawn > REFRESH:
+            self._progress.refresh()
+            self._drawn = time.monotonic()
+
+    def end(self, name: str) -> None:
+        if self._progress is not None and name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))
+            if not self._tasks:
+                self.close()
+
+    def _open(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[done]}/{task.total:,.0f} {task.fields[unit]}  {task.fields[left]}"),
+        )
+        self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
+        before = sys.stderr
+        self._progress.start()
+        self._console.show_cursor(True)  # or a run that is killed would leave the terminal without one
+        for handler in [*logging.root.handlers, *logging.getLogger("transformers").handlers]:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                self._streams.append((handler, handler.setStream(sys.stderr)))
+
+    def close(self) -> None:
+        if self._progress is None:
+            return
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+        self._progress.stop()
+        self._progress, self._tasks, self._streams = None, {}, []
+
+
+def show_on(trainer: Any, screen: RunScreen) -> None:
+    """Let a screen show what a trainer does, instead of the bar and the dictionaries of Trainer."""
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(screen)
