@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from peft import TaskType
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch.nn import functional
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -28,7 +26,7 @@ from ..models.unwrapping import without_adapter
 from ..records.errors import find_named, refuse_below, refuse_missing_directory
 from ..schedulers import OUTLIER_RULES
 from ..training.config import ABRConfig
-from ..training.log_table import Score
+from ..training.log_table import Score, end_table, stdout_console
 from ..training.summary import worse
 from ..training.tracking import name_of
 from ..training.trainer import ABRTrainer
@@ -319,24 +317,17 @@ def show_scores(state: TrainerState, task: Task, kept: int, console: Console | N
     evaluations = evaluations_in(state.log_history, task)
     if len(evaluations) < 2:
         return
-    console = console or Console()
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False)
-    for column in ("", *task.scores, "loss", ""):
-        table.add_column(column, justify="right" if column else "left")
     main = f"eval_{task.scores[0]}"
     finite = [logs for logs in evaluations if math.isfinite(logs[main])]
     best = state.best_global_step or max(finite, key=lambda logs: logs[main], default={"step": math.nan})["step"]
+    rows = []
     for logs in evaluations:
-        scores = [f"{logs[f'eval_{name}']:.4f}" for name in task.scores]
-        loss = logs.get("eval_loss")
-        table.add_row(
-            name_of(int(logs["step"]), logs.get("epoch")),
-            *scores,
-            "" if loss is None else f"{loss:.4f}",
-            ", ".join(name for name, step in {"best": best, "kept": kept}.items() if logs["step"] == step),
+        marks = [name for name, step in {"best": best, "kept": kept}.items() if logs["step"] == step]
+        numbers = [logs.get(f"eval_{name}", math.nan) for name in (*task.scores, "loss")]
+        rows.append(
+            [name_of(int(logs["step"]), logs.get("epoch")), *(f"{each:.4f}" for each in numbers), ", ".join(marks)]
         )
-    console.print()
-    console.print(table)
+    end_table(stdout_console(console), ("", *task.scores, "loss", ""), rows)
 
 
 def score_lines(log_history: list[dict[str, float]], results: dict[str, float], task: Task) -> Iterator[str]:

@@ -18,7 +18,7 @@ from .. import __version__
 from ..data.demo import DEMO_MODEL
 from ..models.unwrapping import without_adapter
 from ..schedulers import ConstantScheduler, GradNormSkip, OutlierSkip, RepeatUntil
-from ..training.screen import PLAIN_WIDTH
+from ..training.log_table import PLAIN_WIDTH
 
 LABEL = 11
 """Characters of a label and of the space behind it."""

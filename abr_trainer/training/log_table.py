@@ -6,7 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from ..report.text import DASH
+
+PLAIN_WIDTH = 100
+"""Of what is written into a file."""
 
 TITLES_EVERY = 25
 """Lines after which the titles are written again."""
@@ -179,3 +186,25 @@ def shown_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# ---- The table at the end ----
+
+
+def end_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its first column to the left and numbers to the right, with a rule in a terminal."""
+    table = Table(
+        box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+
+
+def stdout_console(console: Console | None = None) -> Console:
+    """Return the console of stdout, as wide as a file is to be where that is none."""
+    console = console or Console()
+    return console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH)

@@ -57,7 +57,7 @@ class Notices:
             self.rows += 1
             if self.rows <= FIRST:
                 row = row_of([drop])
-                lines.append(_with_excerpt(f"Dropped from batch {step}: {row.place}; {row.numbers}", row.text))
+                lines.append(_with_excerpt(f"Batch {step} drops {row.place}; {row.numbers}", row.text))
                 lines += _how_to_see_why(self.rows, directory, step)
             lines += self._summary(self.rows, f"rows dropped so far, the last from batch {step}", "rows", directory)
         return lines

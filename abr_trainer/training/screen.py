@@ -16,11 +16,8 @@ from transformers.trainer_utils import has_length
 from ..schedulers import Outcome
 from .callbacks import LogWindow
 from .ledger import ComputeLedger
-from .log_table import LogTable, Score, log_columns, shown_duration, shown_passes, shown_score
+from .log_table import PLAIN_WIDTH, LogTable, Score, log_columns, shown_duration, shown_passes, shown_score
 from .tracking import name_of
-
-PLAIN_WIDTH = 100
-"""Of lines that go into a file."""
 
 REFRESH = 0.1
 """Seconds between two pictures of the bar. There is no thread that draws it: data loaders fork."""
@@ -227,7 +224,10 @@ class _Bar:
 
 
 def show_on(trainer: Any, screen: RunScreen) -> None:
-    """Let a screen show what a trainer does, instead of the bar and the dictionaries of Trainer."""
+    """Let a screen show what a trainer does, instead of the bar and the dictionaries of Trainer, and a summary the
+    rest.
+    """
+    trainer.tells_if_worse = False
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(screen)

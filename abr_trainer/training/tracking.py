@@ -8,18 +8,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..records.files import HISTORY_NAME, TRACE_NAME, read_json, read_lines, step_of, write_whole
 from ..schedulers import Outcome
+from .log_table import end_table, stdout_console
 from .memory import memory_in_use, memory_peaks
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 logger = logging.get_logger(__name__)
 
@@ -48,8 +47,12 @@ def evaluations_without_gain(state: TrainerState, callback: EarlyStoppingCallbac
     return int(counted.get("early_stopping_patience_counter", 0))
 
 
-def doubt_of_the_best(args: Any, state: TrainerState) -> str | None:
-    """Return what is to be said of the best model that a run loads at its end; None if it is the best evaluated."""
+def doubt_of_the_best(args: Any, state: TrainerState, tells_if_worse: bool = True) -> str | None:
+    """Return what is to be said of the best model that a run loads at its end; None if it is the best evaluated.
+
+    Args:
+        tells_if_worse: Whether to say so where it was better before training.
+    """
     metric = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
     values = [(logs["step"], logs[metric]) for logs in state.log_history if metric in logs]
     best, saved = state.best_global_step, state.best_model_checkpoint
@@ -62,7 +65,7 @@ def doubt_of_the_best(args: Any, state: TrainerState) -> str | None:
         return f"No checkpoint of the best evaluation, that of batch {best}, is there any more, and {loaded}."
     sign = 1 if args.greater_is_better else -1
     before = next((value for step, value in values if step == 0), math.nan)
-    if state.best_metric is not None and sign * before > sign * state.best_metric:
+    if tells_if_worse and state.best_metric is not None and sign * before > sign * state.best_metric:
         return (
             f"Training made the model worse: {metric} was {before:.4g} before the first batch and is "
             f"{state.best_metric:.4g} at best after it. Of the checkpoints the best is loaded: {loaded}."
@@ -267,32 +270,27 @@ def show_history(directory: Path, kept: int | None = None, console: Console | No
     found = read_json(directory / HISTORY_NAME)
     if found is None or len(found["evaluations"]) < 2:
         return
-    from rich import box  # here, because the trainer imports this module
-    from rich.console import Console
-    from rich.table import Table
-
-    console = console or Console()
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False)
-    for column in ("", "perplexity", "change", "training loss", "memory, MB", "peak, MB", ""):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    console = stdout_console(console)
     history = evaluations_in(found["evaluations"])
     shown = [each for i, each in enumerate(history) if i == 0 or i >= len(history) - MOST_ROWS or each.step == kept]
+    rows = []
     for each in shown:
         where = "gpu" if "gpu" in each.memory else "process"
         held, peak = (each.memory[where][name] for name in ("before", "peak"))
         held += each.memory[where]["consumed"]
         changed = None if each is history[0] else change(each.perplexity, history[0].perplexity)
-        table.add_row(
-            each.name,
-            "not finite" if each.perplexity is None else f"{each.perplexity:,.2f}",
-            "" if changed is None else f"{100 * changed:+.1f} %",
-            "" if each.loss is None else f"{each.loss:.3f}",
-            f"{held / 1e6:,.0f}",
-            f"{peak / 1e6:,.0f}",
-            "kept" if each.step == kept else "",
+        rows.append(
+            [
+                each.name,
+                "not finite" if each.perplexity is None else f"{each.perplexity:,.2f}",
+                "" if changed is None else f"{100 * changed:+.1f} %",
+                "" if each.loss is None else f"{each.loss:.3f}",
+                f"{held / 1e6:,.0f}",
+                f"{peak / 1e6:,.0f}",
+                "kept" if each.step == kept else "",
+            ]
         )
-    console.print()
-    console.print(table)
+    end_table(console, ("", "perplexity", "change", "train loss", "memory, MB", "peak, MB", ""), rows)
     if len(shown) < len(history):
         console.print(
             f"{len(history) - len(shown)} more in {directory / HISTORY_NAME}", highlight=False, soft_wrap=True

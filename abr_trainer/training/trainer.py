@@ -60,6 +60,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     Attributes:
         repeat_scheduler: The rule of this run.
         row_rule: Its rule for rows; None if no rows are dropped.
+        tells_if_worse: Whether it warns where the best checkpoint is worse than the model was before training. The
+            commands say that in their summary.
 
     Args:
         repeat_scheduler: Decides instead of the one that `ABRConfig` describes, outlier skipping included: to skip
@@ -77,6 +79,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     control: Any
     repeat_scheduler: RepeatScheduler
     row_rule: RowRule | None
+    tells_if_worse: bool = True
 
     def __init__(
         self,
@@ -231,7 +234,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
                 if directory == Path(self.args.output_dir):  # that of a trial could be pushed
                     write_ranked(self, self._ranking, directory)
         loads_best = self._is_active and self.args.load_best_model_at_end
-        if loads_best and self.is_world_process_zero() and (doubt := doubt_of_the_best(self.args, self.state)):
+        doubt = doubt_of_the_best(self.args, self.state, self.tells_if_worse) if loads_best else None
+        if doubt and self.is_world_process_zero():
             logger.warning(doubt)
         if self._is_active and self._run.budget.passes is not None:
             # Trainer planned for as many batches as the budget could have bought.

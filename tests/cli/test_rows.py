@@ -22,8 +22,8 @@ from abr_trainer.report.page import render_page
 from abr_trainer.report.rows import read_drops
 from abr_trainer.report.why import explain_batch
 from abr_trainer.schedulers import RowRule
-from abr_trainer.training.callbacks import cost_lines
 from abr_trainer.training.ledger import ComputeLedger
+from abr_trainer.training.summary import cost_lines
 from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
 
 NOTES = [{"text": f"the {word} of number {i} lies here in peace"} for i, word in enumerate(["fox", "bird", "cat"] * 4)]
@@ -131,7 +131,7 @@ def test_nothing_of_a_text_reaches_the_terminal_as_code(tmp_path, capsys):
 def test_several_runs_are_listed_one_after_the_other(run, tmp_path, capsys):
     other = write_run(tmp_path / "other", [])
     shown = lines_of(capsys, run, other)
-    assert shown[-1] == f"{other}: 24 rows judged in 6 batches, 0 dropped (0.00%)"
+    assert shown[-1] == f"{other}: 24 rows judged in 6 batches, 0 dropped (0.00 %)"
     rows.main([str(run), str(other), str(run), "--json"])
     assert [row["run"] for row in json.loads(capsys.readouterr().out)] == [str(run)] * 4
 
@@ -218,8 +218,8 @@ def test_a_real_run_names_the_broken_rows_of_its_file(trained, tmp_path, capsys)
 def test_the_end_of_a_run_says_how_many_rows_were_dropped(tmp_path):
     run = write_run(tmp_path / "my run", [])
     told = cost_lines(ComputeLedger(batches=9, rows=72, rows_dropped=3), run)
-    assert told[1] == f"rows        72 judged, 3 dropped (4.17%): abr rows '{run}'"
-    assert cost_lines(ComputeLedger(batches=9, rows=72), run)[1] == "rows        72 judged, 0 dropped (0.00%)"
+    assert told[1] == f"rows        72 judged, 3 dropped (4.17 %): abr rows '{run}'"
+    assert cost_lines(ComputeLedger(batches=9, rows=72), run)[1] == "rows        72 judged, 0 dropped (0.00 %)"
     ranked_alone = ComputeLedger(batches=9, rows=72)
     assert not any(line.startswith(("rows", "ranked")) for line in cost_lines(ranked_alone, tmp_path))
 

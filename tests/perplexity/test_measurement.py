@@ -448,8 +448,9 @@ def test_a_run_follows_the_definition_and_the_text_that_are_chosen(tmp_path, cap
     before, _, after = (each["perplexity"] for each in history["evaluations"])
     assert after == results["eval_hf_stride_perplexity"]
     shown = capsys.readouterr().out
-    assert f"Baseline: {before:.2f}\n" in shown
-    assert f"hf stride perplexity {before:.2f} to {after:.2f}" in shown
+    assert re.search(rf" {before:.2f} +Before training\n", shown)
+    assert re.search(rf" {after:.2f} +Epoch 2: [-+]\d+\.\d %", shown)
+    assert f"evaluation  hf stride perplexity {before:.2f} before, {after:.2f} after" in shown
 
 
 def test_what_is_measured_besides_changes_nothing_in_what_is_trained(tmp_path):

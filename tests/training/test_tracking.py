@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records.files import HISTORY_NAME, TRACE_NAME, read_lines
-from abr_trainer.training.tracking import Evaluation, PerplexityCallback, overfitting, show_history, summary
+from abr_trainer.training.tracking import BEFORE, Evaluation, PerplexityCallback, overfitting, show_history, summary
 from tests.conftest import RUN, tiny_llama, token_rows, weights
 
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 3, "eval_on_start": True}
@@ -37,8 +37,8 @@ def history_of(trainer):
 def test_each_evaluation_is_a_line_beside_the_first(train, capsys):
     trainer = tracked(train)
     log = [logs["eval_perplexity"] for logs in trainer.state.log_history if "eval_perplexity" in logs]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Baseline", "Epoch"))]
-    assert lines[0] == f"Baseline: {log[0]:.2f}"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Before", "Epoch"))]
+    assert lines[0] == f"Before training: {log[0]:.2f}"
     for epoch in (1, 2, 3):
         changed = 100 * (log[epoch] / log[0] - 1)
         assert lines[epoch] == f"Epoch {epoch}: {log[epoch]:.2f} ({changed:+.1f} %)"
@@ -59,7 +59,7 @@ def test_the_history_is_that_of_log_and_trace(train):
         "baseline": values[0],
         "final": values[-1],
         "best": min(values),
-        "best_at": ["Baseline", "Epoch 1", "Epoch 2", "Epoch 3"][values.index(min(values))],
+        "best_at": ["Before training", "Epoch 1", "Epoch 2", "Epoch 3"][values.index(min(values))],
         "improvement": values[-1] / values[0] - 1,
         "batches": 18,
         "mean_loss": pytest.approx(math.fsum(trace) / 18),
@@ -117,7 +117,7 @@ def at(name, perplexity, loss=None):
 
 
 def test_it_warns_where_the_training_loss_falls_and_perplexity_rises():
-    first = [at("Baseline", 30.0), at("Epoch 1", 20.0, 3.0)]
+    first = [at(BEFORE, 30.0), at("Epoch 1", 20.0, 3.0)]
     assert overfitting(first) is None
     assert overfitting([*first, at("Epoch 2", 22.0, 2.5)]) == (
         "Overfitting: since Epoch 1 perplexity has risen from 20.00 to 22.00, while the training loss fell from 3.000 "
@@ -128,8 +128,8 @@ def test_it_warns_where_the_training_loss_falls_and_perplexity_rises():
     assert overfitting([*first, at("Epoch 2", None, 2.5)]) is None
     slowly = [at(f"Epoch {2 + i}", 20.05 + 0.05 * i, 2.9 - 0.1 * i) for i in range(2)]
     assert "has risen from 20.00 to 20.10" in overfitting([*first, *slowly])
-    worse_at_once = [at("Baseline", 20.0), at("Epoch 1", 21.0, 3.0), at("Epoch 2", 22.0, 2.5)]
-    assert "since Baseline perplexity has risen from 20.00 to 22.00" in overfitting(worse_at_once)
+    worse_at_once = [at(BEFORE, 20.0), at("Epoch 1", 21.0, 3.0), at("Epoch 2", 22.0, 2.5)]
+    assert "since before training perplexity has risen from 20.00 to 22.00" in overfitting(worse_at_once)
 
 
 def test_a_run_that_overfits_is_warned_once(train, caplog):
@@ -140,7 +140,7 @@ def test_a_run_that_overfits_is_warned_once(train, caplog):
 
 
 def test_what_is_not_finite_is_said_and_left_out_of_the_best():
-    history = [at("Baseline", 30.0), at("Epoch 1", None, 3.0), at("Epoch 2", 25.0, 2.0)]
+    history = [at(BEFORE, 30.0), at("Epoch 1", None, 3.0), at("Epoch 2", 25.0, 2.0)]
     told = summary(history, [(1, 3.0), (2, 2.0)])
     assert (told["best"], told["best_at"], told["mean_loss"]) == (25.0, "Epoch 2", 2.5)
     assert summary(history[:2], [])["improvement"] is None
@@ -150,14 +150,15 @@ def test_what_is_not_finite_is_said_and_left_out_of_the_best():
 def test_the_table_is_plain_where_there_is_no_terminal(train, terminal):
     trainer = tracked(train)
     shown = io.StringIO()
-    show_history(Path(trainer.args.output_dir), Console(file=shown, force_terminal=terminal, width=100))
+    show_history(Path(trainer.args.output_dir), 12, Console(file=shown, force_terminal=terminal, width=100))
     text = shown.getvalue()
     assert ("\x1b[" in text) == terminal
-    for name in ("Baseline", "Epoch 1", "Epoch 2", "Epoch 3", "training loss", "18 batches of mean loss"):
+    for name in ("Before training", "Epoch 1", "Epoch 2", "Epoch 3", "train loss"):
         assert name in text
+    assert [line.split()[:2] for line in text.splitlines() if line.rstrip().endswith("kept")] == [["Epoch", "2"]]
 
 
-def test_the_script_tracks_by_default_and_stops_early(tmp_path, capsys):
+def test_the_script_tracks_by_default_and_stops_early(tmp_path, capsys, caplog):
     output = tmp_path / "run"
     flags = [
         "--dataset_name",
@@ -185,13 +186,19 @@ def test_the_script_tracks_by_default_and_stops_early(tmp_path, capsys):
     shown = capsys.readouterr().out
     history = json.loads((output / HISTORY_NAME).read_text())
     names = [each["name"] for each in history["evaluations"]]
-    assert names[:2] == ["Baseline", "Epoch 1"]
+    assert names[:2] == [BEFORE, "Epoch 1"]
     values = [each["perplexity"] for each in history["evaluations"]]
     best = min(range(1, len(values)), key=values.__getitem__)
     assert len(values) == best + 3 < 31, "two more after the best, and no more"
     assert results["eval_perplexity"] == pytest.approx(values[best], rel=1e-6), "the best was loaded"
-    assert f"Baseline: {values[0]:.2f}" in shown
-    assert f"best {history['summary']['best']:.2f} at {history['summary']['best_at']}" in shown
+    assert re.search(rf"^ +0 +0\.0 +{values[0]:.2f} +Before training$", shown, flags=re.MULTILINE)
+    kept = [line.split() for line in shown.splitlines() if line.rstrip().endswith("kept")]
+    assert [line[:3] for line in kept] == [["Epoch", f"{best}", f"{values[best]:.2f}"]]
+    assert f"evaluation  perplexity {values[0]:.2f} before, {values[best]:.2f} after" in shown
+    assert f"kept        the model after {3 * best} of {3 * (len(values) - 1)} batches: the best checkpoint" in shown
+    told = f"Training made the model worse: perplexity {values[0]:.2f} before, {values[best]:.2f} now."
+    assert told in shown.splitlines()
+    assert "Training made the model worse" not in caplog.text, "once is enough"
 
 
 def test_early_stopping_evaluates_where_it_saves_and_goes_on_after_a_resume(train):
