@@ -169,7 +169,7 @@ def describe_data(arguments: Any, splits: Mapping[str, Any], what: str, tokens: 
         count = counted(len(rows), what) if has_length(rows) else f"a stream of {what}"
         has = f" ({tokens[split]:,} tokens)" if split in tokens else ""
         parts.append(f"{count} to {SPLITS.get(split, split)}{has}")
-    names = ("dataset_mix", "dataset_name", "train_file", "validation_file", "test_file")
+    names = ("dataset_mix", "dataset_name", "task_name", "train_file", "validation_file", "test_file")
     given = [str(value) for name in names if (value := getattr(arguments, name, None))]
     return f"data: {', '.join(dict.fromkeys(given))}: {', '.join(parts)}"
 

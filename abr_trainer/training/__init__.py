@@ -26,6 +26,9 @@ Before the first batch, `config.py` has the arguments and `plan.py` checks them.
 `checkpoints.py` checks the checkpoint to resume from, and `primer.py` has the batches that come first. Beside the
 batches, `ranking.py` keeps the last loss of every row, `tracking.py` follows the perplexity, `memory.py` measures
 memory, and `engines.py` has what DeepSpeed and DDP need.
+
+What people see: `screen.py` shows a run of the commands, in the lines of `log_table.py`, and `summary.py` its end.
+`notebook.py` has the table of a notebook.
 """
 
 from __future__ import annotations

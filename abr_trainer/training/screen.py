@@ -42,6 +42,7 @@ class RunScreen(TrainerCallback):
         bar_console = self.console if self.console.is_terminal else Console(stderr=True)
         self._bar = _Bar(bar_console) if shows_bar and bar_console.is_terminal else None
         self._table: LogTable | None = None
+        self._budget: int | None = None
         self._ledger, self._window = ComputeLedger(), LogWindow()
         self._logged = (0, 0.0)
         self._clock: tuple[float, float] | None = None
@@ -61,17 +62,13 @@ class RunScreen(TrainerCallback):
         if self._bar is not None:
             self._bar.begin("training", most, "passes" if self._budget else "batches")
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (
-            self._clock is None
-        ):  # not earlier: an evaluation before the first batch says nothing of how long those take
-            self._clock = time.monotonic(), self._done(state)
-
     def on_outcome(
         self, args: Any, state: Any, control: Any, outcome: Outcome, ledger: ComputeLedger, **kwargs: Any
     ) -> None:
         self._ledger = ledger
         self._window.observe(outcome)
+        if self._clock is None:  # not earlier: the first batch is slow, and a resumed run has spent something already
+            self._clock, self._logged = (time.monotonic(), self._done(state)), (ledger.tokens, ledger.seconds)
         if self._table is not None and self._bar is not None:
             self._bar.move("training", self._done(state), f"{self._time_left(state)} left")
 
@@ -133,7 +130,9 @@ class RunScreen(TrainerCallback):
         return float(self._ledger.passes) if self._budget else state.global_step
 
     def _time_left(self, state: Any) -> str:
-        """Return how long the rest takes, at the pace since this call of `train` began, evaluations included."""
+        """Return how long the rest takes, at the pace since the first batch of this call of `train`, evaluations
+        included.
+        """
         if self._clock is None:
             return ""
         begun, at = self._clock

@@ -1,0 +1,163 @@
+"""What the commands show while they train: in a terminal with a bar, elsewhere in plain lines."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+
+import pytest
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from abr_trainer.training.ledger import ComputeLedger
+from abr_trainer.training.log_table import Score
+from abr_trainer.training.screen import RunScreen, show_on
+from abr_trainer.training.summary import kept_line, perplexity_lines, worse
+from tests.conftest import Scripted, token_rows
+
+EVALUATED = {"trainer_options": {"eval_dataset": token_rows(4, seed=9)}, "eval_strategy": "epoch"}
+
+
+def shown(build, terminal=True, bar=True, **options):
+    """Train, and return what was shown: what a terminal would leave, or a file hold."""
+    file = io.StringIO()
+    trainer = build(**{**EVALUATED, "eval_on_start": True, "num_train_epochs": 2, **options})
+    console = Console(file=file, force_terminal=terminal, width=100, _environ={}) if terminal else None
+    screen = RunScreen(Score(), trainer.row_rule is not None, shows_bar=bar, console=console)
+    show_on(trainer, screen)
+    try:
+        trainer.train()
+    finally:
+        screen.close()
+    return trainer, file.getvalue()
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_a_terminal_shows_lines_and_a_bar_that_is_gone_at_the_end(build):
+    _, text = shown(build, repeat_scheduler=Scripted(2, 1, 0, 1))
+    lines = plain(text).replace("\r", "\n").splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert any(re.match(r"training +[━╸╺ ]+ \d+/12 batches", line) for line in lines), "a bar"
+    rows = [line.split() for line in lines if re.match(r" *\d+ +\d+\.\d ", line)]
+    # Two updates, one, a skip for a third of a pass, one; the next ones are as the last.
+    assert [row[:2] for row in rows[:3]] == [["0", "0.0"], ["2", "3.0"], ["4", "4.3"]]
+    assert rows[1][3:5] == ["1.50", "0"]
+    assert rows[2][3:5] == ["0.50", "1"]
+    assert text.count("\x1b[?25h") >= text.count("\x1b[?25l") > 0, "the cursor is back, whatever happens"
+    assert "{" not in text
+
+
+def test_a_file_gets_plain_lines_and_each_evaluation_beside_the_first(build, capsys):
+    trainer, _ = shown(build, terminal=False)
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    assert "{" not in told
+    before, *later = [each["eval_perplexity"] for each in trainer.state.log_history if "eval_perplexity" in each]
+    assert re.search(rf"^ +0 +0\.0 +{before:.2f} +Before training$", told, flags=re.MULTILINE)
+    for epoch, value in enumerate(later, 1):
+        change = f"{100 * (value / before - 1):+.1f} %"
+        assert f"{value:.2f}  Epoch {epoch}: {change} since before training\n" in told
+    assert told.count("updates/batch") == 1, "the titles, once"
+
+
+def test_rows_have_a_column_where_they_are_judged(build, capsys):
+    shown(build, terminal=False, skip_rows="robust")
+    assert "dropped" in capsys.readouterr().out
+
+
+def test_without_tqdm_there_are_lines_and_no_bar(build):
+    _, text = shown(build, bar=False)
+    assert "━" not in text
+    assert "Before training" in plain(text)
+
+
+def test_warnings_stand_above_the_bar_and_go_their_usual_way_afterwards(build, monkeypatch):
+    class Warning(Scripted):
+        def observe(self, outcome):
+            logging.getLogger("transformers.trainer").warning(f"said of batch {outcome.observation.batch}")
+
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    handlers = transformers_logging._get_library_root_logger().handlers
+    (handler,) = [each for each in handlers if type(each) is logging.StreamHandler]
+    monkeypatch.setattr(handler, "stream", stderr)
+    _, text = shown(build, repeat_scheduler=Warning(1))
+    lines = plain(text).replace("\r", "\n").splitlines()
+    assert any(line.rstrip().endswith("said of batch 3") and "━" not in line for line in lines)
+    assert handler.stream is stderr
+    assert sys.stderr is stderr
+
+
+def test_a_run_that_fails_leaves_the_streams_as_they_were(build):
+    class Failing(Scripted):
+        def observe(self, outcome):
+            raise RuntimeError("no more")
+
+    before = sys.stdout, sys.stderr
+    with pytest.raises(RuntimeError, match="no more"):
+        shown(build, repeat_scheduler=Failing(1))
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_only_the_main_process_shows_anything(build, capsys, monkeypatch):
+    trainer = build(**EVALUATED, eval_on_start=True)
+    monkeypatch.setattr(type(trainer.state), "is_world_process_zero", False, raising=False)
+    show_on(trainer, RunScreen(Score()))
+    trainer.state.is_world_process_zero = False
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.train()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_what_trainer_shows_is_replaced(build, disable_tqdm):
+    trainer = build(disable_tqdm=disable_tqdm)
+    show_on(trainer, RunScreen(Score()))
+    kinds = trainer.callback_handler.callbacks
+    assert not any(isinstance(each, (ProgressCallback, PrinterCallback)) for each in kinds)
+    assert sum(isinstance(each, RunScreen) for each in kinds) == 1
+
+
+# ---- The end ----
+
+
+def test_the_end_compares_the_model_that_was_kept_with_the_one_before():
+    log = [{"step": 0, "eval_perplexity": 146.46}, {"step": 28, "eval_perplexity": 155.52}]
+    log.append({"step": 42, "eval_perplexity": 171.43})
+    results = {"eval_perplexity": 155.52, "eval_target_tokens": 504}
+    assert perplexity_lines(log, ComputeLedger(batches=42), results, Score()) == [
+        "evaluation  perplexity 146.46 before, 155.52 after (+6.2 %), over 504 target tokens",
+        "Training made the model worse: perplexity 146.46 before, 155.52 now.",
+    ]
+
+
+def test_a_run_that_only_evaluates_compares_nothing():
+    log = [{"step": 0, "eval_perplexity": 8.18}]
+    results = {"eval_perplexity": 8.18, "eval_target_tokens": 10}
+    assert perplexity_lines(log, ComputeLedger(), results, Score()) == [
+        "evaluation  perplexity 8.18, over 10 target tokens"
+    ]
+
+
+def test_worse_is_told_in_either_direction_and_of_what_is_not_finite():
+    accuracy = Score("eval_accuracy", "accuracy", digits=4, is_perplexity=False)
+    assert worse(accuracy, 0.75, 0.5, greater_is_better=True).endswith("accuracy 0.7500 before, 0.5000 now.")
+    assert worse(accuracy, 0.5, 0.75, greater_is_better=True) is None
+    assert worse(Score(), 8.0, float("nan")).endswith("perplexity 8.00 before, nan now.")
+    assert worse(Score(), 8.001, 8.002) is None, "nothing that one could see"
+    assert worse(Score(), None, 8.0) is None
+
+
+def test_which_checkpoint_was_kept_is_told_where_it_is_not_the_last(train):
+    options = {**EVALUATED, "save_strategy": "epoch", "load_best_model_at_end": True, "do_eval": True}
+    trainer = train(**options, learning_rate=5e-2, num_train_epochs=4, data=token_rows(6))
+    best = trainer.state.best_global_step
+    assert best == 3 < trainer.state.global_step == 12
+    (line,) = kept_line(trainer.args, trainer.state, trainer.ledger)
+    assert line == "kept        the model after 3 of 12 batches: the best checkpoint"
