@@ -11,6 +11,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # as `abr` does, before what takes long to import
+    from abr_trainer.cli.noise import filter_noise, say_what_is_loaded
+
+    filter_noise()
+    say_what_is_loaded()
+
 from functools import partial
 
 from safetensors import SafetensorError

@@ -78,8 +78,9 @@ def _model(trainer: Any) -> str:
     args = trainer.args
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
     mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
+    device = "cpu" if args.device.type == "cpu" else args.device
     computes = f", computes in {mixed}" if mixed else ""
-    return f"{name} ({type(model).__name__}), {dtype}{computes}, on {args.device}"
+    return f"{name} ({type(model).__name__}), {dtype}{computes}, on {device}"
 
 
 def _batch(trainer: Any) -> str:
@@ -96,7 +97,8 @@ def _batch(trainer: Any) -> str:
 
 def _length(rows: Any) -> int | None:
     """Return how many tokens each row has, if the first, the middle and the last one have the same number."""
-    if isinstance(rows, IterableDataset) or not len(rows):
+    is_sized: bool = has_length(rows)
+    if isinstance(rows, IterableDataset) or not is_sized or not len(rows):
         return None
     some = [rows[i] for i in (0, len(rows) // 2, len(rows) - 1)]
     lengths = {len(row["input_ids"]) if "input_ids" in row else None for row in some}
@@ -166,7 +168,7 @@ def describe_data(arguments: Any, splits: Mapping[str, Any], what: str, tokens: 
     """
     parts = []
     for split, rows in splits.items():
-        count = counted(len(rows), what) if has_length(rows) else f"a stream of {what}"
+        count = counted(len(rows), what) if has_length(rows) else f"a stream of {what}s"
         has = f" ({tokens[split]:,} tokens)" if split in tokens else ""
         parts.append(f"{count} to {SPLITS.get(split, split)}{has}")
     names = ("dataset_mix", "dataset_name", "task_name", "train_file", "validation_file", "test_file")

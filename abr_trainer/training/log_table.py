@@ -193,9 +193,8 @@ def shown_duration(seconds: float) -> str:
 
 def end_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, its first column to the left and numbers to the right, with a rule in a terminal."""
-    table = Table(
-        box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    rule, gap = (box.SIMPLE_HEAD, 1) if console.is_terminal else (None, 2)  # a box adds a space
+    table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
     for title in titles:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for row in rows:
