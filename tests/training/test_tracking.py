@@ -158,6 +158,36 @@ def test_the_table_is_plain_where_there_is_no_terminal(train, terminal):
     assert [line.split()[:2] for line in text.splitlines() if line.rstrip().endswith("kept")] == [["Epoch", "2"]]
 
 
+def test_a_history_of_an_earlier_version_is_read_and_gone_on_with(train, capsys):
+    trainer = tracked(train, save_strategy="epoch")
+    path = Path(trainer.args.output_dir, HISTORY_NAME)
+    path.write_text(path.read_text().replace(BEFORE, "Baseline"))
+    show_history(path.parent)
+    told = capsys.readouterr().out
+    assert BEFORE in told
+    assert "Baseline" not in told
+    checkpoint = str(path.parent / "checkpoint-6")
+    assert "Baseline" not in json.dumps(
+        history_of(tracked(train, save_strategy="epoch", resume_from_checkpoint=checkpoint))
+    )
+
+
+def test_a_long_history_is_cut_and_what_was_kept_is_in_it(tmp_path, capsys):
+    memory = {"process": {"before": 0, "consumed": 0, "peak": 0}}
+    entries = [{"name": f"Step {i}", "step": i, "epoch": 0.0, "perplexity": 9.0, "loss": 1.0} for i in range(60)]
+    told = {
+        "metric": "eval_perplexity",
+        "evaluations": [{**each, "memory": memory} for each in entries],
+        "summary": {},
+    }
+    (tmp_path / HISTORY_NAME).write_text(json.dumps(told))
+    show_history(tmp_path, kept=7)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line[:8].strip() for line in lines[1:4]] == ["Before t", "Step 7", "Step 40"]
+    assert lines[2].endswith("kept")
+    assert lines[-1] == f"38 more in {tmp_path / HISTORY_NAME}"
+
+
 def test_the_script_tracks_by_default_and_stops_early(tmp_path, capsys, caplog):
     output = tmp_path / "run"
     flags = [
