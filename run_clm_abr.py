@@ -28,6 +28,7 @@ from abr_trainer.cli.job import begin, carry_out, command_of, push_result, run_a
 from abr_trainer.cli.run_directory import check_output_dir, find_checkpoint
 from abr_trainer.data.arguments import DataArguments
 from abr_trainer.data.blocks import choose_block_size, load_blocks
+from abr_trainer.data.prompts import prompts_in
 from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import EvaluationArguments, prepare_measurement
@@ -36,10 +37,11 @@ from abr_trainer.training.config import ABRConfig, checkpoints_activations
 from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.identity import asks_for_rows
 from abr_trainer.training.log_table import Score
+from abr_trainer.training.samples import GenerationArguments, follow_text
 from abr_trainer.training.tracking import PerplexityCallback
 from abr_trainer.training.trainer import ABRTrainer
 
-ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments, ABRConfig)
+ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments, GenerationArguments, ABRConfig)
 """What the command line is parsed into."""
 
 
@@ -58,6 +60,7 @@ def train_and_evaluate(
     model_args: ModelArguments,
     data_args: DataArguments,
     eval_args: EvaluationArguments,
+    text_args: GenerationArguments,
     args: ABRConfig,
 ) -> dict[str, float]:
     with one_line_errors(ValueError):
@@ -66,6 +69,7 @@ def train_and_evaluate(
         if eval_args.eval_definition and not args.do_eval:
             raise ValueError("--eval_definition needs --do_eval.")
         splits = wanted_splits(args)
+        text_args.fit(args)
         if args.do_train and data_args.is_streamed and args.max_steps <= 0:
             raise ValueError("A streamed data set has no epochs: give --max_steps or --max_passes.")
         if args.do_train and data_args.primer_file:
@@ -98,6 +102,7 @@ def train_and_evaluate(
             callbacks=[PerplexityCallback(f"eval_{eval_args.metric}", prints=False)],
             eval_measurement=measurement,
         )
+        follow_text(trainer, text_args, lambda split, count: prompts_in(blocks[split], tokenizer, count, block_size))
     command = command_of(argv, "train")
     described = [
         *describe_model(model, model_args.adapter_name_or_path),
@@ -108,7 +113,7 @@ def train_and_evaluate(
     def test() -> dict[str, float]:
         return trainer.evaluate(blocks["test"], metric_key_prefix="test")
 
-    arguments = (model_args, data_args, eval_args)
+    arguments = (model_args, data_args, eval_args, text_args)
     results = carry_out(trainer, checkpoint, command, arguments, described, test, score=score)
     show_results(trainer, results, score)
     push_result(trainer)

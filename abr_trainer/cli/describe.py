@@ -65,7 +65,7 @@ USUAL = {
     ),
     "evaluation": (
         *("do_eval", "do_predict", "eval_strategy", "eval_passes", "load_best_model_at_end"),
-        *("early_stopping_patience",),
+        *("early_stopping_patience", "sample_prompts"),
     ),
     "output": (
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "report_to"),
@@ -109,6 +109,7 @@ GROUP_OF = {
     "OptionalTextArguments": "data",
     "SentenceArguments": "data",
     "EvaluationArguments": "evaluation",
+    "GenerationArguments": "evaluation",
     "MeasureArguments": "evaluation",
     "EvaluateArguments": "evaluation",
     "PruneArguments": "pruning",

@@ -14,6 +14,7 @@ from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
 from ..records.files import read_json
+from ..report.samples import sample_lines
 from ..training.callbacks import last_evaluation
 from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig
@@ -24,6 +25,7 @@ from ..training.row_seams import RowsUnsupported
 from ..training.screen import RunScreen, show_on
 from ..training.signals import NoAccuracy
 from ..training.summary import cost_lines, kept_line, kept_step, perplexity_lines
+from ..training.text_scores import text_score_lines
 from ..training.tracking import show_history
 from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
@@ -143,6 +145,10 @@ def show_results(trainer: ABRTrainer, results: dict[str, float], score: Score) -
     if trainer.args.do_train:
         show_history(output_dir, kept_step(trainer.args, trainer.state))
     show_end(trainer, perplexity_lines(trainer.state.log_history, trainer.ledger, results, score))
+    lines = text_score_lines(trainer.state.log_history, results)
+    lines += sample_lines(output_dir) if trainer.args.do_train else []
+    if lines:
+        print(*lines, sep="\n")
 
 
 def show_end(trainer: ABRTrainer, reached: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from ..records.files import (
     REPORT_FOLDER,
     ROW_LOSSES_NAME,
     ROW_TRACE_NAME,
+    SAMPLES_NAME,
     SKIPPED_NAME,
     SUMMARY_NAME,
     TASK_NAME,
@@ -55,6 +56,7 @@ RUN_FILES = (
         ROW_TRACE_NAME,
         RANKED_NAME,
         ROW_LOSSES_NAME,
+        SAMPLES_NAME,
         REPORT_FOLDER,
     ),
     *(PROVENANCE, "adapter_*", "model*.safetensors*", "config.json", "generation_config.json", "training_args.bin"),
@@ -78,6 +80,8 @@ MAY_DIFFER = (
         "max_steps",
         "preprocessing_num_workers",
         "overwrite_cache",
+        "sample_prompts",
+        "generation_metrics",
     ),
 )
 """Beginnings of the names of arguments that a resumed run may change without changing the training."""

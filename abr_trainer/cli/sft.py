@@ -29,8 +29,10 @@ from ..data.chat_tokens import (
     Tokenised,
     choose_max_length,
     load_chats,
+    prompts_of_chats,
     tokenise_chats,
 )
+from ..data.prompts import Prompt
 from ..data.templates import check_template, find_template, marks_assistant
 from ..integrations.trl import ABRSFTConfig, ABRSFTTrainer, learns_to_stop, marked_template
 from ..models.arguments import ModelArguments
@@ -40,6 +42,7 @@ from ..training.config import ABRConfig, checkpoints_activations
 from ..training.engines import leave_ranks
 from ..training.identity import asks_for_rows
 from ..training.log_table import Score, shown_share
+from ..training.samples import GenerationArguments, follow_text
 from ..training.tracking import PerplexityCallback
 from .command_line import parse_arguments
 from .header import describe_data
@@ -101,7 +104,7 @@ class SFTJobConfig(ABRSFTConfig):
         super().__post_init__()
 
 
-ARGUMENTS = (ModelArguments, ChatArguments, SFTJobConfig)
+ARGUMENTS = (ModelArguments, ChatArguments, GenerationArguments, SFTJobConfig)
 """What the command line is parsed into."""
 
 
@@ -116,12 +119,17 @@ def run(argv: list[str] | None) -> dict[str, float]:
 
 
 def train_and_evaluate(
-    argv: list[str] | None, model_args: ModelArguments, data_args: ChatArguments, args: SFTJobConfig
+    argv: list[str] | None,
+    model_args: ModelArguments,
+    data_args: ChatArguments,
+    text_args: GenerationArguments,
+    args: SFTJobConfig,
 ) -> dict[str, float]:
     with one_line_errors(ValueError):
         if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
             args.metric_for_best_model = "perplexity"
         splits = wanted_splits(args)
+        text_args.fit(args)
         checkpoint = find_checkpoint(args) if args.do_train else None
         check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)
         config, tokenizer = load_config(model_args), load_tokenizer(model_args)
@@ -146,6 +154,9 @@ def train_and_evaluate(
         if args.packing:  # else all rows are cut already
             args.max_length = data_args.max_length
 
+    def prompts(split: str, count: int | None) -> list[Prompt]:
+        return prompts_of_chats(found[split], rows[split], encoder, data_args.max_length or 0, count)
+
     begin(args)
     with one_line_errors(ValueError, OSError, ImportError, RuntimeError, SafetensorError):
         model = load_model(model_args, config, tokenizer, args.device, checkpoints_activations(args))
@@ -157,6 +168,7 @@ def train_and_evaluate(
             processing_class=tokenizer,
             callbacks=[PerplexityCallback("eval_perplexity", prints=False)],
         )
+        follow_text(trainer, text_args, prompts)
     described = [
         *describe_model(model, model_args.adapter_name_or_path),
         describe_data(data_args, {name: each.rows for name, each in rows.items()}, "row", {}),
@@ -166,7 +178,8 @@ def train_and_evaluate(
     def test() -> dict[str, float]:
         return trainer.evaluate(rows["test"].rows, metric_key_prefix="test")
 
-    results = carry_out(trainer, checkpoint, command_of(argv, "sft"), (model_args, data_args), described, test)
+    arguments = (model_args, data_args, text_args)
+    results = carry_out(trainer, checkpoint, command_of(argv, "sft"), arguments, described, test)
     show_results(trainer, results, Score())
     push_result(trainer)
     return results

@@ -186,7 +186,7 @@ class ChatArguments(DataArguments):
     assistant_only_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Of chats, learn only what the assistant writes. Default: if the template marks it, that is with "
+            "help": "Learn only what the assistant writes. Default: if the template marks it, that is with "
             "{%% generation %%}, or TRL knows such a variant of it.",
             "nargs": "?",  # as for a flag whose default is no None
             "const": True,

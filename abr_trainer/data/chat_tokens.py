@@ -20,6 +20,7 @@ from .chat import Chat, Message, Shape, Where, Written, are_messages, find_shape
 from .columns import TOKENS, Row, choose_every, parse_line
 from .context import fit_context
 from .identity import SOURCE_COLUMN, name_sources, rows_of
+from .prompts import ANSWER_TOKENS, LEAST_ROOM, Prompt, prompts_in, spread
 from .sources import TextRows, first_rows, load_rows
 from .templates import Template, marks_assistant, refuse_missing_template
 
@@ -173,6 +174,39 @@ class Encoder:
         if example.prompt is not None and self.completion_only:
             learnt[: _common(self.tokenizer(before)[TOKENS], ids)] = False
         return ids, _labels(ids, learnt)
+
+    def prompt(self, example: Chat | Written, where: Where, length: int) -> Prompt | None:
+        """Return what the model is to answer, and the answer: of a chat the last one that there is room for.
+
+        Args:
+            length: Tokens that prompt and answer may have.
+
+        Returns:
+            None for a text without a prompt, and for a prompt that leaves no room.
+        """
+        candidates: Iterator[tuple[list[int], str, str]]
+        if isinstance(example, Written):
+            candidates = self._asked_in_text(example)
+        else:
+            candidates = self._asked_in_chat(example, where)
+        for ids, text, reference in candidates:
+            if 0 < len(ids) <= length - LEAST_ROOM:
+                return Prompt(ids, text, reference, min(ANSWER_TOKENS, length - len(ids)))
+        return None
+
+    def _asked_in_text(self, example: Written) -> Iterator[tuple[list[int], str, str]]:
+        if example.prompt:
+            whole, _ = self._written(example)
+            yield whole[: _common(self.tokenizer(example.prompt)[TOKENS], whole)], example.prompt, example.text
+
+    def _asked_in_chat(self, chat: Chat, where: Where) -> Iterator[tuple[list[int], str, str]]:
+        """Yield tokens, text and answer for each answer, from the last one back: as a user of the model asks."""
+        for number in range(len(chat.messages) - 1, max(chat.given, 1) - 1, -1):
+            message, before = chat.messages[number], chat.messages[:number]
+            if message["role"] == "assistant" and message["content"].strip():
+                options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+                text = "\n".join(f"{each['role']}: {each['content']}" for each in before)
+                yield self._apply(chat, before, where, **options)[TOKENS], text, message["content"]
 
     def _chat(self, chat: Chat, where: Where) -> Encoded:
         if self.assistant_only:
@@ -349,6 +383,26 @@ def tokenise_chats(
     rows = rows if len(kept) == len(rows) else rows.select(kept)
     tokens = int(lengths[kept].sum() if keeps_whole else np.minimum(lengths[kept], length).sum())
     return Tokenised(rows, tokens, int(targets.sum()), cut)
+
+
+def prompts_of_chats(
+    found: ChatRows, rows: Tokenised, encoder: Encoder, length: int, count: int | None = None
+) -> list[Prompt]:
+    """Return the prompts in the rows of a split: of so many at equal distances, or of all. Texts are to be continued.
+
+    Args:
+        length: Tokens that prompt and answer may have.
+    """
+    loaded, shape = found.loaded, found.shape
+    if shape is None or shape.kind == "text":
+        return prompts_in(rows.rows, encoder.tokenizer, count, length)
+    column, prompts = loaded.column, []
+    kept = rows.rows[ROW][:]
+    for index in (kept[place] for place in spread(len(kept), count)):
+        [row] = _read(loaded, {name: [value] for name, value in loaded.rows[index].items()}, [index])
+        example = read_row(row or {}, shape, column.where(index), not column.is_json)
+        prompts.append(encoder.prompt(example, column.where(index), length) if example is not None else None)
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 def _say_what_is_left_out(

@@ -45,8 +45,9 @@ RANKED_NAME = "_ranked_rows.jsonl"
 SKIPPED_NAME = "_skipped_batches.jsonl"
 DROPPED_NAME = "_dropped_rows.jsonl"
 ROW_TRACE_NAME = "_row_trace.jsonl"
+SAMPLES_NAME = "_samples.jsonl"
 REPORT_FOLDER = "_report"
-"""These hold text of the training set: `Trainer` pushes nothing from the output directory that begins with `_`."""
+"""These hold text of the data: `Trainer` pushes nothing from the output directory that begins with `_`."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

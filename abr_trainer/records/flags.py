@@ -217,6 +217,7 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
     evaluating, saving = _when_to_evaluate_and_save(given, match, evaluations)
     added += evaluating
     added += [] if "--eval_on_start" in given else ["--eval_on_start"]
+    added += [] if "--sample_prompts" in given else ["--sample_prompts", "0"]  # nobody reads those of many runs
     return [*rest, *added, *saving, *_quietly(given)]
 
 

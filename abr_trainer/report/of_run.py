@@ -12,6 +12,7 @@ from ..records.files import RESULTS, TRAINER_STATE, last_state, read_json, updat
 from .figure import Commands, Excerpts, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
 from .rows import RunRow, broken_rows, has_row_rule, rows_judged
+from .samples import sample_sections
 from .text import DASH, number, printable
 from .why import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 
@@ -47,6 +48,7 @@ def report_on_run(directory: Path) -> Report:
         lead.append(Notice("warning", "The run is not finished: this is how far it has come."))
     sections = [
         Section("Perplexity", perplexity(curve, results)),
+        *sample_sections(directory),
         Section("Batches", batches(trace)),
         Section(f"Skipped batches ({len(skipped)})", skips(directory, skipped)),
         *(

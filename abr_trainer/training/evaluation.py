@@ -79,9 +79,11 @@ class PerplexityMixin(_AnyTrainer):
     Attributes:
         eval_measurement: What else is measured of the model at each evaluation, on all ranks; its numbers join the
             metrics as `eval_*`.
+        test_measurement: The same where metrics are called `test_*`.
     """
 
     eval_measurement: Callable[[nn.Module], Mapping[str, float]] | None = None
+    test_measurement: Callable[[nn.Module], Mapping[str, float]] | None = None
     _token_perplexity: TokenPerplexity | None = None
     _has_told_of_missing_perplexity = False
 
@@ -119,9 +121,10 @@ class PerplexityMixin(_AnyTrainer):
                 )
         elif found is not None and found.rows and self.is_world_process_zero():
             logger.warning(capitalised(no_targets(metric_key_prefix)))
-        if self.eval_measurement is not None and metric_key_prefix == "eval":
-            measured = self.eval_measurement(self._wrap_model(self.model, training=False))
-            output.metrics.update({f"eval_{name}": value for name, value in measured.items()})
+        measure = {"eval": self.eval_measurement, "test": self.test_measurement}.get(metric_key_prefix)
+        if measure is not None:
+            measured = measure(self._wrap_model(self.model, training=False))
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 
     def _warn_of_missing_perplexity(self) -> None:
