@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -38,6 +39,8 @@ from abr_trainer.cli import classify
 from abr_trainer.data import sources
 from abr_trainer.data.arguments import DataArguments
 from abr_trainer.data.blocks import load_blocks
+from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.data.prompts import Prompt, prompts_in
 from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import nlls_over_ranks
@@ -50,7 +53,9 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
 )
 from abr_trainer.training.engines import leave_ranks
+from abr_trainer.training.generation import continue_over_ranks
 from abr_trainer.training.identity import source_of, taken_out
+from abr_trainer.training.text_scores import PACKAGES, TextScores
 from tests.conftest import QUIET, VOCABULARY, Stream, broken_row, tiny_llama, token_rows, weights
 
 
@@ -438,6 +443,7 @@ def engines(output_dir: str, *names: str) -> None:
     state = PartialState(cpu=True)
     nlls = nlls_over_ranks(tiny_llama(), some_windows(), 2, state)
     Path(output_dir, f"measured-{state.process_index}.json").write_text(json.dumps(nlls))
+    write_texts(output_dir, state)
     del trainer
     leave_ranks()
 
@@ -532,6 +538,24 @@ def data_of(name: str, directory: str) -> Any:
         return Stream(rows)
     lists = [{key: value.tolist() for key, value in row.items()} for row in rows]
     return Dataset.from_list(lists).to_iterable_dataset(num_shards=2 if "two parts" in name else 1)
+
+
+def some_prompts(tokenizer: Any) -> list[Prompt]:
+    """Seven prompts of 4 to 16 tokens, in batches of two: some ranks have one batch more than others."""
+    ids = tokenizer(" ".join(sources.demo_texts("validation")[:20]), add_special_tokens=False)["input_ids"]
+    rows = [{"input_ids": ids[40 * i : 40 * i + 8 + 4 * i]} for i in range(7)]
+    return prompts_in(rows, tokenizer)
+
+
+def write_texts(output_dir: str, state: PartialState) -> None:
+    """Write down what all ranks together make of some prompts, and how that is scored."""
+    tokenizer = load_tokenizer(ModelArguments())
+    prompts = some_prompts(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    found = continue_over_ranks(model, tokenizer, prompts, 2, state)
+    metrics = [name for name, (module, _) in PACKAGES.items() if importlib.util.find_spec(module)]
+    scores = TextScores(metrics, prompts, tokenizer, 2, state)(model)
+    Path(output_dir, f"texts-{state.process_index}.json").write_text(json.dumps([found, scores]))
 
 
 def trainings(plans: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from abr_trainer.perplexity.windows import causal_nll, window_nlls
 from abr_trainer.records.files import read_lines
@@ -25,6 +26,7 @@ from tests.jobs import (
     some_windows,
     train_scenario,
     whole_weights,
+    write_texts,
 )
 
 pytestmark = pytest.mark.slow
@@ -193,6 +195,16 @@ def test_ranks_share_the_windows_of_a_measurement_and_all_know_its_result(two_ra
     alone = window_nlls(tiny_llama(), some_windows(), batch_size=7)
     for rank in range(2):
         assert json.loads((two_ranks / f"measured-{rank}.json").read_text()) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_write_and_score_texts_as_one_process_to_the_last_bit(request, tmp_path, ranks):
+    directory = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])
+    write_texts(str(tmp_path), PartialState(cpu=True))
+    alone = json.loads((tmp_path / "texts-0.json").read_text())
+    assert len(set(alone[0])) == 7, "each prompt has a text of its own"
+    for rank in range(ranks):
+        assert json.loads((directory / f"texts-{rank}.json").read_text()) == alone
 
 
 def test_a_skipped_batch_is_shown_with_the_rows_of_all_ranks(two_ranks, tmp_path):
