@@ -43,6 +43,7 @@ RUN = [
     "24",
 ]
 RUN += ["--do_train", "--do_eval", "--max_eval_samples", "6", "--learning_rate", "5e-3", "--report_to", "none"]
+RUN += ["--sample_prompts", "0"]
 """Flags of a run of `abr train` that takes a second or two."""
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -22,12 +22,13 @@ from abr_trainer.cli.command_line import parse_arguments
 from abr_trainer.cli.compare import main as compare
 from abr_trainer.cli.main import main as abr
 from abr_trainer.data.arguments import ChatArguments
-from abr_trainer.data.chat_tokens import Encoder, load_chats, tokenise_chats
+from abr_trainer.data.chat_tokens import Encoder, load_chats, prompts_of_chats, tokenise_chats
 from abr_trainer.data.demo import DEMO_MODEL, demo_chats
 from abr_trainer.data.templates import ALPACA
 from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 from abr_trainer.records.errors import MissingPackage
 from abr_trainer.records.files import read_lines
+from abr_trainer.report.samples import read_samples
 from abr_trainer.schedulers import RowRule
 from tests.conftest import ROOT
 
@@ -133,7 +134,7 @@ def test_it_reads_a_yaml_file_whose_flags_give_way_to_those_of_the_command_line(
         "dataset_num_proc: null\nchat_template_path: alpaca\nlora_target_modules: [q_proj, v_proj]\nbf16: false\n"
     )
     for argv in ([str(config), "--learning_rate", "1e-4"], ["--learning_rate", "1e-4", "--config", str(config)]):
-        model, data, args = parse_arguments(sft.ARGUMENTS, [*argv, "--output_dir", "x", "--use_cpu"])
+        model, data, _, args = parse_arguments(sft.ARGUMENTS, [*argv, "--output_dir", "x", "--use_cpu"])
         assert (args.learning_rate, args.max_steps, data.chat_template, model.lora_r) == (1e-4, 3, "alpaca", 4)
     output = tmp_path / "run"
     sft.main([str(config), *QUICK[2:], "--output_dir", str(output), "--max_steps", "2"])
@@ -415,3 +416,70 @@ def test_the_command_line_itself(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"^evaluation  perplexity [\d.]+ before, [\d.]+ after", done.stdout, flags=re.MULTILINE)
     assert "gradient_checkpointing" not in done.stderr, "no library noise"
+
+
+# ---- Samples ----
+
+
+def test_a_run_samples_answers_to_what_a_user_asks(finished):
+    output, _ = finished
+    samples = read_samples(output)
+    asked = demo_chats("validation")[:12]
+    for number, lines in samples.items():
+        *before, answer = asked[(number - 1) * 4]["messages"]
+        assert lines[0]["reference"] == answer["content"]
+        assert lines[0]["prompt"] == "\n".join(f"{each['role']}: {each['content']}" for each in before)
+        assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+        assert lines[0]["step"] == 0
+        assert lines[-1]["continuation"] != lines[0]["continuation"]
+    assert len(samples) == 3
+
+
+def prompts_for(rows, tmp_path, length=256, **flags):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = ALPACA
+    arguments = ChatArguments(validation_file=str(path), max_length=length)
+    found = load_chats(arguments, ["validation"])["validation"]
+    encoder = Encoder(tokenizer, **flags)
+    rows = tokenise_chats(found, arguments, encoder, length)
+    return prompts_of_chats(found, rows, encoder, length), tokenizer
+
+
+SAID = [
+    {"role": "user", "content": "Where is the lamp?"},
+    {"role": "assistant", "content": "By the river."},
+    {"role": "user", "content": "And the boat? " + "It was here a moment ago, I saw it. " * 4},
+    {"role": "assistant", "content": "It has left."},
+]
+
+
+@pytest.mark.parametrize("flags", [{"assistant_only": True}, {"assistant_only": False}])
+def test_the_prompt_of_a_chat_is_all_before_the_last_answer_as_the_template_asks_for_one(tmp_path, flags):
+    [prompt], tokenizer = prompts_for([{"messages": SAID}], tmp_path, **flags)
+    asks = tokenizer.apply_chat_template(SAID[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(prompt.ids) == asks
+    assert tokenizer.decode(asks).endswith("### Response:\n")
+    assert (prompt.reference, prompt.most) == ("It has left.", min(128, 256 - len(asks)))
+
+
+def test_a_chat_that_is_too_long_is_asked_an_earlier_question(tmp_path):
+    [prompt], _ = prompts_for([{"messages": SAID}], tmp_path, length=40, assistant_only=True)
+    assert prompt.reference == "By the river."
+    assert len(prompt.ids) + prompt.most == 40
+    assert prompt.text == "user: Where is the lamp?"
+
+
+def test_prompts_of_questions_of_completions_and_of_texts(tmp_path):
+    asked = {"instruction": "Name a lamp.", "input": "A red one.", "output": "The lamp."}
+    [prompt], tokenizer = prompts_for([asked], tmp_path)
+    message = {"role": "user", "content": "Name a lamp.\n\nA red one."}
+    expected = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert (list(prompt.ids), prompt.reference) == (expected, "The lamp.")
+    [prompt], _ = prompts_for([{"prompt": "The boat is", "completion": " by the river."}], tmp_path)
+    assert (tokenizer.decode(prompt.ids), prompt.reference) == ("The boat is", " by the river.")
+    text = "The girl has a lamp and a boat by the river. " * 9
+    [prompt], _ = prompts_for([{"text": text}], tmp_path)
+    assert len(prompt.ids) == 32
+    assert text.startswith(prompt.text + prompt.reference)

@@ -43,7 +43,7 @@ def test_the_file_of_flags_and_the_commands_are_read(tmp_path):
     flags = yaml.safe_load(config.read_text())
     flags.pop("_")
     config.write_text(yaml.safe_dump(flags))
-    _, data, args = parse_arguments(sft.ARGUMENTS, [str(config), "--learning_rate", "1e-4", "--use_cpu"])
+    _, data, _, args = parse_arguments(sft.ARGUMENTS, [str(config), "--learning_rate", "1e-4", "--use_cpu"])
     assert (args.learning_rate, args.max_passes, args.packing) == (1e-4, 2000, True)
     assert data.split_aliases["validation"] == ("test_sft",)
     verbs = re.findall(r"^abr ([\w-]+)", CHAT, flags=re.MULTILINE)

@@ -170,6 +170,7 @@ def finished(tmp_path_factory):
     """A run as people start it, and what it printed."""
     directory = tmp_path_factory.mktemp("samples") / "run"
     flags = ["--report_to", "tensorboard", "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "3"]
+    flags += ["--sample_prompts", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
         shown = io.StringIO()
@@ -249,7 +250,7 @@ def test_a_run_may_have_none_and_runs_of_a_comparison_have_none(tmp_path):
 
 
 def test_a_run_without_evaluation_has_none_and_says_nothing(tmp_path, capsys):
-    flags = [flag for flag in RUN if flag != "--do_eval"]
+    flags = [flag for flag in RUN[:-2] if flag != "--do_eval"]
     run_clm_abr.main([*flags, "--max_steps", "1", "--output_dir", str(tmp_path / "run")])
     assert "\nsamples " not in capsys.readouterr().out
     assert not (tmp_path / "run" / SAMPLES_NAME).exists()

@@ -73,7 +73,7 @@ def test_metrics_need_something_to_be_measured_on(tmp_path, monkeypatch):
 
 @has_packages
 def test_a_run_measures_both_sets_before_and_after_and_chooses_the_best_by_it(tmp_path, capsys):
-    flags = [*RUN, "--do_predict", "--generation_metrics", "bleu", "rouge", "--sample_prompts", "0"]
+    flags = [*RUN, "--do_predict", "--generation_metrics", "bleu", "rouge"]
     flags += ["--num_train_epochs", "2", "--save_strategy", "epoch", "--load_best_model_at_end"]
     output = tmp_path / "run"
     results = run_clm_abr.main([*flags, "--metric_for_best_model", "rougeL", "--output_dir", str(output)])
