@@ -23,6 +23,7 @@ _HOMES = {
     "PerplexityCallback": "training.tracking",
     "RepeatScheduler": "schedulers",
     "RobustOutlierSkip": "schedulers",
+    "SampleCallback": "training.samples",
     "ThresholdScheduler": "schedulers",
     "UniformScheduler": "schedulers",
     "get_repeat_scheduler": "schedulers",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .schedulers import get_repeat_scheduler as get_repeat_scheduler
     from .training.config import ABRConfig as ABRConfig
     from .training.ledger import ComputeLedger as ComputeLedger
+    from .training.samples import SampleCallback as SampleCallback
     from .training.tracking import PerplexityCallback as PerplexityCallback
     from .training.trainer import ABRMixin as ABRMixin
     from .training.trainer import ABRTrainer as ABRTrainer

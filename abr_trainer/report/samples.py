@@ -56,7 +56,7 @@ def sample_sections(directory: Path) -> list[Section]:
 def _named(line: dict[str, Any], is_kept: bool = False) -> str:
     if line["step"] == 0:
         return "Before training"
-    return f"{'The model that was kept, after' if is_kept else 'After'} {line['step']:,} batches"
+    return f"{'The model that was kept, after' if is_kept else 'After'} batch {line['step']:,}"
 
 
 def sample_lines(directory: Path, width: int | None = None) -> list[str]:

@@ -28,7 +28,8 @@ batches, `ranking.py` keeps the last loss of every row, `tracking.py` follows th
 memory, and `engines.py` has what DeepSpeed and DDP need.
 
 What people see: `screen.py` shows a run of the commands, in the lines of `log_table.py`, and `summary.py` its end.
-`notebook.py` has the table of a notebook.
+`notebook.py` has the table of a notebook. `samples.py` shows what the model writes, which `generation.py` makes it do,
+and `text_scores.py` measures BLEU and ROUGE of it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _HOMES = {
     "ABRTrainer": "trainer",
     "ComputeLedger": "ledger",
     "PerplexityCallback": "tracking",
+    "SampleCallback": "samples",
     "TooManySkips": "trainer",
 }
 

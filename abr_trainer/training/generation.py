@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import extract_model_from_parallel, gather_object
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data.prompts import Prompt, written
@@ -86,7 +86,8 @@ def continue_over_ranks(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], batch_size: int, state: Any
 ) -> list[str]:
     """Return a continuation of each prompt, on all ranks; each rank writes its share of the batches."""
-    mine = continue_prompts(model, tokenizer, prompts, batch_size, rank=state.process_index, ranks=state.num_processes)
+    alone = extract_model_from_parallel(model)
+    mine = continue_prompts(alone, tokenizer, prompts, batch_size, rank=state.process_index, ranks=state.num_processes)
     found = dict(gather_object(list(mine.items())))
     return [found[index] for index in range(len(prompts))]
 

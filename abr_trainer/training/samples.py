@@ -112,9 +112,9 @@ def follow_text(trainer: Any, arguments: GenerationArguments, prompts: MakePromp
         if args.do_train:
             trainer.add_callback(ScoresBefore(trainer, measures))
     if arguments.sample_prompts:
-        if refused:
-            logger.warning_once(f"No --sample_prompts: {refused}.")
-        else:
+        if refused and trainer.is_world_process_zero():
+            logger.warning(f"No --sample_prompts: {refused}.")
+        if not refused:
             trainer.add_callback(SampleCallback(trainer, prompts("validation", arguments.sample_prompts)))
 
 

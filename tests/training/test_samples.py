@@ -124,7 +124,7 @@ def test_the_last_lines_are_of_the_model_that_was_kept(build):
     prompts = [Prompt(HELD_OUT[i]["input_ids"][:6].tolist(), "", "", 6) for i in (0, 2)]
     kept = continue_prompts(trainer.model, TOKENIZER, prompts, 8)
     assert [line["continuation"] for line in lines[-2:]] == list(kept.values())
-    assert f"The model that was kept, after {best} batches" in render_markdown(
+    assert f"The model that was kept, after batch {best}" in render_markdown(
         Report("run", (), tuple(sample_sections(Path(trainer.args.output_dir))))
     )
 
@@ -209,9 +209,9 @@ def test_the_page_of_a_run_shows_samples(finished):
     directory, _ = finished
     page = render_page(report_on_run(directory))
     assert "Samples (3)" in page
-    for said in ("Prompt 1", "Before training", "The model that was kept, after 3 batches", "In the text"):
+    for said in ("Prompt 1", "Before training", "The model that was kept, after batch 3", "In the text"):
         assert f">{said}<" in page
-    assert page.count("After 1 batches") == 3
+    assert page.count("After batch 1") == 3
 
 
 def test_no_push_takes_samples_along(finished):
