@@ -96,7 +96,8 @@ def test_flags_that_are_given_are_left_alone(tmp_path):
     assert rest[:2] == ["--max_passes", "9"], "in the records of a run: the file may change"
     assert asks_to_save(rest)
     added = complete_flags(rest, "passes", 10)[len(rest) :]
-    assert added == ["--do_train", "--do_eval", "--eval_on_start", "--disable_tqdm", "true"]
+    quiet = ["--sample_prompts", "0", "--disable_tqdm", "true"]
+    assert added == ["--do_train", "--do_eval", "--eval_on_start", *quiet]
     assert "--do_predict" in complete_flags(["--max_passes", "9", "--test_file", "b.txt"], "passes", 10)
     with pytest.raises(ValueError, match="--load_best_model_at_end needs both"):
         complete_flags(["--max_passes", "9", "--load_best_model_at_end", "--save_steps", "3"], "passes", 10)
