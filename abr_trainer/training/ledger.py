@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from html import escape
 from typing import Any
 
 FRACTIONS = ("share", "extra_forwards", "passes")
@@ -103,6 +104,48 @@ class ComputeLedger:
         if not self.rows:
             del numbers["rows"], numbers["rows_dropped"]
         return numbers
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return the ledger for people: what was counted, how much, and as what share."""
+        skipped = f"{self.skips / self.batches:.1%} of the batches" if self.skips else ""
+        dropped = f"{self.rows_dropped / self.rows:.2%} of {self.rows:,} rows" if self.rows else ""
+        return [
+            ("batches", f"{self.batches:,}", ""),
+            ("skipped", f"{self.skips:,}", skipped),
+            *([("rows dropped", f"{self.rows_dropped:,}", dropped)] if self.rows else []),
+            ("passes", f"{round(float(self.passes), 2):,.12g}", ""),
+            ("updates", f"{self.updates:,}", ""),
+            ("updates/batch", f"{self.repeats:.2f}", ""),
+            ("tokens", f"{self.tokens:,}", ""),
+            ("FLOPs", f"{self.flops:.3g}", ""),
+            ("seconds", f"{self.seconds:,.1f}", ""),
+        ]
+
+    def __str__(self) -> str:
+        """Return a small table. `repr` shows all fields, exactly.
+
+        >>> print(ComputeLedger(batches=3, skips=1, passes=Fraction(7, 3), updates=2, tokens=1536, seconds=0.25))
+        batches            3
+        skipped            1  33.3% of the batches
+        passes          2.33
+        updates            2
+        updates/batch   0.67
+        tokens         1,536
+        FLOPs              0
+        seconds          0.2
+        """
+        table = self.table()
+        names, values = (max(len(row[column]) for row in table) for column in (0, 1))
+        return "\n".join(f"{name:<{names}}  {value:>{values}}  {share}".rstrip() for name, value, share in table)
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        cells = (
+            f'<td style="text-align:left">{escape(name)}</td><td>{escape(value)}</td>'
+            f'<td style="text-align:left">{escape(share)}</td>'
+            for name, value, share in self.table()
+        )
+        return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
     def state_dict(self) -> dict[str, Any]:
         return {**asdict(self), **{name: str(getattr(self, name)) for name in FRACTIONS}}

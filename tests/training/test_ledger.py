@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
+from xml.etree import ElementTree
 
 from abr_trainer.training.ledger import ComputeLedger, forward_share
 
@@ -53,3 +54,32 @@ def test_the_state_is_json_and_exact():
     restored = ComputeLedger()
     restored.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
     assert restored == ledger
+
+
+def test_a_ledger_is_printed_as_a_small_table_and_its_repr_tells_all():
+    ledger = ComputeLedger(batches=1234, skips=3, passes=Fraction(7, 3), updates=1300, tokens=1536, flops=3.25e15)
+    lines = str(ledger).splitlines()
+    assert lines[:4] == [
+        "batches           1,234",
+        "skipped               3  0.2% of the batches",
+        "passes             2.33",
+        "updates           1,300",
+    ]
+    assert [line.split()[0] for line in lines[4:]] == ["updates/batch", "tokens", "FLOPs", "seconds"]
+    assert f"{ledger}" == str(ledger)
+    assert eval(repr(ledger)) == ledger  # `Fraction` and `ComputeLedger` are imported here
+
+
+def test_a_ledger_of_a_run_that_judged_rows_counts_those_dropped():
+    ledger = ComputeLedger(batches=2, rows=1600, rows_dropped=12)
+    assert "rows dropped     12  0.75% of 1,600 rows" in str(ledger).splitlines()
+    assert "rows" not in str(ComputeLedger(batches=2))
+    assert "nan" not in str(ComputeLedger())
+
+
+def test_a_notebook_shows_a_ledger_as_the_same_table():
+    ledger = ComputeLedger(batches=4, skips=1, rows=8, rows_dropped=1)
+    cells = [cell for row in ledger.table() for cell in row]
+    root = ElementTree.fromstring(ledger._repr_html_())
+    assert [cell.text or "" for cell in root.iter("td")] == cells
+    assert len(ledger._repr_html_()) < 2000
