@@ -14,7 +14,7 @@ from ..comparison.arms import parse_arm
 from ..data.tasks import BY_NAME, find_prompt
 from ..records.errors import find_named, one_line, refuse_missing_directory, refuse_missing_files
 from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, given_flags, parse_tuning
-from ..schedulers import SCHEDULERS, build_rule
+from ..schedulers import SCHEDULERS, build_rule, refuse_unread
 from .help_page import help_page
 from .parsing import WRONG_USAGE, boolean, names_in, prepared, refuse_rest, seeds_of, wanted_splits
 from .upstream import unknown
@@ -69,8 +69,11 @@ def _runs_of(verb: str, own: Sequence[str]) -> str | None:
     return named[0] if verb == "compare" and named[:1] in (["train"], ["sft"]) else OF_RUNS.get(verb)
 
 
-def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any]) -> None:
+def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any], is_alone: bool = True) -> None:
     """Check flags, files and rule of one run.
+
+    Args:
+        is_alone: It is no run of a comparison, where some flags are for the rules of other runs.
 
     Raises:
         ValueError: One of them is wrong.
@@ -93,6 +96,8 @@ def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any]) -> None:
         find_prompt(parsed.prompt)
     if not _is_own(getattr(parsed, "repeat_scheduler", ":")):
         build_rule(vars(parsed))
+        if is_alone and not _is_own(parsed.skip_rows):
+            refuse_unread(vars(parsed))
     if all(isinstance(getattr(parsed, name, None), bool) for name in ("do_train", "do_eval", "do_predict")):
         wanted_splits(parsed)
 
@@ -119,7 +124,7 @@ def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], know
         argv = [*rest, *flags]
         of_seeds = args is not None and any("{seed}" in part for part in argv)
         for seed in seeds_of(args.seeds) if args is not None and of_seeds else [0]:
-            _check_run(runs, [part.replace("{seed}", str(seed)) for part in argv], known)
+            _check_run(runs, [part.replace("{seed}", str(seed)) for part in argv], known, is_alone=False)
 
 
 def _is_own(rule: str) -> bool:

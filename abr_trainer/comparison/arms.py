@@ -8,15 +8,13 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..records.flags import given_flags
-from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler, reads_flag
-
-OF_RULES = ("loss_threshold", "max_repeats")
-"""Flags of a run that are parameters of rules, and nothing to those that do not have them."""
+from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler, why_unread
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,25 @@ class Arm:
         """Whether its rule looks at a batch before it says how often to train on it."""
         return self.rule not in ("", "baseline", "fixed", "random")
 
-    def leaves_open(self, flag: str) -> bool:
-        """Tell whether a flag of the run, given without dashes, changes anything about this arm."""
+    def reads(self, flag: str, shared: Sequence[str] = ()) -> bool:
+        """Tell whether a run of this arm has a use for a flag, given without dashes.
+
+        Args:
+            shared: Flags that all runs get.
+        """
+        given = given_flags([*shared, *self.arguments])
+        return why_unread(flag, {name[2:]: values[-1] for name, values in given.items() if values}) is None
+
+    def leaves_open(self, flag: str, shared: Sequence[str] = ()) -> bool:
+        """Tell whether a flag of the run, given without dashes, changes anything about this arm.
+
+        Args:
+            shared: Flags that all runs get.
+        """
         own = json.loads(self.parameters or "{}")
         if flag in own or f"--{flag}" in given_flags(self.flags):
             return False
-        if not self.rule or flag not in OF_RULES:
-            return True
-        return reads_flag(self.rule, flag) and not (self.rule == "fixed" and "repeats" in own)
+        return self.reads(flag, shared) and not (self.rule == "fixed" and flag == "max_repeats" and "repeats" in own)
 
     def controls(self, mean: float, states_most: bool) -> list[Arm]:
         """Return two arms with this mean of repeats and the same flags: one spreads it evenly, one at random.

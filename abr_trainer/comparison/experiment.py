@@ -30,7 +30,7 @@ from ..records.files import (
     read_json,
     write_whole,
 )
-from ..records.flags import BUDGET, given_flags, is_on, refuse
+from ..records.flags import BUDGET, given_flags, is_on, refuse, without_flags
 from ..records.locking import locked
 from .arms import Arm, quoted
 from .processes import Forked, Launched, Process, start_quietly
@@ -91,7 +91,8 @@ class Run:
         if provenance is None:
             return None
         before, now = given_flags(_own_arguments(arguments_in(provenance["argv"]))), given_flags(self.argv)
-        if changed := [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]:
+        differing = [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]
+        if changed := [flag for flag in differing if self.arm.reads(flag[2:], self.argv)]:
             each = [f"{flag}: {_values(before.get(flag))} -> {_values(now.get(flag))}" for flag in changed[:3]]
             raise ValueError(
                 f"{self.directory} holds a run with other arguments ({', '.join(each)}). "
@@ -207,13 +208,25 @@ class Experiment:
 
     def candidates(self, arm: Arm) -> list[Values]:
         """Return all combinations of the values to tune that an arm leaves open; one empty combination for none."""
-        tune = {name: values for name, values in self.tune.items() if arm.leaves_open(name)}
+        tune = {name: values for name, values in self.tune.items() if arm.leaves_open(name, self.flags)}
         return [tuple(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
+
+    def flags_of(self, arm: Arm) -> list[str]:
+        """Return the flags that all runs share, without those that are for the rules of other arms.
+
+        What no arm reads stays: a run refuses it.
+        """
+        others = {
+            flag
+            for flag in given_flags(self.flags)
+            if not arm.reads(flag[2:], self.flags) and any(other.reads(flag[2:], self.flags) for other in self.arms)
+        }
+        return without_flags(self.flags, others)
 
     def run_of(self, arm: Arm, seed: int, tuned: Values = ()) -> Run:
         folder = [f"{name}={value}" for name, value in tuned]
         flags = [part for name, value in tuned for part in (f"--{name}", value)]
-        argv = (part.replace("{seed}", str(seed)) for part in (*self.flags, *arm.arguments, *flags))
+        argv = (part.replace("{seed}", str(seed)) for part in (*self.flags_of(arm), *arm.arguments, *flags))
         return Run(
             arm,
             seed,
@@ -330,6 +343,10 @@ class Experiment:
         if self.jobs > 1:
             share = max(1, len(os.sched_getaffinity(0)) // self.jobs)
             os.environ.setdefault("OMP_NUM_THREADS", str(share))
+        for name in self.tune:
+            if not any(arm.leaves_open(name, self.flags) for arm in self.arms):
+                arms = " ".join(arm.name for arm in self.arms)
+                raise ValueError(f"--tune {name}: of {self.option} {arms} none has a use for it, or all set it.")
         assert self.check is not None
         self._stack = multiprocessing.get_context("forkserver")
         self._stack.set_forkserver_preload(list(self.preload))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,24 @@ def given_flags(argv: Iterable[str]) -> dict[str, list[str]]:
         else:
             values.append(argument)
     return flags
+
+
+def without_flags(argv: Iterable[str], names: Container[str]) -> list[str]:
+    """Return a command line without some flags and their values.
+
+    Args:
+        names: With dashes and underscores.
+
+    >>> without_flags(["--max-passes", "9", "--bf16", "--lora_r=8"], {"--max_passes", "--lora_r"})
+    ['--bf16']
+    """
+    kept, keeps = [], True
+    for argument in argv:
+        if argument.startswith("--"):
+            keeps = f"--{argument[2:].partition('=')[0].replace('-', '_')}" not in names
+        if keeps:
+            kept.append(argument)
+    return kept
 
 
 def is_on(flag: str, flags: dict[str, list[str]]) -> bool:

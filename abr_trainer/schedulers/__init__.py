@@ -12,6 +12,7 @@ from .learnable import LearnableScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
 from .registry import (
     OUTLIER_RULES,
+    PARAMETERS,
     ROW_RULES,
     RULE_FIELDS,
     SCHEDULERS,
@@ -21,6 +22,8 @@ from .registry import (
     get_outlier_rule,
     get_repeat_scheduler,
     reads_flag,
+    refuse_unread,
+    why_unread,
 )
 from .robust_rows import RobustRows
 from .rows import Row, RowRule
@@ -31,6 +34,7 @@ from .window import WindowScheduler
 
 __all__ = [
     "OUTLIER_RULES",
+    "PARAMETERS",
     "ROW_RULES",
     "RULE_FIELDS",
     "SCHEDULERS",
@@ -60,4 +64,6 @@ __all__ = [
     "get_outlier_rule",
     "get_repeat_scheduler",
     "reads_flag",
+    "refuse_unread",
+    "why_unread",
 ]

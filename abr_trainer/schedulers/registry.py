@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..records.errors import find_named
@@ -38,7 +38,7 @@ RULE_FIELDS: dict[str, Any] = {
     "repeat_until": None,
     "skip_outliers": "robust",
     "outlier_sigmas": None,
-    "outlier_window": 100,
+    "outlier_window": None,
     "skip_grad_norm": None,
     "skip_rows": "none",
     "row_sigmas": None,
@@ -46,6 +46,13 @@ RULE_FIELDS: dict[str, Any] = {
     "seed": 42,
 }
 """The fields of `ABRConfig` that make a rule, or a rule for rows, with their defaults."""
+
+PARAMETERS = {
+    "repeat_scheduler": ("loss_threshold", "max_repeats", "repeat_until"),
+    "skip_outliers": ("outlier_sigmas", "outlier_window"),
+    "skip_rows": ("row_sigmas", "row_window"),
+}
+"""Flags that name a rule, and the flags that are parameters of some of these rules."""
 
 SCHEDULERS: dict[str, type[RepeatScheduler]] = {
     "abr": ThresholdScheduler,
@@ -62,6 +69,9 @@ SCHEDULERS: dict[str, type[RepeatScheduler]] = {
 ROW_RULES: dict[str, type[RowRule]] = {"robust": RobustRows}
 
 OUTLIER_RULES: dict[str, type[OutlierSkip]] = {"classic": ClassicOutlierSkip, "robust": RobustOutlierSkip}
+
+NEVER_REPEAT = ("baseline", "easy")
+"""Rules that make no more than one update on a batch, and never come back to it."""
 
 
 def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
@@ -91,10 +101,51 @@ def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
 
 
 def reads_flag(name: str, flag: str) -> bool:
-    """Tell whether a rule has a use for a flag that is a parameter of rules, such as `max_repeats`."""
+    """Tell whether a repeat scheduler has a use for a flag that is a parameter of rules, such as `max_repeats`."""
+    if flag == "repeat_until":
+        return name not in NEVER_REPEAT
     if name in ("baseline", "fixed"):
         return (name, flag) == ("fixed", "max_repeats")
     return flag in inspect.signature(find_repeat_scheduler(name)).parameters
+
+
+def why_unread(flag: str, settings: Mapping[str, Any]) -> str | None:
+    """Return which rule does not read a flag, and which rules would; None if it is read.
+
+    Args:
+        flag: Without its dashes.
+        settings: Values by the names of `RULE_FIELDS`; other names are ignored, missing ones have their defaults.
+
+    >>> why_unread("loss_threshold", {"repeat_scheduler": "fixed"})
+    'means nothing to --repeat_scheduler fixed: leave it out. It is for abr, learnable.'
+    >>> why_unread("loss_threshold", {"repeat_scheduler": "abr"})
+
+    Raises:
+        ValueError: There is no such rule.
+    """
+    of = next((setting for setting, flags in PARAMETERS.items() if flag in flags), None)
+    if of is None:
+        return None
+    name, (reads, known) = settings.get(of, RULE_FIELDS[of]), READERS[of]
+    if reads(name, flag):
+        return None
+    readers = ", ".join(known for known in sorted(known) if reads(known, flag))
+    return f"means nothing to --{of} {name}: leave it out. It is for {readers}."
+
+
+def refuse_unread(settings: Mapping[str, Any]) -> None:
+    """Refuse flags that were given, and that no rule of the run reads.
+
+    Args:
+        settings: As for `why_unread`. A flag was given if its value is not its default.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for flag in (flag for flags in PARAMETERS.values() for flag in flags):
+        value = settings.get(flag)
+        if value != RULE_FIELDS[flag] and (why := why_unread(flag, settings)):
+            raise ValueError(f"--{flag} {value} {why}")
 
 
 def get_outlier_rule(name: str, inner: RepeatScheduler, **kwargs: Any) -> OutlierSkip:
@@ -109,23 +160,24 @@ def build_row_rule(settings: Mapping[str, Any]) -> RowRule | None:
         settings: Values by the names of `RULE_FIELDS`; other names are ignored, missing ones have their defaults.
 
     Raises:
-        ValueError: The name is unknown, or a parameter out of range or not one of the rule.
+        ValueError: The name is unknown, or a parameter out of range.
     """
     name = settings.get("skip_rows", RULE_FIELDS["skip_rows"])
-    given = {"sigmas": settings.get("row_sigmas"), "window": settings.get("row_window")}
-    parameters = {name: value for name, value in given.items() if value is not None}
     if name == "none":
-        if parameters:
-            raise ValueError(f"--row_{next(iter(parameters))} means nothing without --skip_rows.")
         return None
-    rule_class: type[RowRule] = (
-        _import_class(name, RowRule) if ":" in name else find_named("row rule", name, ROW_RULES)
-    )
+    rule_class = _find_row_rule(name)
     takes = inspect.signature(rule_class).parameters
-    for parameter in parameters:
-        if parameter not in takes:
-            raise ValueError(f"--row_{parameter} means nothing to --skip_rows {name}.")
-    return rule_class(**parameters)
+    given = {"sigmas": settings.get("row_sigmas"), "window": settings.get("row_window")}
+    return rule_class(**{name: value for name, value in given.items() if name in takes and value is not None})
+
+
+def _find_row_rule(name: str) -> type[RowRule]:
+    found: type[RowRule] = _import_class(name, RowRule) if ":" in name else find_named("row rule", name, ROW_RULES)
+    return found
+
+
+def _row_rule_reads(name: str, flag: str) -> bool:
+    return name != "none" and flag.removeprefix("row_") in inspect.signature(_find_row_rule(name)).parameters
 
 
 def _import_class(path: str, base: type[Any]) -> Any:
@@ -159,8 +211,9 @@ def build_rule(settings: Mapping[str, Any]) -> RepeatScheduler:
         rule = GradNormSkip(rule, sigmas=given["skip_grad_norm"])
     if given["skip_outliers"] == "none":
         return rule
-    sigmas = {} if given["outlier_sigmas"] is None else {"sigmas": given["outlier_sigmas"]}
-    return get_outlier_rule(given["skip_outliers"], rule, window=given["outlier_window"], **sigmas)
+    told = {name: given[f"outlier_{name}"] for name in ("sigmas", "window")}
+    told = {name: value for name, value in told.items() if value is not None}
+    return get_outlier_rule(given["skip_outliers"], rule, **told)
 
 
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,3 +240,11 @@ def _parse_json_object(flag: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{flag} must be a JSON object such as '{{\"max_repeats\": 3}}', got: {text}")
     return value
+
+
+READERS: dict[str, tuple[Callable[[str, str], bool], Iterable[str]]] = {
+    "repeat_scheduler": (reads_flag, SCHEDULERS),
+    "skip_outliers": (lambda name, flag: name != "none", OUTLIER_RULES),
+    "skip_rows": (_row_rule_reads, ROW_RULES),
+}
+"""How to tell whether a rule reads a flag, and the rules there are."""

@@ -8,7 +8,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..schedulers import OUTLIER_RULES, RepeatScheduler, RowRule, build_row_rule, build_rule
+from ..schedulers import (
+    OUTLIER_RULES,
+    PARAMETERS,
+    RULE_FIELDS,
+    RepeatScheduler,
+    RowRule,
+    build_row_rule,
+    build_rule,
+    refuse_unread,
+)
 from .plan import CHEAPEST_BATCH, check_fields, refuse_best_without_saves, scale_with_batch_size
 from .support import refuse_single_process_launch
 
@@ -80,7 +89,9 @@ class ABRConfig(TrainingArguments):
             "help": "Spreads above the recent losses that make an outlier. Default: 4.0 (robust), 2.5 (classic)."
         },
     )
-    outlier_window: int = field(default=100, metadata={"help": "Number of recent losses that outliers are judged by."})
+    outlier_window: int | None = field(
+        default=None, metadata={"help": "Number of recent losses that outliers are judged by. Default: 100."}
+    )
     skip_grad_norm: float | None = field(
         default=None,
         metadata={
@@ -223,6 +234,7 @@ class ABRConfig(TrainingArguments):
             self.greater_is_better = False
         refuse_single_process_launch()
         self.plan()
+        refuse_unread(vars(self))
         self.load_best_model_at_end = False  # or each evaluation would have to fall on a checkpoint: we save each best
         super().__post_init__()
         self.load_best_model_at_end = loads_best
@@ -239,6 +251,18 @@ class ABRConfig(TrainingArguments):
         if self.max_passes is not None:
             affordable = math.ceil(self.max_passes / CHEAPEST_BATCH)
             self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable
+
+    def check_trial(self, trial: Any) -> None:
+        """Refuse values of a trial of a hyperparameter search that its rule does not read.
+
+        Fields that it has not set may be left from the trial before, of another rule.
+
+        Raises:
+            ValueError: There is one.
+        """
+        chosen = getattr(trial, "params", trial)
+        left = {flag for flags in PARAMETERS.values() for flag in flags if flag not in chosen}
+        refuse_unread({name: value for name, value in vars(self).items() if name not in left})
 
     def build_repeat_scheduler(self) -> RepeatScheduler:
         """Return a new scheduler as the fields describe it, outlier skipping included.
@@ -260,6 +284,25 @@ class ABRConfig(TrainingArguments):
 def checkpoints_activations(args: TrainingArguments) -> bool:
     """Tell whether the backward recomputes activations, by the name that this version of transformers has for it."""
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
+def refuse_fields_beside(args: Any, repeat_scheduler: RepeatScheduler | None, row_rule: RowRule | None) -> None:
+    """Refuse fields that describe a rule where the trainer was given another one, which decides instead.
+
+    Raises:
+        ValueError: There is one.
+    """
+    of_rows = ("skip_rows", *PARAMETERS["skip_rows"])
+    of_batches = [name for name in RULE_FIELDS if name not in (*of_rows, "seed")]
+    given = {"repeat_scheduler": (repeat_scheduler, of_batches), "row_rule": (row_rule, of_rows)}
+    for argument, (rule, names) in given.items():
+        for name in names if rule is not None else ():
+            value = getattr(args, name, RULE_FIELDS[name])
+            if value not in (RULE_FIELDS[name], "none"):
+                raise ValueError(
+                    f"--{name} {value} means nothing beside `{argument}={rule!r}`, which decides instead: leave one "
+                    "of them out."
+                )
 
 
 def setting(args: Any, name: str) -> Any:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers.utils import logging
-
 from ..records.errors import refuse_below
-from ..schedulers import reads_flag
 from ..schedulers.threshold import parse_threshold
 from .ledger import forward_share
 from .support import refuse_pushing_inputs
-
-logger = logging.get_logger(__name__)
 
 LEAST_VALUES = {
     "max_repeats": 1,
@@ -36,7 +31,7 @@ CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 
 
 def check_fields(args: Any) -> None:
-    """Refuse fields of `ABRConfig` that are out of range, and warn of those that the rule does not read.
+    """Refuse fields of `ABRConfig` that are out of range.
 
     Raises:
         ValueError: A field is out of range, or names no rule.
@@ -56,9 +51,6 @@ def check_fields(args: Any) -> None:
         parse_threshold(args.loss_threshold)
     refuse_pushing_inputs(args, args.build_repeat_scheduler())
     args.build_row_rule()
-    for flag in ("loss_threshold", "max_repeats"):
-        if getattr(args, flag) is not None and not reads_flag(args.repeat_scheduler, flag):
-            logger.warning(f"--{flag} means nothing to --repeat_scheduler {args.repeat_scheduler}.")
 
 
 def refuse_best_without_saves(args: Any) -> None:

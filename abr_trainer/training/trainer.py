@@ -23,7 +23,7 @@ from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
 from .budget import put_on_budget_clock
 from .callbacks import ABRProgressCallback, TraceCallback
-from .config import ABRConfig, checkpoints_activations, setting
+from .config import ABRConfig, checkpoints_activations, refuse_fields_beside, setting
 from .dropped_rows import write_ranked
 from .dropping import row_gate
 from .empty_rows import WatchForEmptyRows
@@ -96,6 +96,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             raise TypeError(f"`row_rule` must be an instance of RowRule, got {row_rule!r}.")
         self._pushes = Pushes()  # first: Trainer makes the repository while it is constructed
         super().__init__(*args, **kwargs)
+        refuse_fields_beside(self.args, repeat_scheduler, row_rule)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None or row_rule is not None
         self._given_scheduler = repeat_scheduler
         self._initial_scheduler_state = (
@@ -159,6 +160,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if is_trial:
             if isinstance(self.args, ABRConfig):
                 self.args.plan()
+                self.args.check_trial(trial)
+            refuse_fields_beside(self.args, self._given_scheduler, self._given_row_rule)
             refuse_unsupported(self, setting(self.args, "max_passes"))
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import run_clm_abr
 from abr_trainer.cli import compare as compare_verb
 from abr_trainer.cli import report as report_verb
+from abr_trainer.cli.command_line import parse_arguments
 from abr_trainer.comparison.arms import parse_arm
 from abr_trainer.comparison.collecting import COSTS, collect, tuning_of
 from abr_trainer.comparison.experiment import Experiment, RunFailed, last_words
@@ -230,6 +233,56 @@ def test_an_arm_keeps_what_it_sets_itself_and_is_not_tuned_in_what_is_nothing_to
     experiment = Experiment(**EXPERIMENT, arms=[parse_arm(arm)], tune={flag: ["1", "2"]}, tune_seeds=[0])
     assert len(experiment.candidates(experiment.arms[0])) == 1 + is_tuned
     assert len(experiment.tuning_runs(experiment.arms)) == 2 * is_tuned
+
+
+def test_a_shared_flag_reaches_the_arms_whose_rule_reads_it():
+    texts = ["baseline", "abr", "fixed", "abr:skip_outliers=none", "abr:loss_threshold=3.0"]
+    shared = ["--max_passes", "12", "--loss-threshold=2.0", "--max_repeats", "4", "--outlier_sigmas", "6"]
+    experiment = Experiment(**{**EXPERIMENT, "flags": shared}, arms=[parse_arm(text) for text in texts])
+    given = {run.arm.name: given_flags(run.argv) for run in experiment.final_runs(experiment.arms)}
+    of_rules = ("--loss_threshold", "--max_repeats", "--outlier_sigmas")
+    assert {name: [flag for flag in of_rules if flag in flags] for name, flags in given.items()} == {
+        "baseline": ["--outlier_sigmas"],
+        "abr": [*of_rules],
+        "fixed": ["--max_repeats", "--outlier_sigmas"],
+        "abr:skip_outliers=none": ["--loss_threshold", "--max_repeats"],
+        "abr:loss_threshold=3.0": [*of_rules],
+    }
+    assert all(flags["--max_passes"] == ["12"] for flags in given.values())
+    for run in experiment.final_runs(experiment.arms):  # each run takes what it gets
+        parse_arguments(run_clm_abr.ARGUMENTS, [*run.argv, "--output_dir", "x", "--report_to", "none"])
+
+
+def test_a_shared_flag_that_no_arm_reads_stays_for_the_run_to_refuse():
+    shared = ["--max_passes", "12", "--loss_threshold", "2.0"]
+    experiment = Experiment(**{**EXPERIMENT, "flags": shared}, arms=[parse_arm("baseline"), parse_arm("fixed:2")])
+    first, *_ = experiment.final_runs(experiment.arms)
+    with pytest.raises(ValueError, match="--loss_threshold 2.0 means nothing to --repeat_scheduler baseline"):
+        parse_arguments(run_clm_abr.ARGUMENTS, first.argv)
+
+
+def test_runs_that_an_earlier_version_gave_all_shared_flags_are_kept(tmp_path):
+    shared = ["--max_passes", "12", "--loss_threshold", "2.0"]
+    options = {**EXPERIMENT, "out": tmp_path, "flags": shared}
+    experiment = Experiment(**options, arms=[parse_arm("baseline"), parse_arm("abr")])
+    for run in experiment.final_runs(experiment.arms):
+        earlier = dataclasses.replace(run, argv=(*shared, *run.arm.arguments, "--seed", str(run.seed)))
+        leave_run(earlier)
+        assert run.results() is not None
+    other = Experiment(**{**options, "flags": ["--max_passes", "12", "--loss_threshold", "3.0"]}, arms=experiment.arms)
+    kept, changed, *_ = other.final_runs(other.arms)
+    assert kept.results() is not None, "the threshold is nothing to the baseline"
+    with pytest.raises(ValueError, match="--loss_threshold: 2.0 -> 3.0"):
+        changed.results()
+
+
+def test_tuning_what_no_arm_leaves_open_is_refused(tmp_path):
+    options = {**EXPERIMENT, "out": tmp_path, "tune": {"loss_threshold": ["1.0", "2.0"]}, "tune_seeds": [0]}
+    experiment = Experiment(**options, arms=[parse_arm("baseline"), parse_arm("abr:loss_threshold=3.0")])
+    with pytest.raises(
+        ValueError, match="--tune loss_threshold: of --schedulers baseline abr:loss_threshold=3.0 none"
+    ):
+        experiment.prepare()
 
 
 def test_a_control_says_its_most_repeats_where_they_are_tuned_or_given():

@@ -14,6 +14,7 @@ from abr_trainer.cli.run_directory import check_output_dir, replacing_previous_r
 from abr_trainer.data.arguments import DataArguments
 from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.schedulers import (
+    SCHEDULERS,
     ClassicOutlierSkip,
     ConstantScheduler,
     GradNormSkip,
@@ -22,6 +23,7 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
     UniformScheduler,
     WindowScheduler,
+    reads_flag,
 )
 from abr_trainer.training.config import ABRConfig
 
@@ -87,11 +89,57 @@ def test_flags_that_are_set_reach_a_rule_of_ones_own():
     assert config(*mine, "--max_repeats", "3").build_repeat_scheduler().max_repeats == 3
 
 
-def test_a_flag_that_the_rule_does_not_read_is_said(caplog):
-    config("--loss_threshold", "2.0")
-    config(*ABR, "--loss_threshold", "2.0", "--max_repeats", "3")
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["--loss_threshold means nothing to --repeat_scheduler baseline."]
+UNREAD = [
+    (["--loss_threshold", "2.0"], "--loss_threshold 2.0 means nothing to --repeat_scheduler baseline: leave it out."),
+    (
+        ["--repeat_scheduler", "fixed", "--loss_threshold", "2.0"],
+        "scheduler fixed: leave it out. It is for abr, learn",
+    ),
+    (["--repeat_scheduler", "replay", "--max_repeats", "3"], "It is for abr, fixed, gain, learnable, random, window."),
+    (
+        ["--repeat_scheduler", "tests.conftest:Capped", "--loss_threshold", "1"],
+        "to --repeat_scheduler tests.conftest:",
+    ),
+    (
+        ["--repeat_until", "0.8"],
+        "--repeat_until 0.8 means nothing to --repeat_scheduler baseline: leave it out. It is",
+    ),
+    (["--repeat_scheduler", "easy", "--repeat_until", "0.8"], "to --repeat_scheduler easy"),
+    (["--skip_outliers", "none", "--outlier_sigmas", "3"], "none: leave it out. It is for classic, robust."),
+    (["--skip_outliers", "none", "--outlier_window", "100"], "--outlier_window 100 means nothing to --skip_outliers"),
+    (["--row_sigmas", "4"], "--row_sigmas 4.0 means nothing to --skip_rows none: leave it out. It is for robust."),
+    (["--row_window", "256"], "--row_window 256 means nothing to --skip_rows none: leave it out. It is for robust."),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), UNREAD)
+def test_a_flag_that_no_rule_of_the_run_reads_is_refused(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        config(*flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flag_is_refused_in_a_file_and_in_python_too(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("repeat_scheduler: fixed\nloss_threshold: 2.0\n")
+    with pytest.raises(ValueError, match="--loss_threshold 2.0 means nothing to --repeat_scheduler fixed"):
+        parse_arguments((ABRConfig,), [str(file)])
+    with pytest.raises(ValueError, match="--loss_threshold 2.0 means nothing to --repeat_scheduler fixed"):
+        ABRConfig(str(tmp_path), repeat_scheduler="fixed", loss_threshold=2.0)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_every_flag_that_a_rule_reads_changes_it(name):
+    """And each that does not is refused: no flag of a rule is silently ignored."""
+    for flag, value in {"loss_threshold": "0.5", "max_repeats": "4", "repeat_until": "0.5"}.items():
+        flags = ["--repeat_scheduler", name, "--skip_outliers", "none"]
+        if reads_flag(name, flag):
+            assert (
+                config(*flags, f"--{flag}", value).build_repeat_scheduler() != config(*flags).build_repeat_scheduler()
+            )
+        else:
+            with pytest.raises(ValueError, match=f"--{flag} .* means nothing to --repeat_scheduler {name}"):
+                config(*flags, f"--{flag}", value)
 
 
 def test_the_best_model_is_evaluated_whenever_it_is_saved():

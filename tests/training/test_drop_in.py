@@ -390,6 +390,29 @@ def test_an_impossible_value_of_a_trial_is_told_by_its_flag(tmp_path):
         )
 
 
+def test_a_value_of_a_trial_that_its_rule_does_not_read_is_refused(tmp_path):
+    """One that is left from the trial before is not: the rule is chosen anew for each trial."""
+    trainer = ABRTrainer(
+        model_init=lambda: tiny_llama(),
+        args=ABRConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True),
+        train_dataset=token_rows(4),
+        eval_dataset=token_rows(2),
+    )
+
+    def space(trial):
+        name = ("abr", "fixed", "fixed")[trial.number]
+        chosen = {"repeat_scheduler": trial.suggest_categorical(f"rule {trial.number}", [name])}
+        if trial.number != 1:
+            chosen["loss_threshold"] = trial.suggest_float("loss_threshold", 2.0, 2.0)
+        return chosen
+
+    with pytest.raises(ValueError, match="--loss_threshold 2.0 means nothing to --repeat_scheduler fixed"):
+        trainer.hyperparameter_search(
+            hp_space=space, backend="optuna", n_trials=3, compute_objective=lambda metrics: 0
+        )
+    assert {path.name for path in tmp_path.glob("run-*")} >= {"run-0", "run-1"}
+
+
 def test_training_again_is_training_anew(build):
     """A second `train()` of one trainer equals stock Trainer's second, and counts from nothing."""
     ours, theirs = build(config_cls=BASELINE), build(trainer_cls=Trainer, config_cls=TrainingArguments)

@@ -545,8 +545,11 @@ def test_a_model_without_logits_is_refused_before_its_first_update(build):
     ("config", "message"),
     [
         ({"skip_rows": "rubust"}, "Unknown row rule 'rubust'"),
-        ({"row_sigmas": 4.0}, "--row_sigmas means nothing without --skip_rows"),
-        ({"skip_rows": "tests.training.test_rows:Named", "row_window": 10}, "--row_window means nothing to"),
+        ({"row_sigmas": 4.0}, "--row_sigmas 4.0 means nothing to --skip_rows none"),
+        (
+            {"skip_rows": "tests.training.test_rows:Named", "row_window": 10},
+            "--row_window 10 means nothing to --skip_rows tests",
+        ),
         ({"skip_rows": "tests.training.test_rows:OwnLoss"}, "is not a RowRule subclass"),
     ],
 )

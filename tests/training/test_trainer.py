@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records.files import read_lines
 from abr_trainer.report.why import explain_batch
-from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, ThresholdScheduler
+from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RobustRows, ThresholdScheduler
 from abr_trainer.training.trainer import TooManySkips
 from tests.conftest import (
     ScaledMixin,
@@ -662,6 +662,29 @@ def test_evaluations_that_cannot_be_are_refused(build):
         build(save_passes=-1)
     with pytest.raises(ValueError, match=r"--eval_passes 0.1 is a share of --max_passes, which is not given"):
         build(eval_passes=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "fields", "message"),
+    [
+        (
+            "scheduler",
+            {"repeat_scheduler": "abr"},
+            "--repeat_scheduler abr means nothing beside `repeat_scheduler=Scri",
+        ),
+        ("scheduler", {"skip_outliers": "classic"}, "--skip_outliers classic means nothing beside `repeat_scheduler="),
+        (
+            "scheduler",
+            {"skip_grad_norm": 6.0},
+            "--skip_grad_norm 6.0 means nothing beside `repeat_scheduler=Scripted(",
+        ),
+        ("rows", {"skip_rows": "robust"}, "--skip_rows robust means nothing beside `row_rule=RobustRows(sigmas=4.25"),
+    ],
+)
+def test_fields_beside_a_rule_that_decides_instead_are_refused(build, given, fields, message):
+    options = {"trainer_options": {"row_rule": RobustRows()}} if given == "rows" else {"repeat_scheduler": Scripted(1)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(config_cls=lambda **config: ABRConfig(**config, **fields), **options)
 
 
 def test_training_again_starts_clean(train):
