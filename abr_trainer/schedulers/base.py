@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .remarks import remark_on_any
+
 NO_TARGETS = "no targets"
 """Why a batch is skipped in which no label counts: it has no mean loss per target."""
 
@@ -131,6 +133,17 @@ class RepeatScheduler(ABC):
         """Return the numbers that `decide` weighs, by name: thresholds, and what it remembers."""
         return {}
 
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        """Return what to say at the end of a run if the rule did nothing, or the same to nearly every batch.
+
+        In one line: what it did, why, and what to change. None if there is nothing to say.
+
+        Args:
+            outcomes: What became of the batches that the rule has decided about, in order; at least one. Those that it
+                was not asked about, or of which the budget left no room for all repeats, are not among them.
+        """
+        return remark_on_any(type(self).__name__, outcomes)
+
     def observe(self, outcome: Outcome) -> None:
         """Take note of a finished batch, skipped or not. Called exactly once a batch."""
         return
@@ -174,6 +187,11 @@ class WrappedScheduler(RepeatScheduler):
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         return self.inner.evidence(observation)
+
+    def remark_of_inner(self, outcomes: Sequence[Outcome]) -> str | None:
+        """Return the remark of `inner` on the batches that this rule has left to it."""
+        left = [outcome for outcome in outcomes if outcome.reason != self.reason]
+        return self.inner.remark(left) if left else None
 
     def observe(self, outcome: Outcome) -> None:
         self.inner.observe(outcome)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 from .recent import MIN_HISTORY, share_below
+from .remarks import counted, parameters
 
 
 @dataclass
@@ -67,6 +68,22 @@ class ReplayScheduler(RepeatScheduler):
         if self.history:
             numbers["share of them below"] = share_below(observation.loss, self.history)
         return numbers | {"quantile": self.quantile}
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if any(outcome.replayed for outcome in outcomes):
+            return None
+        came_back = f"replay came back to none of {counted(len(outcomes), 'batch', 'batches')}"
+        if self.quantile and len(outcomes) <= MIN_HISTORY:
+            return f"{came_back}: no batch is hard before it has seen {MIN_HISTORY} losses. Train on more batches."
+        if self.waiting:
+            return (
+                f"{came_back}: the run ended before the first hard one was due, `spacing` = {self.spacing} batches "
+                "later. Train on more batches, or set a smaller `spacing`."
+            )
+        return (
+            f"{came_back}: no loss lay above {self.quantile:.0%} of the last {self.window}. A lower `quantile` comes "
+            f"back to more: {parameters(quantile=round(self.quantile / 2, 3))}."
+        )
 
     def observe(self, outcome: Outcome) -> None:
         replayed = {batch for batch, _ in outcome.replayed}

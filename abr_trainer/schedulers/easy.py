@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 from .recent import share_below
+from .remarks import counted, parameters
 
 
 @dataclass
@@ -51,6 +53,21 @@ class EasySkip(RepeatScheduler):
         if self.history:
             numbers["share of them below"] = share_below(observation.loss, self.history)
         return numbers | {"quantile": self.quantile}
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if any(outcome.skipped for outcome in outcomes):
+            return None
+        skipped_none = f"easy skipped none of {counted(len(outcomes), 'batch', 'batches')}"
+        if len(outcomes) <= self.window:
+            fewer = f", or set a smaller `window`: {parameters(window=10)}" if self.window > 10 else ""
+            return (
+                f"{skipped_none}: it first has to see {self.window} losses, and the run had no more. Train on more "
+                f"batches{fewer}."
+            )
+        return (
+            f"{skipped_none}: no loss was among the lowest {self.quantile:.0%} of the last {self.window}. A higher "
+            f"`quantile` skips more: {parameters(quantile=round(min(2 * self.quantile, 0.9), 3))}."
+        )
 
     def observe(self, outcome: Outcome) -> None:
         if is_finite(outcome) and (not outcome.skipped or outcome.reason == self.reason):

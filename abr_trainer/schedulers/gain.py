@@ -11,6 +11,16 @@ from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 from .recent import MIN_HISTORY
+from .remarks import (
+    NEARLY_ALL,
+    counted,
+    forbidden,
+    in_warm_up,
+    made,
+    parameters,
+    repeated_none,
+    usual_updates,
+)
 
 
 @dataclass
@@ -102,6 +112,36 @@ class GainScheduler(RepeatScheduler):
         if observation.accuracy is not None:
             numbers |= {"accuracy": observation.accuracy, "saturation": self.saturation}
         return numbers
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if said := forbidden("gain", self.max_repeats) or in_warm_up("gain", outcomes, MIN_HISTORY):
+            return said
+        saturated = sum(outcome.reason == "saturated" for outcome in outcomes)
+        if saturated >= NEARLY_ALL * len(outcomes):
+            return (
+                f"gain did not repeat {saturated:,} of {len(outcomes):,} batches, because the model predicts "
+                f"{self.saturation:.0%} of their tokens already. To repeat them too: {parameters(saturation=1.0)}."
+            )
+        if self.second is None:
+            return (
+                f"{repeated_none('gain', outcomes)}: it has tried no second pass. To try one on every second batch: "
+                f"{parameters(probe_every=2)}."
+            )
+        fresh = self.fresh_gain() or 0.0
+        why = (
+            f"a second pass improved its batch by {self.second:.3g} nats, of which `transfer` = {self.transfer:g} "
+            f"counts, and a fresh batch brings {max(fresh, 0.0):.3g} nats"
+        )
+        if all(outcome.repeats == 1 or outcome.reason == "probe" for outcome in outcomes):
+            tried = counted(sum(outcome.repeats > 1 for outcome in outcomes), "second pass", "second passes")
+            return (
+                f"gain repeated no batch but to try it, with {tried} on {len(outcomes):,} batches: {why}. baseline "
+                "costs less; a higher `transfer` repeats more."
+            )
+        usual = usual_updates(outcomes)
+        if usual is None or usual[0] == 1:
+            return None
+        return f"{made('gain', *usual, len(outcomes))}: {why}. A lower `transfer` repeats less."
 
     def observe(self, outcome: Outcome) -> None:
         if not is_finite(outcome) or outcome.skipped:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Observation, check_least
+from .base import Observation, Outcome, check_least
 from .outliers import StandoutSkip
 from .recent import median_and_spread
+from .remarks import counted
 
 MIN_HISTORY = 20
 """Norms to have seen before one may be called an outlier."""
@@ -66,6 +68,12 @@ class GradNormSkip(StandoutSkip):
 
     def stands_out(self, value: float) -> bool:
         return math.exp(value) > self.limit()
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if len(outcomes) <= MIN_HISTORY:
+            batches, norms = counted(len(outcomes), "batch", "batches"), f"{MIN_HISTORY} gradient norms"
+            return f"--skip_grad_norm judged none of {batches}: it first has to see {norms}. Train on more batches."
+        return super().remark(outcomes)
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"norms remembered": len(self.history)}

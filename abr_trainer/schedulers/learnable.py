@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
+from .remarks import forbidden, made, usual_updates
 from .threshold import ThresholdScheduler
 
 if TYPE_CHECKING:
@@ -152,6 +153,26 @@ class LearnableScheduler(RepeatScheduler):
         for repeats, (mean, deviation) in enumerate(learner.gains(observation.loss, self.observed), start=2):
             numbers |= {f"gain of {repeats} over 1": mean, f"doubt about {repeats}": deviation}
         return numbers
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if said := forbidden("learnable", self.max_repeats):
+            return said
+        learned = [outcome for outcome in outcomes if outcome.reason == self.reason]
+        if not learned:
+            needs = max(self.warmup, MIN_MEMORY)
+            return (
+                f"learnable decided nothing by what it has learned: its warm-up takes {needs} batches, and the run "
+                f"had {len(outcomes):,}. Until then it is abr, with some repeats drawn at random. Train on more "
+                "batches, or choose abr."
+            )
+        usual = usual_updates(learned)
+        if usual is None:
+            return None
+        if usual[0] == 1:
+            why = "it has found no number of updates that gains more than a fresh batch does. baseline costs less."
+        else:
+            why = "that is what gained most, whatever the loss. fixed does it without learning."
+        return f"After its warm-up, {made('learnable', *usual, len(learned))}: {why}"
 
     def observe(self, outcome: Outcome) -> None:
         if outcome.skipped or not is_finite(outcome):

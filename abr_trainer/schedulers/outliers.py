@@ -93,6 +93,9 @@ class StandoutSkip(WrappedScheduler):
                 self.consecutive = 0
         super().observe(outcome)
 
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        return self.remark_of_inner(outcomes)
+
     def data_have_changed(self, left_out: bool) -> bool:
         """Tell whether too many batches were skipped to be outliers, the last one (`left_out`) included."""
         return self.consecutive >= self.patience

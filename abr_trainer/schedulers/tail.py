@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Observation, WrappedScheduler
+from .base import Observation, Outcome, WrappedScheduler
 
 
 @dataclass
@@ -45,6 +45,11 @@ class RepeatUntil(WrappedScheduler):
     def explain(self, observation: Observation) -> str:
         cuts = observation.progress >= self.until and super().decide(observation) > 1
         return self.reason if cuts else super().explain(observation)
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if self.until == 0:
+            return "--repeat_until 0 leaves no part of the run in which a batch may be repeated. Raise it."
+        return self.remark_of_inner(outcomes)
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         return {"repeat_until": self.until, "progress": observation.progress, **super().evidence(observation)}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
 from .recent import MIN_HISTORY, median_and_spread, share_below, without_trend
+from .remarks import forbidden, has_repeated, made, median_loss, parameters, repeated_none, usual_updates
 
 ROUNDING = 1e-9
 """Makes whole numbers of quotients that should be."""
@@ -84,6 +86,51 @@ class ThresholdScheduler(RepeatScheduler):
             level, numbers["their spread"] = median_and_spread(others)
             numbers["above their level"] = own - level
         return {self._kind: self._value} | numbers
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if said := forbidden("abr", self.max_repeats):
+            return said
+        return self._remark_on_nats(outcomes) if self._kind == "nats" else self._remark_on_recent(outcomes)
+
+    def _remark_on_nats(self, outcomes: Sequence[Outcome]) -> str | None:
+        usual = usual_updates(outcomes)
+        if usual is None:
+            return None
+        repeats, threshold, median = usual[0], self._value, f"the median is {median_loss(outcomes):.3g}"
+        if repeats == 1:
+            why = f"it repeats from twice --loss_threshold {threshold:g} on, a loss of {2 * threshold:g}, and {median}"
+        elif repeats == self.max_repeats:
+            why = (
+                f"nearly every loss is {repeats} times --loss_threshold {threshold:g} or more ({median}), and "
+                f"--max_repeats is {repeats}"
+            )
+        else:
+            why = f"nearly every loss is {repeats} to {repeats + 1} times --loss_threshold {threshold:g} ({median})"
+        instead = "--loss_threshold q0.8 repeats the highest fifth of the recent losses instead, at any level."
+        return f"{made('abr', *usual, len(outcomes))}: {why}. {instead}"
+
+    def _remark_on_recent(self, outcomes: Sequence[Outcome]) -> str | None:
+        if has_repeated(outcomes):
+            return None
+        threshold, needed = self.loss_threshold, MIN_HISTORY
+        if self._kind == "quantile":
+            needed = max(needed, math.ceil(self._value / (1 - self._value) - ROUNDING))
+        if needed > self.window:
+            return (
+                f"{repeated_none('abr', outcomes)}: {threshold} asks for the highest of {needed + 1} losses, and it "
+                f"remembers {self.window}. Choose a lower quantile, or {parameters(window=needed)}."
+            )
+        if len(outcomes) <= needed:
+            return (
+                f"{repeated_none('abr', outcomes)}: {threshold} compares a loss with {needed} earlier ones, and the "
+                "run had no more. Train on more batches, or give --loss_threshold in nats."
+            )
+        if self._kind == "quantile":
+            highest = f"{100 * (1 - self._value):.3g}%"
+            why = f"after the first {needed} no loss was among the highest {highest} of the recent ones"
+        else:
+            why = f"after the first {needed} no loss was {self._value:g} robust standard deviations above their median"
+        return f"{repeated_none('abr', outcomes)}: {why}. A lower --loss_threshold repeats more."
 
     def observe(self, outcome: Outcome) -> None:
         if self._kind != "nats" and is_finite(outcome) and not outcome.skipped:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Observation, RepeatScheduler, check_least
+from .base import Observation, Outcome, RepeatScheduler, check_least
+from .remarks import forbidden
 
 
 @dataclass
@@ -43,3 +45,6 @@ class UniformScheduler(RepeatScheduler):
             return draw.randint(1, self.max_repeats)
         extra = self.max_repeats - 1
         return 1 + sum(draw.random() * extra < self.mean_repeats - 1 for _ in range(extra))
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        return forbidden("random", self.max_repeats)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
+from .remarks import forbidden, in_warm_up, made, parameters, usual_updates
 
 
 @dataclass
@@ -96,6 +98,24 @@ class WindowScheduler(RepeatScheduler):
             "scattered above": wide,
             "high above": high,
         }
+
+    def remark(self, outcomes: Sequence[Outcome]) -> str | None:
+        if said := forbidden("window", self.max_repeats) or in_warm_up("window", outcomes, self.window_size):
+            return said
+        usual = usual_updates(outcomes)
+        if usual is None:
+            return None
+        repeats, batches = usual
+        if self.published:
+            advice = "The published constants are in nats and fit few levels: leave `published` out"
+        else:
+            factor, more = (0.5, "Lower") if repeats == 1 else (2, "Higher")
+            limits = parameters(trend=factor * self.trend, volatility=factor * self.volatility)
+            advice = f"{more} limits change that: {limits}"
+        return (
+            f"{made('window', repeats, batches, len(outcomes))}: trend and scatter of the last {self.window_size} "
+            f"losses were nearly always on the same side of its limits. {advice}."
+        )
 
     def observe(self, outcome: Outcome) -> None:
         if is_finite(outcome) and not outcome.skipped:

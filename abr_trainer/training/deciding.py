@@ -17,6 +17,9 @@ AGAIN = "again"
 
 NON_FINITE = "non-finite"
 
+BUDGET = "budget"
+"""Why a batch gets fewer repeats than the rule asked for."""
+
 NO_ROOM = "no room"
 """Why a batch with broken rows is skipped: the budget has no room for the pass without them."""
 
@@ -59,7 +62,7 @@ def _choose(trainer: Any, observation: Observation) -> tuple[int, str]:
         if repeats < 0:
             raise ValueError(f"decide of {rule} must return 0 (skip) or more, got {repeats}.")
         reason = rule.explain(observation)
-    return (int(left), "budget") if repeats > left else (repeats, reason)
+    return (int(left), BUDGET) if repeats > left else (repeats, reason)
 
 
 def look_at_gradient(passes: Passes, decision: Decision) -> Decision:

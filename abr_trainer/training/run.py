@@ -37,6 +37,7 @@ class Run:
         batches_in_epoch: Batches finished in this epoch.
         saved_at: Step of the last checkpoint of this run.
         begun_at: Step that this call of `train` began with: above 0 if it is resumed.
+        remark: What the rule has to say at the end if it did nothing, or always the same; on the main process.
     """
 
     def __init__(self, args: Any, accelerator: Any) -> None:
@@ -53,6 +54,7 @@ class Run:
         self.batches_in_epoch = 0
         self.saved_at: int | None = None
         self.begun_at = 0
+        self.remark: str | None = None
 
     def count(self, outcome: Outcome, seconds: float) -> None:
         """Count a finished batch."""

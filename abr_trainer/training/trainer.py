@@ -36,6 +36,7 @@ from .loss_scale import has_own_loss
 from .passes import Passes
 from .primer import Primer
 from .readiness import mend_generation_config
+from .remarks import remark_on
 from .resume import ResumeMixin
 from .run import Run
 from .support import refuse_hidden_batches, refuse_unsupported
@@ -146,6 +147,11 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         return self.state.global_step > self._run.begun_at
 
     @property
+    def remark(self) -> str | None:
+        """What the rule of the run that has ended says if it did nothing, or always the same; on the main process."""
+        return self._run.remark
+
+    @property
     def _loss_is_of_tokens(self) -> bool:
         """Whether exp of the training loss is a perplexity."""
         return shifts_labels(self) and self.label_smoother is None and not has_own_loss(self)
@@ -245,6 +251,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             num_train_samples = self.state.global_step * self.get_total_train_batch_size(self.args)
             self.state.max_steps = self.state.global_step
         self._run.leave_out_non_finite(self)
+        if self._is_active and self.has_trained and trial is None and self.is_world_process_zero():
+            self._run.remark = remark_on(self.repeat_scheduler, Path(self.args.output_dir))
+            if self.remark is not None:
+                logger.warning(self.remark)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     # ---- One batch ----

@@ -13,10 +13,17 @@ def seen(loss: float, batch: int = 0, progress: float = 0.0, **others: float) ->
 
 def feed(rule: RepeatScheduler, losses: Iterable[float | Sequence[float]], first_batch: int = 0) -> list[int]:
     """Return the decision on each batch: a first-pass loss, or the losses of all passes that may be made."""
-    decisions = []
+    return [outcome.repeats for outcome in played(rule, losses, first_batch)]
+
+
+def played(
+    rule: RepeatScheduler, losses: Iterable[float | Sequence[float]], first_batch: int = 0, **seen_too: float
+) -> list[Outcome]:
+    """Return what became of each batch."""
+    outcomes = []
     for batch, passes in enumerate(losses, start=first_batch):
         passes = [passes] if isinstance(passes, float) else list(passes)
-        observation = seen(passes[0], batch)
+        observation = seen(passes[0], batch, **seen_too)
         decided = rule.decide(observation)
         made = [passes[0]]
         while len(made) < decided:
@@ -25,6 +32,6 @@ def feed(rule: RepeatScheduler, losses: Iterable[float | Sequence[float]], first
             made.append(passes[min(len(made), len(passes) - 1)])
         repeats = min(decided, len(made))
         replayed = tuple((index, 1.0) for index in rule.replay(observation)) if repeats else ()
-        rule.observe(Outcome(observation, repeats, tuple(made), rule.explain(observation), replayed))
-        decisions.append(repeats)
-    return decisions
+        outcomes.append(Outcome(observation, repeats, tuple(made), rule.explain(observation), replayed))
+        rule.observe(outcomes[-1])
+    return outcomes

@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from abr_trainer import ABRConfig
 from abr_trainer.schedulers import Observation, Outcome
 from abr_trainer.schedulers.base import NO_TARGETS
 from abr_trainer.training.run import Run
-from tests.conftest import Scripted
+from tests.conftest import Scripted, token_rows
 
 
 @pytest.fixture
@@ -69,3 +70,30 @@ def test_deleting_a_trainer_frees_its_model(build):
         assert model() is None
     finally:
         gc.enable()
+
+
+def test_a_rule_that_was_always_the_same_says_so_once_at_the_end(train, caplog):
+    """The rows are noise, and their loss stays near log(64) = 4.2 nats: 2 x 1.5 to 3 x 1.5."""
+    trainer = train(
+        config_cls=lambda **config: ABRConfig(**config, repeat_scheduler="abr", loss_threshold=1.5),
+        data=token_rows(24),
+    )
+    (said,) = [record.getMessage() for record in caplog.records if "updates on each of" in record.getMessage()]
+    assert said == trainer.remark
+    assert said.startswith(
+        "abr made 2 updates on each of 12 batches: nearly every loss is 2 to 3 times --loss_threshold"
+    )
+
+
+def test_a_resumed_run_is_judged_whole_and_one_with_nothing_to_say_is_silent(train, caplog):
+    options = {"data": token_rows(24), "save_strategy": "steps", "save_steps": 8, "learning_rate": 0.0}
+    options["config_cls"] = lambda **config: ABRConfig(**config, repeat_scheduler="abr", loss_threshold=1.5)
+    whole = train(**options)
+    caplog.clear()
+    resumed = train(**options, resume_from_checkpoint=str(Path(whole.args.output_dir, "checkpoint-8")))
+    assert "12 batches" in whole.remark
+    assert resumed.remark == whole.remark
+    caplog.clear()
+    assert train(repeat_scheduler=Scripted(1, 2, 1), data=token_rows(24)).remark is None
+    assert train(config_cls=ABRConfig, data=token_rows(24)).remark is None  # the baseline
+    assert not caplog.records
