@@ -108,6 +108,7 @@ def _carry_out(
     ):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)
+            trainer.is_recorded = True
             defaults = describe_defaults(recorded, args, arguments)
             show_header(header(trainer, recorded, [*described, *defaults], checkpoint))
         if checkpoint is not None:

@@ -54,15 +54,15 @@ class ABRPlugin(BasePlugin):
         Raises:
             ValueError: A key of ours has a value that cannot be, or axolotl gives our trainer no model.
         """
-        from ..schedulers.registry import build_row_rule, build_rule
+        from ..schedulers.registry import build_row_rule, build_rule, refuse_unread
 
         if cfg.get("rl"):
             raise ValueError(
                 f"rl: {cfg['rl']} does not go with {type(self).__name__}, because axolotl then gives the trainer of a "
                 "plugin no model. Remove the plugin, or train with ABRMixin and TRL's own trainer in Python."
             )
-        build_rule(self.get_training_args(cfg))
-        build_row_rule(self.get_training_args(cfg))
+        for check in (build_rule, build_row_rule, refuse_unread):
+            check(self.get_training_args(cfg))
 
     def get_input_args(self) -> str:
         return INPUT_ARGS

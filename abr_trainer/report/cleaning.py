@@ -59,7 +59,7 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
     removal = Removal()
     known: set[str] = set()
     for directory in directories:
-        provenance = read_json(directory / PROVENANCE) or {"arguments": {}, "argv": []}
+        provenance = read_json(directory / PROVENANCE) or {"arguments": {}}
         rows = broken_rows(directory)
         named, inputs = {row.source for row in rows if row.source is not None}, _inputs(provenance["arguments"])
         known |= named | inputs
@@ -75,7 +75,7 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
             removal.count_empty_lines.add(True)
             whole, touched = _inside_blocks(of_file)
         else:
-            removal.count_empty_lines |= _count_empty_lines(provenance["argv"]) if of_file else set()
+            removal.count_empty_lines |= _count_empty_lines(provenance.get("argv", ())) if of_file else set()
             whole, touched = {row.first_row for row in of_file if row.first_row is not None}, Counter()
             decoded = {drop.get("text") for drop in read_drops(directory)}
             known_texts = ((row.first_row, row.text) for row in of_file if row.text in decoded)

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..comparison.curves import learning_curve, over_loss, over_passes, over_time
 from ..records.commands import pasted
-from ..records.files import RESULTS, TRAINER_STATE, last_state, read_json, updates_of
+from ..records.files import PROVENANCE, RESULTS, TRAINER_STATE, last_state, read_json, updates_of
+from ..schedulers.recorded import name_of_rule
 from .figure import Commands, Excerpts, Figure, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
 from .rows import RunRow, broken_rows, has_row_rule, rows_judged
@@ -275,7 +276,10 @@ def ledger(trace: list[dict[str, Any]], results: dict[str, Any]) -> Table:
 def how(directory: Path) -> tuple[Any, ...]:
     provenance = read_provenance(directory)
     if provenance is None:
-        return ("The trainer was used from Python: the directory does not tell how.",)
+        return (f"{PROVENANCE} is missing: the directory does not tell how.",)
+    if "argv" not in provenance:
+        said = f"A Python program started the run. Its rule: `{name_of_rule(provenance)}`."
+        return (said, machine_table([provenance]))
     commands = [provenance["argv"], *provenance.get("resumed", [])]
     return (
         Commands("The command", tuple(map(pasted, commands))),

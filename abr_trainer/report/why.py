@@ -12,9 +12,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
-from ..schedulers import Observation, Outcome, RepeatScheduler, build_rule
+from ..schedulers import Observation, Outcome, RepeatScheduler
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
-from ..schedulers.registry import build_row_rule
+from ..schedulers.recorded import row_rule_of_run, rule_of_run
 from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
 
 WITHOUT_THE_RULE = {
@@ -42,7 +42,7 @@ def read_trace(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_provenance(directory: Path) -> dict[str, Any] | None:
-    """Return what `run.json` says of a run; None where a trainer was used from Python."""
+    """Return what `run.json` says of a run; None if an earlier version was used from Python."""
     provenance: dict[str, Any] | None = read_json(directory / PROVENANCE)
     return provenance
 
@@ -53,7 +53,7 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     The rule is built from `run.json`, and shown every batch before this one.
 
     Raises:
-        ValueError: There is no such batch, or the rule cannot be built any more.
+        ValueError: There is no such batch.
     """
     trace = read_trace(directory)
     batch = next((batch for batch in trace if batch["step"] == step), None)
@@ -71,12 +71,17 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     elif provenance is None:
         lines.append(f"{'':<24} {PROVENANCE} is missing: the parameters of the rule are unknown")
     else:
-        lines += explain_rule(build_rule(provenance["arguments"]), trace, batch)
+        try:
+            lines += explain_rule(rule_of_run(provenance), trace, batch)
+        except ValueError as error:
+            lines.append(f"{'the rule':<24} {error}")
     if again := batch.get("replayed"):
         named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
         lines.append(f"{'trained on after it':<24} batch {named}, once more")
     if "rows" in batch and has_row_rule(directory):
-        row_rule = None if provenance is None else build_row_rule(provenance["arguments"])
+        row_rule = None
+        with contextlib.suppress(ValueError):  # it cannot be made again: what it dropped is known all the same
+            row_rule = None if provenance is None else row_rule_of_run(provenance)
         lines += explain_rows(row_rule, batch, read_drops(directory), read_judged_rows(directory))
     texts = read_skipped(directory).get(step, [])
     return [*lines, *(f"{'text' if i == 0 else '':<24} {text}" for i, text in enumerate(texts))]

@@ -95,7 +95,7 @@ def get_repeat_scheduler(name: str, **kwargs: Any) -> RepeatScheduler:
 def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
     """Return the class that goes by a registered name or by `package.module:ClassName`."""
     if ":" in name:
-        found: type[RepeatScheduler] = _import_class(name, RepeatScheduler)
+        found: type[RepeatScheduler] = import_class(name, RepeatScheduler)
         return found
     return find_named("repeat scheduler", name, SCHEDULERS)
 
@@ -172,7 +172,7 @@ def build_row_rule(settings: Mapping[str, Any]) -> RowRule | None:
 
 
 def _find_row_rule(name: str) -> type[RowRule]:
-    found: type[RowRule] = _import_class(name, RowRule) if ":" in name else find_named("row rule", name, ROW_RULES)
+    found: type[RowRule] = import_class(name, RowRule) if ":" in name else find_named("row rule", name, ROW_RULES)
     return found
 
 
@@ -180,7 +180,7 @@ def _row_rule_reads(name: str, flag: str) -> bool:
     return name != "none" and flag.removeprefix("row_") in inspect.signature(_find_row_rule(name)).parameters
 
 
-def _import_class(path: str, base: type[Any]) -> Any:
+def import_class(path: str, base: type[Any]) -> Any:
     what = "row rule" if base is RowRule else "repeat scheduler"
     module_name, _, class_name = path.partition(":")
     if os.getcwd() not in sys.path:

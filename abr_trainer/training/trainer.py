@@ -36,6 +36,7 @@ from .loss_scale import has_own_loss
 from .passes import Passes
 from .primer import Primer
 from .readiness import mend_generation_config
+from .recording import record_run
 from .remarks import remark_on
 from .resume import ResumeMixin
 from .run import Run
@@ -63,6 +64,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         row_rule: Its rule for rows; None if no rows are dropped.
         tells_if_worse: Whether it warns where the best checkpoint is worse than the model was before training. The
             commands say that in their summary.
+        is_recorded: Whether `run.json` is written by whoever trains. Else `train` writes it.
 
     Args:
         repeat_scheduler: Decides instead of the one that `ABRConfig` describes, outlier skipping included: to skip
@@ -99,6 +101,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         super().__init__(*args, **kwargs)
         refuse_fields_beside(self.args, repeat_scheduler, row_rule)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None or row_rule is not None
+        self.is_recorded = False
         self._given_scheduler = repeat_scheduler
         self._initial_scheduler_state = (
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
@@ -187,6 +190,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if not self._is_active:
             return position
         self._trace.directory, self._trace.has_rows = Path(self._get_output_dir(trial)), self.row_rule is not None
+        if self.is_world_process_zero() and not self.is_recorded:
+            record_run(self, self._trace.directory, is_resumed=checkpoint is not None)
         self._rows_without_targets.warn_at_start(self)
         if self._run.budget.passes is not None:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.

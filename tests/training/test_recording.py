@@ -1,0 +1,108 @@
+"""What a run that a Python program has started leaves for `abr why`, `abr report` and `abr rows`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from abr_trainer import ABRConfig
+from abr_trainer.cli import report as report_verb
+from abr_trainer.cli import rows as rows_verb
+from abr_trainer.cli import why as why_verb
+from abr_trainer.records.files import read_lines
+from abr_trainer.schedulers import RobustOutlierSkip, RobustRows, ThresholdScheduler
+from tests.conftest import Scripted, token_rows
+
+
+def provenance_in(directory):
+    return json.loads(Path(directory, "run.json").read_text())
+
+
+def abr(**fields):
+    return lambda **config: ABRConfig(**config, **{"repeat_scheduler": "abr", "loss_threshold": 1.5, **fields})
+
+
+def why(directory, step):
+    return "\n".join(why_verb.main([str(directory), str(step)]))
+
+
+def test_a_python_run_says_what_made_it(train):
+    trainer = train(config_cls=abr(skip_outliers="classic"))
+    written = provenance_in(trainer.args.output_dir)
+    assert "argv" not in written
+    arguments = written["arguments"]
+    assert [arguments[name] for name in ("repeat_scheduler", "loss_threshold", "skip_outliers", "seed")] == [
+        *("abr", 1.5, "classic", 42)
+    ]
+    assert {"abr_trainer", "torch", "transformers"} <= written["versions"].keys()
+    assert written["machine"]["device"] == "cpu"
+    assert "ClassicOutlierSkip(inner=ThresholdScheduler(loss_threshold=1.5" in why(trainer.args.output_dir, 3)
+
+
+def test_why_report_and_rows_work_on_a_python_run(train, capsys):
+    rows = token_rows(48)
+    trainer = train(config_cls=abr(loss_threshold="q0.8", skip_rows="robust"), data=rows, learning_rate=1e-3)
+    run = trainer.args.output_dir
+    trace = list(read_lines(Path(run, "abr_trace.jsonl")))
+    for batch in trace:
+        assert "has changed since" not in why(run, batch["step"])
+    assert "losses remembered" in why(run, 20)
+    report_verb.main([run])
+    page = Path(run, "_report", "report.md").read_text()
+    assert "A Python program started the run. Its rule: `RobustOutlierSkip(inner=ThresholdScheduler(" in page
+    assert "transformers" in page
+    rows_verb.main([run])
+    assert "48 rows judged in 24 batches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config_cls", [TrainingArguments, ABRConfig])
+def test_a_rule_that_the_trainer_was_given_is_recorded_whatever_its_arguments(train, config_cls):
+    rule = RobustOutlierSkip(ThresholdScheduler(1.5, max_repeats=3), sigmas=6.0)
+    run = train(config_cls=config_cls, repeat_scheduler=rule).args.output_dir
+    assert provenance_in(run)["instances"]["repeat_scheduler"]["name"] == repr(rule)
+    text = why(run, 4)
+    assert repr(rule) in text
+    assert "has changed since" not in text
+
+
+def test_without_a_rule_for_batches_none_is_made_up(train):
+    """A trainer of plain arguments that drops rows skips no outliers, though that is the default of `ABRConfig`."""
+    trainer = train(config_cls=TrainingArguments, trainer_options={"row_rule": RobustRows(sigmas=3.5)})
+    assert "ConstantScheduler(repeats=1)" in why(trainer.args.output_dir, 2)
+    assert set(provenance_in(trainer.args.output_dir)["instances"]) == {"repeat_scheduler", "row_rule"}
+
+
+def test_of_a_rule_that_cannot_be_made_again_why_says_what_the_trace_knows(train):
+    run = train(repeat_scheduler=Scripted(1, 3)).args.output_dir
+    text = why(run, 2)
+    assert "was trained on 3 times" in text
+    assert "Scripted() of tests.conftest:Scripted cannot be made again: its class is no dataclass" in text
+    report_verb.main([run])
+    assert "Its rule: `Scripted()`" in Path(run, "_report", "report.md").read_text()
+
+
+def test_a_passive_trainer_writes_nothing(train, tmp_path):
+    train(config_cls=TrainingArguments, output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_a_resumed_run_keeps_its_record_and_a_new_one_replaces_it(train):
+    options = {"config_cls": abr(), "save_strategy": "steps", "save_steps": 3}
+    run = Path(train(**options).args.output_dir)
+    begun = {**provenance_in(run), "argv": ["abr", "train", "--do_train"]}
+    (run / "run.json").write_text(json.dumps(begun))
+    train(**options, resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert provenance_in(run) == begun
+    train(config_cls=abr(loss_threshold=2.5))
+    assert provenance_in(run)["arguments"]["loss_threshold"] == 2.5
+    assert "argv" not in provenance_in(run), "or the command of another run would stand for this one"
+
+
+def test_no_token_is_recorded(train):
+    trainer = train(config_cls=TrainingArguments, repeat_scheduler=ThresholdScheduler(), hub_token="hf_secret_of_mine")
+    assert "hf_secret" not in Path(trainer.args.output_dir, "run.json").read_text()
+    assert provenance_in(trainer.args.output_dir)["arguments"]["use_cpu"] is True
