@@ -135,6 +135,8 @@ def _carry_out(
         metrics = dict(test())
         trainer.save_metrics("test", metrics)
         results |= metrics
+    if args.do_train:
+        trainer.write_card()
     return results
 
 

@@ -43,7 +43,7 @@ def write_card(
     Args:
         run: Where `run.json` is.
         folder: What is to be pushed, with summary and results.
-        repository: On the Hub.
+        repository: On the Hub, or the path of a directory.
         revision: The branch that is pushed to, None for main.
         base: Id of the base model on the Hub, None where it has none.
         rows: What the embeddings of the base have to grow to before the adapter fits.
@@ -53,7 +53,7 @@ def write_card(
     provenance = read_json(run / PROVENANCE) or {}
     provenance["arguments"] = arguments = with_local_paths(provenance.get("arguments", {}), run)
     adapter = read_json(folder / "adapter_config.json")
-    name = repository.rpartition("/")[2]
+    name = PurePath(repository).name or run.absolute().name
     auto_class, task = auto_class_of(summary.get("model", "LlamaForCausalLM"))
     measured = list(perplexities(summary, results))
     given = summary.get("card", {})
@@ -81,7 +81,15 @@ def write_card(
         f"# {name}\n\n{what} {known_base}, trained with adaptive batch repetition.",
         "## How to load it\n\n```python\n"
         + "\n".join(
-            loading_lines(auto_class, repository, revision, base, rows, adapter is not None, labels_of(arguments, run))
+            loading_lines(
+                auto_class,
+                repository,
+                revision,
+                base or (adapter or {}).get("base_model_name_or_path"),
+                rows,
+                adapter is not None,
+                labels_of(arguments, run),
+            )
         )
         + "\n```",
         *sections(measured, summary, results, provenance, adapter, folder),

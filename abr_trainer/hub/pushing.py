@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -23,15 +23,18 @@ from ..records.provenance import versions_of_packages
 from .card import names_given_to
 from .local_names import remember_local_names
 from .repository import (
+    CARD,
     LAST_CHECKPOINT,
     STAGE_PREFIX,
     PushError,
     Target,
     base_on_the_hub,
+    holds_model,
     open_repository,
     push,
     stage,
     warn_of_a_base_that_is_here_only,
+    write_local_card,
 )
 
 logger = logging.get_logger(__name__)
@@ -88,6 +91,8 @@ class HubMixin(_AnyTrainer):
 
     hub_model_id: Any
     _pushes: Pushes
+    _told: Mapping[str, Any] = {}
+    """What `push_to_hub` or `create_model_card` was told for the card."""
 
     @property
     def _pushes_itself(self) -> bool:
@@ -211,15 +216,65 @@ class HubMixin(_AnyTrainer):
             self.hub_model_id or args.hub_model_id or run.absolute().name,
             revision or args.hub_revision,
             args.hub_private_repo if private is None else private,
-            base_on_the_hub(finetuned_from or self._name_of_base(), getattr(args, "hub_base_model", None)),
+            base_on_the_hub(finetuned_from or self._name_of_base(), self._hub_base_model),
         )
         run.mkdir(parents=True, exist_ok=True)
         target.remember(run)
         return target
 
+    @property
+    def _hub_base_model(self) -> str | None:
+        return getattr(self.args, "hub_base_model", None)
+
     def _name_of_base(self) -> str | None:
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         return getattr(config, "_name_or_path", None) or None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        run = Path(self.args.output_dir)
+        is_of_run = output_dir is None or Path(output_dir).absolute() == run.absolute()
+        if not (is_of_run and self._pushes_itself):
+            super()._save(output_dir, state_dict)
+            return
+        before = (run / CARD).read_bytes() if (run / CARD).is_file() else None
+        super()._save(output_dir, state_dict)
+        self.write_card(before)
+
+    def create_model_card(self, *args: Any, **card: Any) -> None:
+        """Write our card, which says what the run has spent, where Trainer, or TRL at each checkpoint, writes its own.
+
+        Args:
+            args: As those of the trainer; not needed.
+            card: As for `push_to_hub`.
+        """
+        if not self._pushes_itself:
+            super().create_model_card(*args, **card)
+            return
+        self._told = {**self._told, **card}
+        if not self.is_in_train:  # TRL asks for a card with each checkpoint, beside which there is no model yet
+            self.write_card()
+
+    def write_card(self, before: bytes | None = None) -> None:
+        """Write `README.md` of the output directory, if a model that this trainer has trained is there.
+
+        Args:
+            before: What stood there before the model was saved. Default: what stands there now.
+        """
+        run = Path(self.args.output_dir)
+        if not (self.is_world_process_zero() and holds_model(run) and self.ledger.batches):
+            return
+        if before is None and (run / CARD).is_file():
+            before = (run / CARD).read_bytes()
+        self.write_summary()
+        base = base_on_the_hub(self._told.get("finetuned_from") or self._name_of_base(), self._hub_base_model)
+        name = self.hub_model_id if self.args.push_to_hub else None
+        target = Target(name or run.as_posix(), base=base)
+        try:
+            write_local_card(run, target, None if before is None else before.decode())
+        except (ValueError, OSError) as error:  # the model is saved: a card must never end a run
+            if before is not None:
+                write_whole(run / CARD, before)
+            logger.warning(f"{run / CARD} is left as it was: {one_line(error)}")
 
     def write_summary(self, **card: Any) -> None:
         """Write `abr_summary.json`: what rule, what it cost and reached; and what a later push puts into its card.
@@ -229,6 +284,7 @@ class HubMixin(_AnyTrainer):
         """
         if not self.is_world_process_zero():
             return
+        self._told = card = {**self._told, **card}
         run = Path(self.args.output_dir)
         remember_local_names(run, [self._name_of_base(), *names_given_to(run)])
         summary = {

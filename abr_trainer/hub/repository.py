@@ -151,7 +151,7 @@ def stage(run: Path, target: Target, checkpoint: Path | None = None, kept_as: st
     """
     source = checkpoint or run
     weights = (ADAPTER, ADAPTER_CONFIG) if (source / ADAPTER).exists() else WHOLE_MODEL
-    if not any((source / name).exists() for name in (ADAPTER, "model.safetensors", "model.safetensors.index.json")):
+    if not holds_model(source):
         raise ValueError(f"{source} holds no trained model: no {ADAPTER}, no model.safetensors.")
     folder = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=run))
     try:
@@ -259,7 +259,7 @@ def _rows_of_base(name: str | None, run: Path) -> int | None:
 def _grown_rows(folder: Path) -> int | None:
     """Return how many embeddings the base must have for an adapter whose table has grown."""
     config = read_json(folder / ADAPTER_CONFIG)
-    if config is None:
+    if config is None or not (folder / ADAPTER).exists():
         return None
     with safe_open(folder / ADAPTER, "pt") as file:
         grown = [name for name in filter(TABLE.search, file.keys()) if not _is_trained(name, config)]
@@ -394,6 +394,27 @@ def push(
         raise PushError(one_line(error), may_pass=False) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def holds_model(folder: Path) -> bool:
+    """Tell whether a folder holds trained weights."""
+    return any((folder / name).exists() for name in (ADAPTER, "model.safetensors", "model.safetensors.index.json"))
+
+
+def write_local_card(run: Path, target: Target, own: str | None) -> None:
+    """Write the card of a run into its directory. A push writes it anew, with where it was pushed to.
+
+    Args:
+        target: Its repository is what the model is loaded by.
+        own: The card that stood there before the model was saved: PEFT writes into it. What people wrote stays.
+
+    Raises:
+        ValueError: The metadata of their card cannot be read.
+    """
+    if own is not None and (problem := read_card(own).problem):
+        raise ValueError(f"its metadata are no valid YAML: {problem}")
+    card = write_card(run, run, target.repository, target.revision, target.base, _grown_rows(run))
+    write_whole(run / CARD, merged_card(card, None, own, []))
 
 
 def _warn_of_files_of_others(repository: str, others: set[str], files: Sequence[str]) -> None:

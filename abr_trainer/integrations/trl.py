@@ -60,11 +60,6 @@ class ABRSFTTrainer(ABRMixin, SFTTrainer):
     def _loss_is_of_tokens(self) -> bool:
         return self.label_smoother is None and self.compute_loss_func is None and self.args.loss_type == "nll"
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's card only where nothing else is: a push writes ours, which says what the run has spent."""
-        if not self._is_active:
-            super().create_model_card(*args, **kwargs)
-
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:

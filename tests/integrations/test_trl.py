@@ -106,6 +106,15 @@ def test_one_repeat_is_ordinary_fine_tuning(fine_tune, packing):
         assert stock.items() <= mine.items()
 
 
+def test_a_run_over_trl_leaves_its_record_and_our_card(fine_tune):
+    trainer = fine_tune(repeat_scheduler="abr", config_cls=of_abr, save_strategy="steps", save_steps=2)
+    run = Path(trainer.args.output_dir)
+    assert not (run / "README.md").exists(), "TRL would write its own with each checkpoint"
+    assert "ThresholdScheduler(loss_threshold=1.0" in "\n".join(explain_batch(run, 2))
+    trainer.save_model()
+    assert "trained with adaptive batch repetition" in (run / "README.md").read_text()
+
+
 class DropsRows(RowRule):
     """Drop each third row of a batch from the second on."""
 
