@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ from abr_trainer.data.identity import name_sources, with_rows
 from abr_trainer.integrations.trl import ABRSFTConfig, ABRSFTTrainer
 from abr_trainer.perplexity.windows import causal_nll
 from abr_trainer.records.files import read_lines
-from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RowRule
+from abr_trainer.report.why import explain_batch
+from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RowRule, ThresholdScheduler
 from abr_trainer.training.identity import source_of, taken_out
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
@@ -107,7 +109,7 @@ def test_one_repeat_is_ordinary_fine_tuning(fine_tune, packing):
 
 
 def test_a_run_over_trl_leaves_its_record_and_our_card(fine_tune):
-    trainer = fine_tune(repeat_scheduler="abr", config_cls=of_abr, save_strategy="steps", save_steps=2)
+    trainer = fine_tune(repeat_scheduler=ThresholdScheduler(), save_strategy="steps", save_steps=2)
     run = Path(trainer.args.output_dir)
     assert not (run / "README.md").exists(), "TRL would write its own with each checkpoint"
     assert "ThresholdScheduler(loss_threshold=1.0" in "\n".join(explain_batch(run, 2))
