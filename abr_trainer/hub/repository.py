@@ -284,7 +284,7 @@ def draw_run(run: Path, folder: Path) -> None:
         return
     try:
         curve = evaluations(run, trace, read_json(run / RESULTS) or {})
-        blocks = (*(perplexity(curve, {}) if len(curve) > 1 else ()), *batches(trace)[:1])
+        blocks = (*(perplexity(curve) if len(curve) > 1 else ()), *batches(trace)[:1])
         pictures = save_pictures(Report("", (), (Section("", blocks),)), folder)
     except Exception as error:  # whatever is odd about a trace: what was trained goes up without pictures
         logger.warning(f"The run is pushed without pictures: {one_line(error)}")

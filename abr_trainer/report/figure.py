@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Kind = Literal["good", "bad", "neutral", "warning"]
+
 Number = float | None
 """A value that may be missing: None is left out of a picture and shown as a dash in a table."""
 
@@ -61,6 +63,16 @@ class Figure:
     range_label: str = "band"
     inner_label: str = "inner interval"
 
+    @property
+    def x_title(self) -> str:
+        """What stands at the abscissa: the label, and whether the scale is logarithmic."""
+        return f"{self.x_label} (log scale)" if self.x_log else self.x_label
+
+    @property
+    def y_title(self) -> str:
+        """The same, of the ordinate."""
+        return f"{self.y_label} (log scale)" if self.y_log else self.y_label
+
 
 @dataclass(frozen=True)
 class Table:
@@ -81,10 +93,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Excerpts:
-    """Texts from data, each in full under what is to be said of it.
+    """Texts from data, each under what is to be said of it.
 
     Attributes:
-        items: `(what is said, text)`.
+        items: `(what is said, text)`; the text may be empty.
         open: How many are shown at once; the others are folded.
     """
 
@@ -106,10 +118,41 @@ class Notice:
 
     Attributes:
         kind: "good", "bad", "neutral", or "warning". Never told by colour alone: the text says it too.
+        badge: The verdict in a word or two, shown before the sentence.
+        detail: The numbers behind the sentence, shown below it.
     """
 
-    kind: Literal["good", "bad", "neutral", "warning"]
+    kind: Kind
     text: str
+    badge: str = ""
+    detail: str = ""
+
+    @property
+    def plain(self) -> str:
+        """All of it in one line, for a terminal."""
+        return " ".join(filter(None, (f"{self.badge}:" if self.badge else "", self.text, self.detail)))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The few numbers to know first: `(what, value)`."""
+
+    items: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that are shown on demand.
+
+    Attributes:
+        summary: What they are, in a few words.
+    """
+
+    summary: str
+    blocks: tuple[str | Table | Commands, ...]
+
+
+Block = str | Figure | Table | Excerpts | Commands | Notice | Facts | Fold
 
 
 @dataclass(frozen=True)
@@ -117,7 +160,7 @@ class Section:
     """A part of a report under a heading."""
 
     heading: str
-    blocks: tuple[str | Figure | Table | Excerpts | Commands | Notice, ...]
+    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +173,7 @@ class Report:
     """
 
     title: str
-    lead: tuple[str | Notice, ...]
+    lead: tuple[str | Notice | Facts, ...]
     sections: tuple[Section, ...]
     names: tuple[str, ...] = ()
 

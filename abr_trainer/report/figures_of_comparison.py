@@ -30,7 +30,7 @@ def final_figure(arms: list[dict[str, Any]], metric: str, varied: str) -> Figure
         "final",
         f"{sentence_case(words_for(metric))} at the end",
         f"Mean over seeds with its 95 % t interval, and each seed. {better_side(metric)} is better. The scatter "
-        f"between seeds is shared by all {varied}s: the next figure takes it out.",
+        f"between seeds is shared by all {varied}s: the next figure removes it.",
         "intervals",
         words_for(metric),
         varied,
@@ -69,7 +69,7 @@ def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str, v
         "difference",
         f"Difference in {words_for(metric)} to {quoted(reference)}",
         "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). "
-        f"{better_side(metric)} of 0 is better than {quoted(reference)}; an interval across 0 is no evidence.",
+        f"{better_side(metric)} of 0 is better than {quoted(reference)}; an interval that includes 0 cannot tell.",
         "intervals",
         f"{words_for(metric)} minus that of {quoted(reference)}",
         varied,
@@ -151,8 +151,8 @@ def curves(arms: list[dict[str, Any]]) -> Figure:
     return Figure(
         "curves",
         "Validation perplexity against compute",
-        "Mean over seeds and one standard deviation around it. At the same place on the abscissa, runs have spent the "
-        "same.",
+        "Mean over seeds and one standard deviation around it. Points above the "
+        "same number of passes have spent the same.",
         "lines",
         "passes spent",
         words_for("eval_perplexity"),
@@ -181,20 +181,20 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     figures: list[Any] = [
         Figure(
             "repeats_over_loss",
-            "Repeats against first-pass loss",
+            "Updates against first-pass loss",
             "Mean updates on batches of about this loss. A skip counts as 0.",
             "lines",
             "first-pass loss, nats per token",
-            "updates on a batch",
+            "updates/batch",
             lines(arms, "over_loss", "loss", "mean"),
         ),
         Figure(
             "repeats_over_time",
-            "Repeats in the course of training",
+            "Updates in the course of training",
             "Mean updates on a batch, by the passes spent until then.",
             "lines",
             "passes spent",
-            "updates on a batch",
+            "updates/batch",
             lines(arms, "over_time", "passes", "repeats"),
         ),
     ]
@@ -210,7 +210,7 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
             "loss_over_passes",
             "Loss after each pass of repeated batches",
             "Change of the loss of a batch from its first pass to each further one: mean and quartiles, over the "
-            "batches that had so many passes. It tells what was learnt of this batch, not of others.",
+            "batches that had so many passes. It shows what was learnt of this batch, not of others.",
             "lines",
             "pass over the batch",
             "loss minus first-pass loss, nats",

@@ -39,9 +39,14 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (8, 3), (2, 3), (9, 3, 2, 3), (16, 
 
 
 def looks(report: Report) -> dict[str, Look]:
-    """Give every name of a report its look: those in `report.names` first, then the others as they come."""
-    drawn = (series.name for figure in report.figures for series in figure.series)
-    return {name: _look(index) for index, name in enumerate(dict.fromkeys((*report.names, *drawn)))}
+    """Give every name of a report its look: those in `report.names` first, then the others as they come.
+
+    What is always drawn alone needs no look of its own.
+    """
+    together = (series.name for figure in report.figures if len(figure.series) > 1 for series in figure.series)
+    look_of = {name: _look(index) for index, name in enumerate(dict.fromkeys((*report.names, *together)))}
+    alone = (series.name for figure in report.figures for series in figure.series)
+    return look_of | {name: _look(0) for name in alone if name not in look_of}
 
 
 def _look(index: int) -> Look:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable
+from html import escape
 from itertools import starmap
 
-from .figure import Commands, Excerpts, Figure, Notice, Report, Table
+from .figure import Block, Commands, Excerpts, Facts, Figure, Fold, Notice, Report, Table
 from .text import numeric_columns, spans
-
-Block = str | Figure | Table | Excerpts | Commands | Notice
 
 WIDTH = 100
 """Of texts from data, which a page on GitHub does not wrap."""
@@ -35,7 +34,9 @@ def _block(block: Block, pictures: str) -> str:
         case str():
             return _paragraph(block)
         case Notice():
-            return f"> {SIGNS[block.kind]} {_bold(_escaped(block.text))}"
+            return _notice(block)
+        case Facts():
+            return "\n".join(f"- {_escaped(what)}: {_bold(_escaped(value))}" for what, value in block.items)
         case Figure():
             picture = f"![{_escaped(block.description)}]({pictures}/{block.name}.png)"
             return f"{_bold(_escaped(block.title))}\n\n{picture}"
@@ -45,6 +46,21 @@ def _block(block: Block, pictures: str) -> str:
             return _commands(block)
         case Table():
             return _table(block)
+        case Fold():
+            return _folded(block.summary, [_block(each, pictures) for each in block.blocks])
+
+
+def _notice(notice: Notice) -> str:
+    sign = SIGNS[notice.kind]
+    if not notice.badge:
+        return f"> {sign} {_bold(_escaped(notice.text))}"
+    said = f"> {sign} {_bold(_escaped(notice.badge.capitalize()))}: {_escaped(notice.text)}"
+    return f"{said}\n> {_escaped(notice.detail)}" if notice.detail else said
+
+
+def _folded(summary: str, parts: Iterable[str]) -> str:
+    # HTML, which neither GitHub nor Sphinx reads Markdown in: a summary is our own text, in plain words.
+    return "\n\n".join((f"<details>\n<summary>{escape(summary)}</summary>", *parts, "</details>"))
 
 
 def _table(table: Table) -> str:
@@ -62,10 +78,13 @@ def _row(cells: Iterable[str], bold: bool = False) -> str:
 
 
 def _excerpts(excerpts: Excerpts) -> str:
-    parts = [f"{_paragraph(said)}\n\n{_fenced(textwrap.wrap(text, WIDTH))}" for said, text in excerpts.items]
+    parts = [
+        f"{_paragraph(said)}\n\n{_fenced(textwrap.wrap(text, WIDTH))}" if text else _paragraph(said)
+        for said, text in excerpts.items
+    ]
     shown, folded = parts[: excerpts.open], parts[excerpts.open :]
     if folded:
-        shown += [f"<details>\n<summary>{len(folded)} more</summary>", *folded, "</details>"]
+        shown.append(_folded(f"{len(folded):,} more", folded))
     return "\n\n".join(shown)
 
 

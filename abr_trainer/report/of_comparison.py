@@ -10,10 +10,12 @@ from typing import Any
 from ..comparison.arms import quoted
 from ..comparison.scores import metrics_in, score_of, sentence_case, words_for
 from ..records.commands import pasted
-from .figure import Commands, Figure, Notice, Report, Section, Series, Table
+from .figure import Commands, Figure, Fold, Notice, Report, Section, Series, Table
 from .figures_of_comparison import behaviour, difference_figure, final_figure, on_the_way
-from .text import DASH, number
+from .text import DASH, amount, decimals, fixed, number
 from .verdicts import (
+    badge_of,
+    caution,
     circumstances,
     describe_protocol,
     difference,
@@ -27,6 +29,9 @@ from .verdicts import (
 MOST_LETTERS = 80
 """Of a name in a figure."""
 
+MOST_IN_TITLE = 40
+"""Letters of all names in the title together; else it says how many they are."""
+
 TITLES = {
     "scheduler": "Does it pay? {others} against {reference}",
     "prompt": "Does the prompt matter? {others} against {reference}",
@@ -35,12 +40,12 @@ TITLES = {
 UNITS = "Differences are in units of the score: +0.01 of an accuracy is one row in a hundred more."
 
 COST_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "passes": ("passes", lambda value: f"{value:,.1f}"),
-    "flops": ("FLOPs", lambda value: f"{value:.3g}"),
-    "updates": ("updates", lambda value: f"{value:,.1f}"),
-    "batches": ("batches", lambda value: f"{value:,.1f}"),
-    "skips": ("skips", lambda value: f"{value:,.1f}"),
-    "repeats": ("updates a batch", lambda value: f"{value:.2f}"),
+    "passes": ("passes", amount),
+    "flops": ("FLOPs", lambda value: number(value, 3)),
+    "updates": ("updates", amount),
+    "batches": ("batches", amount),
+    "skips": ("skips", amount),
+    "repeats": ("updates/batch", lambda value: f"{value:.2f}"),
     "tokens": ("tokens", lambda value: f"{value:,.0f}"),
     "seconds": ("seconds", lambda value: f"{value:,.1f}"),
 }
@@ -52,22 +57,24 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
     arms = [arm for arm in data["arms"] if arm["seeds"]]
     names = tuple(arm["name"] for arm in data["arms"])
     warnings = [Notice("warning", text) for text in shortcomings(data)]
+    about = (describe_protocol(data), *circumstances(data, arms), *caution(data, arms))
     sections = [
-        Section("What was reached", reached(data, arms)),
-        Section("On the way", on_the_way(data, arms)),
+        Section("Results", reached(data, arms)),
+        Section("Over the course of training", on_the_way(data, arms)),
         Section("What the schedulers did", behaviour(arms))
         if varied == "scheduler"
-        else Section("What the prompts say", (prompt_table(arms, data["runs"]),)),
-        Section("What it cost", (cost_table(arms, data["jobs"], varied),)),
-        *([Section("What was tuned", tuned(data, arms))] if any(arm["tuning"] for arm in arms) else []),
-        Section("How it was done", method(data, arms)),
+        else Section("The prompts", (prompt_table(arms, data["runs"]),)),
+        Section("Costs", (cost_table(arms, data["jobs"], varied),)),
+        *([Section("Tuning", tuned(data, arms))] if any(arm["tuning"] for arm in arms) else []),
+        Section("How to repeat it", method(data, arms)),
     ]
     others = [quoted(name) for name in names if name != data["reference"]]
-    who = ", ".join(others) if len(others) < 4 else f"{len(others)} {varied}s"
+    who = ", ".join(others)
+    who = f"{len(others)} {varied}s" if len(others) > 1 and len(who) > MOST_IN_TITLE else who
     return shortened(
         Report(
             TITLES[varied].format(others=who, reference=quoted(data["reference"])),
-            (describe_protocol(data), *circumstances(data, arms), *warnings, *verdicts(data, arms)),
+            (*verdicts(data, arms), *warnings, *about),
             tuple(sections),
             names,
         )
@@ -97,52 +104,88 @@ def reached(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]
         result_table(data, arms),
         final_figure(arms, metric, varied),
         difference_figure(arms, metric, reference, varied),
+        Fold("More numbers: all scores, and how sure the differences are", more_numbers(data, arms)),
     )
 
 
 def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
-    metric, reference, varied = data["metric"], data["reference"], what_varies(data)
+    """Tabulate the score that runs are judged by."""
+    metric, reference, varied = data["metric"], quoted(data["reference"]), what_varies(data)
     score = score_of(metric)
-    metrics = metrics_in((name for arm in arms for name in arm), varied)
-    scores = " and ".join(dict.fromkeys(score_of(name).words for name in metrics))
+    places = decimals_of(arms, metric)
+    differences = [arm[metric]["difference"].get("mean") for arm in arms if metric in arm]
+    finer = max(places + 1, min(places + 3, decimals(differences, 2)))
     rows = []
     for arm in arms:
         entry = arm.get(metric, {})
         found = entry.get("difference", {"seeds": 0})
-        cells = [arm["name"], *(mean_and_deviation(arm[name]) if name in arm else DASH for name in metrics)]
-        if arm["name"] == reference or found["seeds"] == 0:
-            cells += [DASH, "reference" if arm["name"] == reference else entry.get("verdict", DASH), *[DASH] * 4]
+        cells = [arm["name"], mean_and_deviation(entry, places) if entry else DASH]
+        if arm["name"] == data["reference"] or found["seeds"] == 0:
+            is_reference = arm["name"] == data["reference"]
+            cells += [DASH, DASH, DASH, "reference" if is_reference else badge_of(entry.get("verdict", DASH))]
         else:
-            cells += [
-                difference(found, score),
-                entry["verdict"],
-                *(interval(found, kind) for kind in ("t", "bootstrap")),
-                f"{found['wins']} of {found['seeds']}",
-                number(found.get("detectable"), 2),
-            ]
-        spent = number(arm["cost"]["repeats"], 3) if varied == "scheduler" else f"{arm['cost']['tokens']:,.0f}"
-        rows.append((*cells, spent, f"{arm['cost']['flops']:.3g}"))
+            cells += [difference(found, score, finer), interval(found, "t", finer)]
+            cells += [f"{found['wins']} of {found['seeds']}", badge_of(entry["verdict"])]
+        rows.append(tuple(cells))
     return Table(
-        f"{sentence_case(scores)}, mean ± standard deviation over seeds; difference in {words_for(metric)} to "
-        f"{quoted(reference)}",
+        f"{sentence_case(words_for(metric))}: mean ± standard deviation over seeds",
         (
-            *(varied, *map(words_for, metrics), "difference", "verdict"),
-            *("95 % interval (t)", "95 % interval (bootstrap)", "wins", "detectable"),
-            *("repeats" if varied == "scheduler" else "tokens", "FLOPs"),
+            varied,
+            words_for(metric),
+            f"difference to {reference}",
+            "95 % interval",
+            f"seeds {score.direction}",
+            "verdict",
         ),
         tuple(rows),
         (
-            "The verdict rests on the t interval over paired seeds; the bootstrap of few seeds is too narrow. "
-            "Detectable is the difference that this many seeds, scattering as they do, would have shown in four cases "
-            "of five.",
+            "The verdict rests on the 95 % t interval of the differences, seed by seed: an interval that includes 0 "
+            "cannot tell.",
             *([] if score.in_logs else [UNITS]),
         ),
-        tuple(i for i, arm in enumerate(arms) if arm["name"] == reference),
+        tuple(i for i, arm in enumerate(arms) if arm["name"] == data["reference"]),
     )
 
 
-def interval(found: dict[str, Any], kind: str) -> str:
-    return f"{signed(found[f'{kind}_low'])} to {signed(found[f'{kind}_high'])}" if f"{kind}_low" in found else DASH
+def more_numbers(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Table, ...]:
+    """Tabulate all scores, and what else is known of the differences."""
+    metric, reference, varied = data["metric"], data["reference"], what_varies(data)
+    metrics = metrics_in((name for arm in arms for name in arm), varied)
+    places = {name: decimals_of(arms, name) for name in metrics}
+    scores = Table(
+        "All scores: mean ± standard deviation over seeds",
+        (varied, *map(words_for, metrics)),
+        tuple(
+            (arm["name"], *(mean_and_deviation(arm[name], places[name]) if name in arm else DASH for name in metrics))
+            for arm in arms
+        ),
+    )
+    rows = []
+    for arm in arms:
+        found = arm[metric]["difference"] if metric in arm else {}
+        if arm["name"] != reference and found.get("seeds"):
+            ends = (interval(found, kind) for kind in ("t", "bootstrap"))
+            rows.append((arm["name"], *ends, number(found.get("detectable"), 2)))
+    sure = Table(
+        f"Difference in {words_for(metric)} to {quoted(reference)}",
+        (varied, "95 % interval (t)", "95 % interval (bootstrap)", "detectable"),
+        tuple(rows),
+        (
+            "The bootstrap of few seeds is too narrow: the verdict rests on the t interval. Detectable is the "
+            "difference that seeds which scatter like these would show in four of five cases.",
+        ),
+    )
+    return (*([scores] if len(metrics) > 1 else []), sure)
+
+
+def decimals_of(arms: list[dict[str, Any]], metric: str) -> int:
+    return decimals(arm[metric]["mean"] for arm in arms if metric in arm)
+
+
+def interval(found: dict[str, Any], kind: str, places: int | None = None) -> str:
+    if f"{kind}_low" not in found:
+        return DASH
+    return f"{signed(found[f'{kind}_low'], places)} to {signed(found[f'{kind}_high'], places)}"
 
 
 def cost_table(arms: list[dict[str, Any]], jobs: int, varied: str) -> Table:
@@ -163,12 +206,14 @@ def cost_table(arms: list[dict[str, Any]], jobs: int, varied: str) -> Table:
 def tuned(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     varied, metric = what_varies(data), f"eval_{score_of(data['metric']).name}"
     names = sorted({name for arm in arms if arm["tuning"] for name in arm["tuning"]["chosen"]})
+    places = decimals(each[metric] for arm in arms if arm["tuning"] for each in arm["tuning"]["tried"])
     rows, series = [], []
     for arm in (arm for arm in arms if arm["tuning"]):
         for candidate in arm["tuning"]["tried"]:
             is_chosen = candidate["values"] == arm["tuning"]["chosen"]
             values = [candidate["values"].get(name, DASH) for name in names]
-            rows.append((arm["name"], *values, number(candidate[metric]), "chosen" if is_chosen else ""))
+            score = DASH if candidate[metric] is None else fixed(candidate[metric], places)
+            rows.append((arm["name"], *values, score, "chosen" if is_chosen else ""))
         if len(names) == 1 and all(_is_number(each["values"][names[0]]) for each in arm["tuning"]["tried"]):
             tried = sorted((float(each["values"][names[0]]), each[metric]) for each in arm["tuning"]["tried"])
             series.append(Series(arm["name"], x=tuple(x for x, _ in tried), y=tuple(y for _, y in tried)))
@@ -176,7 +221,7 @@ def tuned(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         f"{sentence_case(words_for(metric))} of each value, mean over the seeds it was chosen by",
         (varied, *names, words_for(metric), "choice"),
         tuple(rows),
-        ("What is reported are runs with the values chosen on the validation split. A test split has no say.",),
+        ("The values are chosen on the validation split alone. The runs with these values are reported.",),
     )
     if not series:
         return (table,)
@@ -215,10 +260,13 @@ def method(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     ]
     return (
         *([f"Controls, which look at nothing: {'; '.join(controls)}."] if controls else []),
-        Commands("The comparison", (pasted(data["argv"]),)),
-        Commands("Each run", tuple(pasted(run["argv"], data["launcher"]) for run in data["runs"])),
-        run_table(data),
-        machine_table(data["runs"]),
+        Commands("The command of this comparison:", (pasted(data["argv"]),)),
+        Fold(
+            f"The commands of all {len(data['runs'])} runs",
+            (Commands("One a line:", tuple(pasted(run["argv"], data["launcher"]) for run in data["runs"])),),
+        ),
+        Fold(f"The results of all {len(data['runs'])} runs", run_tables(data)),
+        Fold("Machine, versions and commit", (machine_table(data["runs"]),)),
     )
 
 
@@ -228,22 +276,22 @@ def prompt_table(arms: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Tabl
     return Table("What stands before each row", ("prompt", "text"), rows)
 
 
-def run_table(data: dict[str, Any]) -> Table:
+def run_tables(data: dict[str, Any]) -> tuple[Table, Table]:
+    """Tabulate what every run has reached, and what it has spent."""
     varied = what_varies(data)
     metrics = metrics_in((name for run in data["runs"] for name in run["metrics"]), varied)
-    rows = [
-        (
-            run["arm"],
-            str(run["seed"]),
-            *(number(run["metrics"].get(name), 6) for name in metrics),
-            *(form(run["cost"][key]) for key, (_, form) in COST_COLUMNS.items()),
-            run["directory"],
-        )
-        for run in data["runs"]
-    ]
-    headings = (heading for heading, _ in COST_COLUMNS.values())
-    columns = (varied, "seed", *map(words_for, metrics), *headings, "directory")
-    return Table("Every run", columns, tuple(rows))
+    columns = (f"{varied}, seed", *map(words_for, metrics), "directory")
+    reached_by, spent_by = [], []
+    for run in data["runs"]:
+        name = f"{run['arm']}, seed {run['seed']}"
+        scores = (number(run["metrics"].get(metric), 6) for metric in metrics)
+        reached_by.append((name, *scores, run["directory"]))
+        spent_by.append((name, *(form(run["cost"][key]) for key, (_, form) in COST_COLUMNS.items())))
+    headings = (f"{varied}, seed", *(heading for heading, _ in COST_COLUMNS.values()))
+    return (
+        Table("What every run has reached", columns, tuple(reached_by)),
+        Table("What every run has spent", headings, tuple(spent_by)),
+    )
 
 
 def machine_table(runs: list[dict[str, Any]]) -> Table:

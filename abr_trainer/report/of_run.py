@@ -10,11 +10,11 @@ from ..comparison.curves import learning_curve, over_loss, over_passes, over_tim
 from ..records.commands import pasted
 from ..records.files import PROVENANCE, RESULTS, TRAINER_STATE, last_state, read_json, updates_of
 from ..schedulers.recorded import name_of_rule
-from .figure import Commands, Excerpts, Figure, Notice, Report, Section, Series, Table
+from .figure import Commands, Excerpts, Facts, Figure, Fold, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
 from .rows import RunRow, broken_rows, has_row_rule, rows_judged
 from .samples import sample_sections
-from .text import DASH, number, printable
+from .text import amount, number, share, shortened
 from .why import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 
 MOST_POINTS = 1500
@@ -22,6 +22,15 @@ MOST_POINTS = 1500
 
 MOST_SKIPPED = 50
 """Skipped batches that are listed."""
+
+MOST_TEXTS = 8
+"""Rows of a skipped batch whose text is shown."""
+
+MOST_LETTERS = 1000
+"""Of the text of a row: the page of a huge run stays small."""
+
+SMALL = 0.005
+"""By how much, as a share, perplexity must have moved to count as a change."""
 
 MOST_ROWS = 200
 """Broken rows that are listed."""
@@ -42,24 +51,23 @@ def report_on_run(directory: Path) -> Report:
     curve = evaluations(directory, trace, results)
     skipped = [batch for batch in trace if batch["repeats"] == 0]
     judged, dropped = rows_judged(trace), broken_rows(directory)
-    lead: list[str | Notice] = [summary(trace, curve, results)]
-    if dropped:
-        lead.append(said_of_rows(judged, dropped))
+    lead: list[str | Notice | Facts] = []
     if "train_passes" not in results:
-        lead.append(Notice("warning", "The run is not finished: this is how far it has come."))
+        lead.append(Notice("warning", "The run is not finished: this is how far it has come.", "not finished"))
+    lead += [*progress(curve), facts(trace, results)]
     sections = [
-        Section("Perplexity", perplexity(curve, results)),
+        Section("Perplexity", perplexity(curve)),
         *sample_sections(directory),
         Section("Batches", batches(trace)),
-        Section(f"Skipped batches ({len(skipped)})", skips(directory, skipped)),
+        Section(f"Skipped batches ({len(skipped):,})", skips(directory, skipped)),
         *(
             [Section(f"Broken rows ({len(dropped):,})", broken(directory, dropped, judged))]
             if has_row_rule(directory)
             else []
         ),
         Section("Learning rate and memory", (learning_rate(trace), memory(trace))),
-        Section("What it cost", (ledger(trace, results),)),
-        Section("How it was made", how(directory)),
+        Section("Costs", (ledger(trace, results),)),
+        Section("How to repeat it", how(directory)),
     ]
     return Report(f"Run {directory.resolve().name}", tuple(lead), tuple(sections))
 
@@ -70,41 +78,63 @@ def evaluations(directory: Path, trace: list[dict[str, Any]], results: dict[str,
     return [] if at is None else learning_curve(Path(at), trace, results)
 
 
-def summary(trace: list[dict[str, Any]], curve: list[list[Any]], results: dict[str, Any]) -> str:
-    repeats = sum(map(updates_of, trace))
-    skipped = sum(batch["repeats"] == 0 for batch in trace)
-    parts = [
-        f"{len(trace):,} batches for {trace[-1]['passes']:g} passes: {repeats:,} updates, {repeats / len(trace):.2f} "
-        f"a batch, {skipped:,} batches skipped."
+def progress(curve: list[list[Any]]) -> list[Notice]:
+    """Say what training has done to the validation perplexity, if it was measured before and after."""
+    if len(curve) < 2:
+        return []
+    (start, before), (_, after) = curve[0], curve[-1]
+    since = "before training" if start == 0 else f"after {amount(start)} passes"
+    if before is None or after is None:
+        when = since if before is None else "at the end"
+        return [Notice("bad", f"Validation perplexity is not a finite number {when}.", "not finite")]
+    change = after / before - 1
+    moved = f"from {number(before)} {since} to {number(after)} at the end ({100 * change:+.1f} %)"
+    if abs(change) < SMALL:
+        return [Notice("neutral", f"Training changed little: validation perplexity went {moved}.", "unchanged")]
+    if change > 0:
+        return [Notice("bad", f"Training made the model worse: validation perplexity rose {moved}.", "worse")]
+    return [Notice("good", f"Validation perplexity fell {moved}.", "better")]
+
+
+def facts(trace: list[dict[str, Any]], results: dict[str, Any]) -> Facts:
+    """Return the few numbers to know first."""
+    updates, skipped = sum(map(updates_of, trace)), sum(batch["repeats"] == 0 for batch in trace)
+    items = [
+        ("batches", f"{len(trace):,}"),
+        ("passes", amount(trace[-1]["passes"])),
+        ("updates/batch", f"{updates / len(trace):.2f}"),
+        (f"batches skipped ({share(skipped, len(trace))})", f"{skipped:,}"),
     ]
-    if len(curve) > 1 and curve[0][1] and curve[-1][1]:
-        change = curve[-1][1] / curve[0][1] - 1
-        parts.append(
-            f"Validation perplexity {number(curve[0][1])} at first, {number(curve[-1][1])} at last ({change:+.1%})."
-        )
+    judged, dropped = rows_judged(trace), sum(batch.get("rows_dropped", 0) for batch in trace)
+    if judged:
+        items.append((f"rows dropped ({share(dropped, judged)})", f"{dropped:,}"))
     if results.get("test_perplexity"):
-        parts.append(f"Test perplexity {number(results['test_perplexity'])}.")
-    return " ".join(parts)
+        items.append(("test perplexity", number(results["test_perplexity"])))
+    return Facts(tuple(items))
 
 
-def perplexity(curve: list[list[Any]], results: dict[str, Any]) -> tuple[Any, ...]:
+def perplexity(curve: list[list[Any]]) -> tuple[Any, ...]:
     if not curve:
         return ("Nothing was evaluated. `--do_eval` evaluates, `--eval_passes` or `--eval_steps` say when.",)
-    figure = Figure(
-        "perplexity",
-        "Validation perplexity",
-        "exp of the mean negative log-likelihood of a target token, over the compute spent.",
-        "lines",
-        "passes spent",
-        "validation perplexity",
-        (Series("validation", x=_column(curve, 0), y=_column(curve, 1)),),
-        y_log=True,
-    )
+    thinned = _thinned(curve)
     return (
-        (figure, f"On the test split: {number(results['test_perplexity'])}.")
-        if "test_perplexity" in results
-        else (figure,)
+        Figure(
+            "perplexity",
+            "Validation perplexity",
+            "Over the compute spent: exp of the mean negative log-likelihood of a target token. Lower is better.",
+            "lines",
+            "passes spent",
+            "validation perplexity",
+            (Series("validation", x=_column(thinned, 0), y=_column(thinned, 1)),),
+            y_log=True,
+        ),
     )
+
+
+def _thinned(rows: list[Any]) -> list[Any]:
+    """Return at most `MOST_POINTS` of the rows, evenly spaced, the last one among them."""
+    stride = -(-len(rows) // MOST_POINTS)
+    return rows[::-stride][::-1] if stride else rows
 
 
 def _column(rows: list[Any], key: int | str) -> tuple[Any, ...]:
@@ -120,7 +150,7 @@ def batches(trace: list[dict[str, Any]]) -> tuple[Any, ...]:
         Figure(
             "batches",
             "First-pass loss of each batch",
-            "What a batch was worth before any update on it, and what became of it.",
+            "The loss of a batch before any update on it, and what became of the batch.",
             "points",
             "passes spent",
             "first-pass loss, nats per token",
@@ -128,24 +158,24 @@ def batches(trace: list[dict[str, Any]]) -> tuple[Any, ...]:
         ),
         Figure(
             "repeats_over_time",
-            "Repeats and skips in the course of training",
-            "Updates on a batch, and the share of batches skipped, in equal parts of the run.",
+            "Updates and skips in the course of training",
+            "Mean updates on a batch, and the share of batches skipped, in equal parts of the run.",
             "lines",
             "passes spent",
             "mean over the batches",
             tuple(
                 Series(name, x=_column(by_time, "passes"), y=_column(by_time, key))
-                for name, key in (("updates on a batch", "repeats"), ("share skipped", "skipped"))
+                for name, key in (("updates/batch", "repeats"), ("share skipped", "skipped"))
             ),
         ),
         Figure(
             "repeats_over_loss",
-            "Repeats against first-pass loss",
-            "Mean updates on batches of about this loss, between the fewest and the most. A skip counts as 0.",
+            "Updates against first-pass loss",
+            "Mean updates on batches of about this loss, with the fewest and the most. A skip counts as 0.",
             "lines",
             "first-pass loss, nats per token",
-            "updates on a batch",
-            (_banded("updates on a batch", by_loss, "loss"),),
+            "updates/batch",
+            (_banded("updates/batch", by_loss, "loss"),),
             range_label="fewest to most",
         ),
     ]
@@ -172,14 +202,12 @@ def _banded(name: str, points: list[dict[str, float]], x: str) -> Series:
 
 
 def points_by_fate(trace: list[dict[str, Any]]) -> tuple[Series, ...]:
-    """Return the batches as points, by what became of them. Of very many, all skipped ones and an even choice."""
+    """Return the batches as points, by what became of them; of very many an even choice, more of the skipped ones."""
     shown = [batch for batch in trace if batch["loss"] is not None]
-    stride = -(-len(shown) // MOST_POINTS)
-    fates: dict[str, list[dict[str, Any]]] = {"once": [], "repeated": [], "skipped": []}
-    for i, batch in enumerate(shown):
-        fate = "skipped" if batch["repeats"] == 0 else "once" if batch["repeats"] == 1 else "repeated"
-        if fate == "skipped" or i % stride == 0:
-            fates[fate].append(batch)
+    fates: dict[str, list[dict[str, Any]]] = {"once": [], "repeated": []}
+    for batch in _thinned([batch for batch in shown if batch["repeats"]]):
+        fates["once" if batch["repeats"] == 1 else "repeated"].append(batch)
+    fates["skipped"] = _thinned([batch for batch in shown if not batch["repeats"]])
     return tuple(
         Series(
             fate,
@@ -196,65 +224,63 @@ def skips(directory: Path, skipped: list[dict[str, Any]]) -> tuple[Any, ...]:
     if not skipped:
         return ("No batch was skipped.",)
     texts = read_skipped(directory)
-    rows = [
-        (
-            str(batch["step"]),
-            f"{batch['epoch']:.3f}" if batch["epoch"] is not None else DASH,
-            number(batch["loss"]) if batch["loss"] is not None else without_loss(batch),
-            batch["reason"],
-            " ⏎ ".join(text[:160] for text in texts.get(batch["step"], [])) or DASH,
-        )
-        for batch in skipped[:MOST_SKIPPED]
-    ]
-    notes = ["Of the text, the beginning of each row of the batch. `abr why` tells more of a batch."]
-    if len(skipped) > MOST_SKIPPED:
-        notes.append(f"The first {MOST_SKIPPED} of {len(skipped)}; all are in the trace.")
-    return (
-        Table(
-            "Which data were left out",
-            ("batch", "epoch", "first-pass loss", "reason", "text"),
-            tuple(rows),
-            tuple(notes),
-        ),
-    )
+    listed = skipped[:MOST_SKIPPED]
+    items = tuple((_said_of_skip(batch), _beginnings(texts.get(batch["step"], []))) for batch in listed)
+    some = f"Of {len(skipped):,} skipped batches, the first {MOST_SKIPPED} are listed; all are in the trace. "
+    said = f"{some if len(skipped) > MOST_SKIPPED else ''}The text is the beginning of each row of the batch."
+    return (f"{said} `abr why {shlex.quote(str(directory))} BATCH` says why it was skipped.", Excerpts(items))
+
+
+def _said_of_skip(batch: dict[str, Any]) -> str:
+    loss = f"loss {number(batch['loss'])}" if batch["loss"] is not None else f"loss {without_loss(batch)}"
+    epoch = f", epoch {batch['epoch']:.3f}" if batch["epoch"] is not None else ""
+    return f"Batch {batch['step']:,}{epoch}: {loss}; reason: {batch['reason']}"
+
+
+def _beginnings(texts: list[str]) -> str:
+    shown = [shortened(text, 160) for text in texts[:MOST_TEXTS]]
+    left = len(texts) - len(shown)
+    return " ⏎ ".join([*shown, *([f"({left:,} more rows)"] if left else [])])
 
 
 def said_of_rows(judged: int, dropped: list[RunRow]) -> str:
     drops = sum(len(row.steps) for row in dropped)
-    share = f" ({drops / judged:.2%})" if judged else ""
-    return f"{judged:,} rows were judged, {drops:,} of them dropped{share}."
+    return f"{judged:,} rows were judged, {drops:,} of them dropped ({share(drops, judged)})."
 
 
 def broken(directory: Path, dropped: list[RunRow], judged: int) -> tuple[Any, ...]:
     said = said_of_rows(judged, dropped)
     if not dropped:
         return (said,)
-    items = tuple((f"{row.place}: {row.numbers}; {row.fate}", printable(row.text)) for row in dropped[:MOST_ROWS])
+    items = tuple(
+        (f"{row.place}: {row.numbers}; {row.fate}", shortened(row.text, MOST_LETTERS)) for row in dropped[:MOST_ROWS]
+    )
     listed = f"`abr rows {shlex.quote(str(directory))}` lists them, and `--clean FILE OUT` writes a file without them."
     notes = [f"The worst {MOST_ROWS} of {len(dropped):,}."] if len(dropped) > MOST_ROWS else []
     return (f"{said} A row that was dropped more than once is shown once. {listed}", *notes, Excerpts(items))
 
 
 def learning_rate(trace: list[dict[str, Any]]) -> Figure:
-    return _over_passes("learning_rate", "Learning rate", "Of the first update on each batch.", trace, "learning_rate")
+    text = "Of the first update on each batch."
+    return _over_passes("learning_rate", "Learning rate", text, "learning rate", trace, "learning_rate")
 
 
 def memory(trace: list[dict[str, Any]]) -> Figure:
     held = [{**batch, "gib": batch["memory"] / GIB} for batch in trace]
-    text = "On a GPU the most that was allocated until then; elsewhere what the process held."
-    return _over_passes("memory", "Memory, GiB", text, held, "gib")
+    text = "On a GPU, the most that was allocated so far; elsewhere, what the process held."
+    return _over_passes("memory", "Memory", text, "GiB", held, "gib")
 
 
-def _over_passes(name: str, title: str, description: str, trace: list[dict[str, Any]], key: str) -> Figure:
-    thinned = trace[:: -(-len(trace) // MOST_POINTS)]
+def _over_passes(name: str, title: str, description: str, y: str, trace: list[dict[str, Any]], key: str) -> Figure:
+    thinned = _thinned(trace)
     return Figure(
         name,
         title,
         description,
         "lines",
         "passes spent",
-        title,
-        (Series(title, x=_column(thinned, "passes"), y=_column(thinned, key)),),
+        y,
+        (Series(y, x=_column(thinned, "passes"), y=_column(thinned, key)),),
     )
 
 
@@ -270,7 +296,7 @@ def ledger(trace: list[dict[str, Any]], results: dict[str, Any]) -> Table:
             "seconds": sum(batch["seconds"] for batch in trace),
         }
         rows = [(COST_COLUMNS[key][0], COST_COLUMNS[key][1](value)) for key, value in so_far.items()]
-    return Table("The ledger", ("what", "spent"), tuple(rows))
+    return Table("What the run has spent", ("what", "spent"), tuple(rows))
 
 
 def how(directory: Path) -> tuple[Any, ...]:
@@ -282,6 +308,9 @@ def how(directory: Path) -> tuple[Any, ...]:
         return (said, machine_table([provenance]))
     commands = [provenance["argv"], *provenance.get("resumed", [])]
     return (
-        Commands("The command", tuple(map(pasted, commands))),
-        machine_table([provenance]),
+        Commands(
+            "The command:" if len(commands) == 1 else "The command, and those that resumed it:",
+            tuple(map(pasted, commands)),
+        ),
+        Fold("Machine, versions and commit", (machine_table([provenance]),)),
     )

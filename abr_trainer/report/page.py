@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from .figure import Commands, Excerpts, Figure, Notice, Report, Series, Table
+from .figure import Commands, Excerpts, Facts, Figure, Fold, Notice, Report, Series, Table
 from .look import Look, counts_on_y, drawable, is_empty, lonely, looks, marked
 from .text import number, numeric_columns, spans
 
@@ -101,6 +101,7 @@ def _chart(figure: Figure, look_of: dict[str, Look]) -> dict[str, Any]:
     """Return what page.js draws: the figure, with a look for each series, named by its place in the palette."""
     shown = drawable(figure)
     chart = asdict(shown) | {"empty": is_empty(shown), "whole_y": counts_on_y(shown)}
+    chart |= {"x_title": shown.x_title, "y_title": shown.y_title}
     places = {name: place for place, name in enumerate(look_of)}
     for series, drawn in zip(chart["series"], shown.series, strict=True):
         look = look_of[drawn.name]
@@ -117,6 +118,7 @@ def _palette(colours: list[str]) -> Markup:
 def _prose(text: str) -> Markup:
     """Escape a text; what stands between backticks becomes code, and long names may break after punctuation."""
     code = Markup("<code>{}</code>")
+    text = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
     parts = ((is_code, Markup(" ").join(map(_word, part.split(" ")))) for is_code, part in spans(text))
     return Markup("").join(code.format(part) if is_code else part for is_code, part in parts)
 
@@ -127,6 +129,13 @@ def _word(word: str) -> Markup:
     # As a block of its own it goes to the next line as a whole first, and breaks only if that is too short as well.
     parts = Markup("<wbr>").join(map(escape, BREAKABLE.split(word)))
     return Markup('<span class="long">{}</span>').format(parts)
+
+
+def _flags(line: str) -> Markup:
+    """Escape a command, and keep its flags from breaking after their hyphens."""
+    flag = Markup('<span class="flag">{}</span>')
+    parts = enumerate(re.split(r"(?<!\S)(--[\w-]{1,40})(?!\S)", line))
+    return Markup("").join(flag.format(part) if index % 2 else escape(part) for index, part in parts)
 
 
 def _hash(script: str) -> str:
@@ -148,11 +157,13 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["prose"] = _prose
+    environment.filters |= {"prose": _prose, "flags": _flags}
     environment.globals |= {"numbers": numbers, "numeric_columns": numeric_columns}
     environment.globals |= {"signs": SIGNS}
     environment.tests["commands"] = lambda block: isinstance(block, Commands)
     environment.tests["excerpts"] = lambda block: isinstance(block, Excerpts)
+    environment.tests["facts"] = lambda block: isinstance(block, Facts)
+    environment.tests["fold"] = lambda block: isinstance(block, Fold)
     environment.tests["figure"] = lambda block: isinstance(block, Figure)
     environment.tests["notice"] = lambda block: isinstance(block, Notice)
     return environment.get_template("page.html")

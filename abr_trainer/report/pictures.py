@@ -80,9 +80,9 @@ def _render(figure: Figure, look_of: dict[str, Look]) -> dict[str, bytes]:
 def _draw(figure: Figure, look_of: dict[str, Look]) -> Drawing:
     drawing = Drawing(figsize=(WIDTH, _height(figure)), layout="constrained")
     axes = drawing.add_subplot()
-    axes.set_xlabel(_broken(figure.x_label, MAX_LETTERS))
+    axes.set_xlabel(_broken(figure.x_title, MAX_LETTERS))
     if is_empty(figure):
-        axes.set_ylabel(_broken(figure.y_label, 42))
+        axes.set_ylabel(_broken(figure.y_title, 42))
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color=FAINT)
         return drawing
@@ -102,12 +102,12 @@ def _height(figure: Figure) -> float:
         return 2.0
     if figure.kind == "intervals":
         return 1.3 + 0.5 * len(figure.series)
-    names = [series.name for series in figure.series]
-    return 3.6 + 0.2 * math.ceil(len(names) / _columns(names))
+    names = _named(figure)
+    return 3.6 + (0.2 * math.ceil(len(names) / _columns(names)) if names else 0)
 
 
 def _draw_points(axes: Axes, figure: Figure, look_of: dict[str, Look]) -> None:
-    axes.set_ylabel(_broken(figure.y_label, 42))
+    axes.set_ylabel(_broken(figure.y_title, 42))
     if figure.reference is not None:
         axes.axhline(figure.reference, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     handles = []
@@ -124,7 +124,20 @@ def _draw_points(axes: Axes, figure: Figure, look_of: dict[str, Look]) -> None:
             style = _symbol(look) | hollow | {"linestyle": "none"}
             axes.plot(series.x, y, **style)
         handles.append(Line2D([], [], **style))
-    _legend(axes, handles, [series.name for series in figure.series])
+    handles = handles if len(handles) > 1 else []
+    if _has_band(figure):
+        handles.append(Line2D([], [], color=INK, alpha=0.25, linewidth=7))
+    _legend(axes, handles, _named(figure))
+
+
+def _named(figure: Figure) -> list[str]:
+    """Return the texts of the legend. One series needs no name: its axis says what it is."""
+    names = [series.name for series in figure.series] if len(figure.series) > 1 else []
+    return [*names, figure.range_label] if _has_band(figure) else names
+
+
+def _has_band(figure: Figure) -> bool:
+    return figure.kind == "lines" and any(value is not None for series in figure.series for value in series.low)
 
 
 def _draw_band(axes: Axes, series: Series, look: Look) -> None:
@@ -184,6 +197,8 @@ def _meanings(figure: Figure) -> tuple[list[Line2D], list[str]]:
 
 def _legend(axes: Axes, handles: list[Line2D], labels: list[str]) -> None:
     """Put the legend under the axes, in as many columns as its longest label leaves room for."""
+    if not labels:
+        return
     texts = [_broken(label, MAX_LETTERS) for label in labels]
     figure = axes.get_figure(root=True)
     assert figure is not None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import unicodedata
+from collections.abc import Iterable
 
 from .figure import Number, Table
 
@@ -31,6 +33,46 @@ def number(value: Number, digits: int = 4) -> str:
     if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def amount(value: float) -> str:
+    """Write how much was counted: whole numbers without a decimal, means and fractions with one.
+
+    >>> amount(378.0), amount(1234.56)
+    ('378', '1,234.6')
+    """
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
+def decimals(values: Iterable[Number], digits: int = 4) -> int:
+    """Return how many decimals the middle one of some values needs for so many significant digits.
+
+    A column whose numbers have the same decimals can be read at a glance.
+
+    >>> decimals([19.2, 21.4, 1e9]), decimals([0.699]), decimals([0.0, None])
+    (2, 4, 0)
+    """
+    sizes = [abs(value) for value in values if value is not None and math.isfinite(value) and value != 0]
+    return max(0, digits - 1 - math.floor(math.log10(statistics.median(sizes)))) if sizes else 0
+
+
+def fixed(value: float, places: int, sign: str = "") -> str:
+    """Write a number with so many decimals; a very large one as `number` does.
+
+    >>> fixed(20.0, 2), fixed(0.79, 3, "+"), fixed(1e9, 2)
+    ('20.00', '+0.790', '1e9')
+    """
+    return f"{value:{sign},.{places}f}" if abs(value) < 1e6 else number(value)
+
+
+def share(part: float, whole: float) -> str:
+    """Write a part of a whole in percent.
+
+    >>> share(3, 72), share(0, 0)
+    ('4.2 %', '0 %')
+    """
+    percent = 100 * part / whole if whole else 0.0
+    return f"{percent:.1f} %" if percent else "0 %"
 
 
 def escaped(text: str) -> str:

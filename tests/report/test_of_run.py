@@ -15,7 +15,10 @@ from transformers import AutoTokenizer
 import run_clm_abr
 from abr_trainer.cli import report
 from abr_trainer.records.files import SKIPPED_NAME, read_lines, updates_of
-from abr_trainer.report.of_run import report_on_run
+from abr_trainer.report.figure import Excerpts
+from abr_trainer.report.of_run import progress, report_on_run
+from abr_trainer.report.page import render_page
+from abr_trainer.report.text import number
 from abr_trainer.report.why import explain_batch, explain_rule, read_skipped
 from abr_trainer.schedulers import ReplayScheduler
 
@@ -45,6 +48,12 @@ def texts_of(report):
     return {block.caption: block for section in report.sections for block in section.blocks if hasattr(block, "rows")}
 
 
+def excerpts_of(report):
+    """The skipped batches."""
+    section = next(section for section in report.sections if section.heading.startswith("Skipped batches"))
+    return next(block for block in section.blocks if isinstance(block, Excerpts))
+
+
 def test_the_page_shows_what_happened(run):
     directory, trace = run
     report = report_on_run(directory)
@@ -56,17 +65,59 @@ def test_the_page_shows_what_happened(run):
     (rate,) = figures["learning_rate"].series
     assert rate.y == tuple(batch["learning_rate"] for batch in trace)
     results = json.loads((directory / "all_results.json").read_text())
-    assert ("updates", f"{results['train_updates']:,.1f}") in texts_of(report)["The ledger"].rows
-    assert not [block for block in report.lead if not isinstance(block, str)], "it is finished"
+    assert ("updates", f"{results['train_updates']:,}") in texts_of(report)["What the run has spent"].rows
+    assert not [block for block in report.lead if "not finished" in getattr(block, "text", "")]
+    before, *_, after = figures["perplexity"].series[0].y
+    assert after < before
+    verdict, facts = report.lead
+    assert (verdict.kind, verdict.badge) == ("good", "better")
+    share = 100 * (after / before - 1)
+    moved = f"{number(before)} before training to {number(after)} at the end ({share:+.1f} %)"
+    assert verdict.text == f"Validation perplexity fell from {moved}."
+    assert ("batches", str(len(trace))) in facts.items
+
+
+def test_a_run_that_made_the_model_worse_says_so():
+    (worse,) = progress([[0, 146.46], [30, 139.0], [60, 155.52]])
+    assert (worse.kind, worse.badge) == ("bad", "worse")
+    assert worse.text.startswith(
+        "Training made the model worse: validation perplexity rose from 146.5 before training"
+    )
+    assert progress([[0, 20.0], [9, 20.05]])[0].badge == "unchanged"
+    assert "from 20 after 3 passes to 10" in progress([[3, 20.0], [9, 10.0]])[0].text, "it was not evaluated before"
+    assert progress([[0, 20.0], [9, None]])[0].text == "Validation perplexity is not a finite number at the end."
+    assert progress([[9, 20.0]]) == []
+
+
+def test_the_page_of_a_huge_run_stays_small(run, tmp_path):
+    _, trace = run
+    with (tmp_path / "abr_trace.jsonl").open("w") as file:
+        for step in range(1, 20_001):
+            batch = trace[step % len(trace)] | {"step": step, "passes": float(step)}
+            file.write(json.dumps(batch) + "\n")
+    report = report_on_run(tmp_path)
+    assert sum(len(series.x) for series in report.figures[0].series) <= 2 * 1500 + 1
+    assert len(render_page(report)) < 1_500_000
 
 
 def test_skipped_batches_are_shown_with_their_text(run):
     directory, trace = run
-    rows = texts_of(report_on_run(directory))["Which data were left out"].rows
+    items = excerpts_of(report_on_run(directory)).items
     skipped = [batch for batch in trace if batch["repeats"] == 0]
-    assert [row[0] for row in rows] == [str(batch["step"]) for batch in skipped]
-    assert all(row[3] == "outlier" for row in rows)
-    assert any("audit" in row[4] or "statute" in row[4] or "committee" in row[4] for row in rows), "words, not numbers"
+    assert [said.partition(",")[0] for said, _ in items] == [f"Batch {batch['step']}" for batch in skipped]
+    assert all(said.endswith("reason: outlier") for said, _ in items)
+    assert any(word in text for _, text in items for word in ("audit", "statute", "committee")), "words, not numbers"
+
+
+def test_ten_skipped_batches_are_shown_and_the_others_folded(run, tmp_path):
+    _, trace = run
+    skipped = next(batch for batch in trace if batch["repeats"] == 0)
+    lines = [json.dumps(skipped | {"step": step, "passes": float(step)}) + "\n" for step in range(1, 44)]
+    (tmp_path / "abr_trace.jsonl").write_text("".join(lines))
+    page = render_page(report_on_run(tmp_path))
+    folded = page.index("<summary>33 more</summary>")
+    assert page.index("Batch 10, ") < folded < page.index("Batch 11, ")
+    assert "Batch 43, " in page
 
 
 def test_the_page_is_written_where_no_push_takes_it_along(run):
@@ -143,10 +194,10 @@ def test_a_run_at_work_is_reported_as_far_as_it_has_come(run, tmp_path):
         shutil.copy(directory / name, tmp_path)
     report = report_on_run(tmp_path)
     assert any("not finished" in getattr(block, "text", "") for block in report.lead)
-    assert ("batches", f"{len(trace):,.1f}") in texts_of(report)["The ledger"].rows
+    assert ("batches", f"{len(trace):,}") in texts_of(report)["What the run has spent"].rows
     (tmp_path / "run.json").unlink()
     assert "run.json is missing" in "\n".join(explain_batch(tmp_path, 1))
-    assert any("tokens " in row[4] for row in texts_of(report_on_run(tmp_path))["Which data were left out"].rows)
+    assert any(text.startswith("tokens ") for _, text in excerpts_of(report_on_run(tmp_path)).items)
 
 
 def test_of_a_run_at_work_the_evaluations_before_its_last_checkpoint_are_shown(run, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from abr_trainer.report.figure import Excerpts
+from abr_trainer.report.figure import Excerpts, Facts
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_run import report_on_run
 from abr_trainer.report.page import render_page
@@ -187,7 +187,9 @@ def test_the_report_shows_ten_rows_and_folds_the_others(tmp_path):
     run = write_run(tmp_path, [drop(i % 6 + 1, i // 6, i, 5.0 + i, f"text {i} " + "word " * 90) for i in range(13)])
     report = report_on_run(run)
     assert section(report).heading == "Broken rows (13)"
-    assert "24 rows were judged, 13 of them dropped (54.17%)." in report.lead
+    assert section(report).blocks[0].startswith("24 rows were judged, 13 of them dropped (54.2 %).")
+    facts = next(block for block in report.lead if isinstance(block, Facts))
+    assert ("rows dropped (54.2 %)", "13") in facts.items
     page = Page(render_page(report))
     texts = [text for tag, attributes, text in page.elements if attributes.get("class") == "excerpt"]
     assert ["".join(text).split()[:2] for text in texts] == [["text", str(i)] for i in range(12, -1, -1)]
@@ -208,7 +210,7 @@ def test_very_many_rows_are_not_all_on_the_page(tmp_path):
 
 def test_a_run_whose_rows_were_not_judged_has_no_such_section(tmp_path):
     run = write_run(tmp_path, [])
-    assert section(report_on_run(run)).blocks == ("24 rows were judged, 0 of them dropped (0.00%).",)
+    assert section(report_on_run(run)).blocks == ("24 rows were judged, 0 of them dropped (0 %).",)
     (run / "_dropped_rows.jsonl").unlink()
     assert not [each for each in report_on_run(run).sections if each.heading.startswith("Broken rows")]
     assert "judged" not in "\n".join(explain_batch(run, 1))

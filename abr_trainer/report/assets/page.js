@@ -65,13 +65,20 @@
     return box.node();
   }
 
+  /** Say what the marks mean. One series needs no name: its axis says what it is. */
   function legend(chart) {
-    const entries = chart.kind === "intervals" ? meanings(chart) : chart.series.map((series) => entry(chart, series));
+    const entries = chart.kind === "intervals" ? meanings(chart) : names(chart);
     if (chart.reference !== null) {
       entries.push([`reference: ${number(chart.reference)}`, {width: 1, dash: "4 3", faint: 0.65}]);
     }
     const items = entries.map(([text, style]) => element("li", {}, sample(style), element("span", {}, text)));
-    return element("ul", {class: "legend"}, ...items);
+    return items.length ? [element("ul", {class: "legend"}, ...items)] : [];
+  }
+
+  function names(chart) {
+    const entries = chart.series.length > 1 ? chart.series.map((series) => entry(chart, series)) : [];
+    const band = chart.series.some(({low}) => low.some((value) => value !== null));
+    return band ? [...entries, [chart.range_label, {width: 12, faint: 0.25}]] : entries;
   }
 
   function entry(chart, {name, look}) {
@@ -197,7 +204,8 @@
 
   function axis(log, whole, extent, count) {
     const shared = {type: log ? "log" : "linear", grid: true, label: null, tickFormat: tick};
-    if (log) return {...shared, ticks: logTicks(extent, count)};
+    // With base 10, d3 leaves out the labels of some of the ticks that it is given.
+    if (log) return {...shared, base: 2, ticks: logTicks(extent, count)};
     if (!whole) return {...shared, ticks: Math.max(3, Math.round(count))};
     return {...shared, ticks: d3.ticks(...extent, Math.max(2, count)).filter(Number.isInteger)};
   }
@@ -234,9 +242,9 @@
     const chart = charts[Number(place.dataset.chart)];
     if (chart.empty) return;
     const drawing = element("div", {class: "drawing"});
-    place.append(legend(chart));
-    if (chart.kind !== "intervals") place.append(element("p", {}, chart.y_label));
-    place.append(drawing, element("p", {class: "along-x"}, chart.x_label));
+    place.append(...legend(chart));
+    if (chart.kind !== "intervals") place.append(element("p", {}, chart.y_title));
+    place.append(drawing, element("p", {class: "along-x"}, chart.x_title));
     let drawn = 0;
     const redraw = () => {
       const width = Math.floor(drawing.clientWidth);
