@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,41 @@ from ..schedulers import Observation, Outcome, RepeatScheduler
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.recorded import row_rule_of_run, rule_of_run
 from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
+from .text import amount
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
-    NO_TARGETS: "the batch has no label other than -100 to train on: no update is made on it, whatever the rule",
+    NO_TARGETS: "it has no label other than -100 to train on: no update is made on it, whatever the rule",
     TOO_FEW_ROWS: "more than half of its rows were dropped, so it was skipped as a whole, whatever the rule",
     "primer": "the first --primer_batches batches are trained on once each, whatever the rule",
 }
+
+BECAUSE = {
+    "outlier": "its loss, {loss:.4g}, is above the limit for outliers, {outlier above:.4g}",
+    "gradient": "its gradient norm, {gradient norm:.4g}, is above the limit, {skipped above:.4g}",
+    "threshold": "its loss, {loss:.4g}, is {loss / loss_threshold:.3g} times the threshold of {loss_threshold:g}, and "
+    "the whole part of that, between 1 and {max_repeats}, is the number of updates",
+    "easy": "its loss, {loss:.4g}, is above {share of them below:.0%} of the last losses, and the rule skips what is "
+    "not above {quantile:.0%}",
+    "tail": "{progress:.0%} of the run is spent, and the rule repeats nothing after {repeat_until:.0%}",
+    "saturated": "the accuracy on it, {accuracy:.3g}, is above {saturation:.3g}: a second pass would teach little",
+    "probe": "the rule tries a second pass, to measure what one gains",
+    "constant": "the rule trains on every batch equally often",
+    "once": "the rule trains on every new batch once",
+    "random": "the rule draws the number of updates at random",
+    "learned": "the rule has learnt that this number of updates pays most at such a loss",
+    "explored": "the rule tried a number of updates at random, to learn from it",
+    "warmup": "the rule has not learnt enough yet, and follows a simple rule until then",
+    "budget": "the budget left room for no more",
+    "window": "the rule goes by the trend of the last losses and by where this one lies among them",
+    "gain": "the rule compares what a second pass gains with what a fresh batch gains",
+}
+"""Why, by the reason that the trace gives; in braces what the rule weighed. Numbers say the rest."""
+
+RANKED = "its loss, {loss:.4g}, is above {share of them below:.0%} of the last {losses remembered} losses"
+
+LABEL = 25
+"""Columns before a value."""
 
 
 def read_trace(directory: Path) -> list[dict[str, Any]]:
@@ -48,7 +77,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
 
 
 def explain_batch(directory: Path, step: int) -> list[str]:
-    """Return lines that say what became of a batch and what the rule saw: its loss, its history, its thresholds.
+    """Return lines that say what became of a batch and why, and what the rule saw: losses, history, thresholds.
 
     The rule is built from `run.json`, and shown every batch before this one.
 
@@ -61,20 +90,23 @@ def explain_batch(directory: Path, step: int) -> list[str]:
         held = f"batches 1 to {trace[-1]['step']}" if trace else "no batch yet"
         raise ValueError(f"Batch {step}: {directory} holds {held}.")
     spent = next((before["passes"] for before in reversed(trace) if before["step"] < step), 0.0)
-    lines = [f"Batch {step} {describe_repeats(batch)}.", "", *describe_losses(batch)]
-    lines.append(f"{'spent before':<24} {spent:g} passes, {batch['progress']:.1%} of the run")
+    lines = describe_losses(batch)
+    lines.append(f"{'spent before':<24} {amount(spent)} passes, {100 * batch['progress']:.1f} % of the run")
     lines.append(f"{'learning rate':<24} {batch['learning_rate']:.4g}")
     lines.append(f"{'decided by':<24} {batch['reason']}")
     provenance = read_provenance(directory)
-    if batch["reason"] in WITHOUT_THE_RULE:
-        lines.append(f"{'':<24} {WITHOUT_THE_RULE[batch['reason']]}")
-    elif provenance is None:
+    evidence: dict[str, float] = {}
+    if batch["reason"] not in WITHOUT_THE_RULE and provenance is None:
         lines.append(f"{'':<24} {PROVENANCE} is missing: the parameters of the rule are unknown")
-    else:
+    elif batch["reason"] not in WITHOUT_THE_RULE and provenance is not None:
         try:
-            lines += explain_rule(rule_of_run(provenance), trace, batch)
+            rule = rule_of_run(provenance)
         except ValueError as error:
             lines.append(f"{'the rule':<24} {error}")
+        else:
+            lines += explain_rule(rule, trace, batch)
+            evidence = dict(rule.evidence(outcome_of(batch).observation))
+    lines = [sentence_on(batch, evidence), "", *lines]
     if again := batch.get("replayed"):
         named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
         lines.append(f"{'trained on after it':<24} batch {named}, once more")
@@ -85,6 +117,41 @@ def explain_batch(directory: Path, step: int) -> list[str]:
         lines += explain_rows(row_rule, batch, read_drops(directory), read_judged_rows(directory))
     texts = read_skipped(directory).get(step, [])
     return [*lines, *(f"{'text' if i == 0 else '':<24} {text}" for i, text in enumerate(texts))]
+
+
+def sentence_on(batch: dict[str, Any], evidence: dict[str, float]) -> str:
+    """Say in plain words what became of a batch and why.
+
+    >>> batch = {"step": 7, "repeats": 0, "reason": "outlier", "loss": 9.5}
+    >>> sentence_on(batch, {"outlier above": 3.1})
+    'Batch 7 was skipped: its loss, 9.5, is above the limit for outliers, 3.1.'
+    """
+    said = f"Batch {batch['step']} {describe_repeats(batch)}"
+    because = WITHOUT_THE_RULE.get(batch["reason"], "")
+    weighed = {**evidence, "loss": math.nan if batch["loss"] is None else batch["loss"]}
+    for template in (BECAUSE.get(batch["reason"], RANKED), RANKED):
+        with contextlib.suppress(KeyError, ValueError):  # the rule does not weigh that, or not yet
+            because = because or template.format_map(weighed)
+    said = f"{said}: {because}." if because else f"{said} (reason: {batch['reason']})."
+    if dropped := batch.get("rows_dropped"):
+        said += f" {dropped:,} of its {batch['rows']:,} rows {'was' if dropped == 1 else 'were'} dropped."
+    return said
+
+
+def wrapped(lines: Iterable[str], width: int) -> list[str]:
+    """Break long lines at that width; a value goes on below its beginning.
+
+    >>> wrapped(["text                     one two three four"], 35)
+    ['text                     one two', '                         three four']
+    """
+    broken = []
+    for line in lines:
+        if len(line) <= width:
+            broken.append(line)
+            continue
+        has_label = "  " in line[:LABEL]  # blanks up to the column of values; a sentence has none
+        broken += textwrap.wrap(line, width, subsequent_indent=" " * LABEL if has_label else "")
+    return broken
 
 
 def describe_repeats(batch: dict[str, Any]) -> str:
@@ -101,7 +168,7 @@ def without_loss(batch: dict[str, Any]) -> str:
 def describe_losses(batch: dict[str, Any]) -> list[str]:
     if batch["loss"] is None:
         return [f"{'first-pass loss':<24} {without_loss(batch)}"]
-    lines = [f"{'first-pass loss':<24} {batch['loss']:.4f} nats a target"]
+    lines = [f"{'first-pass loss':<24} {batch['loss']:.4f} nats per target"]
     if len(batch["losses"]) > 1:
         losses = ", ".join("not finite" if loss is None else f"{loss:.4f}" for loss in batch["losses"])
         lines.append(f"{'losses of all passes':<24} {losses}")

@@ -42,6 +42,7 @@ from .resume import ResumeMixin
 from .run import Run
 from .support import refuse_hidden_batches, refuse_unsupported
 from .targets import shifts_labels
+from .tensorboard import replace_tensorboard
 from .tracking import EarlyStopping, doubt_of_the_best
 
 logger = logging.get_logger(__name__)
@@ -125,6 +126,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             if (patience := setting(self.args, "early_stopping_patience")) is not None:
                 self.add_callback(EarlyStopping(patience, setting(self.args, "early_stopping_threshold")))
             self._show_our_columns()
+            replace_tensorboard(self.callback_handler)
 
     def _show_our_columns(self) -> None:
         """Replace the bar of Trainer, in a terminal or in a notebook, by ours; leave one of the user's own."""

@@ -101,6 +101,10 @@ def test_tensorboard_has_what_the_log_has(finished):
     tags = set(accumulator.Tags()["scalars"])
     logged = ("loss", "perplexity", "repeats", "skipped", "passes", "updates", "learning_rate", "grad_norm")
     assert tags >= {f"train/{name}" for name in logged} | {"eval/loss", "eval/perplexity"}
+    assert not [tag for tag in tags if "train_" in tag], "no total has a chart of one point"
+    (totals,) = accumulator.Tensors("totals/text_summary")
+    results = json.loads((output / "all_results.json").read_text())
+    assert f"| updates | {results['train_updates']} |" in totals.tensor_proto.string_val[0].decode()
 
 
 def test_the_run_says_where_it_came_from(finished):

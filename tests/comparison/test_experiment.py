@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import run_clm_abr
 from abr_trainer.cli import compare as compare_verb
@@ -550,8 +551,21 @@ def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finish
         tags.add(tuple(sorted(events.Tags()["scalars"])))
         assert [event.step for event in events.Scalars("eval/perplexity")][-1] in (11, 12)
         assert "_hparams_/session_start_info" in events.summary_metadata
-    assert len(tags) == 1
-    assert {"train/loss", "train/repeats", "train/skipped", "eval/perplexity", "final/test_perplexity"} <= set(*tags)
+        steps = [event.step for event in events.Scalars("eval/perplexity")]
+        assert steps == sorted(set(steps)), "no evaluation is there twice"
+        start = HParamsPluginData.FromString(
+            events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        ).session_start_info.hparams
+        assert {"scheduler", "seed"} <= start.keys()
+        assert "flags" not in start
+        assert ("loss_threshold" in start) == ("abr" in start["scheduler"].string_value)
+        experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+        columns = {info.name for info in HParamsPluginData.FromString(experiment).experiment.hparam_infos}
+        assert {"scheduler", "seed", "repeat_scheduler", "loss_threshold"} <= columns, "each run names all of them"
+    (shared,) = tags
+    assert {"train/loss", "train/repeats", "train/skipped", "eval/perplexity", "test/perplexity"} <= set(shared)
+    assert shared[0].startswith("eval/"), "what TensorBoard shows first"
+    assert shared[-1].startswith("used/")
 
 
 @pytest.mark.slow

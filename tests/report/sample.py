@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 import random
 
-from abr_trainer.report.figure import Commands, Excerpts, Figure, Notice, Report, Section, Series, Table
+from abr_trainer.report.figure import (
+    Commands,
+    Excerpts,
+    Facts,
+    Figure,
+    Fold,
+    Notice,
+    Report,
+    Section,
+    Series,
+    Table,
+)
 
 NAMES = ("baseline", "abr:loss_threshold=2.0,max_repeats=3", "fixed:2", "my_module:Mine")
 HOSTILE = "</script><script>document.title='taken'</script><b>bold</b> & \"quoted\" | *starred* `tick"
@@ -18,6 +29,11 @@ def sample_report() -> Report:
     return Report(
         title="Repeat schedulers at equal compute",
         lead=(
+            Notice(
+                "good", "With fixed:2, perplexity is lower.", "better", "95 % interval -1.5 to -0.2, 5 of 5 seeds."
+            ),
+            Notice("neutral", "With my_module:Mine, it is 1 % lower, but 2 seeds cannot tell.", "cannot tell"),
+            Facts((("batches", "2,000"), ("test perplexity", "19.71"))),
             "Four arms, five seeds each, trained on `small-shakespeare` until 2,000 passes were spent.",
             Notice("good", "abr:loss_threshold=2.0,max_repeats=3 is better than baseline: 95 % interval below zero."),
             Notice("warning", "my_module:Mine: one of five seeds diverged and is counted as missing."),
@@ -31,7 +47,7 @@ def sample_report() -> Report:
             Section("What was repeated", (points(), Notice("bad", "my_module:Mine is worse than baseline."))),
             Section("Cost", ("What each arm spent, and on what.", costs())),
             Section("Broken rows", ("Twelve rows were dropped.", excerpts())),
-            Section("How to make it again", (commands(),)),
+            Section("How to make it again", (commands(), Fold("Every cost", (costs(), "All of it.")))),
         ),
         names=NAMES,
     )
@@ -180,11 +196,14 @@ def commands() -> Commands:
 
 def hostile_report() -> Report:
     """Build a report whose every text would be markup or script if it were not escaped."""
-    figure = Figure("hostile", HOSTILE, HOSTILE, "lines", HOSTILE, HOSTILE, (Series(HOSTILE, (1, 2), (3.5, 4.5)),))
+    series = (Series(HOSTILE, (1, 2), (3.5, 4.5)), Series("other", (1, 2), (4.5, 3.5)))
+    figure = Figure("hostile", HOSTILE, HOSTILE, "lines", HOSTILE, HOSTILE, series)
     empty = Figure("empty", "Nothing yet", "No run has ended.", "points", "x", "y", (Series("_none", (), ()),))
     table = Table(HOSTILE, (HOSTILE, "b"), ((HOSTILE, "1"),), notes=(HOSTILE,))
     texts = Excerpts(((HOSTILE, HOSTILE), (HOSTILE, "``` " + HOSTILE)), open=1)
-    blocks = (HOSTILE, figure, empty, table, texts, Commands(HOSTILE, (HOSTILE, "```")), Notice("bad", HOSTILE))
+    said = (Notice("bad", HOSTILE), Notice("bad", HOSTILE, HOSTILE, HOSTILE), Facts(((HOSTILE, HOSTILE),)))
+    commands = Commands(HOSTILE, (HOSTILE, "```"))
+    blocks = (HOSTILE, figure, empty, table, texts, commands, *said, Fold(HOSTILE, (HOSTILE, table)))
     return Report(HOSTILE, (HOSTILE,), (Section(HOSTILE, blocks),))
 
 

@@ -19,7 +19,7 @@ from abr_trainer.report.figure import Excerpts
 from abr_trainer.report.of_run import progress, report_on_run
 from abr_trainer.report.page import render_page
 from abr_trainer.report.text import number
-from abr_trainer.report.why import explain_batch, explain_rule, read_skipped
+from abr_trainer.report.why import explain_batch, explain_rule, read_skipped, sentence_on, wrapped
 from abr_trainer.schedulers import ReplayScheduler
 
 
@@ -139,7 +139,8 @@ def test_report_and_why_need_neither_torch_nor_transformers(run):
     command = [sys.executable, "-c", code, str(directory), str(skipped)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
     assert told[0] == str(directory / "_report" / "report.html")
-    assert told[1:-1] == explain_batch(directory, skipped)
+    assert told[1:-1] == wrapped(explain_batch(directory, skipped), 80)
+    assert max(map(len, told[1:-1])) <= 80
     assert told[-1] == "set()"
 
 
@@ -162,7 +163,12 @@ def test_why_a_batch_was_skipped_is_told_by_what_the_rule_saw(run):
     directory, trace = run
     skipped = next(batch for batch in trace if batch["repeats"] == 0)
     text = "\n".join(explain_batch(directory, skipped["step"]))
-    assert f"Batch {skipped['step']} was skipped." in text
+    first, blank, *_ = explain_batch(directory, skipped["step"])
+    limit = re.fullmatch(
+        rf"Batch {skipped['step']} was skipped: its loss, (.*), is above the limit for outliers, (.*)\.", first
+    )
+    assert float(limit[1]) == pytest.approx(skipped["loss"], rel=1e-3) > float(limit[2])
+    assert blank == ""
     assert f"{skipped['loss']:.4f} nats" in text
     trained = [batch["loss"] for batch in trace[: skipped["step"] - 1] if batch["repeats"]]
     level, limit = (float(re.search(rf"{name} +(\S+)", text)[1]) for name in ("their level", "outlier above"))
@@ -178,8 +184,28 @@ def test_every_decision_of_the_run_is_explained_by_the_replayed_rule(run):
         text = "\n".join(explain_batch(directory, batch["step"]))
         assert "has changed since" not in text
         if batch["repeats"] > 1 and batch["reason"] == "threshold":
-            assert f"was trained on {batch['repeats']} times" in text
+            times = f"{batch['loss'] / 0.9:.3g} times the threshold of 0.9"
+            assert f"was trained on {batch['repeats']} times: its loss, {batch['loss']:.4g}, is {times}" in text
             assert f"loss / loss_threshold  {batch['loss'] / 0.9:.6g}" in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "evidence", "sentence"),
+    [
+        (
+            {"reason": "threshold", "repeats": 2},
+            {"q": 0.8, "share of them below": 0.85, "losses remembered": 25},
+            "was trained on 2 times: its loss, 2.5, is above 85% of the last 25 losses.",
+        ),
+        ({"reason": "primer", "repeats": 1}, {}, "was trained on once: the first --primer_batches batches are"),
+        ({"reason": "own", "repeats": 3}, {}, "was trained on 3 times (reason: own)."),
+        ({"reason": "non-finite", "repeats": 0, "loss": None}, {}, "was skipped: a loss is not a finite number"),
+        ({"reason": "outlier", "repeats": 0}, {}, "was skipped (reason: outlier)."),
+        ({"reason": "constant", "repeats": 1, "rows": 8, "rows_dropped": 2}, {}, "2 of its 8 rows were dropped."),
+    ],
+)
+def test_the_reason_is_said_in_a_sentence(batch, evidence, sentence):
+    assert sentence in sentence_on({"step": 7, "loss": 2.5} | batch, evidence)
 
 
 def test_a_batch_that_is_not_there_is_told(run):

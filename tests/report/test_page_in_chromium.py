@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import pytest
 
+from abr_trainer.comparison.collecting import read_comparison
+from abr_trainer.report.of_comparison import report_on_comparison
+from abr_trainer.report.of_run import report_on_run
 from abr_trainer.report.page import render_page
 from abr_trainer.report.text import number
 from tests.report.browser import CONTRASTS, chromium, show
+from tests.report.dropped import drop, write_run
 from tests.report.sample import HOSTILE, hostile_report, odd_report, sample_report
+from tests.report.test_examples import EXAMPLES
 
 PHONE, SCREEN = (390, 844), (1280, 900)
-SMALL_PHONE = (360, 740)
+SMALL_PHONE, TABLET, WIDE = (360, 740), (768, 1024), (1600, 1000)
+
+TOO_WIDE = """
+const isText = (node) => !node.closest("svg") && node.clientWidth && !node.matches(".hidden, .skip, script, noscript");
+return [...document.body.querySelectorAll("*")].filter(isText).filter((node) =>
+  node.scrollWidth > node.clientWidth + 1 && getComputedStyle(node).display !== "inline"
+  || node.getBoundingClientRect().right > innerWidth + 1
+).map((node) => [node.tagName, node.className, node.clientWidth, node.scrollWidth]);
+"""
 OPEN_ALL = "document.querySelectorAll('details').forEach((details) => (details.open = true))"
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    for name, report in (("sample", sample_report()), ("hostile", hostile_report()), ("odd", odd_report())):
+    drops = [drop(i % 6 + 1, i // 6, i, 5.0 + i, f"{'word ' * 30}{'x' * 300}") for i in range(13)]
+    reports = {
+        "sample": sample_report(),
+        "hostile": hostile_report(),
+        "odd": odd_report(),
+        "run": report_on_run(write_run(folder / "data", drops)),
+        **{path.name: report_on_comparison(read_comparison(path)) for path in EXAMPLES},
+    }
+    for name, report in reports.items():
         (folder / name).mkdir()
         (folder / name / "report.html").write_text(render_page(report), encoding="utf-8")
     return folder
@@ -48,6 +69,40 @@ def test_the_page_never_scrolls_sideways(look_at, size, name):
     page = look_at(name, size)
     page.execute_script(OPEN_ALL)
     assert page.execute_script("return document.documentElement.scrollWidth") <= size[0]
+
+
+@pytest.mark.parametrize("size", [PHONE, TABLET, SCREEN, WIDE], ids=["phone", "tablet", "screen", "wide"])
+@pytest.mark.parametrize(("name", "scheme"), [("run", "dark"), *((path.name, "light") for path in EXAMPLES[::2])])
+def test_nothing_on_a_real_page_is_wider_than_what_it_is_in(look_at, name, size, scheme):
+    page = look_at(name, size, scheme)
+    assert page.execute_script(TOO_WIDE) == []
+    page.execute_script(OPEN_ALL)
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert page.execute_script(TOO_WIDE) == []
+    assert [found for found in page.execute_script(CONTRASTS) if found[0] < 4.5] == []
+
+
+def test_on_a_phone_the_verdict_comes_first_and_rows_are_cards(look_at):
+    page = look_at("stories260k-wikitext2", PHONE)
+    heights = (
+        "return ['.verdict', 'nav', 'section'].map((some) => document.querySelector(some).getBoundingClientRect().top)"
+    )
+    assert page.execute_script(heights) == sorted(page.execute_script(heights))
+    label = "return getComputedStyle(document.querySelector('.cards td'), '::before').content"
+    assert page.execute_script(label) == '"test perplexity"'
+    page = look_at("stories260k-wikitext2", SCREEN)
+    assert page.execute_script(label) == "none"
+    assert page.find_element("css selector", ".verdict .badge").text == "worse"
+
+
+def test_one_series_has_no_legend_and_a_log_axis_is_named(look_at):
+    page = look_at("run")
+    assert page.find_elements("css selector", "#learning_rate .legend") == []
+    page = look_at("stories260k-wikitext2")
+    assert "validation perplexity (log scale)" in page.find_element("css selector", "#curves .chart").text
+    labels = page.find_elements("css selector", '#curves [aria-label="y-axis tick label"] text')
+    ticks = page.find_elements("css selector", '#curves [aria-label="y-axis tick"] path')
+    assert len([label for label in labels if label.text]) == len(ticks) > 3, "every tick has its number"
 
 
 @pytest.mark.parametrize("size", [PHONE, SCREEN], ids=["phone", "screen"])
@@ -118,9 +173,9 @@ def test_everything_that_scrolls_can_be_reached_by_key(look_at):
     from selenium.webdriver import ActionChains, Keys
 
     page = look_at(size=PHONE)
-    regions = page.find_elements("css selector", ":not(details) > [role=region]")
+    regions = page.find_elements("css selector", "[role=region]:not(details *)")
     left = [region.get_attribute("aria-label") for region in regions]
-    assert len(left) == 3
+    assert len(left) == 2
     for presses in range(40):
         ActionChains(page).send_keys(Keys.TAB).perform()
         focused = page.switch_to.active_element

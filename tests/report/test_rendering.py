@@ -8,6 +8,8 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import reduce
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -153,10 +155,14 @@ def test_markdown_tables_have_as_many_cells_in_each_row(report):
 
 def test_markdown_says_all_that_the_report_says():
     markdown = render_markdown(sample_report(), pictures="drawn")
-    assert markdown.startswith(
-        "# Repeat schedulers at equal compute\n\nFour arms, five seeds each, trained on `small-"
-    )
+    assert markdown.startswith("# Repeat schedulers at equal compute\n\n> ✓ **Better**")
+    assert "\n\nFour arms, five seeds each, trained on `small-" in markdown
     assert "> ✗ **my_module:Mine is worse than baseline.**" in markdown
+    assert (
+        "> ✓ **Better**: With fixed:2, perplexity is lower.\n> 95 % interval -1.5 to -0.2, 5 of 5 seeds." in markdown
+    )
+    assert "- test perplexity: **19.71**" in markdown
+    assert "<summary>Every cost</summary>" in markdown
     assert (
         "**Difference to baseline**\n\n![Paired by seed. Left of zero is better than the baseline.](drawn/diff"
         in markdown
@@ -168,7 +174,8 @@ def test_markdown_says_all_that_the_report_says():
 def test_markdown_takes_no_text_for_markup():
     markdown = render_markdown(hostile_report())
     outside_code = re.sub(r"^(```+)text\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
-    ours = outside_code.replace("<details>\n<summary>1 more</summary>", "").replace("</details>", "")
+    folded = ("<details>\n<summary>1 more</summary>", f"<details>\n<summary>{escape(HOSTILE)}</summary>", "</details>")
+    ours = reduce(lambda text, own: text.replace(own, ""), folded, outside_code)
     assert not re.search(r"(?<!\\)<", ours)
     assert "````text\n" + HOSTILE + "\n```\n````" in markdown
 
@@ -179,6 +186,30 @@ def test_of_many_texts_the_first_are_shown_and_the_others_folded(page):
     assert "2 more" in page.texts("summary")
     markdown = render_markdown(sample_report())
     assert markdown.index("row 9: loss") < markdown.index("<summary>2 more</summary>") < markdown.index("row 10: loss")
+
+
+def test_a_verdict_comes_before_all_else_and_the_contents_after_it(page):
+    classes = [attributes.get("class") for _, attributes, _ in page.elements]
+    tags = [tag for tag, _, _ in page.elements]
+    assert classes.index("verdict good") < tags.index("nav") < tags.index("section")
+    assert page.texts("p")[:2] == ["better", "With fixed:2, perplexity is lower."]
+    assert page.texts("dt", "dd")[:2] == ["batches", "2,000"]
+
+
+def test_each_cell_of_a_table_of_many_columns_carries_its_heading(page):
+    cells = page.attributes("td")
+    assert {"mean", "95 % interval", "tokens per second"} <= {cell.get("data-label") for cell in cells}
+
+
+def test_a_log_axis_says_that_it_is_one_and_one_series_needs_no_legend(tmp_path):
+    alone = replace(curves(), name="alone", series=(Series("only", (1, 2), (3.0, 4.0)),), y_log=False)
+    save_pictures(Report("", (), (Section("", (curves(), alone)),)), tmp_path)
+    texts = {name: re.findall(r"<!-- (.*) -->", (tmp_path / f"{name}.svg").read_text()) for name in ("alone",)}
+    assert "only" not in texts["alone"]
+    assert "validation perplexity" in texts["alone"]
+    both = (tmp_path / "validation_perplexity.svg").read_text()
+    assert "<!-- validation perplexity (log scale) -->" in both
+    assert "<!-- fixed:2 -->" in both
 
 
 def test_pictures_are_images_and_the_same_bytes_each_time(tmp_path):

@@ -170,8 +170,9 @@ def test_a_rule_that_decides_otherwise_now_is_told(tmp_path):
 def test_a_batch_skipped_for_its_rows_is_explained_in_a_sentence(tmp_path):
     run = write_run(tmp_path, [drop(2, i, i, 5.0 + i, HOSTILE_TEXT) for i in range(3)])
     text = "\n".join(explain_batch(run, 2))
-    assert text.startswith("Batch 2 was skipped.")
-    assert "more than half of its rows were dropped, so it was skipped as a whole" in text
+    assert text.startswith(
+        "Batch 2 was skipped: more than half of its rows were dropped, so it was skipped as a whole"
+    )
     assert f"{'rows':<24} 4 judged, 3 dropped" in text
     assert all(line.isprintable() for line in text.split("\n")), "no control characters"
 

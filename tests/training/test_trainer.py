@@ -437,9 +437,9 @@ def test_why_tells_of_a_batch_without_targets(train):
     rows = token_rows(6)
     trainer = train(data=[*rows[:2], *map(broken_row, rows[2:4]), *rows[4:]], repeat_scheduler=Scripted(1))
     told = "\n".join(explain_batch(Path(trainer.args.output_dir), 2))
-    assert "Batch 2 was skipped." in told
+    assert "Batch 2 was skipped: it has no label other than -100 to train on" in told
     assert re.search(r"first-pass loss +none", told)
-    assert re.search(r"decided by +no targets\n +the batch has no label other than -100 to train on", told)
+    assert re.search(r"decided by +no targets$", told, re.MULTILINE)
 
 
 def test_too_many_skips_save_whatever_the_save_strategy(build):
