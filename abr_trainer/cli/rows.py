@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import shlex
-import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from ..report.rows import (
     read_row_losses,
     rows_judged,
 )
-from ..report.text import escaped, printable, shortened
+from ..report.text import escaped, printable, share, shortened, terminal_width
 from ..report.why import read_trace
 
 MOST = 20
@@ -41,8 +40,6 @@ MOST = 20
 
 NAMED = 10
 """Rows that a sentence names."""
-
-WIDEST = 100
 
 COLUMNS = (
     *("run", "index", "source", "first_row", "last_row", "loss", "limit", "targets", "reason", "drops", "visits"),
@@ -95,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     elif args.csv:
         print(as_csv(rows), end="")
     else:
-        width = min(shutil.get_terminal_size().columns, WIDEST)
-        print("\n\n".join("\n".join(each.lines(limit, width)) for each in found))
+        print("\n\n".join("\n".join(each.lines(limit, terminal_width())) for each in found))
     return rows
 
 
@@ -135,8 +131,7 @@ class Found:
             hint = " --all ranks its rows." if losses is not None else ""
             raise ValueError(f"{directory} has judged no rows: it was trained without --skip_rows.{hint}")
         judged, drops = rows_judged(trace), len(read_drops(directory))
-        share = f" ({drops / judged:.2%})" if judged else ""
-        about = f"{judged:,} rows judged in {len(trace):,} batches, {drops:,} dropped{share}"
+        about = f"{judged:,} rows judged in {len(trace):,} batches, {drops:,} dropped ({share(drops, judged)})"
         if drops:
             about += f": {len(dropped):,} different row{'s' * (len(dropped) != 1)}, worst first"
         return cls(directory, dropped, about)
@@ -147,9 +142,8 @@ class Found:
         for row in self.rows[:limit]:
             yield ""
             yield row.place
-            yield f"    {row.numbers}; {row.fate}"
-            text = printable(row.text)
-            yield from textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+            for text in (f"{row.numbers}; {row.fate}", printable(row.text)):
+                yield from textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
         left = 0 if limit is None else len(self.rows) - limit
         if left > 0:
             yield ""

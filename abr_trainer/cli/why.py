@@ -6,15 +6,12 @@ abr why runs/demo 37
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..records.errors import one_line_errors
+from ..report.text import terminal_width
 from ..report.why import explain_batch, wrapped
-
-WIDEST = 100
-"""Columns of text, however wide the terminal is."""
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
@@ -24,6 +21,6 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     args = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
         lines = explain_batch(args.directory, args.step)
-    lines = wrapped(lines, min(shutil.get_terminal_size().columns, WIDEST))
+    lines = wrapped(lines, terminal_width())
     print(*lines, sep="\n")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import statistics
 import unicodedata
 from collections.abc import Iterable
@@ -12,6 +13,9 @@ from .figure import Number, Table
 
 DASH = "—"
 """Stands for a number that is missing."""
+
+WIDEST = 100
+"""Columns of text, however wide the terminal is."""
 
 LIKE_A_NUMBER = re.compile(r"[^\w\s]?\s*[\d.][\d.,]*\s*(%|e[+-]?\d+)?(\s+(to|of|±|\()\s*.*)?")
 
@@ -73,6 +77,11 @@ def share(part: float, whole: float) -> str:
     """
     percent = 100 * part / whole if whole else 0.0
     return f"{percent:.1f} %" if percent else "0 %"
+
+
+def terminal_width() -> int:
+    """Return how many columns to write in: those of the terminal, up to a width that can be read."""
+    return min(shutil.get_terminal_size().columns, WIDEST)
 
 
 def escaped(text: str) -> str:

@@ -169,9 +169,12 @@ def test_a_report_on_prompts_says_which_way_is_better(made_up):
     for part in (
         '# Does the prompt matter? perfect, "Same, you think?" against none',
         "All runs saw the same rows, 2 epochs of them.",
-        "perfect: better. Validation accuracy +0.105 against none, 95 % interval +0.0415 to +0.169, higher in 2 of 2",
-        '"Same, you think?": no evidence. Validation accuracy -0.025 against none',
-        "| prompt | validation accuracy | validation F1 | difference | verdict |",
+        "**1 of 2 better**: Yes: against none, perfect is better; for the other one, the seeds cannot tell.",
+        "**Better**: With perfect, validation accuracy is 0.105 higher than with none.",
+        "Difference +0.105, 95 % interval +0.0415 to +0.169, higher with 2 of 2 seeds.",
+        'With "Same, you think?", validation accuracy is 0.025 lower than with none, but 2 seeds cannot tell',
+        "| prompt | validation accuracy | difference to none | 95 % interval | seeds higher | verdict |",
+        "| prompt | validation accuracy | validation F1 |",
         "Right is better.",
         "Right of 0 is better than none",
         "plots/curves.png",
@@ -180,8 +183,8 @@ def test_a_report_on_prompts_says_which_way_is_better(made_up):
         "| Same, you think? | Same, you think? |",
     ):
         assert part in text
-    for part in ("perplexity", "scheduler", "compute", "protocol", "repeats |", "Left", "lower"):
-        assert part not in text.partition("## How it was done")[0]
+    for part in ("perplexity", "scheduler", "compute", "protocol", "repeats |", "Left", "seeds lower"):
+        assert part not in text.partition("## How to repeat it")[0]
 
 
 def test_what_describes_the_model_lies_beside_the_report(made_up):

@@ -89,7 +89,7 @@ def refusal(*argv):
 def test_the_rows_of_a_run_are_listed_worst_first(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     assert lines_of(capsys, run) == [
-        f"{run}: 24 rows judged in 6 batches, 3 dropped (12.50%): 2 different rows, worst first",
+        f"{run}: 24 rows judged in 6 batches, 3 dropped (12.5 %): 2 different rows, worst first",
         "",
         "notes.jsonl, row 8",
         "    loss not finite, 12 targets; dropped once (batch 2)",
@@ -131,7 +131,7 @@ def test_nothing_of_a_text_reaches_the_terminal_as_code(tmp_path, capsys):
 def test_several_runs_are_listed_one_after_the_other(run, tmp_path, capsys):
     other = write_run(tmp_path / "other", [])
     shown = lines_of(capsys, run, other)
-    assert shown[-1] == f"{other}: 24 rows judged in 6 batches, 0 dropped (0.00 %)"
+    assert shown[-1] == f"{other}: 24 rows judged in 6 batches, 0 dropped (0 %)"
     rows.main([str(run), str(other), str(run), "--json"])
     assert [row["run"] for row in json.loads(capsys.readouterr().out)] == [str(run)] * 4
 

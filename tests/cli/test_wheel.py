@@ -100,7 +100,7 @@ def test_a_run_is_trained_and_reported(abr):
 def test_a_comparison_is_run_and_reported(abr):
     options = ["--schedulers", "baseline", "fixed:2", "--seeds", "1", "--evaluations", "1", "--out", "cmp"]
     told = abr("compare", *options, "--", *QUICK, "--max_passes", "3")
-    assert "fixed:2: no verdict: one seed." in told
+    assert "one seed: With fixed:2, " in told
     data = json.loads((abr.directory / "cmp" / "comparison.json").read_text())
     assert data["argv"] == ["abr", "compare", *options, "--", *QUICK, "--max_passes", "3"]
     assert [(run["argv"][:2], run["git"]) for run in data["runs"]] == [(["abr", "train"], None)] * 2
