@@ -26,6 +26,9 @@ LONG_WORD = 24
 BREAKABLE = re.compile(r"(?<=[,:/])(?=[^\W\d_])|(?<==)(?=\w)")
 """Where a name of a scheduler may break: these are long and have no blanks. Numbers stay whole."""
 
+PERCENT = re.compile(r"(?<=\d) (?=%)")
+"""The blank before a percent sign, where no line ends."""
+
 SIGNS = {
     "good": "M4 10.5l4 4 8-9",
     "bad": "M5 5l10 10M15 5l-10 10",
@@ -118,8 +121,8 @@ def _palette(colours: list[str]) -> Markup:
 def _prose(text: str) -> Markup:
     """Escape a text; what stands between backticks becomes code, and long names may break after punctuation."""
     code = Markup("<code>{}</code>")
-    text = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
-    parts = ((is_code, Markup(" ").join(map(_word, part.split(" ")))) for is_code, part in spans(text))
+    joined = ((is_code, PERCENT.sub("\N{NO-BREAK SPACE}", part)) for is_code, part in spans(text))
+    parts = ((is_code, Markup(" ").join(map(_word, part.split(" ")))) for is_code, part in joined)
     return Markup("").join(code.format(part) if is_code else part for is_code, part in parts)
 
 

@@ -124,16 +124,21 @@ def _draw_points(axes: Axes, figure: Figure, look_of: dict[str, Look]) -> None:
             style = _symbol(look) | hollow | {"linestyle": "none"}
             axes.plot(series.x, y, **style)
         handles.append(Line2D([], [], **style))
-    handles = handles if len(handles) > 1 else []
+    handles = handles if _has_names(figure) else []
     if _has_band(figure):
         handles.append(Line2D([], [], color=INK, alpha=0.25, linewidth=7))
     _legend(axes, handles, _named(figure))
 
 
 def _named(figure: Figure) -> list[str]:
-    """Return the texts of the legend. One series needs no name: its axis says what it is."""
-    names = [series.name for series in figure.series] if len(figure.series) > 1 else []
+    """Return the texts of the legend."""
+    names = [series.name for series in figure.series] if _has_names(figure) else []
     return [*names, figure.range_label] if _has_band(figure) else names
+
+
+def _has_names(figure: Figure) -> bool:
+    """Tell whether a legend names the series. One line needs no name: its axis says what it is."""
+    return figure.kind == "points" or len(figure.series) > 1
 
 
 def _has_band(figure: Figure) -> bool:

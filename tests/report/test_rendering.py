@@ -201,6 +201,10 @@ def test_each_cell_of_a_table_of_many_columns_carries_its_heading(page):
     assert {"mean", "95 % interval", "tokens per second"} <= {cell.get("data-label") for cell in cells}
 
 
+def test_no_line_ends_before_a_percent_sign(page):
+    assert "95\N{NO-BREAK SPACE}% interval -1.5 to -0.2, 5 of 5 seeds." in page.texts("p")
+
+
 def test_a_log_axis_says_that_it_is_one_and_one_series_needs_no_legend(tmp_path):
     alone = replace(curves(), name="alone", series=(Series("only", (1, 2), (3.0, 4.0)),), y_log=False)
     save_pictures(Report("", (), (Section("", (curves(), alone)),)), tmp_path)

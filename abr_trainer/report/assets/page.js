@@ -65,7 +65,7 @@
     return box.node();
   }
 
-  /** Say what the marks mean. One series needs no name: its axis says what it is. */
+  /** Say what the marks mean. One line needs no name: its axis says what it is. */
   function legend(chart) {
     const entries = chart.kind === "intervals" ? meanings(chart) : names(chart);
     if (chart.reference !== null) {
@@ -76,7 +76,7 @@
   }
 
   function names(chart) {
-    const entries = chart.series.length > 1 ? chart.series.map((series) => entry(chart, series)) : [];
+    const entries = chart.kind === "points" || chart.series.length > 1 ? chart.series.map((series) => entry(chart, series)) : [];
     const band = chart.series.some(({low}) => low.some((value) => value !== null));
     return band ? [...entries, [chart.range_label, {width: 12, faint: 0.25}]] : entries;
   }
