@@ -152,7 +152,8 @@ def answer(data: dict[str, Any], arms: list[dict[str, Any]]) -> Notice:
         text = f"The {varied}s saw the same batches, but did not spend the same compute: nothing here shows a gain."
         return Notice("neutral", text, "not equal compute")
     if len(worse) == count:
-        return Notice("bad", f"No: all {count} {varied}s are worse than {reference}{compute}.", "worse")
+        they = "both" if count == 2 else f"all {count}"
+        return Notice("bad", f"No: {they} {varied}s are worse than {reference}{compute}.", "worse")
     if unsure == count:
         text = f"No clear difference to {reference} was found for any of the {count} {varied}s{compute}."
         return Notice("neutral", text, "cannot tell")

@@ -1,0 +1,90 @@
+"""What a comparison shows is said in a badge and a plain sentence."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from abr_trainer.comparison.collecting import read_comparison
+from abr_trainer.comparison.statistics import paired, verdict
+from abr_trainer.report.of_comparison import report_on_comparison
+from abr_trainer.report.verdicts import verdicts
+from tests.report.test_examples import EXAMPLES
+
+METRIC = "test_perplexity"
+
+
+def arm(name: str, differences: list[float], planned: int | None = None):
+    found = paired(differences) | {"relative_to": 20.0}
+    entry = {"difference": found, "verdict": verdict(found, planned or len(differences)), "values": {}}
+    return {"name": name, "cost": {"passes": 100.0}, METRIC: entry}
+
+
+def said(*arms, **data):
+    of_reference = {"name": "baseline", "cost": {"passes": 100.0}, METRIC: {}}
+    whole = {"metric": METRIC, "reference": "baseline", "match": "passes", "against_controls": []} | data
+    return [(notice.kind, notice.badge, notice.text) for notice in verdicts(whole, [of_reference, *arms])]
+
+
+WORSE, BETTER, UNSURE = [2.0, 2.1, 1.9], [-2.0, -2.1, -1.9], [3.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("differences", "planned", "expected"),
+    [
+        (WORSE, 3, ("bad", "worse", "With abr, test perplexity is 10.0 % higher than with baseline.")),
+        (BETTER, 3, ("good", "better", "With abr, test perplexity is 10.0 % lower than with baseline.")),
+        (UNSURE, 2, ("neutral", "cannot tell", "5.0 % higher than with baseline, but 2 seeds cannot tell that from")),
+        (
+            [3.0],
+            1,
+            ("neutral", "one seed", "15.0 % higher than with baseline, but one seed cannot tell that from chance"),
+        ),
+        ([0.0, 0.0], 2, ("neutral", "equal", "abr: every run equals that of baseline.")),
+        (WORSE, 5, ("warning", "no verdict", "abr: only 3 of 5 pairs with baseline can be compared.")),
+        ([0.002, 0.0021], 2, ("bad", "worse", "is 0.01 % higher than")),
+    ],
+)
+def test_a_single_arm_is_judged_in_one_sentence(differences, planned, expected):
+    ((kind, badge, text),) = said(arm("abr", differences, planned))
+    assert (kind, badge) == expected[:2]
+    assert expected[2] in text
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected"),
+    [
+        ([WORSE, WORSE], ("bad", "worse", "No: both schedulers are worse than baseline at equal compute.")),
+        ([UNSURE, UNSURE], ("neutral", "cannot tell", "No clear difference to baseline was found for any of the 2")),
+        (
+            [BETTER, WORSE],
+            ("good", "1 of 2 better", "Yes: against baseline at equal compute, r0 is better; r1 is worse."),
+        ),
+        ([WORSE, UNSURE], ("bad", "1 of 2 worse", "r0 is worse; for the other one, the seeds cannot tell.")),
+        ([WORSE] * 4 + [UNSURE] * 2, ("bad", "4 of 6 worse", "4 of them are worse; for the others, the seeds")),
+    ],
+)
+def test_several_arms_are_answered_first(arms, expected):
+    first, *rest = said(*(arm(f"r{i}", differences) for i, differences in enumerate(arms)))
+    assert first[:2] == expected[:2]
+    assert expected[2] in first[2]
+    assert len(rest) == len(arms)
+
+
+def test_what_took_more_compute_has_won_nothing():
+    costly = arm("fixed:2", BETTER) | {"cost": {"passes": 200.0}}
+    first, one, _ = said(costly, arm("r1", BETTER), match="batches")
+    assert first[:2] == ("neutral", "not equal compute")
+    assert one[0] == "neutral"
+    assert one[2].endswith("It spent 2.0 times the passes.")
+
+
+def test_counts_are_written_as_counts_and_means_of_counts_with_a_decimal():
+    data = copy.deepcopy(read_comparison(EXAMPLES[0]))
+    for each in data["arms"]:
+        each["cost"] |= {"passes": 378.0, "skips": 2.0, "batches": 377.6}
+    report = report_on_comparison(data)
+    (costs,) = next(section.blocks for section in report.sections if section.heading == "Costs")
+    cells = dict(zip(costs.columns, costs.rows[0], strict=True))
+    assert (cells["passes"], cells["skips"], cells["batches"]) == ("378", "2", "377.6")
