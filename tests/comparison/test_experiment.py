@@ -666,10 +666,7 @@ def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hi
     report = (tmp_path / "cmp" / "report.md").read_text()
     assert "It cannot show that repeating pays" in report
     assert "It spent 2.0 times the passes." in report
-    assert (
-        "**One seed**: With fixed:2, validation perplexity is" in report
-        or "With fixed:2, test perplexity is" in report
-    )
+    assert re.search(r"\*\*One seed\*\*: With fixed:2, \w+ perplexity is", report)
 
 
 @pytest.mark.slow
