@@ -38,10 +38,11 @@ from ..integrations.trl import ABRSFTConfig, ABRSFTTrainer, learns_to_stop, mark
 from ..models.arguments import ModelArguments
 from ..models.loading import describe_model, load_config, load_model, load_tokenizer
 from ..records.errors import one_line_errors
+from ..report.text import share
 from ..training.config import ABRConfig, checkpoints_activations
 from ..training.engines import leave_ranks
 from ..training.identity import asks_for_rows
-from ..training.log_table import Score, shown_share
+from ..training.log_table import Score
 from ..training.samples import GenerationArguments, follow_text
 from ..training.tracking import PerplexityCallback
 from .command_line import parse_arguments
@@ -256,7 +257,7 @@ def choose_targets(
 def describe_chats(rows: Mapping[str, Tokenised], data_args: ChatArguments, is_chat: bool) -> list[str]:
     """Return lines on which tokens of the rows are learnt, and how many rows were cut."""
     split, first = next(iter(rows.items()))
-    share = f"{first.targets:,} of the {first.tokens:,} {split} tokens ({shown_share(first.targets, first.tokens)})"
+    part = f"{first.targets:,} of the {first.tokens:,} {split} tokens ({share(first.targets, first.tokens)})"
     if data_args.assistant_only_loss:
         what = "what the assistant writes"
     elif data_args.completion_only_loss:
@@ -265,7 +266,7 @@ def describe_chats(rows: Mapping[str, Tokenised], data_args: ChatArguments, is_c
         what = "all that is written, the user's messages too (--assistant_only_loss: only the assistant's)"
     else:
         what = "all tokens"
-    lines = [f"learnt: {what}; {share}"]
+    lines = [f"learnt: {what}; {part}"]
     lines += [
         f"cut: {each.cut:,} of the {len(each.rows):,} {split} rows are longer than --max_length {data_args.max_length}"
         for split, each in rows.items()

@@ -72,11 +72,11 @@ def fixed(value: float, places: int, sign: str = "") -> str:
 def share(part: float, whole: float) -> str:
     """Write a part of a whole in percent.
 
-    >>> share(3, 72), share(0, 0)
-    ('4.2 %', '0 %')
+    >>> share(3, 72), share(1, 300), share(0, 0)
+    ('4.2 %', '0.33 %', '0 %')
     """
     percent = 100 * part / whole if whole else 0.0
-    return f"{percent:.1f} %" if percent else "0 %"
+    return f"{percent:.{1 if percent >= 1 else 2}f} %" if percent else "0 %"
 
 
 def terminal_width() -> int:

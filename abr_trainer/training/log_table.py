@@ -168,15 +168,6 @@ def shown_change(now: float, before: float) -> str:
     return f"{100 * changed:+.1f} %" if math.isfinite(changed) else DASH
 
 
-def shown_share(part: float, whole: float) -> str:
-    """Write a share as percent.
-
-    >>> shown_share(3, 72), shown_share(0, 0)
-    ('4.17 %', '0.00 %')
-    """
-    return f"{100 * part / whole if whole else 0.0:.2f} %"
-
-
 def shown_duration(seconds: float) -> str:
     """Write a duration as hours, minutes and seconds.
 

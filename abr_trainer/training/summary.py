@@ -10,8 +10,9 @@ from typing import Any
 
 from ..records.files import ROW_LOSSES_NAME, TRACE_NAME, step_of
 from ..report.rows import has_row_rule
+from ..report.text import share
 from .ledger import ComputeLedger
-from .log_table import Score, shown_change, shown_passes, shown_score, shown_share
+from .log_table import Score, shown_change, shown_passes, shown_score
 
 Logs = Sequence[Mapping[str, float]]
 
@@ -86,8 +87,8 @@ def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
     if not ledger.batches:
         return []
     abr_rows = f"abr rows {shlex.quote(str(output_dir))}"
-    skipped = f"{ledger.skips:,} skipped" + (f" ({shown_share(ledger.skips, ledger.batches)})" if ledger.skips else "")
-    dropped = f"{ledger.rows_dropped:,} dropped ({shown_share(ledger.rows_dropped, ledger.rows)})"
+    skipped = f"{ledger.skips:,} skipped" + (f" ({share(ledger.skips, ledger.batches)})" if ledger.skips else "")
+    dropped = f"{ledger.rows_dropped:,} dropped ({share(ledger.rows_dropped, ledger.rows)})"
     listed = f": {abr_rows}" if ledger.rows_dropped else ""
     return [
         f"batches     {ledger.batches:,} seen, {skipped}, {ledger.repeats:.2f} updates/batch",

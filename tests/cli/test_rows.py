@@ -220,8 +220,8 @@ def test_a_real_run_names_the_broken_rows_of_its_file(trained, tmp_path, capsys)
 def test_the_end_of_a_run_says_how_many_rows_were_dropped(tmp_path):
     run = write_run(tmp_path / "my run", [])
     told = cost_lines(ComputeLedger(batches=9, rows=72, rows_dropped=3), run)
-    assert told[1] == f"rows        72 judged, 3 dropped (4.17 %): abr rows '{run}'"
-    assert cost_lines(ComputeLedger(batches=9, rows=72), run)[1] == "rows        72 judged, 0 dropped (0.00 %)"
+    assert told[1] == f"rows        72 judged, 3 dropped (4.2 %): abr rows '{run}'"
+    assert cost_lines(ComputeLedger(batches=9, rows=72), run)[1] == "rows        72 judged, 0 dropped (0 %)"
     ranked_alone = ComputeLedger(batches=9, rows=72)
     assert not any(line.startswith(("rows", "ranked")) for line in cost_lines(ranked_alone, tmp_path))
 
