@@ -17,18 +17,21 @@ LOGGED = {
 }
 """By logger, a message that a normal run of ours makes. The header of a run says on which device it runs."""
 
-WARNED = (
-    "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead.",
-)
-"""Texts of a `FutureWarning` in a normal run: PEFT reads an old name of transformers."""
+WARNED: dict[str, type[Warning]] = {
+    "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` "
+    "instead.": FutureWarning,
+    "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory won't be "
+    "used.": UserWarning,
+}
+"""Texts of warnings in a normal run, and their kinds: PEFT reads an old name of transformers, and there is no GPU."""
 
 
 def filter_noise() -> None:
     """Leave out the known messages. One that differs in a single letter is shown."""
     for name, message in LOGGED.items():
         logging.getLogger(name).addFilter(_AllBut(message))
-    for text in WARNED:
-        warnings.filterwarnings("ignore", message=re.escape(text) + r"\Z", category=FutureWarning)
+    for text, kind in WARNED.items():
+        warnings.filterwarnings("ignore", message=re.escape(text) + r"\Z", category=kind)
 
 
 class _AllBut(logging.Filter):

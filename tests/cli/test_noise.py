@@ -46,25 +46,29 @@ def test_a_known_message_is_left_out_and_one_that_differs_is_not(filtered, caplo
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("text", WARNED)
-def test_a_known_warning_is_left_out_and_one_that_differs_is_not(filtered, text):
+@pytest.mark.parametrize(("text", "known"), WARNED.items())
+def test_a_known_warning_is_left_out_and_one_that_differs_is_not(filtered, text, known):
     with warnings.catch_warnings(record=True) as caught:
-        warnings.warn(text, FutureWarning, stacklevel=1)
+        warnings.warn(text, known, stacklevel=1)
         assert caught == []
-        for other, kind in ((text + " Soon.", FutureWarning), ("Now: " + text, FutureWarning), (text, UserWarning)):
+        for other, kind in ((text + " Soon.", known), ("Now: " + text, known), (text, RuntimeWarning)):
             warnings.warn(other, kind, stacklevel=1)
     assert len(caught) == 3
 
 
-def test_bitsandbytes_and_peft_still_say_what_is_filtered():
+def test_libraries_still_say_what_is_filtered():
     """Else the entry can go."""
     import bitsandbytes.backends.cpu.ops as ops
+    from torch.utils.data import dataloader
     from transformers import modeling_utils
 
-    sources = [re.sub(r'"\s+"', "", Path(module.__file__).read_text()) for module in (ops, modeling_utils)]
+    def source_of(module):
+        return re.sub(r'"\s+"', "", Path(module.__file__).read_text())
+
     assert ops.logger.name in LOGGED
-    assert LOGGED[ops.logger.name].replace("No module named 'kernels'", "%s") in sources[0]
-    assert WARNED[0] in sources[1]
+    assert LOGGED[ops.logger.name].replace("No module named 'kernels'", "%s") in source_of(ops)
+    for text, module in zip(WARNED, (modeling_utils, dataloader), strict=True):
+        assert text in source_of(module)
 
 
 def on_a_terminal(argv, columns):
