@@ -310,6 +310,6 @@ def test_the_script_and_what_reads_its_trace_run(tmp_path, monkeypatch, capsys):
     exec(quick, names)
     assert names["trainer"].ledger.passes == 4
     (reading,) = python_of("measure/reports")
-    exec(reading.replace("runs/quickstart", "runs/python"), names)
+    exec(reading.replace("runs/demo", "runs/python"), names)
     assert len(names["trace"]) == names["trainer"].ledger.batches
     assert "count" in capsys.readouterr().out
