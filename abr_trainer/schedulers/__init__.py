@@ -1,4 +1,4 @@
-"""Repeat schedulers: pure rules over floats, importable without torch or transformers."""
+"""Repeat schedulers: rules on floats alone, importable without torch or transformers."""
 
 from __future__ import annotations
 

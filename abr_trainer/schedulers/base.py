@@ -1,4 +1,4 @@
-"""The contract between a repeat scheduler and the trainer: one record in, one number out, one record back."""
+"""The interface between a repeat scheduler and the trainer: `Observation`, `Outcome` and `RepeatScheduler`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from .remarks import remark_on_any
 
 NO_TARGETS = "no targets"
-"""Why a batch is skipped in which no label counts: it has no mean loss per target."""
+"""Reason for skipping a batch without target tokens, which has no mean loss per target."""
 
 TOO_FEW_ROWS = "rows"
-"""Why a batch is skipped of which more than half of the rows were dropped."""
+"""Reason for skipping a batch of which more than half of the rows were dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,13 @@ class Observation:
     """What a scheduler may look at: one batch, after the first pass over it.
 
     Attributes:
-        batch: Index of the batch since training began, from 0. Users read numbers from 1: the step in logs and trace.
-        loss: Mean loss per target token of the first pass, in nats, averaged over ranks; over the rows that are kept.
+        batch: Index of the batch since training began, from 0. The step in logs and traces counts from 1.
+        loss: Mean loss per target token of the first pass over the kept rows, in nats, averaged over ranks.
         progress: Share of the training run already spent, in [0, 1).
-        accuracy: Share of the target tokens that the first pass predicted right, over all ranks; None unless the rule
-            `wants` it, and for a batch without targets. A run in which it cannot be seen is refused.
-        grad_norm: Norm of the gradient of the first pass, before clipping; None unless the rule `wants` it, and before
-            the backward.
+        accuracy: Share of target tokens that the first pass predicted correctly, over all ranks, in [0, 1]. None
+            unless the rule `wants` it, and for a batch without targets. A run that cannot measure it is refused.
+        grad_norm: Norm of the gradient of the first pass, before clipping. None unless the rule `wants` it, and before
+            the backward pass.
     """
 
     batch: int
@@ -40,7 +40,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one batch.
+    """What was done with one batch.
 
     Attributes:
         observation: What the scheduler saw before it decided.
@@ -48,10 +48,9 @@ class Outcome:
         losses: `losses[i]` is the loss of pass i+1, in nats per target token, averaged over ranks. A skipped batch has
             one.
         reason: Why the batch got these repeats, in one word, for the trace.
-        replayed: Earlier batches that were trained on once more after this one, by index, each with the loss of that
-            pass.
-        rows: Rows that a row rule has judged, over all ranks.
-        rows_dropped: How many of them were not trained on.
+        replayed: Index of each earlier batch that was trained on again after this one, and the loss of that pass.
+        rows: Number of rows that a row rule has judged, over all ranks.
+        rows_dropped: Number of these rows that were not trained on.
     """
 
     observation: Observation
@@ -68,35 +67,35 @@ class Outcome:
 
     @property
     def updates(self) -> int:
-        """Updates made: on the batch, and on those replayed after it."""
+        """Number of updates on the batch and on the batches replayed after it."""
         return self.repeats + sum(math.isfinite(loss) for _, loss in self.replayed)
 
 
 class RepeatScheduler(ABC):
     """Decide how many updates each batch gets.
 
-    `observe` is the only method that writes, all others only read. What a scheduler remembers goes through
-    `state_dict`, as JSON, and is written into every checkpoint. A rule that needs a coin derives it from `(seed,
-    observation.batch)`, so that all ranks and a resumed run toss the same one.
+    Only `observe` changes the state; all other methods only read. Each checkpoint stores the state as JSON, through
+    `state_dict`. A rule that needs random numbers must derive them from `(seed, observation.batch)`, so that all ranks
+    and a resumed run draw the same.
 
-    The trainer never asks about a batch whose first-pass loss is not finite, or that has no targets and so no mean
-    loss per target: it skips it, and reports the outcome with that loss or with NaN. `observe` must leave such a loss
-    out of everything it remembers.
+    The trainer skips a batch whose first-pass loss is NaN or infinite, or that has no targets, without calling
+    `decide`. It reports the outcome with this loss, or NaN. `observe` must not store such a loss.
 
-    `decide` and `observe` are enough for most rules. `goes_on` ends the repeats of a batch early, by what they have
-    shown; `replay` and `held` train on earlier batches again; `wants` asks for more to look at than the loss.
+    `decide` and `observe` are enough for most rules. `goes_on` ends the repeats of a batch early, depending on their
+    losses. `replay` and `held` train on earlier batches again. `wants` asks for more than the loss.
     """
 
     reason: ClassVar[str] = "scheduler"
     wants: frozenset[str] = frozenset()
-    """What the rule needs beside the loss: "accuracy", "grad_norm", "inputs".
+    """What the rule needs in addition to the loss: "accuracy", "grad_norm", "inputs".
 
-    The first two stand in `observation`. With "grad_norm", `decide` is asked twice: before the backward, without it,
-    and after, with it; a skip after the backward costs the whole pass. With "inputs" the trainer asks what to hold.
+    The first two are in `observation`. With "grad_norm", `decide` is called twice: before the backward pass without
+    the norm, and after it with the norm. A skip after the backward pass costs a full pass. With "inputs" the trainer
+    calls `held`.
     """
 
     def __repr__(self) -> str:
-        """Name the rule: a checkpoint tells by it whether its state fits. A dataclass adds its parameters."""
+        """Return the rule with its parameters. A checkpoint can only be resumed with the same text."""
         return f"{type(self).__qualname__}()"
 
     @abstractmethod
@@ -104,33 +103,33 @@ class RepeatScheduler(ABC):
         """Return the repeats of this batch: 0 to skip it, 1 to train on it once, n for n updates."""
 
     def goes_on(self, observation: Observation, losses: Sequence[float], accuracy: float | None) -> bool:
-        """Tell whether to pass over the batch again, now that the last of `losses` is known.
+        """Tell whether to make another pass over the batch, given the losses so far.
 
-        Asked from the second pass on, as long as `decide` allows another one.
+        Called after each pass from the second on, as long as `decide` allows another one.
 
         Args:
-            losses: Of the passes so far, as in `Outcome`.
-            accuracy: Of the last of them, as in `Observation`.
+            losses: Losses of the passes so far, as in `Outcome`.
+            accuracy: Accuracy of the last pass, as in `Observation`.
         """
         return True
 
     def replay(self, observation: Observation) -> Sequence[int]:
-        """Return the indices of held batches to train on once more, after this one. Not asked after a skip."""
+        """Return the indices of held batches to train on again after this one. Not called after a skip."""
         return ()
 
     def held(self) -> Sequence[int]:
-        """Return the indices of the batches whose inputs the trainer shall keep, for `replay`.
+        """Return the indices of the batches whose inputs the trainer must keep for `replay`.
 
-        Asked after `observe`, of a rule that `wants` "inputs". A batch that it leaves out is gone.
+        Called after `observe`, if the rule `wants` "inputs". The trainer discards all other batches.
         """
         return ()
 
     def explain(self, observation: Observation) -> str:
-        """Name the rule that `decide` would follow, in one word."""
+        """Return the reason for the decision of `decide`, in one word."""
         return self.reason
 
     def evidence(self, observation: Observation) -> dict[str, float]:
-        """Return the numbers that `decide` weighs, by name: thresholds, and what it remembers."""
+        """Return the numbers that `decide` uses, by name: thresholds and remembered statistics."""
         return {}
 
     def remark(self, outcomes: Sequence[Outcome]) -> str | None:
@@ -145,7 +144,7 @@ class RepeatScheduler(ABC):
         return remark_on_any(type(self).__name__, outcomes)
 
     def observe(self, outcome: Outcome) -> None:
-        """Take note of a finished batch, skipped or not. Called exactly once a batch."""
+        """Record a finished batch, skipped or not. Called exactly once per batch."""
         return
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,10 +158,10 @@ class RepeatScheduler(ABC):
 
 @dataclass
 class WrappedScheduler(RepeatScheduler):
-    """Leave everything to `inner`: a base for rules that change some of its decisions.
+    """Pass every call to `inner`. Base class for rules that change some of its decisions.
 
     Attributes:
-        inner: The scheduler that decides where this one does not.
+        inner: The scheduler for all other decisions.
     """
 
     inner: RepeatScheduler
@@ -215,5 +214,5 @@ def check_least(rule: RepeatScheduler, **least: int) -> None:
 
 
 def is_finite(outcome: Outcome) -> bool:
-    """Tell whether the first-pass loss may enter a history."""
+    """Tell whether the first-pass loss is finite, so that a rule may store it."""
     return math.isfinite(outcome.observation.loss)

@@ -1,4 +1,4 @@
-"""The same number of updates for every batch: the baseline, and the control for any rule that repeats."""
+"""The same number of updates for every batch: the baseline, and a control for rules that repeat."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .base import Observation, Outcome, RepeatScheduler
 class ConstantScheduler(RepeatScheduler):
     """Train on every batch `repeats` times; once is ordinary training.
 
-    A number that is not whole is the mean: batches with the next lower and the next higher number of updates take
-    turns as evenly as possible, so that a rule can be compared with one that spends the same and looks at nothing.
+    If `repeats` is not an integer, it is the mean: the next lower and the next higher integer alternate as evenly as
+    possible. So a rule can be compared with a control that costs the same and ignores the loss.
 
-    Two updates are 8.7 % above the perplexity of one on fresh data, at equal passes; where 20 batches are all
-    there is, three are 3.2 % below (measured, see docs/measure/effectiveness.md).
+    At equal passes (measured, see docs/measure/effectiveness.md), perplexity with two updates is 8.7 % higher than
+    with one on fresh data. If there are only 20 batches, it is 3.2 % lower with three updates.
 
     >>> ConstantScheduler(repeats=3).decide(Observation(batch=0, loss=2.0, progress=0.0))
     3

@@ -1,4 +1,4 @@
-"""Coming back to hard batches later, between fresh ones, instead of repeating them on the spot."""
+"""Train on hard batches again later, between fresh ones, instead of repeating them immediately."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .remarks import counted, parameters
 
 @dataclass
 class ReplayScheduler(RepeatScheduler):
-    """Train on every batch once, and on hard ones once more, `spacing` batches later.
+    """Train on every batch once, and on hard batches again, `spacing` batches later.
 
-    A batch is hard if its first-pass loss lies above `quantile` of the recent ones, their trend taken off. At most one
-    earlier batch is trained on after each new one: of those that are due, the one with the highest loss. Of more than
-    `buffer_size` hard batches that wait, the easiest is let go.
+    A batch is hard if its first-pass loss is above the `quantile` of the recent losses, after their trend is removed.
+    After each new batch at most one earlier batch is trained on: of those that are due, the one with the highest loss.
+    If more than `buffer_size` hard batches wait, the one with the lowest loss is discarded.
 
-    Costs a pass for each replay, and the inputs of `buffer_size` batches: in memory, and in each checkpoint. A
-    resumed run needs as many processes as before, and checkpoints may not be pushed: they hold training data. At
-    equal passes (measured, see docs/measure/effectiveness.md), 2.9 % above the perplexity of the baseline on fresh
-    data; no evidence of a difference where 20 batches are all there is.
+    Costs one pass per replay, and stores the inputs of `buffer_size` batches in memory and in each checkpoint. A
+    resumed run needs the same number of processes, and checkpoints cannot be pushed, because they contain training
+    data. At equal passes (measured, see docs/measure/effectiveness.md), perplexity is 2.9 % higher than the baseline's
+    on fresh data. If there are only 20 batches, there is no evidence of a difference.
 
     Attributes:
-        quantile: Share of the recent losses above which a batch is hard, from 0 (all are) to below 1.
-        spacing: Batches between the two passes over a hard batch.
-        buffer_size: Batches that may wait.
-        window: Number of recent losses; nothing is hard before there are ten.
+        quantile: Quantile of the recent losses above which a batch is hard, in [0, 1). 0: all batches are hard.
+        spacing: Number of batches between the two passes over a hard batch.
+        buffer_size: Most batches that may wait.
+        window: Number of recent losses to remember. No batch is hard before there are ten.
     """
 
     reason: ClassVar[str] = "once"

@@ -1,4 +1,4 @@
-"""Skipping what the model knows already: selective backprop, with a batch as the unit."""
+"""Skip batches that the model already predicts well: selective backprop for batches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .remarks import counted, parameters
 
 @dataclass
 class EasySkip(RepeatScheduler):
-    """Skip a batch whose first-pass loss lies in the lowest `quantile` of the recent ones; train on the others once.
+    """Skip a batch whose first-pass loss is in the lowest `quantile` of the recent ones; train on the others once.
 
-    The claim to be tested is that batches with a low loss teach nothing (selective backprop, arXiv 1910.00762). A
-    skip is decided before the backward and costs the forward: 1/3 of a pass, 1/2 with a frozen base. The trend of
-    the recent losses is taken off; no more than `patience` batches are skipped in a row, for losses that fall
-    faster than that. At equal passes (measured, see docs/measure/effectiveness.md), 0.9 % above the perplexity of
-    the baseline on fresh data: skipping easy batches is not free.
+    This tests the claim that the model learns nothing from batches with a low loss (selective backprop, arXiv
+    1910.00762). The trend of the recent losses is removed. At most `patience` batches are skipped in a row, because
+    losses may fall faster than their trend. A skip is decided before the backward pass and costs the forward pass: 1/3
+    of a pass, or 1/2 with a frozen base model. At equal passes (measured, see docs/measure/effectiveness.md),
+    perplexity is 0.9 % higher than the baseline's on fresh data.
 
     Attributes:
-        quantile: Share of the recent losses below which a batch is easy, between 0 and 1.
-        window: Number of recent losses, those of batches that this rule has skipped among them; nothing is skipped
-            before there are so many.
-        patience: Batches in a row that may be skipped.
+        quantile: Quantile of the recent losses below which a batch is easy, between 0 and 1.
+        window: Number of recent losses to remember, including those of batches that this rule skipped. No batch is
+            skipped before the window is full.
+        patience: Most batches to skip in a row.
     """
 
     reason: ClassVar[str] = "easy"
@@ -39,7 +39,7 @@ class EasySkip(RepeatScheduler):
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:
-            raise ValueError(f"`quantile` must lie between 0 and 1, got {self.quantile}.")
+            raise ValueError(f"`quantile` must be between 0 and 1, got {self.quantile}.")
         check_least(self, window=2, patience=1)
         self.history = deque(maxlen=self.window)
 

@@ -1,4 +1,4 @@
-"""The marginal-value rule: stay on a batch while another pass over it gains more than a pass over a fresh one."""
+"""Repeat a batch as long as another pass over it gains more than a pass over a fresh batch."""
 
 from __future__ import annotations
 
@@ -25,30 +25,29 @@ from .remarks import (
 
 @dataclass
 class GainScheduler(RepeatScheduler):
-    """Repeat while the last pass over the batch has improved its loss by more than a fresh batch improves the level.
+    """Repeat while the last pass over the batch improved its loss by more than a fresh batch improves the loss level.
 
-    What a fresh batch improves is the slope of the last `window` first-pass losses, a batch: what its repeats bring to
-    other batches is in it, so that repeating has to be worth more than all of that. What a pass over the same batch
-    improves is seen in its losses; before the second pass it is what the last second passes have improved on average,
-    kept up to date by trying one on every `probe_every`-th batch. Most of what a batch gains on itself is memorised:
-    `transfer` is the share of it that counts.
+    The gain of a fresh batch is the slope of the last `window` first-pass losses, per batch. It includes the gains
+    from earlier repeats, so repeating must gain more than all of that. The gain of a pass over the same batch is
+    measured from its losses. Before the second pass it is estimated by the mean gain of recent second passes. To keep
+    this mean up to date, a second pass is tried on one of `probe_every` batches. Most of the gain on the batch itself
+    is memorisation, so only the share `transfer` of it counts.
 
-    A batch of which the model predicts `saturation` of the tokens right is not repeated any more.
+    A batch is not repeated once the model predicts the share `saturation` of its tokens correctly.
 
-    Costs the passes it asks for, and an argmax over the logits of each pass, for the accuracy. A run in which the
-    accuracy cannot be seen is refused. At equal passes (measured, see docs/measure/effectiveness.md), 15 % above the
-    perplexity of the baseline on fresh data after 160 passes, 12.6 % after 500; no evidence of a difference where 20
-    batches are all there is.
+    Costs its extra passes, and an argmax over the logits of each pass for the accuracy. If the accuracy cannot be
+    measured, the run is refused. At equal passes (measured, see docs/measure/effectiveness.md), perplexity is 15 %
+    higher than the baseline's on fresh data after 160 passes, and 12.6 % after 500. If there are only 20 batches,
+    there is no evidence of a difference.
 
     Attributes:
         max_repeats: Most updates on a batch.
-        transfer: Share of the improvement on the batch itself, in nats, that is worth as much as an improvement of
-            other batches.
-        saturation: Share of target tokens, predicted right, from which a batch has nothing left to teach.
-        window: Batches over which the improvement by fresh ones is measured.
-        probe_every: A second pass is tried on one of so many batches, chosen at random; the improvement that second
-            passes bring is averaged over about ten of them.
-        seed: Of that choice.
+        transfer: Share of the gain on the batch itself, in nats, that counts as gain on other batches, in (0, 1].
+        saturation: Share of correctly predicted target tokens from which a batch is not repeated, in (0, 1].
+        window: Number of batches for measuring the gain of fresh batches.
+        probe_every: Try a second pass on one of this many batches, chosen at random. The gain of second passes is
+            averaged over about ten of them.
+        seed: Seed of that choice.
     """
 
     reason: ClassVar[str] = "gain"
@@ -67,11 +66,11 @@ class GainScheduler(RepeatScheduler):
         check_least(self, max_repeats=1, window=MIN_HISTORY, probe_every=1)
         for name in ("transfer", "saturation"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must be above 0 and at most 1, got {getattr(self, name)}.")
         self.history = deque(maxlen=self.window)
 
     def fresh_gain(self) -> float | None:
-        """Return by how much a fresh batch lowers the first-pass loss of the next one, in nats; None while unknown."""
+        """Return how much a fresh batch lowers the first-pass loss of the next one, in nats; None if not yet known."""
         if len(self.history) < MIN_HISTORY:
             return None
         return -statistics.linear_regression(range(len(self.history)), self.history).slope

@@ -1,4 +1,4 @@
-"""Skipping batches whose gradient stands out, where their loss did not."""
+"""Skip batches whose gradient norm is an outlier."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from .recent import median_and_spread
 from .remarks import counted
 
 MIN_HISTORY = 20
-"""Norms to have seen before one may be called an outlier."""
+"""Number of norms that are needed before one can be an outlier."""
 
 MIN_SPREAD = 0.1
-"""Least spread of the logarithm: norms that happen to agree must not make the next one an outlier."""
+"""Least spread of the logarithm, so that nearly equal norms do not make the next one an outlier."""
 
 
 @dataclass
 class GradNormSkip(StandoutSkip):
-    """Skip a batch whose gradient norm lies far above the recent ones; otherwise ask `inner`.
+    """Skip a batch whose gradient norm is far above the recent ones; otherwise ask `inner`.
 
-    Norms are compared by their logarithms: median and scaled median absolute deviation of the last `window`, skipped
-    batches among them, of which up to half may be broken. Decided after the backward, on the norm before clipping: a
-    skip costs a whole pass. After `patience` skips in a row the gradients have changed rather than broken, and the
-    history is dropped.
+    The limit comes from the median and the scaled median absolute deviation of the logarithms of the last `window`
+    norms, including those of skipped batches. Up to half of these batches may be broken. The decision uses the norm
+    before clipping, after the backward pass, so a skip costs a full pass. After `patience` skips in a row we assume
+    that the data have changed, and clear the history.
 
-    It sees what a loss does not show (a few rows of garbage, labels that are wrong in one place). Where the loss
-    shows it, `--skip_outliers` is cheaper. Not under DeepSpeed, which updates the weights inside the backward, nor
-    under FSDP1. Of broken batches whose loss shows it (measured, see docs/measure/effectiveness.md) it catches
-    72 %, fewer than `robust`, for the price of a whole pass each.
+    It can find what the loss does not show, such as a few rows of garbage or a few wrong labels. If the loss shows it,
+    `--skip_outliers` is cheaper: of such broken batches (measured, see docs/measure/effectiveness.md) this rule
+    catches 72 %, fewer than `robust`. It does not work with FSDP1, nor with DeepSpeed, which updates the weights
+    inside the backward pass.
 
     Attributes:
-        inner: The scheduler that decides about every batch that is not an outlier.
+        inner: The scheduler for all batches that are not outliers.
         sigmas: Distance from the median, in robust standard deviations of the logarithm.
-        window: Number of recent norms.
-        patience: Batches in a row that may be skipped.
+        window: Number of recent norms to remember.
+        patience: Most batches to skip in a row.
     """
 
     reason: ClassVar[str] = "gradient"
@@ -56,7 +56,7 @@ class GradNormSkip(StandoutSkip):
         self.history = deque(maxlen=self.window)
 
     def limit(self) -> float:
-        """Return the norm above which a batch is skipped; infinite while too few were seen."""
+        """Return the norm above which a batch is skipped; infinity while there are too few norms."""
         if len(self.history) < MIN_HISTORY:
             return math.inf
         level, spread = median_and_spread(self.history)

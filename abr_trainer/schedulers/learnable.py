@@ -1,4 +1,4 @@
-"""The number of updates that has paid so far: a small network learns it from the losses of the batches that follow."""
+"""Learn online, with small networks, which number of updates lowers the losses of later batches most."""
 
 from __future__ import annotations
 
@@ -17,71 +17,71 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MEMBERS = 5
-"""Networks. Each learns from its own half of the blocks remembered: where they disagree, nothing is known yet."""
+"""Number of networks. Each learns from a different half of the blocks, so their disagreement shows uncertainty."""
 
 ROUND = 8
-"""Batches from one round of learning to the next, and in a block that a network learns from or does not."""
+"""Batches between two rounds of learning, and batches per block. Each network uses a block or ignores it."""
 
 STEPS = 3
-"""Steps of the optimizer in a round."""
+"""Optimizer steps per round."""
 
 RADIUS = 16
-"""Batches on either side of one that tell the level of the losses around it."""
+"""Number of batches on either side of a batch for computing the level of the losses around it."""
 
 MIN_MEMORY = 6 * RADIUS
-"""Batches to remember before the first round."""
+"""Number of batches to remember before the first round."""
 
 TREND = 4
-"""Coefficients of the smooth curve (a cubic) that the losses follow whatever is repeated."""
+"""Number of coefficients of the smooth curve (a cubic) that losses follow without any repeats."""
 
 LIKENESS = 0.3
-"""Distance at which two losses are no longer alike, as a share of the spread of all."""
+"""Width of the kernel that compares losses, as a share of the spread of all losses."""
 
 SHRINKAGE = 0.01
-"""Weight of the squared weights: what the losses do not show is taken for nothing."""
+"""Weight decay. It keeps predicted gains at zero unless the losses show otherwise."""
 
 MAX_DEVIATION = 3.0
-"""Spreads from the level beyond which all losses are the same to the network."""
+"""Features are clamped to this number of spreads from the level."""
 
 MAX_LOSS = 1e3
-"""Nats beyond which a loss is remembered as this."""
+"""Highest loss to remember, in nats; higher losses are clamped."""
 
 TINY = 1e-6
-"""Least spread and least level, in nats: losses may all be equal, or zero."""
+"""Least spread and least level, in nats, because losses may all be equal, or zero."""
 
 
 @dataclass
 class LearnableScheduler(RepeatScheduler):
-    """Repeat a batch as often as has paid for batches like it, in what the batches after them showed.
+    """Learn which number of repeats lowers the losses of later batches most, and use it.
 
-    A two-layer network looks at the loss and the perplexity of the first pass, log-scaled and relative to the recent
-    level, and predicts by how much 2, 3, ... `max_repeats` updates lower the losses to come more than one update does.
-    Chosen is the number that gains most over spending its extra passes on fresh batches, after `caution` standard
-    deviations of five networks' opinions are taken off. Where nothing gains, that is 1.
+    The inputs of a two-layer network are the loss and the perplexity of the first pass, log-scaled and relative to the
+    recent level. It predicts how much more 2, 3, ... `max_repeats` updates lower later losses than one update does.
+    The rule chooses the number with the largest gain over using the extra passes for fresh batches, after it subtracts
+    `caution` standard deviations of the predictions of five networks. If no number gains, it chooses 1.
 
-    It learns online. The first-pass losses remembered are explained by a smooth curve less the predicted gains of all
-    updates before each of them; how well that fits is what the networks are trained on, by Adam, every 8 batches. What
-    an update did to the loss of its own batch counts for nothing. Repeats drawn at random tell a gain from the habits
-    of the rule itself. Until `warmup` batches are over the rule is `abr`, exploration apart.
+    It learns online, with Adam, every 8 batches. The model of the remembered first-pass losses is a smooth curve minus
+    the predicted gains of all earlier updates; the networks minimise its error. The effect of an update on the loss of
+    its own batch does not count. Random repeats (`exploration`) separate gains from the rule's own choices. During the
+    first `warmup` batches the rule is `abr`, except for exploration.
 
-    Costs the passes that it explores with, and about 2 ms of a CPU core a batch, all of it on every eighth;
-    imports torch when it first learns. An update lowers the losses by far less than they differ: expect to wait
-    for several hundred batches, and to be left with 1, noise apart, where it does so by a hundredth of that. At
-    equal passes (measured, see docs/measure/effectiveness.md), 17 % above the perplexity of the baseline on fresh
-    data after 160 passes, which do not leave the warm-up, and 9.7 % after 500: from 3.0 repeats a batch in the
-    first third it comes down to 1.3 in the last.
+    Costs its extra passes, and about 2 ms of one CPU core per batch, spent on every eighth; imports torch when it
+    first learns. An update lowers the losses far less than they differ between batches, so learning takes several
+    hundred batches. If the effect is a hundredth of that difference, the rule ends at 1, apart from noise. At equal
+    passes (measured, see docs/measure/effectiveness.md), perplexity is 17 % higher than the baseline's on fresh data
+    after 160 passes, which all belong to the warm-up, and 9.7 % after 500. There the mean falls from 3.0 repeats in
+    the first third to 1.3 in the last.
 
     Attributes:
-        loss_threshold: Of `abr`, during the warm-up.
-        max_repeats: The most updates on a batch.
-        warmup: Batches before it decides by what it has learned.
-        exploration: Share of the batches whose repeats are drawn from 1 to `max_repeats`, in the warm-up; after it the
-            share falls with the square root of the batches.
-        memory: Batches to learn from, the latest.
-        caution: Standard deviations of the networks' opinions that a gain must exceed.
+        loss_threshold: Threshold of `abr` during the warm-up.
+        max_repeats: Most updates on a batch.
+        warmup: Number of batches before it uses what it has learned.
+        exploration: Share of batches with random repeats from 1 to `max_repeats` during the warm-up, in [0, 1].
+            Afterwards the share falls with the square root of the number of batches.
+        memory: Number of latest batches to learn from.
+        caution: Number of standard deviations between the networks' predictions that a gain must exceed.
         hidden: Units in the hidden layer of each network.
-        learning_rate: Of Adam.
-        seed: Of the first weights, of the exploration, and of who learns from what.
+        learning_rate: Learning rate of Adam.
+        seed: Seed of the initial weights, the exploration, and the blocks that each network uses.
     """
 
     reason: ClassVar[str] = "learned"
@@ -105,7 +105,7 @@ class LearnableScheduler(RepeatScheduler):
         self.loss_threshold = self.first_rule.loss_threshold
         check_least(self, warmup=0, memory=MIN_MEMORY, hidden=1)
         if not 0 <= self.exploration <= 1:
-            raise ValueError(f"`exploration` must lie between 0 and 1, got {self.exploration}.")
+            raise ValueError(f"`exploration` must be between 0 and 1, got {self.exploration}.")
         if not 0 <= self.caution < math.inf:
             raise ValueError(f"`caution` must be 0 or more, got {self.caution}.")
         if not 0 < self.learning_rate < math.inf:
@@ -113,16 +113,16 @@ class LearnableScheduler(RepeatScheduler):
         self.history = deque(maxlen=self.memory)
 
     def exploration_rate(self, batch: int) -> float:
-        """Return the probability that the repeats of this batch are drawn."""
+        """Return the probability of random repeats for this batch."""
         return self.exploration * math.sqrt(max(self.warmup, 1) / max(self.warmup, batch, 1))
 
     def drawn(self, batch: int) -> int | None:
-        """Return the repeats to explore with, or None where this batch is not for exploring."""
+        """Return the random repeats of this batch, or None if it is not used for exploration."""
         coin = random.Random(f"{self.seed}-{batch}")
         return coin.randint(1, self.max_repeats) if coin.random() < self.exploration_rate(batch) else None
 
     def ready(self, batch: int) -> _Learner | None:
-        """Return who decides after the warm-up, or None during it."""
+        """Return the networks after the warm-up, or None during it."""
         return self.learner if batch >= self.warmup else None
 
     def decide(self, observation: Observation) -> int:
@@ -137,7 +137,7 @@ class LearnableScheduler(RepeatScheduler):
             mean - self.caution * deviation - passes * learner.fresh
             for passes, (mean, deviation) in enumerate(gains, start=1)
         ]
-        return 1 + max(range(len(gains) + 1), key=[0.0, *worst].__getitem__)  # of equals the first: ties go to 1
+        return 1 + max(range(len(gains) + 1), key=[0.0, *worst].__getitem__)  # the first of equals, so ties give 1
 
     def explain(self, observation: Observation) -> str:
         if self.drawn(observation.batch) is not None:
@@ -176,16 +176,16 @@ class LearnableScheduler(RepeatScheduler):
 
     def observe(self, outcome: Outcome) -> None:
         if outcome.skipped or not is_finite(outcome):
-            return  # it never happened
+            return
         self.first_rule.observe(outcome)
-        self.history.append((self._tamed(outcome.observation.loss), outcome.repeats))
+        self.history.append((self._clamped(outcome.observation.loss), outcome.repeats))
         self.observed += 1
         if self.observed % ROUND == 0 and len(self.history) >= MIN_MEMORY:
             self.learner = self.learner or self._new_learner()
             self.learner.learn(self.history, self.observed)
 
-    def _tamed(self, loss: float) -> float:
-        """Return the loss, or the nearest that may still be believed: one broken batch is no change of level."""
+    def _clamped(self, loss: float) -> float:
+        """Clamp the loss around the level, so that one broken batch does not change the level."""
         if self.learner is None:
             return max(-MAX_LOSS, min(loss, MAX_LOSS))
         level, reach = self.learner.level_at(self.observed), 2 * MAX_DEVIATION * self.learner.spread
@@ -213,10 +213,10 @@ class LearnableScheduler(RepeatScheduler):
 
 
 class _Learner:
-    """The networks, their optimizer, and what they last knew of the losses.
+    """The networks, their optimizer, and the latest statistics of the losses.
 
-    Shapes: M networks, N batches remembered, 2 features, H hidden units, 3 outputs. A network's outputs are the value
-    of one update, and the slope and the bend of the values of more, all in units of the noise.
+    Shapes: M networks, N remembered batches, 2 features, H hidden units, 3 outputs. The outputs are the gain of one
+    update, and the slope and the curvature of the gain of further ones, all in units of the noise.
     """
 
     def __init__(self, max_repeats: int, hidden: int, learning_rate: float, seed: int) -> None:
@@ -228,7 +228,7 @@ class _Learner:
         self.parameters = [
             torch.randn(MEMBERS, 2, hidden, generator=drawn, **options),
             torch.randn(MEMBERS, 1, hidden, generator=drawn, **options),
-            torch.zeros(MEMBERS, hidden, 3, **options),  # nothing is worth anything before it has been seen
+            torch.zeros(MEMBERS, hidden, 3, **options),  # predict no gain before learning
             torch.zeros(MEMBERS, 1, 3, **options),
         ]
         for parameter in self.parameters:
@@ -239,11 +239,11 @@ class _Learner:
         self.learned_at = 0
 
     def level_at(self, observed: int) -> float:
-        """Return the level of the losses, in nats, carried on to the batch that follows `observed` others."""
+        """Return the level of the losses, in nats, extrapolated to the batch after `observed` others."""
         return self.level + self.slope * (observed - self.learned_at)
 
     def gains(self, loss: float, observed: int) -> list[tuple[float, float]]:
-        """Return mean and standard deviation of what 2, 3, ... repeats gain over 1, in nats."""
+        """Return mean and standard deviation of the gain of 2, 3, ... repeats over 1, in nats."""
         import torch
 
         with torch.no_grad():
@@ -254,7 +254,7 @@ class _Learner:
         return list(zip(means, deviations, strict=True))[1:]
 
     def learn(self, history: deque[tuple[float, int]], observed: int) -> None:
-        """Fit the first-pass losses remembered, the last of which is the `observed`-th, a few steps better."""
+        """Make a few optimizer steps on the remembered first-pass losses; the last is that of batch `observed`."""
         import torch
 
         losses, repeats = torch.tensor(list(history), dtype=torch.float64, device="cpu").T
@@ -274,14 +274,14 @@ class _Learner:
             made = repeats.long().clamp(1, self.max_repeats) - 1
             extras = self._extras(self._predict(features)).mean(0)  # (N, repeats)
             gained = self.noise * float(extras.gather(1, made[:, None]).mean())
-        # What one pass over a fresh batch brings: the fall of the losses that no repeat accounts for.
+        # Gain of one pass over a fresh batch: the fall of the losses that repeats do not explain.
         self.fresh = max(0.0, fall - gained)
 
     def _look(self, losses: Tensor, shape: Tensor, trend: Tensor, observed: int) -> tuple[Tensor, Tensor, float]:
-        """Return the features of every batch, what the trend leaves of its loss, and the fall of the trend a batch.
+        """Return the features of every batch, its loss without the trend, and the fall of the trend per batch.
 
-        Batches are compared with those around them as if nothing had been repeated: what is known of the repeats is
-        undone first. The features of the past may look at both sides of a batch, those of a decision cannot.
+        The predicted gains of repeats are removed first, so that batches are compared as if none had been repeated.
+        Features of past batches use the batches on both sides; those for a decision can only use earlier ones.
         """
         import torch
 
@@ -315,14 +315,14 @@ class _Learner:
         return (features @ first + first_bias).tanh() @ second + second_bias
 
     def _shape(self, repeats: Tensor) -> Tensor:
-        """Return what the three outputs count for at these repeats: (N,) -> (N, 3)."""
+        """Return the weights of the three outputs for these repeats: (N,) -> (N, 3)."""
         import torch
 
         share = (repeats - 1) / max(self.max_repeats - 1, 1)
         return torch.stack([torch.ones_like(share), 2 * share, 0.8 * share * (1 - share)], dim=-1)
 
     def _extras(self, outputs: Tensor) -> Tensor:
-        """Return what 1, 2, ... repeats are worth over 1: (M, N, 3) -> (M, N, repeats)."""
+        """Return the gain of 1, 2, ... repeats over 1: (M, N, 3) -> (M, N, repeats)."""
         import torch
 
         counts = torch.arange(1, self.max_repeats + 1, dtype=torch.float64, device="cpu")
@@ -330,7 +330,7 @@ class _Learner:
         return outputs @ (shape - shape[0]).T
 
     def _shares(self, begin: int, end: int) -> Tensor:
-        """Return the weight of every batch for every network, (M, N): a block of batches counts double or nothing."""
+        """Return the weight of every batch for every network, (M, N): 2 or 0, equal within a block."""
         import torch
 
         def weights() -> Iterator[list[float]]:
@@ -374,7 +374,7 @@ class _Learner:
 
 
 def _features(losses: Tensor, levels: Tensor, spread: float) -> Tensor:
-    """Return what a network looks at, (N, 2): log perplexity and log loss over the level's, in units of the spread."""
+    """Return the networks' inputs, (N, 2): log perplexity and log loss relative to the level, in spreads."""
     import torch
 
     heights = losses - levels  # the logarithm of a perplexity is its loss
@@ -384,16 +384,16 @@ def _features(losses: Tensor, levels: Tensor, spread: float) -> Tensor:
 
 
 def _path(values: Tensor) -> Tensor:
-    """Return by how much the level had fallen at every batch: all updates before it, (M, N) -> (M, N).
+    """Return the fall of the level at every batch by all updates before it: (M, N) -> (M, N).
 
-    Of a batch's own updates half is counted, the middle of the step: a loss that happens to be high then says neither
-    that they helped nor that they did harm.
+    Half of the gain of a batch's own updates is counted. So a loss that is high by chance is no evidence for or
+    against these updates.
     """
     return values.cumsum(-1) - values / 2
 
 
 def _trend(count: int) -> Tensor:
-    """Return an orthonormal basis of the smooth curves, (count, TREND), polynomials of rising degree."""
+    """Return an orthonormal basis of smooth curves, (count, TREND): polynomials of increasing degree."""
     import torch
 
     place = torch.linspace(-1.0, 1.0, count, dtype=torch.float64, device="cpu")
@@ -402,7 +402,7 @@ def _trend(count: int) -> Tensor:
 
 
 def _level(losses: Tensor) -> Tensor:
-    """Return the mean of the losses around every one, carried on in a straight line at both ends."""
+    """Return the moving mean of the losses, extrapolated linearly at both ends."""
     import torch
 
     width = 2 * RADIUS + 1
@@ -414,11 +414,11 @@ def _level(losses: Tensor) -> Tensor:
 
 
 def _cleaned(losses: Tensor) -> tuple[Tensor, float]:
-    """Compare every loss with its likes: return the level each of them tells of, and how far these scatter, in nats.
+    """Compare every loss with similar ones. Return the level that each loss implies, and their deviation, in nats.
 
-    Easy and hard batches lie further apart than any update moves either. A loss is therefore taken for the level plus
-    its distance from the losses of about the same height, not from all: the efficient score of a shift of their
-    density. Of losses of one kind that leaves what they were.
+    Easy and hard batches differ more than an update changes either. So the level is estimated from the distance of a
+    loss to losses of about the same height, not to all: the efficient score for a shift of their density. If all
+    losses are of one kind, they do not change.
     """
     import torch
 
@@ -428,6 +428,6 @@ def _cleaned(losses: Tensor) -> tuple[Tensor, float]:
     width = LIKENESS * deviations.std().clamp(min=TINY)
     weights = torch.softmax(-0.5 * ((deviations[:, None] - likes) / width) ** 2, dim=1)
     centre = weights @ likes
-    kept = 1 - (weights @ likes**2 - centre**2) / width**2  # what of a shift the distance to the likes still shows
+    kept = 1 - (weights @ likes**2 - centre**2) / width**2  # share of a shift that the distance to `likes` shows
     distance = (deviations - centre) / kept.mean().clamp(min=0.1)
     return level + distance, float(distance.std().clamp(min=TINY))

@@ -1,4 +1,4 @@
-"""Skip batches whose loss stands out from the recent ones, and leave the others to another scheduler."""
+"""Skip batches whose loss is an outlier among the recent ones; another scheduler decides about the rest."""
 
 from __future__ import annotations
 
@@ -15,47 +15,46 @@ from .base import Observation, Outcome, WrappedScheduler
 from .recent import MAD_TO_SIGMA
 
 MIN_WINDOW = 10
-"""Least number of recent losses to judge by, and the losses that the classic rule sees before it judges at all."""
+"""Least window, and the number of losses that the classic rule needs before it skips a batch."""
 
 STEP_TO_SIGMA = MAD_TO_SIGMA / math.sqrt(2)
-"""The same for the median step from one loss to the next, which two losses have a share in."""
+"""Scales the median step from one loss to the next to a standard deviation. A step has the variance of two losses."""
 
 MIN_SPREAD = 0.01
-"""Least spread, as a share of the level: losses that happen to agree must not make the next one an outlier."""
+"""Least spread, as a share of the level, so that nearly equal losses do not make the next one an outlier."""
 
 ASSUMED_SPREAD = 0.04
-"""Spread before any is seen, as a share of the level: good batches of 512 tokens were measured at 0.03 to 0.06."""
+"""Assumed spread, as a share of the level. Measured on good batches of 512 tokens: 0.03 to 0.06."""
 
 LEAST_ASSUMED_SPREAD = 0.1
-"""The same in nats, where the level is low: what is left of a loss scatters no less for that."""
+"""Least assumed spread, in nats: losses with a low level do not scatter less."""
 
 ASSUMED_STEPS = 10
-"""Steps between losses that the assumed spread weighs as much as."""
+"""Weight of the assumed spread, as a number of steps between losses."""
 
 LEAST_HISTORY = 4
-"""Losses that the robust rule must remember before it judges, and those at which its limit is twice as far off as it
-will be: what few losses say of level and spread can be wrong by so much.
+"""Number of losses that the robust rule needs before it skips a batch. With so few, its limit is twice as far from the
+level, because level and spread are uncertain.
 """
 
 TRIM = 4.0
-"""Spreads from the level within which a loss counts as good when level and spread are taken."""
+"""Losses within this number of spreads from the level count as good when level and spread are estimated."""
 
 ROUNDS = 6
-"""Times that good losses are told from others at most; two or three do."""
+"""Most iterations for separating good losses from others; two or three are usually enough."""
 
 
 @dataclass
 class StandoutSkip(WrappedScheduler):
-    """Skip a batch of which a number stands out from those of the recent batches; otherwise ask `inner`.
+    """Skip a batch if a number that it has is an outlier among the recent ones; otherwise ask `inner`.
 
-    After `patience` batches skipped in a row the data have changed rather than broken: the history is dropped, and the
-    next numbers build a new one.
+    After `patience` skips in a row we assume that the data have changed: the history is cleared and built anew.
 
     Attributes:
-        inner: The scheduler that decides about every batch that does not stand out.
+        inner: The scheduler for all batches that are not outliers.
         sigmas: Distance from the level, in units of the spread.
         window: Number of recent batches to remember.
-        patience: Batches in a row that may be skipped.
+        patience: Most batches to skip in a row.
     """
 
     sigmas: float
@@ -66,11 +65,11 @@ class StandoutSkip(WrappedScheduler):
 
     @abstractmethod
     def measured(self, observation: Observation) -> float | None:
-        """Return what batches are compared by; None where there is nothing to go by, or to remember."""
+        """Return the number to compare batches by; None if this batch has none."""
 
     @abstractmethod
     def stands_out(self, value: float) -> bool:
-        """Tell whether a number stands out from those seen so far."""
+        """Tell whether a number is an outlier among the remembered ones."""
 
     def skips(self, observation: Observation) -> bool:
         value = self.measured(observation)
@@ -97,7 +96,11 @@ class StandoutSkip(WrappedScheduler):
         return self.remark_of_inner(outcomes)
 
     def data_have_changed(self, left_out: bool) -> bool:
-        """Tell whether too many batches were skipped to be outliers, the last one (`left_out`) included."""
+        """Tell whether so many batches were skipped that the data must have changed.
+
+        Args:
+            left_out: Whether this rule skipped the last batch.
+        """
         return self.consecutive >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class OutlierSkip(StandoutSkip):
         """Return the centre of the recent losses and their spread, both in nats."""
 
     def limits(self) -> dict[str, float]:
-        """Return the numbers that make an outlier, in nats: `outlier above` and what it follows from."""
+        """Return the limit `outlier above`, in nats, and the numbers that it is computed from."""
         level, spread = self.level_and_spread()
         return {
             "their level": level,
@@ -162,10 +165,10 @@ class OutlierSkip(StandoutSkip):
 
 @dataclass
 class ClassicOutlierSkip(OutlierSkip):
-    """The published rule: mean and standard deviation of the recent losses, outliers among them.
+    """The published rule: mean and standard deviation of the recent losses, including outliers.
 
-    Kept for comparison. A few outliers inflate the standard deviation until the next ones hide behind it: on WikiText
-    with one batch in ten replaced by random tokens it caught 5 of 23.
+    Kept for comparison. A few outliers increase the standard deviation so much that the rule misses the next ones: on
+    WikiText with one batch in ten replaced by random tokens it caught 5 of 23.
     """
 
     min_history: ClassVar[int] = MIN_WINDOW
@@ -178,35 +181,36 @@ class ClassicOutlierSkip(OutlierSkip):
 
 @dataclass
 class RobustOutlierSkip(OutlierSkip):
-    """Level and spread of those recent losses that look good by now; judges from the fifth batch of a run on.
+    """Skip outliers by the level and spread of the recent losses that currently look good.
 
-    Every recent loss is remembered, those of outliers too, and each decision sorts them anew. It starts at the lower
-    third, where dirt is the smaller part, takes the losses within reach for good, takes level and spread from those,
-    and again until nothing changes. So what was trained on by mistake stops counting once it stands out, and what was
-    skipped by mistake counts again. The spread is that of the steps from one good loss to the next: the fall of the
-    loss at the start of a run is not taken for spread. Few steps are filled up with an assumed spread, 4 % of the
-    level or 0.1 nats. If losses scatter more downwards, where there is no dirt, that is taken. The limit is wider
-    while few losses are known: twice as far off at 4, 4 % farther at 100.
+    All recent losses are remembered, including those of outliers, and each decision separates good ones from others
+    again. It starts at the lower third of the losses, assuming that most losses there are good. Losses close to the
+    level count as good, and level and spread are computed from these, until nothing changes. So a broken batch that
+    was trained on stops counting once it is recognised, and a good batch that was skipped counts again. The spread
+    comes from the steps between successive good losses, so that the fall of the loss at the start of a run does not
+    increase it. While there are few steps, an assumed spread is mixed in: 4 % of the level, or 0.1 nats. If losses
+    scatter more downwards, where there are no broken batches, that spread is used. The limit is wider while there are
+    few losses: twice as far from the level with 4, 4 % farther with 100.
 
-    With `low`, a loss below `low * level`, and more than `sigmas * spread` below the level, is an outlier too: text
-    that repeats and was learnt by heart. Not for runs that learn their data by heart themselves.
+    With `low`, a loss is also an outlier if it is below `low * level` and more than `sigmas * spread` below the level.
+    This finds duplicated text that the model has memorised. Do not use it if a run is meant to memorise its data.
 
-    After `patience` batches skipped in a row, or more than half of the last `3 * patience` batches skipped, the data
-    have changed. What comes in gradually is learnt for good once it makes two thirds of the batches; what stands out
-    and stays below half is skipped like dirt: losses cannot tell the one from the other. The first four batches of a
-    run are always trained on.
+    After `patience` skips in a row, or if more than half of the last `3 * patience` batches were skipped, we assume
+    that the data have changed. New data that come in gradually count as good once they are two thirds of the batches.
+    Good data that stand out and stay below half are skipped, because losses cannot distinguish them from broken data.
+    The first four batches of a run are always trained on.
 
-    Costs no pass, and some 0.2 ms a decision.
+    Costs no pass, and about 0.2 ms per decision.
 
-    What it catches in training, on batches of 512 tokens, is in docs/measure/effectiveness.md. On loss streams of
-    WikiText-2 and DailyDialog, LoRA on two small models, with 5 to 25 % of the batches random, shuffled, noise or
-    another language, 95 to 100 % were caught, batches of one row among them. Where good losses scatter by 20 % of
-    their level, 1 % of good batches are skipped; by 50 %, 3 %. Junk or foreign text within reach of the good losses is
-    missed; good batches are skipped where too high a learning rate makes the loss leap, until that is taken for a
-    change of the data.
+    Measured on batches of 512 tokens (see docs/measure/effectiveness.md): loss streams of WikiText-2 and DailyDialog,
+    LoRA on two small models, with 5 to 25 % of the batches random, shuffled, noise or in another language. 95 to 100 %
+    of these were caught, also with batches of one row. If good losses scatter by 20 % of their level, 1 % of good
+    batches are skipped; by 50 %, 3 %. Broken or foreign text is missed if its loss is close to that of good text. If
+    the loss jumps because the learning rate is too high, good batches are skipped until this counts as a change of the
+    data.
 
     Attributes:
-        low: Share of the level below which a loss is too low; 0 looks at no low losses.
+        low: Share of the level below which a loss is too low, in [0, 1). 0 ignores low losses.
     """
 
     min_history: ClassVar[int] = LEAST_HISTORY
@@ -237,7 +241,7 @@ class RobustOutlierSkip(OutlierSkip):
             spread = spread_of(good, level)
         highest = level + TRIM * spread * uncertainty(len(good))
         below = dips([loss for loss in losses if loss <= highest])
-        if len(below) > 3:  # no dirt among them: they tell how far good losses stray
+        if len(below) > 3:  # these are good losses, so they show how far good losses scatter
             spread = max(spread, MAD_TO_SIGMA * statistics.median(below))
         return level, spread * uncertainty(len(good)) * (1 + LEAST_HISTORY / len(losses))
 
@@ -265,7 +269,7 @@ class RobustOutlierSkip(OutlierSkip):
 
 
 def steps(losses: Sequence[float]) -> list[float]:
-    """Return the distances from each loss to the next, the smallest first.
+    """Return the absolute differences between successive losses, the smallest first.
 
     >>> steps([4.0, 3.0, 3.5])
     [0.5, 1.0]
@@ -274,7 +278,7 @@ def steps(losses: Sequence[float]) -> list[float]:
 
 
 def dips(losses: Sequence[float]) -> list[float]:
-    """Return how far losses lie below the median of the five around them, of those that do: a trend has none.
+    """Return by how much losses are below the median of the five around them, for those that are. A trend has none.
 
     >>> dips([4.0, 3.0, 4.0, 9.0, 4.0, 2.0, 4.0])
     [1.0, 2.0]
@@ -284,7 +288,7 @@ def dips(losses: Sequence[float]) -> list[float]:
 
 
 def spread_of(losses: Sequence[float], level: float) -> float:
-    """Return the spread that the steps show, and `ASSUMED_STEPS` more at the assumed spread, in nats."""
+    """Return the spread of the steps, averaged with `ASSUMED_STEPS` steps of the assumed spread, in nats."""
     taken = len(losses) - 1
     seen = STEP_TO_SIGMA * statistics.median(steps(losses)) if taken else 0.0
     blend = (ASSUMED_STEPS * assumed_spread(level) + taken * seen) / (ASSUMED_STEPS + taken)
@@ -292,12 +296,12 @@ def spread_of(losses: Sequence[float], level: float) -> float:
 
 
 def assumed_spread(level: float) -> float:
-    """Return the spread of good losses before any is seen, in nats."""
+    """Return the assumed spread of good losses, in nats."""
     return max(ASSUMED_SPREAD * abs(level), LEAST_ASSUMED_SPREAD)
 
 
 def uncertainty(count: int) -> float:
-    """Return the factor by which the limit is wider for few losses, whose level and spread are hardly known.
+    """Return the factor by which the limit is wider for few losses, whose level and spread are uncertain.
 
     >>> [round(uncertainty(count), 3) for count in (1, 10, 100)]
     [1.732, 1.095, 1.01]

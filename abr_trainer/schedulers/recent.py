@@ -1,4 +1,4 @@
-"""What rules remember of the losses they have seen."""
+"""Statistics of recent losses, which several rules use."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Sequence
 
 MIN_HISTORY = 10
-"""Losses to have seen before one is compared with them."""
+"""Number of losses that are needed before another is compared with them."""
 
 MAD_TO_SIGMA = 1.4826
 """Scales the median absolute deviation to the standard deviation of a normal distribution."""
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the median and the scaled median absolute deviation: mean and standard deviation that outliers spare.
+    """Return the median and the scaled median absolute deviation, which estimate mean and standard deviation robustly.
 
     >>> median_and_spread([1.0, 2.0, 3.0, 4.0, 90.0])
     (3.0, 1.4826)
@@ -23,9 +23,9 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def share_below(loss: float, recent: Sequence[float]) -> float:
-    """Return the share of the recent losses that a loss exceeds, once the trend of all of them is taken off.
+    """Return the share of the recent losses that a loss exceeds, after the trend of all of them is removed.
 
-    While losses fall, each is lower than those before it, and none would ever be high.
+    With the trend, no loss would be high while losses fall.
 
     >>> share_below(3.5, [3.0, 2.0, 4.0, 3.0])
     0.5
@@ -37,7 +37,7 @@ def share_below(loss: float, recent: Sequence[float]) -> float:
 
 
 def without_trend(losses: Sequence[float]) -> list[float]:
-    """Return the distances of successive losses from the regression line through them.
+    """Return the residuals of successive losses from their regression line.
 
     >>> without_trend([3.0, 2.0, 1.0])
     [0.0, 0.0, 0.0]

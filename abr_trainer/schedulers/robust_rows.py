@@ -1,4 +1,4 @@
-"""Drop rows whose loss stands out from that of recent rows of about the same length."""
+"""Drop rows whose loss is an outlier among recent rows of about the same length."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any, NamedTuple
 from .rows import Row, RowRule
 
 LEAST_ROWS = 16
-"""Rows that must be remembered before any is dropped. The level at a time is that of at least as many rows."""
+"""Number of rows to remember before any is dropped, and least number of rows for the level at a time."""
 
 REFITS = 8
-"""A fit is renewed once so many rows have come since that they are this fraction (1/8) of the remembered ones."""
+"""Fit again once the number of new rows is this fraction (1/8) of the remembered ones."""
 
 ANCHOR_ROWS, ANCHOR_BATCHES = 64, 15
-"""The newest rows in which the level is looked for. Once two thirds of them are high, the data have changed."""
+"""The newest rows, which give the current level. If two thirds of them are high, the data have changed."""
 
 PATIENCE = 10
-"""Batches in a row of which most rows are dropped, after which the data have changed, whatever the number of rows."""
+"""If most rows of this many batches in a row are dropped, the data have changed."""
 
 ASSUMED_SPREAD, ASSUMED_ROWS = 0.08, 16
-"""Spread of long rows before any is seen, as a share of the level, and how many rows this counts as."""
+"""Assumed spread of long rows, as a share of the level, and its weight, as a number of rows."""
 
 LEAST_ASSUMED_SPREAD = 0.1
-"""The same in nats, where the level is low: what is left of a loss scatters no less for that."""
+"""Least assumed spread, in nats: losses with a low level do not scatter less."""
 
 LEAST_SPREAD = 0.02
-"""Least spread of long rows, as a share of the level: rows that happen to agree must not make others outliers."""
+"""Least spread of long rows, as a share of the level, so that nearly equal rows do not make others outliers."""
 
 SHORTNESS, ASSUMED_SHORTNESS = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0), 32.0
-"""Values of `Fit.shortness` that are tried, and the one that is taken where the lengths of rows do not tell."""
+"""Values to try for `Fit.shortness`, and the value to use if all rows have about the same length."""
 
 SHORTNESS_WEIGHT = 2.0
-"""Nats of evidence that each step from the assumed shortness to another value needs."""
+"""Evidence in nats needed for each step away from the assumed shortness."""
 
 TARGETS_SKEW = 2.0
 """Skewness of the loss of a single target: that of an exponential distribution."""
@@ -46,7 +46,7 @@ LEVEL_STEP = 0.15
 """Standard deviation of the step in level from one length to twice that length, as a share of the level."""
 
 SMALLEST_RATIO = 0.75
-"""Least factor by which the spread of older rows is scaled down with the level."""
+"""Least factor for scaling down the spread of older rows with the level."""
 
 MEDIAN_VARIANCE = math.pi / 2
 """Variance of the median of n normal values, times n."""
@@ -55,14 +55,14 @@ QUARTILE_TO_SIGMA = 1 / 0.6745
 """Scales the distance of a quartile from the median to the standard deviation of a normal distribution."""
 
 ROUNDS = 5
-"""Times that good rows are told from others at most; three mostly do."""
+"""Most iterations for separating good rows from others; three are usually enough."""
 
 FEW, CAUTION = 1 / 128, 1.5
 """If a smaller share of the remembered rows stands out, the limit is this many times as far from the level."""
 
 
 class Remembered(NamedTuple):
-    """What the rule keeps of a row."""
+    """What the rule remembers about a row."""
 
     loss: float
     targets: int
@@ -70,7 +70,7 @@ class Remembered(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A level in nats, and the variance of what is unknown about it."""
+    """An estimate of a level in nats, and its variance."""
 
     value: float
     variance: float
@@ -78,13 +78,13 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """What the remembered rows say about the next ones.
+    """Level and spread of good rows by length, fitted to the remembered rows.
 
     Attributes:
-        levels: Median loss of good rows by length class, which is the number of binary digits of their targets.
+        levels: Median loss of good rows by length class: the bit length of their number of targets.
         spread: Standard deviation of very long rows, in nats.
-        shortness: A row of n targets has `1 + shortness / n` times the variance of a very long one.
-        caution: Factor on the distance from the level: `CAUTION` where few rows stand out, else 1.
+        shortness: The loss of a row with n targets has `1 + shortness / n` times the variance of a very long row.
+        caution: Factor on the distance from the level: `CAUTION` if few rows stand out, else 1.
     """
 
     levels: dict[int, Estimate]
@@ -93,14 +93,14 @@ class Fit:
     caution: float
 
     def level(self, targets: int) -> Estimate:
-        """Return the level at a length. Beyond the lengths that were seen, it is that of the nearest one."""
+        """Return the level at a length; for lengths outside the known range, that of the nearest one."""
         length = targets.bit_length()
         nearest = min(max(length, min(self.levels)), max(self.levels))
         level, variance = self.levels[nearest]
         return Estimate(level, variance + abs(length - nearest) * (LEVEL_STEP * level) ** 2)
 
     def deviation(self, targets: int) -> float:
-        """Return the standard deviation of a row to come around the level at its length."""
+        """Return the standard deviation of a new row's loss from the level at its length."""
         return math.sqrt(self.spread**2 * (1 + self.shortness / targets) + self.level(targets).variance)
 
     def limit(self, targets: int, sigmas: float) -> float:
@@ -111,19 +111,20 @@ class Fit:
 
 @dataclass
 class RobustRows(RowRule):
-    """Drop a row whose mean loss lies far above the level of the recent rows of its length.
+    """Drop a row whose mean loss is far above the level of the recent rows of its length.
 
-    The last `window` rows are remembered, dropped ones too, and sorted anew into good ones and others every few rows.
-    So what was trained on by mistake stops counting once it stands out, and what was dropped by mistake counts again.
+    The last `window` rows are remembered, including dropped ones. Every few rows they are separated again into good
+    ones and others. So a broken row that was trained on stops counting once it is recognised, and a good row that was
+    dropped counts again.
 
-    - Level: the median of good rows, by length, and of the last batches. A falling loss is not taken for spread: the
-      spread is that around the level of each time.
-    - Spread: the mean of few targets scatters more than that of many. The variance is `a + b / targets`, and the limit
-      allows for the skewness of such means. Both are found in the remembered rows, and filled up with assumed ones
-      while there are few.
-    - Whatever the spread, all targets of a row together must be less likely than those of a typical row by
-      `sigmas ** 2 / 2` nats, as a normal value is at so many deviations. This protects rows of one target: of the rows
-      that a calibrated classifier of two classes sees, at most 0.012 % lose 9 nats.
+    - Level: the median of the good rows of the last batches, by length. The spread is measured around the level at
+      each time, so that a falling loss does not increase it.
+    - Spread: the mean loss of few targets scatters more than that of many. The variance is `a + b / targets`, and the
+      limit allows for the skewness of such means. Both are estimated from the remembered rows; while there are few,
+      assumed values are mixed in.
+    - For any spread, the targets of a dropped row must together be less likely than those of a typical row by
+      `sigmas ** 2 / 2` nats, as for a normal value at `sigmas` deviations. This protects rows with one target: of the
+      rows of a calibrated classifier with two classes, at most 0.012 % lose 9 nats.
 
     If fewer than one in 128 of the remembered rows stands out, the data look clean, and the limit is half as far again
     from the level. This keeps most of the odd rows of clean data.
@@ -131,18 +132,19 @@ class RobustRows(RowRule):
     While fewer than `window` rows are remembered, the rows of a micro-batch count among them when it is judged. So
     broken rows are found from the first batch on, although losses fall fast there.
 
-    Nothing is dropped before 16 rows are known, nor while fewer than two thirds of the remembered rows look good: then
-    the data are of several kinds. Once two thirds of the last 64 rows, or of the last 15 batches if these have fewer,
-    lie above the limit, or most rows of ten batches in a row, the data have changed, and the new level is taken.
+    No row is dropped before 16 rows are known, or while fewer than two thirds of the remembered rows look good,
+    because then there are several kinds of data. We assume that the data have changed, and use the new level, if two
+    thirds of the last 64 rows (or of the last 15 batches, if these have fewer rows) are above the limit, or most rows
+    of ten batches in a row.
 
-    The rule sees no text. A small share of good rows of another kind, such as another language, stands out like broken
-    ones; broken rows that are as likely as good ones do not stand out.
+    The rule does not see the text. It drops good rows of another kind, such as another language, if they are a small
+    share. It does not find broken rows that are as likely as good ones.
 
     Attributes:
-        sigmas: Distance from the level that is too far, in standard deviations of rows of that length.
+        sigmas: Distance from the level, in standard deviations of rows of that length, beyond which a row is dropped.
         window: Number of recent rows to remember.
-        low: Drop rows below this share of the level, and so many deviations, too: text that repeats and was learnt by
-            heart. 0 drops no low ones.
+        low: Also drop rows whose loss is below this share of the level and as many deviations below it: duplicated
+            text that the model has memorised. In [0, 1); 0 ignores low losses.
     """
 
     sigmas: float = 4.25
@@ -241,16 +243,16 @@ def remembered(row: Row) -> Remembered:
 
 
 def distance(deviation: float, sigmas: float, shortness: float, targets: float) -> float:
-    """Return how far above the level a row of some length is as rare as a normal value `sigmas` above the mean.
+    """Return the distance above the level at which a row is as rare as a normal value `sigmas` above the mean.
 
-    The mean of few targets is skewed, which moves its quantiles by the second term (Cornish and Fisher).
+    The mean of few targets is skewed. The second term corrects its quantiles (Cornish-Fisher expansion).
     """
     skew = TARGETS_SKEW / math.sqrt(targets) * math.pow(shortness / (shortness + targets), 1.5)
     return max((sigmas + (sigmas**2 - 1) / 6 * skew) * deviation, sigmas**2 / 2 / targets)
 
 
 def fitted(rows: Sequence[Remembered], sigmas: float) -> Fit | None:
-    """Tell good rows from others, and return what the good ones show; None if they are fewer than two thirds."""
+    """Separate good rows from others, and fit the good ones; None if they are fewer than two thirds."""
     chunks = chunks_of(rows)
     classes, inverse = by_length(chunks)
     times = [lower_third(row.loss for row in chunk) for chunk in chunks]
@@ -312,7 +314,7 @@ def fitted(rows: Sequence[Remembered], sigmas: float) -> Fit | None:
 def chunks_of(rows: Sequence[Remembered]) -> list[Sequence[Remembered]]:
     """Return the rows in chunks of successive batches, the oldest first.
 
-    Each has `LEAST_ROWS` rows or more; an eighth of all, if that is more, since the level is then less of a guess.
+    Each chunk has at least `LEAST_ROWS` rows, or an eighth of all rows if that is more, for a more certain level.
     """
     size = max(LEAST_ROWS, len(rows) // 8)
     cuts = [len(rows)]
@@ -338,7 +340,7 @@ def by_length(
 
 
 def newest(rows: Sequence[Remembered]) -> Sequence[Remembered]:
-    """Return the rows of the last batches, in which the level is looked for."""
+    """Return the rows of the last batches, from which the current level is estimated."""
     first = rows[-1].batch - ANCHOR_BATCHES
     return [row for row in rows[-ANCHOR_ROWS:] if row.batch > first]
 
@@ -346,7 +348,7 @@ def newest(rows: Sequence[Remembered]) -> Sequence[Remembered]:
 def middles(
     values: Mapping[int, list[float]], variances: Mapping[int, float], middle: Callable[[list[float]], float]
 ) -> dict[int, Estimate]:
-    """Return the middle of the values of each length class, as sure as their number makes it."""
+    """Return the middle of the values of each length class, with its variance."""
     return {
         length: Estimate(middle(part), MEDIAN_VARIANCE * variances[length] / len(part))
         for length, part in values.items()
@@ -356,7 +358,7 @@ def middles(
 def believable(
     levels: Mapping[int, Estimate], classes: Mapping[int, Sequence[object]], sigmas: float, step: float
 ) -> dict[int, Estimate]:
-    """Leave out levels of length classes that have few rows, or that are too far from that of the largest class."""
+    """Leave out levels of length classes with few rows, and levels too far from that of the largest class."""
     largest = max(classes, key=lambda length: len(classes[length]))
     return {
         length: level
@@ -370,10 +372,10 @@ def believable(
 
 
 def smoothed(own: Mapping[int, Estimate], step: float, lengths: Iterable[int]) -> dict[int, Estimate]:
-    """Return levels for these length classes and all between, each leaning on those beside it.
+    """Return levels for these length classes and all between, smoothed over neighbouring classes.
 
     Args:
-        own: What the rows of a class show; classes without any are missing.
+        own: Estimates from the rows of each class; classes without rows are missing.
         step: Variance of the difference between two neighbouring classes.
     """
     between = sorted(lengths)
@@ -392,7 +394,7 @@ def smoothed(own: Mapping[int, Estimate], step: float, lengths: Iterable[int]) -
 
 
 def pooled(one: Estimate | None, other: Estimate | None) -> Estimate | None:
-    """Return what two independent estimates of a number show together.
+    """Combine two independent estimates of a number.
 
     >>> pooled(Estimate(1.0, 0.5), Estimate(3.0, 0.5))
     Estimate(value=2.0, variance=0.25)
@@ -405,7 +407,7 @@ def pooled(one: Estimate | None, other: Estimate | None) -> Estimate | None:
 
 
 def shortness_of(centred: Mapping[int, list[float]], inverse: Mapping[int, float]) -> float:
-    """Return the value of `Fit.shortness` under which distances from the level are likeliest, if they are Laplace's.
+    """Return the value of `Fit.shortness` with the highest likelihood, for Laplace-distributed distances.
 
     Args:
         centred: Distances from the level, by length class.
@@ -429,7 +431,7 @@ def shortness_of(centred: Mapping[int, list[float]], inverse: Mapping[int, float
 def spread_of(
     centred: Mapping[int, list[float]], inverse: Mapping[int, float], shortness: float, level: float
 ) -> float:
-    """Return the spread of very long rows: that of the wider side, and of `ASSUMED_ROWS` more at the assumed one."""
+    """Return the spread of very long rows: that of the wider side, averaged with `ASSUMED_ROWS` rows as assumed."""
     values: list[float] = []
     for length, part in centred.items():
         scale = math.sqrt(1 + shortness * inverse[length])
@@ -442,17 +444,17 @@ def spread_of(
 
 
 def assumed_spread(level: float) -> float:
-    """Return the spread of very long rows before any is seen, in nats."""
+    """Return the assumed spread of very long rows, in nats."""
     return max(ASSUMED_SPREAD * level, LEAST_ASSUMED_SPREAD)
 
 
 def lower_third(values: Iterable[float]) -> float:
-    """Return the value that a third of all values lies below: where dirt is the smaller part, it is a good one."""
+    """Return the lower tercile. If broken rows are a minority, it is the value of a good one."""
     ordered = sorted(values)
     return ordered[(len(ordered) - 1) // 3]
 
 
 def median(values: Iterable[float]) -> float:
-    """Return the median, or the upper of the two values in the middle."""
+    """Return the median; for an even number of values the upper of the two in the middle."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2]

@@ -1,4 +1,4 @@
-"""The contract between a row rule and the trainer: which rows of a batch are trained on."""
+"""The interface between a row rule and the trainer: `Row` and `RowRule`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class Row:
 
     Attributes:
         loss: Mean loss per target of the row, in nats. Finite.
-        targets: Targets in the row, at least 1.
+        targets: Number of targets in the row, at least 1.
         batch: Index of the batch since training began, from 0.
-        position: Of the row in its batch, from 0: rank by rank, micro-batch by micro-batch. Where documents are packed
-            into rows, other ranks can have more than were expected; then `observe` gets other positions than `decide`.
+        position: Index of the row in its batch, from 0, ordered by rank and then by micro-batch. If documents are
+            packed into rows, other ranks may have more rows than expected; then `observe` gets other positions than
+            `decide`.
         micro_batch: Number of its micro-batch among those of the batch, over all ranks.
     """
 
@@ -29,18 +30,18 @@ class Row:
 
 
 class RowRule(ABC):
-    """Decide which rows of a batch are trained on.
+    """Decide which rows of a batch to train on.
 
-    `observe` is the only method that writes, all others only read. What a rule remembers goes through `state_dict`, as
-    JSON, and is written into every checkpoint. All ranks hold the same state: each decides on its own rows, and
-    `observe` gets those of all ranks.
+    Only `observe` changes the state; all other methods only read. Each checkpoint stores the state as JSON, through
+    `state_dict`. All ranks have the same state: each decides on its own rows, and `observe` gets the rows of all
+    ranks.
 
-    The trainer drops a row whose loss is not finite and never shows it to a rule. Nor does it show rows without
-    targets. It skips a batch as a whole if more than half of its rows are dropped.
+    The trainer drops rows whose loss is NaN or infinite. A rule sees neither these nor rows without targets. If more
+    than half of its rows are dropped, the trainer skips the batch.
     """
 
     def __repr__(self) -> str:
-        """Name the rule: a checkpoint tells by it whether its state fits. A dataclass adds its parameters."""
+        """Return the rule with its parameters. A checkpoint can only be resumed with the same text."""
         return f"{type(self).__qualname__}()"
 
     def beside(self, rows: Sequence[Row]) -> RowRule:
@@ -56,15 +57,15 @@ class RowRule(ABC):
         """Tell whether to train on this row."""
 
     def evidence(self, row: Row) -> dict[str, float]:
-        """Return the numbers that `decide` weighs, by name. "limit" is the loss above which it drops such a row."""
+        """Return the numbers that `decide` uses, by name. "limit" is the loss above which it drops such a row."""
         return {}
 
     def observe(self, rows: Sequence[Row], kept: Sequence[bool]) -> None:
-        """Take note of the rows of a finished batch, over all ranks, by position. Called exactly once a batch.
+        """Record the rows of a finished batch, over all ranks, by position. Called exactly once per batch.
 
         Args:
-            rows: Those whose loss is finite and that have targets.
-            kept: Whether each was to be trained on, as `decide` said.
+            rows: The rows with targets and a finite loss.
+            kept: The result of `decide` for each row.
         """
         return
 

@@ -13,31 +13,31 @@ from .recent import MIN_HISTORY, median_and_spread, share_below, without_trend
 from .remarks import forbidden, has_repeated, made, median_loss, parameters, repeated_none, usual_updates
 
 ROUNDING = 1e-9
-"""Makes whole numbers of quotients that should be."""
+"""Added to quotients that should be integers, before they are rounded down."""
 
 
 @dataclass
 class ThresholdScheduler(RepeatScheduler):
-    """Train on a batch the more often the higher its first-pass loss: at least once, at most `max_repeats` times.
+    """Train more often on batches with a higher first-pass loss: at least once, at most `max_repeats` times.
 
-    The threshold says what is high:
+    The threshold may be:
 
-    - a number, in nats per target token: once for every whole one that the loss contains. This is the published
-      rule. Where all losses lie between 2 and 3, a threshold of 1.0 is two repeats for every batch;
-    - `q0.8`, a quantile of the recent losses: the highest 20 % twice, of these the highest 20 % three times, and so
-      on. About 1.2 repeats on average, at any level of the losses;
-    - `s1.5`, robust standard deviations above the median of the recent losses: once more for every 1.5 of them.
+    - a number, in nats per target token: repeats are the loss divided by the threshold, rounded down. This is the
+      published rule. If all losses are between 2 and 3, a threshold of 1.0 gives two repeats for every batch;
+    - `q0.8`, a quantile of the recent losses: the highest 20 % get two repeats, the highest 20 % of these three, and
+      so on. About 1.2 repeats on average, at any level of the losses;
+    - `s1.5`, robust standard deviations above the median of the recent losses: one more repeat for every 1.5 of them.
 
-    Recent losses are compared once their trend is taken off: while losses fall, none would be high.
+    `q` and `s` remove the trend of the recent losses; with it, no loss would be high while losses fall.
 
-    Costs nothing but the passes it asks for. At equal passes (measured, see docs/measure/effectiveness.md), 16.7 %
-    above the perplexity of the baseline on fresh data with 1.0, 3.7 % with q0.8; where 20 batches are all there
-    is, 2.4 % below it with 1.0.
+    Costs only its extra passes. At equal passes (measured, see docs/measure/effectiveness.md), perplexity is higher
+    than the baseline's on fresh data: 16.7 % with 1.0, 3.7 % with q0.8. If there are only 20 batches, it is 2.4 %
+    lower with 1.0.
 
     Attributes:
-        loss_threshold: As above.
+        loss_threshold: See above.
         max_repeats: Most updates on a batch.
-        window: Recent losses that `q` and `s` look at. Until there are ten of them, every batch is trained on once.
+        window: Number of recent losses for `q` and `s`. Until there are ten, every batch is trained on once.
 
     >>> scheduler = ThresholdScheduler(loss_threshold=1.5, max_repeats=4)
     >>> [scheduler.decide(Observation(batch=0, loss=loss, progress=0.0)) for loss in (0.9, 3.1, 90.0)]
@@ -62,14 +62,14 @@ class ThresholdScheduler(RepeatScheduler):
         return max(1, int(min(self.excess(observation.loss), self.max_repeats)))
 
     def excess(self, loss: float) -> float:
-        """Return how many updates the loss is worth, before it is cut to whole ones within bounds."""
+        """Return the number of updates for a loss, before it is rounded down and clamped."""
         if self._kind == "nats":
             return loss / self._value
         if len(self.history) < MIN_HISTORY:
             return 1.0
         if self._kind == "quantile":
             below = share_below(loss, self.history) * len(self.history)
-            share_above = 1 - below / (len(self.history) + 1)  # this one among them
+            share_above = 1 - below / (len(self.history) + 1)  # including this loss
             return 1 + math.log(share_above) / math.log1p(-self._value) + ROUNDING
         *others, own = without_trend([*self.history, loss])
         level, spread = median_and_spread(others)
@@ -144,7 +144,7 @@ class ThresholdScheduler(RepeatScheduler):
 
 
 def parse_threshold(threshold: float | str) -> tuple[str, float]:
-    """Return what a threshold is measured in, and its value.
+    """Return the unit of a threshold and its value.
 
     Raises:
         ValueError: It is neither a number, nor a quantile, nor robust standard deviations.

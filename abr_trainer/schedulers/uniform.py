@@ -1,4 +1,4 @@
-"""A random number of updates for every batch: the control that spends like a rule but looks at nothing."""
+"""A random number of updates for every batch: a control that costs as much as a rule but ignores the loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .remarks import forbidden
 
 @dataclass
 class UniformScheduler(RepeatScheduler):
-    """Train on a batch 1 to `max_repeats` times, drawn for each batch index: uniformly, or with a mean of one's own.
+    """Train on each batch 1 to `max_repeats` times, drawn at random: uniformly, or with a given mean.
 
-    The draw depends on `(seed, batch)` alone: it is the same on all ranks, after a resume, and whatever was drawn
-    before.
+    The draw depends only on `(seed, batch)`, so it is the same on all ranks and after a resume.
 
     Attributes:
-        mean_repeats: The mean to draw with. Each update after the first is then made or not by the toss of a coin.
+        max_repeats: Most updates on a batch.
+        seed: Seed of the draws.
+        mean_repeats: Mean to draw with, from 1 to `max_repeats` (binomial). None draws uniformly.
 
     >>> scheduler = UniformScheduler(max_repeats=3, seed=0)
     >>> [scheduler.decide(Observation(batch=batch, loss=2.0, progress=0.0)) for batch in (0, 1, 2, 1, 0)]
@@ -36,7 +37,7 @@ class UniformScheduler(RepeatScheduler):
         check_least(self, max_repeats=1)
         if self.mean_repeats is not None and not 1 <= self.mean_repeats <= self.max_repeats:
             raise ValueError(
-                f"`mean_repeats` must lie between 1 and `max_repeats`, {self.max_repeats}; got {self.mean_repeats}."
+                f"`mean_repeats` must be between 1 and `max_repeats` ({self.max_repeats}), got {self.mean_repeats}."
             )
 
     def decide(self, observation: Observation) -> int:

@@ -1,4 +1,4 @@
-"""The sliding-window rule: which way the last losses go, how they scatter, and where this one lies among them."""
+"""The sliding-window rule: repeats by trend and scatter of the last losses, and by the loss of the batch."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ class WindowScheduler(RepeatScheduler):
     do neither                max_repeats - 1   1
     ========================  ================  =========
 
-    They rise or fall if the slope of a regression line exceeds `trend` of their mean, a batch; they scatter if their
-    standard deviation exceeds `volatility` of it; a loss is high if it exceeds the mean. Until the window is full
-    every batch is trained on once, and no batch more than `max_repeats` times.
+    Losses rise or fall if the slope of their regression line, per batch, exceeds the share `trend` of their mean. They
+    scatter if their standard deviation exceeds the share `volatility` of their mean. A loss is high if it exceeds the
+    mean. Until the window is full every batch is trained on once. No batch is trained on more than `max_repeats`
+    times.
 
-    Costs nothing but the passes it asks for, which are many: first-pass losses scatter far more from batch to
-    batch than they fall, so that the trend of a few is mostly chance. At equal passes (measured, see
-    docs/measure/effectiveness.md), 6.2 % above the perplexity of the baseline on fresh data, 8.7 % with the
-    published constants; 1.1 % below it where 20 batches are all there is.
+    Costs only its extra passes, which are many: first-pass losses scatter far more from batch to batch than they fall,
+    so the trend of a few is mostly chance. At equal passes (measured, see docs/measure/effectiveness.md), perplexity
+    is 6.2 % higher than the baseline's on fresh data, and 8.7 % with the published constants. If there are only 20
+    batches, it is 1.1 % lower.
 
     Attributes:
-        window_size: Losses that are looked at.
+        window_size: Number of recent losses to use.
         max_repeats: Most updates on a batch.
-        trend: Slope from which losses rise or fall, a batch, as a share of their mean.
-        volatility: Standard deviation from which they scatter, as a share of their mean.
-        published: Use the constants of the published rule instead, in nats whatever the level: 0.01 a batch, 0.1, and
-            a loss is high above 2.0. Its "extra repeats" are `max_repeats` - 2, by default one.
+        trend: Slope per batch from which losses rise or fall, as a share of their mean.
+        volatility: Standard deviation from which losses scatter, as a share of their mean.
+        published: Use the constants of the published rule instead, in nats at any level: 0.01 per batch, 0.1, and a
+            loss is high above 2.0. Its "extra repeats" are `max_repeats` - 2, by default one.
 
     >>> scheduler = WindowScheduler(window_size=2)
     >>> for batch, loss in enumerate([3.0, 3.2]):
@@ -66,7 +67,7 @@ class WindowScheduler(RepeatScheduler):
         self.history = deque(maxlen=self.window_size)
 
     def limits(self) -> tuple[float, float, float]:
-        """Return the slope, the deviation and the loss above which losses rise, scatter, and one of them is high."""
+        """Return the limits for the slope, the standard deviation and the loss."""
         if self.published:
             return 0.01, 0.1, 2.0
         level = statistics.fmean(self.history)

@@ -37,7 +37,7 @@ def test_of_a_steady_stream_it_skips_its_share():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantile": 0.0}, "`quantile` must lie between 0 and 1, got 0.0"),
+        ({"quantile": 0.0}, "`quantile` must be between 0 and 1, got 0.0"),
         ({"window": 1}, "`window` must be at least 2, got 1"),
         ({"patience": 0}, "`patience` must be at least 1, got 0"),
     ],

@@ -65,8 +65,8 @@ def test_nothing_is_repeated_before_the_improvement_is_known():
         ({"max_repeats": 0}, "`max_repeats` must be at least 1, got 0"),
         ({"window": 5}, "`window` must be at least 10, got 5"),
         ({"probe_every": 0}, "`probe_every` must be at least 1, got 0"),
-        ({"transfer": 0.0}, "`transfer` must lie between 0 and 1, got 0.0"),
-        ({"saturation": 1.5}, "`saturation` must lie between 0 and 1, got 1.5"),
+        ({"transfer": 0.0}, "`transfer` must be above 0 and at most 1, got 0.0"),
+        ({"saturation": 1.5}, "`saturation` must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_parameters_out_of_range_are_named(options, message):
