@@ -1,4 +1,4 @@
-"""What a run leaves on disk and how to read it; flags, errors, provenance. Needs neither torch nor transformers."""
+"""The files of a run and how to read them; flags, errors, provenance. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 

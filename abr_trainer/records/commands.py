@@ -1,4 +1,4 @@
-"""The commands of `abr`, as runs record them and as people paste them."""
+"""Commands of `abr` in the form that runs record and in a form to paste."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 PROGRAM = "abr"
 
 PACKAGE = "abr_trainer"
-"""What a launcher starts as a module: it cannot start `abr`."""
+"""The module that launchers start, because they cannot start `abr`."""
 
 
 def command(verb: str, arguments: Sequence[str]) -> list[str]:
-    """Return the words of a command, as they are recorded."""
+    """Return the words of a command in the form that runs record."""
     return [PROGRAM, verb, *arguments]
 
 
 def arguments_in(recorded: Sequence[str]) -> list[str]:
-    """Return the arguments of a recorded command: the words after `abr VERB`, or in old records after the script.
+    """Return the arguments of a recorded command: the words after `abr VERB`, or after the script in old records.
 
     >>> arguments_in(["abr", "train", "--bf16"]), arguments_in(["run_clm_abr.py", "--bf16"])
     (['--bf16'], ['--bf16'])
@@ -26,10 +26,10 @@ def arguments_in(recorded: Sequence[str]) -> list[str]:
 
 
 def pasted(recorded: Sequence[str], launcher: str = "") -> str:
-    """Return a recorded command as a line to paste. An old record names a script, which Python starts.
+    """Return a recorded command as a line to paste. Old records contain a script, which is started with `python`.
 
     Args:
-        launcher: The command that started it, e.g. `accelerate launch`; empty for none.
+        launcher: Launcher of the run, e.g. `accelerate launch`; empty for none.
 
     >>> pasted(["abr", "train", "--seed", "1"])
     'abr train --seed 1'
@@ -46,7 +46,7 @@ def pasted(recorded: Sequence[str], launcher: str = "") -> str:
 
 
 def as_module(launcher: str, module: str) -> list[str]:
-    """Return the words by which a launcher starts a module.
+    """Return the words of a launcher that starts a module.
 
     >>> as_module("torchrun --nproc_per_node 2", "run_clm_abr")
     ['torchrun', '--nproc_per_node', '2', '-m', 'run_clm_abr']

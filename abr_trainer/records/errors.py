@@ -1,4 +1,4 @@
-"""Errors that are for the user: one line, no traceback."""
+"""Errors for the user: one line, no traceback."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ Named = TypeVar("Named")
 
 
 class BadRow(ValueError):
-    """Data cannot be trained on; the message says where they are, and what is wrong."""
+    """A row that cannot be used; the message says which row, and what is wrong."""
 
     def __str__(self) -> str:
-        # A worker of a loader puts its traceback, which ends with the message, where the message was.
+        # A worker of a data loader replaces the message by its traceback, which ends with the message.
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 class MissingPackage(ImportError):
-    """A package is not installed that only some of our commands need; the message says how to install it."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 def one_line(error: BaseException, width: int = 300) -> str:
-    """Return the message of an error on one line, cut at `width` characters; its kind if it has none."""
+    """Return the message of an error on one line, cut at `width` characters; its class name if it has none."""
     return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
 
 
 def find_named(kind: str, name: str, known: Mapping[str, Named]) -> Named:
-    """Return what goes by a name.
+    """Return the entry of `known` with this name.
 
     Args:
-        kind: What it is the name of, for the message.
+        kind: The kind of thing, for the message.
 
     Raises:
-        ValueError: Nothing does; the message says what may have been meant.
+        ValueError: There is none; the message suggests a similar name.
     """
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -47,7 +47,7 @@ def find_named(kind: str, name: str, known: Mapping[str, Named]) -> Named:
 
 
 def refuse_below(arguments: object, least: Mapping[str, float]) -> None:
-    """Refuse flags that are given and below the least that they can be.
+    """Refuse flags below their least value.
 
     Raises:
         ValueError: One of them is.
@@ -59,10 +59,10 @@ def refuse_below(arguments: object, least: Mapping[str, float]) -> None:
 
 
 def refuse_missing_files(arguments: object, *flags: str) -> None:
-    """Refuse flags that name a file which is not there, or a directory.
+    """Refuse flags whose file does not exist or is a directory.
 
     Raises:
-        ValueError: One of them does.
+        ValueError: There is such a flag.
     """
     for flag in flags:
         path = getattr(arguments, flag)
@@ -71,14 +71,14 @@ def refuse_missing_files(arguments: object, *flags: str) -> None:
         if not Path(path).is_dir():
             raise ValueError(f"--{flag} {path} does not exist.")
         hint = " Give a directory of data as --dataset_name." if hasattr(arguments, "dataset_name") else ""
-        raise ValueError(f"--{flag} {path} is a directory, and must be a file.{hint}")
+        raise ValueError(f"--{flag} {path} is a directory, but must be a file.{hint}")
 
 
 def refuse_missing_directory(arguments: object, flag: str) -> None:
-    """Refuse a flag that names a file to write, in a directory which is not there.
+    """Refuse a flag for an output file whose directory does not exist.
 
     Raises:
-        ValueError: It does.
+        ValueError: It does not exist.
     """
     path = getattr(arguments, flag)
     if path is not None and not Path(path).absolute().parent.is_dir():
@@ -90,17 +90,17 @@ def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iter
     """End the program with the message of an exception of these kinds, on one line, instead of a traceback.
 
     Args:
-        when_interrupted: What to do after an interrupt.
+        when_interrupted: Advice after an interrupt.
     """
     try:
         yield
     except KeyboardInterrupt as error:
         advice = when_interrupted or (
-            "--resume_from_checkpoint true goes on from the last checkpoint. If none was saved, "
-            "--overwrite_output_dir starts over"
+            "--resume_from_checkpoint true continues from the last checkpoint. If none was saved, "
+            "--overwrite_output_dir starts again"
         )
         raise SystemExit(f"interrupted: {advice}") from error
-    except BrokenPipeError:  # nobody reads what is printed: no error of the user, see `cli/main.py`
+    except BrokenPipeError:  # the reader of the output is gone, which `cli/main.py` handles
         raise
     except kinds as error:
         raise SystemExit(f"error: {one_line(error, width=sys.maxsize)}") from error

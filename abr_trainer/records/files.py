@@ -1,4 +1,4 @@
-"""What runs and comparisons leave on disk, by name; readable without torch and transformers."""
+"""Names of the files of runs and comparisons, and functions to read them without torch and transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ABR_STATE_NAME = "abr_state.json"
 ABR_STATE_KEYS = {"ledger", "repeat_scheduler", "skips_in_a_row", "batches_in_epoch", "log"}
 
 LOCK_NAME = "_lock"
-"""Says who is at work in a directory. `Trainer` does not push it, as it begins with `_`."""
+"""The process that uses a directory. `Trainer` does not push this file, because its name begins with `_`."""
 
 TRACE_NAME = "abr_trace.jsonl"
 HISTORY_NAME = "perplexity_history.json"
@@ -28,11 +28,11 @@ HISTORY_NAME = "perplexity_history.json"
 SUMMARY_NAME = "abr_summary.json"
 
 TASK_NAME = "task.json"
-"""What a classifier was trained to do: the flags that its predictions depend on."""
+"""The task of a classifier: the flags that its predictions depend on."""
 
 QUANT_CONFIG_NAME = "quant_config.json"
 CONFIGS = ("config.json", QUANT_CONFIG_NAME, "adapter_config.json")
-"""What describes the model of a run."""
+"""Files that describe the model of a run."""
 
 PREDICTIONS_NAME = "{split}_predictions.jsonl"
 
@@ -40,25 +40,25 @@ ROW_LOSSES_NAME = "_row_losses.npz"
 """The last loss of each row of the training set: `loss`, `visits` and `step`, by index."""
 
 RANKED_NAME = "_ranked_rows.jsonl"
-"""What the rows of the highest and the lowest losses among them say, and where they come from."""
+"""Text and source of the rows with the highest and the lowest losses."""
 
 SKIPPED_NAME = "_skipped_batches.jsonl"
 DROPPED_NAME = "_dropped_rows.jsonl"
 ROW_TRACE_NAME = "_row_trace.jsonl"
 SAMPLES_NAME = "_samples.jsonl"
 REPORT_FOLDER = "_report"
-"""These hold text of the data: `Trainer` pushes nothing from the output directory that begins with `_`."""
+"""These contain text of the training set. `Trainer` pushes no file of the output directory that begins with `_`."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file all or nothing: a kill leaves what stood there before."""
+    """Write a file atomically: if the process is killed, the old content stays."""
     replacement = path.with_name(f"{path.name}.tmp")
     replacement.write_bytes(content.encode() if isinstance(content, str) else content)
     replacement.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None if it is missing or was not written to its end."""
+    """Return the content of a JSON file, or None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a trace, an object each, up to the first that a killed run left unfinished."""
+    """Yield the objects in the lines of a trace. Stop before a last line that a killed run did not finish."""
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             if not line.endswith("\n"):
@@ -75,12 +75,12 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def updates_of(batch: dict[str, Any]) -> int:
-    """Return the updates that a line of a trace tells of: on the batch, and on earlier ones after it."""
+    """Return the number of updates in a line of a trace, including those on replayed batches."""
     return int(batch["repeats"]) + sum(earlier["loss"] is not None for earlier in batch.get("replayed", ()))
 
 
 def cut_lines(path: Path, step: int) -> int:
-    """Drop the batches after `step` from a trace, all or nothing, and return how many are left."""
+    """Remove the batches after `step` from a trace, atomically, and return the number of batches left."""
     kept = [batch for batch in read_lines(path) if batch["step"] <= step] if step and path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(batch) + "\n" for batch in kept))
@@ -88,7 +88,7 @@ def cut_lines(path: Path, step: int) -> int:
 
 
 def is_unused(directory: Path) -> bool:
-    """Tell whether a directory is missing, or holds nothing but a lock."""
+    """Tell whether a directory does not exist, or contains nothing but a lock."""
     return not directory.exists() or all(path.name == LOCK_NAME for path in directory.iterdir())
 
 
@@ -96,22 +96,22 @@ def is_unused(directory: Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint that a run can go on from, or None.
+    """Return the newest checkpoint that a run can resume from, or None.
 
-    A killed run, a full disk or a broken copy can leave a newer one that is damaged.
+    A killed run, a full disk or an interrupted copy can leave a newer checkpoint that is damaged.
     """
     return next((str(checkpoint) for checkpoint in newest_first(output_dir) if is_complete(checkpoint)), None)
 
 
 def passed_over(output_dir: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the checkpoints that are newer than the last complete one, each with its flaw."""
+    """Yield the checkpoints that are newer than the last complete one, and what is wrong with each."""
     flaws = ((checkpoint, flaw_of(checkpoint)) for checkpoint in newest_first(output_dir))
     for checkpoint, flaw in itertools.takewhile(lambda each: each[1] is not None, flaws):
         yield checkpoint, flaw or ""
 
 
 def last_state(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint whose `trainer_state.json` can be read, or None: enough for a report."""
+    """Return the newest checkpoint whose `trainer_state.json` can be read, which is enough for a report; or None."""
     return next((str(checkpoint) for checkpoint in newest_first(output_dir) if has_state(checkpoint)), None)
 
 
@@ -120,23 +120,23 @@ def newest_first(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the number of batches in the name of a checkpoint, -1 if there is none."""
+    """Return the number of batches in the name of a checkpoint, or -1 if there is none."""
     step = checkpoint.name.rpartition("-")[2]
     return int(step) if step.isdigit() else -1
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a run can go on from a checkpoint as if it had not stopped."""
+    """Tell whether a run can resume exactly from a checkpoint."""
     return flaw_of(checkpoint) is None
 
 
 def flaw_of(checkpoint: Path) -> str | None:
-    """Return which file keeps a run from going on from a checkpoint, and why; None if none does.
+    """Return which file of a checkpoint is missing or damaged; None if a run can resume from it.
 
-    It looks at the beginning and the end of each file only, so that large checkpoints take no longer.
+    Reads only the beginning and the end of each file, so that large checkpoints do not take longer.
     """
     if not checkpoint.is_dir():
-        return "it is no directory"
+        return "it is not a directory"
     if not (checkpoint / TRAINER_STATE).exists():
         return f"{TRAINER_STATE} is missing"
     if not has_state(checkpoint):
@@ -152,13 +152,13 @@ def flaw_of(checkpoint: Path) -> str | None:
 
 
 def has_state(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written to its end: the state of the trainer comes last."""
+    """Tell whether a checkpoint was completely written: the state of the trainer is written last."""
     state = read_json(checkpoint / TRAINER_STATE)
     return isinstance(state, dict) and "global_step" in state
 
 
 def _missing(checkpoint: Path) -> str | None:
-    """Return which file a checkpoint lacks, by what lies beside it."""
+    """Return which file a checkpoint lacks, given its other files."""
 
     def has(*patterns: str) -> bool:
         return any(next(checkpoint.glob(pattern), None) for pattern in patterns)
@@ -176,7 +176,7 @@ def _missing(checkpoint: Path) -> str | None:
         if has("adapter_config.json")
         else ("model*.safetensors", "pytorch_model*", "*/adapter_model.*"),
     }
-    if has("global_step*"):  # DeepSpeed keeps the others there
+    if has("global_step*"):  # DeepSpeed stores the other files there
         needed = {"rng_state.pth": needed["rng_state.pth"]}
     missing = [name for name, patterns in needed.items() if not has(*patterns)]
     if {"rng_state.pth", "optimizer.pt"} <= set(missing):
@@ -189,7 +189,7 @@ def _is_whole_json(path: Path) -> bool:
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """Tell whether what `torch.save` wrote has its end: a zip file, whose directory comes last, or an old pickle."""
+    """Tell whether a file of `torch.save` is complete: a zip file, whose directory is at its end, or an old pickle."""
     with path.open("rb") as file:
         begins = file.read(2)
     return zipfile.is_zipfile(path) if begins == b"PK" else begins.startswith(b"\x80")
@@ -200,7 +200,7 @@ def _is_whole_safetensors(path: Path) -> bool:
 
 
 def tensors_in(path: Path) -> dict[str, dict[str, Any]] | None:
-    """Return what the header of a `.safetensors` file says of its tensors; None if the file is cut."""
+    """Return the header of a `.safetensors` file, by tensor; None if the file is incomplete."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -231,4 +231,4 @@ WHOLE = {
     "adapter_model.bin": _is_whole_archive,
     "global_step*/*.pt": _is_whole_archive,
 }
-"""What a resumed run reads, and how to tell that it was written to its end."""
+"""Files that a resumed run reads, and functions that tell whether they are complete."""

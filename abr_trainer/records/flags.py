@@ -1,4 +1,4 @@
-"""Command lines of trainings, read and completed without running them; no torch, no transformers."""
+"""Read and complete the command lines of runs without torch and transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ VARIED = {
     },
     "prompt": {"--prompt": "--prompts"},
 }
-"""Flags of a run that are what a comparison varies, and what to use instead."""
+"""Flags of a run that a comparison varies, and what to use instead."""
 
 OF_THE_COMPARISON = {
     "--seed": "--seeds",
     "--output_dir": "--out",
-    "--resume_from_checkpoint": "the same command once more, which resumes by itself",
+    "--resume_from_checkpoint": "the same command again, which resumes by itself",
     "--overwrite_output_dir": "another --out",
-    "--push_to_hub": "a run of its own: every run of a comparison would push",
+    "--push_to_hub": "a separate run, because every run of a comparison would push",
 }
 
 BUDGET = "--max_passes"
@@ -36,13 +36,13 @@ SHARED = (
     *("--validation_file", "--test_file", "--max_eval_samples", "--block_size", "--task_name"),
     *("--max_length", "--chat_template", "--assistant_only_loss", "--completion_only_loss"),
 )
-"""How long a run is and what it is judged by: the same for all runs of a comparison."""
+"""Flags for the length and the evaluation of a run. They must be equal for all runs of a comparison."""
 
 ORDER = "--train_sampling_strategy"
 SAVING = ("--save_strategy", "--save_steps", "--save_passes", "--save_total_limit")
 CONFIG = "--config"
 ENVIRONMENT = "env"
-"""What a file of flags has beside flags: environment variables."""
+"""Key for environment variables in a file of flags."""
 
 EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 
@@ -50,9 +50,7 @@ EVALUATING = ("--eval_strategy", "--eval_steps", "--eval_passes")
 WITHOUT_TEST_SPLIT = (["c4"], ["allenai/c4"])
 
 WITH_TEST_LABELS = ("mrpc", "demo")
-"""The tasks of which the labels of the test split are known: those of the rest of GLUE are hidden. The first is taken
-where none is named.
-"""
+"""Tasks with known labels of the test split, which other GLUE tasks hide. The first one is the default task."""
 
 
 def is_flags_file(argument: str) -> bool:
@@ -60,10 +58,10 @@ def is_flags_file(argument: str) -> bool:
 
 
 def read_flags_file(path: Path) -> list[str]:
-    """Return what a file of flags says, as a command line would. Its `env` is left out.
+    """Return the content of a file of flags as a command line, without its `env`.
 
     Raises:
-        ValueError: The file cannot be read, or holds no flags.
+        ValueError: The file cannot be read, or contains no flags.
     """
     flags = []
     for name, value in _values_in(path).items():
@@ -84,7 +82,7 @@ def _values_in(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of flags to values.")
+        raise ValueError(f"{path} must contain a mapping of flags to values.")
     if not isinstance(values.get(ENVIRONMENT, {}), dict):
         raise ValueError(f"{path}: {ENVIRONMENT} must be a mapping of environment variables to values.")
     return values
@@ -97,12 +95,12 @@ def _as_argument(value: object) -> str:
 
 
 def expand_flags_file(argv: Sequence[str]) -> list[str]:
-    """Put the flags of a file at the beginning of a command line, so that those of the command line win.
+    """Put the flags of a file at the beginning of a command line, so that the command line overrides them.
 
-    The file is the first argument, or what `--config` names, as in TRL. Environment variables in its `env` are set.
+    The file is the first argument or the value of `--config`, as in TRL. Environment variables in its `env` are set.
 
     Raises:
-        ValueError: The file cannot be read, or holds no flags.
+        ValueError: The file cannot be read, or contains no flags.
     """
     path, rest = flags_file_in(argv)
     if path is None:
@@ -113,10 +111,10 @@ def expand_flags_file(argv: Sequence[str]) -> list[str]:
 
 
 def flags_file_in(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Return the file of flags that a command line names, if it does, and the rest of the command line.
+    """Return the file of flags in a command line, if any, and the other arguments.
 
     Raises:
-        ValueError: `--config` names none.
+        ValueError: The value of `--config` is not such a file.
 
     >>> flags_file_in(["--bf16", "--config", "run.yaml"])
     (PosixPath('run.yaml'), ['--bf16'])
@@ -135,7 +133,7 @@ def flags_file_in(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def given_flags(argv: Iterable[str]) -> dict[str, list[str]]:
-    """Return the flags of a command line with their values, by the names that have underscores.
+    """Return the flags of a command line with their values, by their names with underscores.
 
     >>> given_flags(["--max-passes", "9", "--bf16", "--lora_r=8"])
     {'--max_passes': ['9'], '--bf16': [], '--lora_r': ['8']}
@@ -170,12 +168,12 @@ def without_flags(argv: Iterable[str], names: Container[str]) -> list[str]:
 
 
 def is_on(flag: str, flags: dict[str, list[str]]) -> bool:
-    """Tell whether a flag that is true or false is given and true."""
+    """Tell whether a boolean flag is given and true."""
     return flag in flags and [value.lower() for value in flags[flag]] not in (["false"], ["no"], ["0"], ["f"], ["n"])
 
 
 def asks_to_save(rest: Sequence[str]) -> bool:
-    """Tell whether these arguments say when to save: then the checkpoints are wanted for themselves."""
+    """Tell whether these arguments say when to save, so that checkpoints should be kept."""
     return not given_flags(rest).keys().isdisjoint(SAVING)
 
 
@@ -189,44 +187,44 @@ def refuse(
     """Refuse flags that the comparison sets itself, or that make runs incomparable.
 
     Args:
-        where: What the flags come from, for the message.
-        shared: Flags that must not stand there.
-        budget: The passes that each run may spend: one that stops earlier may say so.
+        where: Where the flags come from, for the message.
+        shared: Flags that must be equal for all runs.
+        budget: The budget of each run in passes. `--max_passes` may be lower.
         varied: What the comparison varies: "scheduler" or "prompt".
 
     Raises:
-        ValueError: One of them is there.
+        ValueError: There is such a flag.
     """
     for flag, values in given_flags(flags).items():
         if instead := (VARIED[varied] | OF_THE_COMPARISON).get(flag):
-            raise ValueError(f"{where}{flag} is not for the runs to decide. Use {instead}.")
+            raise ValueError(f"{where}{flag} cannot be set for the runs of a comparison. Use {instead}.")
         if flag == BUDGET and budget:
             if not all(value.isdigit() and int(value) <= int(budget[-1]) for value in values):
-                raise ValueError(f"{where}{flag} {' '.join(values)} is not within the {budget[-1]} of all runs.")
+                raise ValueError(f"{where}{flag} {' '.join(values)} must be at most {budget[-1]}, that of all runs.")
             continue
         if flag in shared:
             raise ValueError(f"{where}{flag} must be the same for all runs, or they cannot be compared.")
 
 
 def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[str]:
-    """Return the flags that all runs share: those given, and what a comparison needs where nothing else is said.
+    """Return the flags that all runs share: the given ones, and defaults for a comparison.
 
     Args:
-        rest: Arguments of `abr train` or `abr sft`, a file of flags expanded.
-        match: "passes" or "batches": what is to be equal between runs.
-        evaluations: How often to evaluate in the course of a run, at equal distances on that clock.
+        rest: Arguments of `abr train` or `abr sft`, with a file of flags expanded.
+        match: "passes" or "batches": what is equal for all runs.
+        evaluations: Number of evaluations during a run, at equal distances in passes or batches.
 
     Raises:
-        ValueError: An argument is not for one run to decide, or what is to be equal is not given.
+        ValueError: An argument cannot be set for a comparison, or the budget is missing.
     """
     given = given_flags(rest)
     if evaluations < 1:
         raise ValueError(f"--evaluations must be at least 1, got {evaluations}.")
     if match == "passes" and "--max_passes" not in given:
-        raise ValueError("--match passes needs the budget of each run: give --max_passes N after the --.")
+        raise ValueError("--match passes needs the budget of each run. Give --max_passes N after the --.")
     other_clock = "--max_steps" if match == "passes" else "--max_passes"
     if other_clock in given:
-        raise ValueError(f"--match {match} leaves no room for {other_clock}: runs would end before what is matched.")
+        raise ValueError(f"{other_clock} cannot be used with --match {match}: runs could end at different {match}.")
     refuse(rest, "", shared=())
     added = _what_to_do(given)
     has_test = "--test_file" in given or not {"--train_file", "--validation_file"} & given.keys()
@@ -240,22 +238,25 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
 
 
 def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
-    """Return the flags that all runs of a comparison of prompts share: those given, and what it needs beside them.
+    """Return the flags that all runs of a comparison of prompts share: the given ones, and defaults.
 
-    When to evaluate is left to the run: before training, after every epoch and at the end.
+    By default, runs evaluate before training, after every epoch and at the end.
 
     Args:
-        rest: Arguments of `abr classify`, a file of flags expanded.
+        rest: Arguments of `abr classify`, with a file of flags expanded.
 
     Raises:
-        ValueError: An argument is not for one run to decide.
+        ValueError: An argument cannot be set for a comparison.
     """
     given = given_flags(rest)
     refuse(rest, "", shared=(), varied="prompt")
     added = _what_to_do(given)
     has_files = not {"--train_file", "--validation_file", "--dataset_name"}.isdisjoint(given)
     if given.get(ORDER, [])[-1:] == ["group_by_length"]:
-        raise ValueError(f"{ORDER} group_by_length: the prompt changes lengths, and so the order of the rows.")
+        raise ValueError(
+            f"{ORDER} group_by_length cannot be used: a prompt changes the lengths of rows, and so their order. "
+            "Leave it out."
+        )
     task = "".join(given.get("--task_name", WITH_TEST_LABELS[:1])[-1:]).lower()
     has_test = "--test_file" in given or (not has_files and task in WITH_TEST_LABELS)
     if "--do_predict" not in given and has_test:
@@ -266,14 +267,16 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
 
 
 def _what_to_do(given: dict[str, list[str]]) -> list[str]:
-    """Return the flags that make every run train and evaluate, as far as they are not given.
+    """Return the flags that make every run train and evaluate, except those already given.
 
     Raises:
-        ValueError: One of them is given and off.
+        ValueError: One of them is given as false.
     """
     for flag in ("--do_train", "--do_eval"):
         if flag in given and not is_on(flag, given):
-            raise ValueError(f"{flag} {' '.join(given[flag])}: a comparison trains and evaluates every run.")
+            raise ValueError(
+                f"{flag} {' '.join(given[flag])} cannot be used: a comparison trains and evaluates every run."
+            )
     return [flag for flag in ("--do_train", "--do_eval") if flag not in given]
 
 
@@ -285,29 +288,29 @@ def _quietly(given: dict[str, list[str]]) -> list[str]:
 def _when_to_evaluate_and_save(
     given: dict[str, list[str]], match: str, evaluations: int
 ) -> tuple[list[str], list[str]]:
-    """Return the flags that say when to evaluate, and when to save, where nothing is said of it."""
+    """Return flags for when to evaluate and when to save, unless they are given."""
     share, part = str(round(1 / evaluations, 4)), "0.1"
     by_passes = match == "passes"
     evaluates, saves = not given.keys().isdisjoint(EVALUATING), not given.keys().isdisjoint(SAVING)
     if is_on("--load_best_model_at_end", given) and not (evaluates and saves):
         if evaluates or saves or evaluations == 1:
             raise ValueError(
-                "--load_best_model_at_end needs both --eval_strategy and --save_strategy, or neither of them and "
-                "--evaluations of 2 or more."
+                "--load_best_model_at_end needs both --eval_strategy and --save_strategy, or neither of them and at "
+                "least --evaluations 2."
             )
-        by_passes, part = False, share  # Trainer wants both at the same batches
+        by_passes, part = False, share  # Trainer requires both at the same batches
     evaluating = ["--eval_passes", share] if by_passes else ["--eval_strategy", "steps", "--eval_steps", share]
     if evaluations == 1:
-        evaluating = ["--eval_strategy", "no"]  # what is reached in the end is evaluated in any case
+        evaluating = ["--eval_strategy", "no"]  # runs always evaluate at the end
     saving = ["--save_strategy", "no", "--save_passes"] if by_passes else ["--save_strategy", "steps", "--save_steps"]
     return [] if evaluates else evaluating, [] if saves else [*saving, part, "--save_total_limit", "1"]
 
 
 def parse_tuning(settings: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Parse what `--tune FLAG VALUE ...` was given, each time.
+    """Parse the arguments of each `--tune FLAG VALUE ...`.
 
     Raises:
-        ValueError: There is nothing to try, or something is tried twice.
+        ValueError: There are no values, or a flag or a value is given twice.
 
     >>> parse_tuning([["learning_rate", "1e-4", "1e-3"]])
     {'learning_rate': ['1e-4', '1e-3']}
@@ -318,8 +321,8 @@ def parse_tuning(settings: Sequence[Sequence[str]]) -> dict[str, list[str]]:
         if not values:
             raise ValueError(f"--tune {name} needs values to try, e.g. --tune {name} 1e-4 1e-3.")
         if name in tune:
-            raise ValueError(f"--tune {name} stands there twice: give all of its values to one of them.")
+            raise ValueError(f"--tune {name} is given twice. Give all its values together.")
         if twice := next((value for value in values if values.count(value) > 1), None):
-            raise ValueError(f"--tune {name}: {twice} stands there twice.")
+            raise ValueError(f"--tune {name} has the value {twice} twice. Leave one out.")
         tune[name] = values
     return tune

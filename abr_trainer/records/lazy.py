@@ -1,4 +1,4 @@
-"""Public names of a package that are imported on first use: torch and transformers take seconds."""
+"""Import public names of a package on first use, because importing torch and transformers takes seconds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def on_first_use(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str]
     """Return `__getattr__` and `__dir__` for a package.
 
     Args:
-        package: Its `__name__`.
-        homes: The module of each public name, below the package.
+        package: The package's `__name__`.
+        homes: For each public name, its module in the package.
     """
 
     def find(name: str) -> Any:

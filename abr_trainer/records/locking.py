@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that ends with the process that holds it."""
+"""Lock a directory for one run at a time. The lock ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ except ImportError:  # not on Windows
 logger = logging.getLogger(__name__)
 
 BEAT = 10.0
-"""Seconds between two signs of life of a holder: it touches its lock."""
+"""Seconds between two updates of the lock file's time by its holder."""
 
 SILENCE = 90.0
-"""Seconds without one, after which a holder on another machine is taken to have ended."""
+"""Seconds without an update after which a holder on another machine is assumed to have ended."""
 
 _HELD: set[int] = set()
 """File descriptors of the locks of this process."""
@@ -43,8 +43,8 @@ class Holder:
     """The process that holds a lock.
 
     Attributes:
-        started: When the process was started, in seconds since 1970: the system gives its id to another one later.
-        since: When it took the lock, in words.
+        started: Start of the process, in seconds since 1970, because the system can reuse its id later.
+        since: Date and time when it took the lock.
     """
 
     pid: int
@@ -64,7 +64,7 @@ class Holder:
         return self.host == socket.gethostname()
 
     def is_running(self) -> bool:
-        """Tell whether the process, which is one of this machine, has not ended."""
+        """Tell whether the process is running. It must be on this machine."""
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) < 2
         except psutil.Error:
@@ -76,19 +76,19 @@ class Holder:
 
 @contextlib.contextmanager
 def locked(directory: Path, flag: str) -> Iterator[int]:
-    """Keep others out of a directory, which is made if it is missing and removed if it is still empty at the end.
+    """Lock a directory. It is created if it does not exist, and removed if it is empty at the end.
 
-    On one machine the operating system keeps the lock, and gives it up when the process ends in whatever way. A holder
-    on another machine, or where the file system knows no locks, is known by the file alone.
+    On one machine the operating system holds the lock, and releases it when the process ends in any way. On another
+    machine, or on a file system without locks, only the lock file shows that there is a holder.
 
     Args:
-        flag: The flag that names the directory, for messages.
+        flag: The flag that gives the directory, for messages.
 
     Yields:
-        A file descriptor: a child that inherits it keeps the lock for as long as it lives.
+        A file descriptor. A child process that inherits it keeps the lock until it ends.
 
     Raises:
-        ValueError: Another process is at work there, or nothing can be written there.
+        ValueError: Another process uses the directory, or it cannot be written to.
     """
     path = directory / LOCK_NAME
     made = [each for each in (directory, *directory.parents) if not each.exists()]
@@ -110,7 +110,7 @@ def locked(directory: Path, flag: str) -> Iterator[int]:
 
 
 def _acquire(path: Path, where: str) -> int:
-    """Take the lock and write down who holds it.
+    """Take the lock and write this process into it.
 
     Raises:
         ValueError: Another process holds it.
@@ -124,13 +124,13 @@ def _acquire(path: Path, where: str) -> int:
                 continue
             holder = _holder(descriptor)
             if is_ours is False:
-                who = f"{holder}, or one that it has started" if holder and not holder.is_running() else holder
+                who = f"{holder}, or a process that it started" if holder and not holder.is_running() else holder
                 raise ValueError(f"{where} is in use by {who or 'another process'}. {ADVICE}")
             if holder is not None:
                 _refuse_if_alive(holder, is_ours is None, path, where)
-                logger.warning(f"{where} was in use by {holder}, which has ended without a word.")
+                logger.warning(f"{where} was in use by {holder}, which ended without releasing it.")
             os.ftruncate(descriptor, 0)
-            os.lseek(descriptor, 0, os.SEEK_SET)  # and not `pwrite`, which Windows lacks
+            os.lseek(descriptor, 0, os.SEEK_SET)  # not `pwrite`, which Windows lacks
             os.write(descriptor, json.dumps(asdict(Holder.this())).encode())
             _HELD.add(descriptor)
             return descriptor
@@ -140,14 +140,14 @@ def _acquire(path: Path, where: str) -> int:
             raise
 
 
-ADVICE = "Wait until that has ended, or give another directory."
+ADVICE = "Wait until it has ended, or give another directory."
 
 
 def _refuse_if_alive(holder: Holder, has_no_locks: bool, path: Path, where: str) -> None:
-    """Refuse a directory whose holder the operating system does not know of.
+    """Refuse a directory whose holder is only known from the lock file.
 
     Raises:
-        ValueError: It is alive, or was lately.
+        ValueError: The holder is running, or was running less than `SILENCE` seconds ago.
     """
     if holder.is_here:
         if has_no_locks and holder.is_running():
@@ -163,14 +163,14 @@ def _refuse_if_alive(holder: Holder, has_no_locks: bool, path: Path, where: str)
 
 
 def _release(path: Path, descriptor: int) -> None:
-    """Give the lock up, and remove its file unless a child goes on holding it."""
+    """Release the lock, and remove its file unless a child process still holds it."""
     ours = _holder(descriptor)
     _HELD.discard(descriptor)
     os.close(descriptor)
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDWR)
         is_left = _lock(descriptor) is not False and _holder(descriptor) == ours
-        if fcntl is None:  # Windows removes no file that is open, and has no lock to lose here
+        if fcntl is None:  # Windows cannot remove an open file, and there is no lock to keep
             os.close(descriptor)
         if is_left:
             path.unlink()
@@ -179,7 +179,7 @@ def _release(path: Path, descriptor: int) -> None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Take the lock of the operating system; False if another process has it, None if there are no such locks."""
+    """Take the lock of the operating system. False: another process has it. None: locks are not supported."""
     if fcntl is None:
         return None
     try:
@@ -219,7 +219,7 @@ def _remove_if_empty(directories: list[Path]) -> None:
 
 
 def _forget() -> None:
-    """Close the locks in a forked child: a worker that outlives a killed run must not keep them."""
+    """Close the locks in a forked child, so that a worker that outlives a killed run does not keep them."""
     for descriptor in _HELD:
         os.close(descriptor)
     _HELD.clear()

@@ -73,7 +73,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path, caplog
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / LOCK_NAME).exists()
     with locked(tmp_path, "--out"):
-        assert "which has ended without a word" in caplog.text
+        assert "which ended without releasing it" in caplog.text
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
 
 
@@ -95,7 +95,7 @@ def test_a_process_that_is_gone_or_whose_id_is_anothers_holds_nothing(tmp_path, 
     leave(tmp_path, holder)
     monkeypatch.setattr(fcntl, "flock", without_locks)
     with locked(tmp_path, "--out"):
-        assert "which has ended without a word" in caplog.text
+        assert "which ended without releasing it" in caplog.text
 
 
 def test_without_locks_of_the_file_system_a_living_process_is_known_by_the_file(tmp_path, monkeypatch):
