@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run `abr train` on several nodes under Slurm: one torchrun a node, which meet on the first one. Everything after the
-# script's name goes to `abr train`:
+# Run `abr train` on several nodes with Slurm, with one torchrun per node. The first node is the rendezvous. All arguments
+# are passed to `abr train`:
 #     sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh run.yaml --max_passes 20000
-# To go through accelerate instead, for FSDP or DeepSpeed, name a configuration:
+# To use accelerate instead, for FSDP or DeepSpeed, set a configuration:
 #     ACCELERATE_CONFIG=configs/accelerate/fsdp2_lora.yaml sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh ...
 #SBATCH --job-name=abr
 #SBATCH --nodes=2
@@ -12,7 +12,7 @@
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 
-: "${SLURM_JOB_NODELIST:?start this with sbatch: $0 runs one process group over the nodes that Slurm gives}"
+: "${SLURM_JOB_NODELIST:?start $0 with sbatch, so that Slurm allocates nodes}"
 [ "$#" -gt 0 ] || { echo "error: no arguments for abr train, e.g. sbatch $0 run.yaml" >&2; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -d "${ABR_VENV:-.venv}" ]; then source "${ABR_VENV:-.venv}/bin/activate"; fi
@@ -36,6 +36,6 @@ else
     rank=()
 fi
 command=$(printf '%q ' "${launcher[@]}")
-echo "$nodes nodes of $gpus processes, meeting on $MASTER_ADDR:$MASTER_PORT"
-# The rank of a node is known on the node only.
+echo "$nodes nodes with $gpus processes each, rendezvous at $MASTER_ADDR:$MASTER_PORT"
+# The rank of a node is only known on the node.
 srun --kill-on-bad-exit=1 bash -c "exec $command ${rank[*]-} -m abr_trainer train $(printf '%q ' "$@")"

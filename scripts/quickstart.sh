@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install into .venv, fine-tune the embedded LLaMA on the embedded text, and list the broken rows of that text.
-# Needs no network but a package index. Flags are handed on to abr train, for instance --max_steps 20
+# Install into .venv, fine-tune the demo model on the demo text, and list the broken rows of that text.
+# Needs only a package index. Flags are passed on to abr train: bash scripts/quickstart.sh --max_steps 20
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install_project ""

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Recover a pruned model with LoRA: prune to half, fine-tune an adapter on the frozen sparse model, merge it under the mask.
+# Prune half of a model's weights, fine-tune a LoRA adapter on the frozen sparse model, and merge it with the zeros kept.
 #
 #   bash scripts/run_pruned_lora.sh demo demo runs/pruned --max_passes 100 --use_cpu
 #   bash scripts/run_pruned_lora.sh huggyllama/llama-7b wikitext runs/pruned-wikitext --bf16
 #   bash scripts/run_pruned_lora.sh huggyllama/llama-7b c4 runs/pruned-c4 --bf16
 #
-# The directory then holds pruned/, lora/ and merged/; what is there already is not made again. PATTERN (unstructured, 2:4,
-# 16x16) and SPARSITY (0.5) say how to prune; PRUNED names a model that is pruned already. Flags after the directory go to
-# `abr train`. It ends with perplexity and share of zeros of the pruned model, with the adapter beside it, and merged.
+# The directory then contains pruned/, lora/ and merged/. Finished steps are not repeated. PATTERN (unstructured, 2:4,
+# 16x16) and SPARSITY (0.5) set how to prune; PRUNED gives a model that is already pruned. Flags after the directory are
+# passed to `abr train`. The last lines show perplexity and share of zeros of the pruned model, of the pruned model with
+# the adapter, and of the merged model.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: bash $0 MODEL DATASET DIRECTORY [flags of abr train]" >&2; exit 2; }
 model=$1 dataset=$2 out=$3
 shift 3
-abr() { python -m abr_trainer "$@"; }  # that of the python in PATH
+abr() { python -m abr_trainer "$@"; }  # uses the python in PATH
 pruned=${PRUNED:-$out/pruned}
 length=${TOKEN_LENGTH:-$([ "$dataset" = demo ] && echo 128 || echo 1024)}
 measured=(--dataset_name "$dataset" --token_length "$length")

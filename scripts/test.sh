@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Install with the test extra and check everything: ruff, mypy, the documentation, pytest. Arguments go to pytest.
+# Install with the test extra and run all checks: ruff, mypy, the documentation, pytest. Arguments are passed to pytest.
 #
-#   bash scripts/test.sh --oldest    # fast tests alone, in .venv-oldest, against the lowest versions that setup.cfg allows
+#   bash scripts/test.sh --oldest    # only fast tests, in .venv-oldest, with the lowest versions that setup.cfg allows
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 export HF_HUB_OFFLINE=1
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # several processes share the cores
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # because several processes share the cores
 check() {
     echo "ruff" && ruff format --check . && ruff check . && echo "mypy" && mypy && echo "layers" && lint-imports --no-cache &&
         echo "docs" && sphinx-build -q -W --keep-going docs build/docs
@@ -24,7 +24,7 @@ if [ "${1:-}" = --oldest ]; then
     exit
 fi
 install_project "[test]"
-check & checks=$!  # while DeepSpeed is built, on the other core
+check & checks=$!  # runs on the other core while DeepSpeed is built
 install_deepspeed
 wait "$checks"
 test_all "$@"
