@@ -1,4 +1,4 @@
-"""The flags that name a text: what to train and evaluate on, and what to measure a perplexity on."""
+"""Flags that choose the data for training, evaluation and perplexity."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "wikitext, dailydialog, c4, demo, a Hub id, or a directory. c4 is streamed; demo is made "
-            "on the spot and needs no network. Default: demo, unless --train_file, --validation_file or --test_file "
-            "is given."
+            "help": "wikitext, dailydialog, c4, demo, a Hub id, or a directory. c4 is streamed; demo is generated "
+            "and needs no network. Default: demo, unless --train_file, --validation_file or --test_file is given."
         },
     )
     dataset_config_name: str | None = field(
@@ -28,63 +27,62 @@ class DataArguments:
     dataset_mix: str | None = field(
         default=None,
         metadata={
-            "help": "Training blocks of several data sets or files, drawn at random with these probabilities: "
-            "wikitext=0.5,c4=0.5. Evaluation is on the first of them, unless --validation_file is given."
+            "help": "Draw training blocks from several data sets or files with these probabilities, e.g. "
+            "wikitext=0.5,c4=0.5. The first one is used for evaluation, unless --validation_file is given."
         },
     )
     mix_until: str = field(
         default="first_exhausted",
         metadata={
-            "help": "When an epoch of --dataset_mix ends: with the first data set that is used up, or, shorter ones "
-            "repeated, with the last.",
+            "help": "When an epoch of --dataset_mix ends: when the first data set is used up, or when all are used "
+            "up (shorter ones are repeated).",
             "choices": ["first_exhausted", "all_exhausted"],
         },
     )
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training text: .json, .jsonl, .ndjson, .csv, .tsv or .parquet with a document or a dialogue in "
-            "each row; any other suffix is read as one plain text. All but .parquet may be compressed: .gz, .bz2, "
-            ".xz, .zst, .lz4, .zip. A column input_ids is taken for tokens, as they are."
+            "help": "Training text. .json, .jsonl, .ndjson, .csv, .tsv and .parquet hold one document or dialogue per "
+            "row; any other suffix is read as one plain text. All but .parquet may be compressed: .gz, .bz2, "
+            ".xz, .zst, .lz4, .zip. A column input_ids is used as token ids, unchanged."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, in the same formats."})
     test_file: str | None = field(default=None, metadata={"help": "Text for --do_predict, in the same formats."})
     primer_file: str | None = field(
         default=None,
-        metadata={
-            "help": "High-quality text that the run begins with: --primer_batches batches, before the training set."
-        },
+        metadata={"help": "High-quality text to train on first: --primer_batches batches, before the training set."},
     )
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column with the text, or with a list of turns. Default: text, dialog, or the only one that fits."
+            "help": "Column with the text, or with a list of turns. Default: text, dialog, or the only text column."
         },
     )
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens in a block. Default: 1024, or what the model can attend to, if that is less."},
+        metadata={"help": "Tokens per block. Default: 1024, or the model's context length if that is less."},
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many training blocks."}
-    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training blocks."})
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many blocks of the evaluation and test sets."}
+        default=None, metadata={"help": "Use only the first N blocks of the evaluation and test sets."}
     )
     validation_split_percentage: float = field(
-        default=5, metadata={"help": "Share of the training rows to evaluate on where there is no validation split."}
+        default=5,
+        metadata={"help": "Percentage of the training rows to evaluate on if there is no validation split."},
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the training set while training."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what is cached."})
+    streaming: bool = field(default=False, metadata={"help": "Read the training set during training, not before."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes for tokenization."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Ignore cached tokens and tokenize again."})
 
     def __post_init__(self) -> None:
         if self.dataset_mix is not None:
             for flag in ("dataset_name", "train_file"):
                 if getattr(self, flag) is not None:
                     raise ValueError(
-                        f"--dataset_mix says what to train on, and so does --{flag}. Leave one of them out."
+                        f"--dataset_mix and --{flag} both choose the training data. Leave one of them out."
                     )
             parse_mix(self.dataset_mix)
         elif self.dataset_name is None and not (self.train_file or self.validation_file or self.test_file):
@@ -94,21 +92,21 @@ class DataArguments:
         refuse_below(self, least)
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(
-                f"--validation_split_percentage must lie between 0 and 100, got {self.validation_split_percentage}."
+                f"--validation_split_percentage must be between 0 and 100, got {self.validation_split_percentage}."
             )
 
     @property
     def split_aliases(self) -> dict[str, tuple[str, ...]]:
-        """What a data set may call the splits, by what we call them."""
+        """Names that a data set may use for each of our splits."""
         return SPLIT_ALIASES
 
     def other_split(self, split: str) -> str:
-        """Return what else to do where a data set has no such split."""
+        """Return the end of an error message: another flag that helps if a data set has no such split."""
         return ""
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the training set is read while training, so that it has no length."""
+        """Whether the training set is read during training, so that its length is unknown."""
         named = [] if self.dataset_name is None else [self.dataset_name]
         names = named if self.dataset_mix is None else parse_mix(self.dataset_mix)
         return self.streaming or any(find_corpus(name).streaming for name in names)
@@ -123,12 +121,12 @@ FORMATS = (
 
 @dataclass
 class ChatArguments(DataArguments):
-    """Which chats to train and evaluate on, how they are written, and which of their tokens are targets."""
+    """Which chats to train and evaluate on, the chat template, and which tokens are targets."""
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Chats or instructions: a Hub id, a directory, or demo. demo is made on the spot. "
+            "help": "Chats or instructions: a Hub id, a directory, or demo. demo is generated. "
             "Default: demo, unless --train_file, --validation_file or --test_file is given."
         },
     )
@@ -148,30 +146,31 @@ class ChatArguments(DataArguments):
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column with the messages, or with the text. Default: by the usual names.",
+            "help": "Column with the messages or the text. Default: found by name, or the only one with messages.",
             "aliases": ["--dataset_text_field"],
         },
     )
     block_size: int | None = field(default=None, init=False)
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many rows of the evaluation and test sets."}
+        default=None, metadata={"help": "Use only the first N rows of the evaluation and test sets."}
     )
     streaming: bool = field(default=False, init=False)
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize.", "aliases": ["--dataset_num_proc"]}
+        default=None,
+        metadata={"help": "Number of processes for tokenization.", "aliases": ["--dataset_num_proc"]},
     )
     dataset_train_split: str | None = field(
         default=None, metadata={"help": "Split of the data set to train on. Default: train."}
     )
     dataset_test_split: str | None = field(
         default=None,
-        metadata={"help": "Split of the data set to evaluate on, as TRL calls it. Default: validation."},
+        metadata={"help": "Split of the data set to evaluate on (TRL's name for it). Default: validation."},
     )
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "How a chat is written: a Jinja file, a model to take it from, chatml or alpaca. Default: by the "
+            "help": "Chat template: a Jinja file, a model to take it from, chatml or alpaca. Default: the "
             "tokenizer's own template.",
             "aliases": ["--chat_template_path"],
         },
@@ -179,23 +178,23 @@ class ChatArguments(DataArguments):
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of a row; what is longer is cut at the end. With --packing, the length of a row. "
-            "Default: 1024, or what the model can attend to, if that is less."
+            "help": "Most tokens per row; longer rows are cut at the end. With --packing, the length of each row. "
+            "Default: 1024, or the model's context length if that is less."
         },
     )
     assistant_only_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Learn only what the assistant writes. Default: if the template marks it, that is with "
-            "{%% generation %%}, or TRL knows such a variant of it.",
-            "nargs": "?",  # as for a flag whose default is no None
+            "help": "Train only on the assistant's tokens. For chats. Default: if the template marks them, i.e. with "
+            "{%% generation %%}, or TRL has a variant of the template that does.",
+            "nargs": "?",  # HfArgumentParser sets it only for a flag whose default is not None
             "const": True,
         },
     )
     completion_only_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Of prompts and instructions, learn only the answers. Default: true.",
+            "help": "Train only on answers, not on prompts and instructions. Default: true.",
             "nargs": "?",
             "const": True,
         },
@@ -206,7 +205,7 @@ class ChatArguments(DataArguments):
         refuse_below(self, {"max_length": 2})
         for flag in ("dataset_train_split", "dataset_test_split", "dataset_config_name"):
             if getattr(self, flag) is not None and self.dataset_name is None:
-                raise ValueError(f"--{flag} means nothing without --dataset_name.")
+                raise ValueError(f"--{flag} needs --dataset_name.")
 
     @property
     def split_aliases(self) -> dict[str, tuple[str, ...]]:
@@ -215,7 +214,7 @@ class ChatArguments(DataArguments):
 
     def other_split(self, split: str) -> str:
         flag = "train" if split == "train" else "test"
-        return "" if self.dataset_name is None else f", or --dataset_{flag}_split: what the data set calls it"
+        return "" if self.dataset_name is None else f", or --dataset_{flag}_split: its name in the data set"
 
 
 @dataclass
@@ -244,14 +243,14 @@ class TextArguments:
     max_rows: int | None = field(
         default=None,
         metadata={
-            "help": "Read only the first so many rows. Default: all; "
-            f"{C4_DOCUMENTS} of a stream, what is published on C4."
+            "help": "Read only the first N rows. Default: all; for a stream "
+            f"{C4_DOCUMENTS}, as in published results on C4."
         },
     )
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.text_file is None):
-            raise ValueError("Give either --dataset_name or --text_file: what to measure on.")
+            raise ValueError("Give either --dataset_name or --text_file: the text to measure.")
         refuse_missing_files(self, "text_file")
         refuse_below(self, {"max_rows": 1})
         if self.split is None:
@@ -265,14 +264,14 @@ class TextArguments:
 
     @property
     def config(self) -> str | None:
-        """The configuration that is read."""
+        """The configuration of the data set to read."""
         by_default = None if self.dataset_name is None else find_corpus(self.dataset_name).config
         return self.dataset_config_name or by_default
 
 
 @dataclass
 class OptionalTextArguments(TextArguments):
-    """What to measure a perplexity on, if on anything."""
+    """What to measure a perplexity on; it may be left out."""
 
     def __post_init__(self) -> None:
         if self.is_given:

@@ -1,4 +1,4 @@
-"""From rows of text to blocks of tokens for causal language modelling."""
+"""Turn rows of text into blocks of tokens for causal language modelling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_BLOCK_SIZE = 1024
 
 
 def choose_block_size(arguments: DataArguments, config: PreTrainedConfig) -> int:
-    """Return `--block_size` or its default, checked against what the model can attend to."""
+    """Return `--block_size` or its default, checked against the model's context length."""
     return fit_context("block_size", arguments.block_size, DEFAULT_BLOCK_SIZE, config)
 
 
@@ -40,22 +40,22 @@ def load_blocks(
     vocabulary: int | None = None,
     with_sources: bool = False,
 ) -> dict[str, Dataset | IterableDataset]:
-    """Load, tokenize and cut what `splits` names, out of "train", "validation", "test" and "primer".
+    """Load, tokenize and cut the splits named: "train", "validation", "test" or "primer".
 
-    Texts are tokenized without special tokens, one after the other. Where a row is a document or a dialogue, the end-
-    of-text token follows it. Tokens that do not fill a last block are dropped.
+    Texts are tokenized without special tokens and concatenated. If a row is a document or a dialogue, an
+    end-of-text token follows it. Tokens that do not fill the last block are dropped.
 
     Args:
-        seed: What draws from the data sets of a mix.
-        vocabulary: Token ids that the model knows. Default: those of the tokenizer.
-        with_sources: Each training block says by `SOURCE_COLUMN` which rows of which source it was cut from.
+        seed: Seed for drawing from the data sets of a mix.
+        vocabulary: Number of token ids that the model knows. Default: the tokenizer's.
+        with_sources: Record in `SOURCE_COLUMN` which rows of which source each training block was cut from.
 
     Returns:
-        Data sets with the columns `input_ids` and `labels`, equal, of `block_size` tokens.
+        Data sets with the columns `input_ids` and `labels`, both of shape `(block_size,)` and equal.
 
     Raises:
         ValueError: A split is missing, cannot be read, has no such column, or is too short; the message names the
-            flag. It is a `BadRow` where a row cannot be trained on: a stream raises it when it gets there.
+            flag. It is a `BadRow` if a row cannot be used; a stream raises it when it reaches that row.
     """
     vocabulary = vocabulary or len(tokenizer)
     sources: list[str] | None = [] if with_sources else None
@@ -80,7 +80,7 @@ def _load_blocks(
     """Load the blocks of one data set.
 
     Args:
-        sources: Those of the training blocks are added to it; None where they need not say where they come from.
+        sources: Sources of the training blocks are appended to it; None to record no sources.
     """
     loaded = load_rows(arguments, splits, is_numbered=sources is not None)
     limits = {"train": ("max_train_samples", arguments.max_train_samples), "primer": ("", None)}
@@ -96,7 +96,7 @@ def _load_blocks(
 def _load_mix(
     arguments: DataArguments, load: Callable[..., Any], splits: Collection[str], seed: int
 ) -> dict[str, Dataset | IterableDataset]:
-    """Mix the training blocks of several data sets; the other splits are of the first."""
+    """Mix the training blocks of several data sets; take the other splits from the first."""
     shares = parse_mix(arguments.dataset_mix or "")
     alone = partial(replace, arguments, dataset_mix=None, max_train_samples=None)
     each_alone = [alone(train_file=name) if Path(name).is_file() else alone(dataset_name=name) for name in shares]
@@ -117,25 +117,25 @@ def _load_mix(
     return blocks
 
 
-_SAID: set[str] = set()
+_WARNED_OF: set[str] = set()
 
 
-def _say_first_left_out(column: Column, missing: Sequence[int]) -> None:
-    """Say once of a stream, whose rows are not counted, that some are left out."""
-    if missing and column.place.origin not in _SAID:
-        _SAID.add(column.place.origin)
+def _warn_of_first_left_out(column: Column, missing: Sequence[int]) -> None:
+    """Warn once per stream, whose rows are not counted, that empty rows are left out."""
+    if missing and column.place.origin not in _WARNED_OF:
+        _WARNED_OF.add(column.place.origin)
         logger.warning(
-            f"Left out, as will be all rows like it: {column.place(missing[0])} has nothing in {column.name}."
+            f"{column.place(missing[0])} has no {column.name} and is left out, as are all other rows without it."
         )
 
 
 def tokenize(
     rows: TextRows, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset | IterableDataset:
-    """Turn rows into rows of token ids, `input_ids`: as they are where they are given, none where there is no text.
+    """Turn rows into rows of token ids in `input_ids`. Given token ids stay as they are; no text gives an empty list.
 
     Raises:
-        BadRow: A row holds something else.
+        BadRow: A row holds neither text nor token ids.
     """
     column = rows.column
     if column.name == TOKENS and not column.is_json:
@@ -149,7 +149,7 @@ def tokenize(
         there = [i for i, value in enumerate(values) if value is not None]
         if is_stream and len(there) < len(values):
             raw = zip(values, batch[read], indices, strict=True)
-            _say_first_left_out(column, [i for value, each, i in raw if value is None and column.is_row(each)])
+            _warn_of_first_left_out(column, [i for value, each, i in raw if value is None and column.is_row(each)])
         found: list[list[int]] = [[] for _ in values]
         if column.name == TOKENS:
             for i in there:
@@ -175,18 +175,19 @@ def cut_blocks(
 ) -> Dataset | IterableDataset:
     """Concatenate all tokens and cut them into blocks. A stream is cut a thousand rows at a time.
 
-    Rows without a token are left out, which a warning says.
+    Rows without a token are left out, with a warning.
 
     Args:
-        sources: Each block says which rows of which source it was cut from; these sources are added.
-        flag: What names the length of a block, for messages.
+        sources: If given, each block records which rows of which source it was cut from, and the sources of these
+            rows are appended to the list.
+        flag: The flag that sets the block size, for messages.
 
     Raises:
-        BadRow: A row has ids that are not of the vocabulary.
+        BadRow: A row has token ids that are not in the vocabulary.
     """
     column, origin = rows.column, rows.origin
     is_stream, are_given = isinstance(tokens, IterableDataset), column.name == TOKENS
-    # Of a stream in several parts, each reader counts the rows of its own.
+    # If a stream has several shards, each reader counts only its own rows.
     are_counted = not is_stream or tokens.num_shards == 1
     offset: int | None = None
     if sources is not None:
@@ -201,7 +202,7 @@ def cut_blocks(
             for row, index in zip(ids, indices, strict=True):
                 check_tokens(row, vocabulary, column.where(index))
         if are_given and is_stream and not column.is_json:
-            _say_first_left_out(column, [index for row, index in zip(ids, indices, strict=True) if not len(row)])
+            _warn_of_first_left_out(column, [index for row, index in zip(ids, indices, strict=True) if not len(row)])
         joined = np.concatenate(ids).astype(np.int64)
         blocks = joined[: len(joined) // block_size * block_size].reshape(-1, block_size)
         found = {TOKENS: blocks, "labels": blocks}
@@ -216,7 +217,7 @@ def cut_blocks(
     if is_stream:
         stream = _map(tokens, cut, arguments, "", used)
         if not first_rows(stream, origin, 1):
-            raise ValueError(f"{origin} is shorter than one block: --{flag} is {block_size}.")
+            raise ValueError(f"{origin} is shorter than one block: --{flag} is {block_size}. Give a smaller --{flag}.")
         return stream
     lengths = pc.list_value_length(tokens.with_format("arrow")[:][TOKENS]).fill_null(0).to_numpy()
     if not rows.rows_are_lines:
@@ -225,7 +226,10 @@ def cut_blocks(
         missing = [index for index, each in zip(empty, raw, strict=True) if column.is_row(each)]
         say_what_is_left_out(missing, len(lengths) - len(empty) + len(missing), rows)
     if lengths.sum() < block_size:
-        raise ValueError(f"{origin} has {lengths.sum()} tokens, less than one block: --{flag} is {block_size}.")
+        raise ValueError(
+            f"{origin} has {lengths.sum()} tokens, less than one block: --{flag} is {block_size}. "
+            f"Give a smaller --{flag}."
+        )
     description = f"Cutting blocks of {block_size}"
     blocks = _map(tokens.with_format("numpy"), cut, arguments, description, used, batch_size=None)
     return blocks.with_format(None)
@@ -255,24 +259,24 @@ def _map(
 def at_most(
     blocks: Dataset | IterableDataset, limit: int | None, flag: str, must_end: bool
 ) -> Dataset | IterableDataset:
-    """Return the first so many blocks.
+    """Return the first `limit` blocks.
 
     Args:
         limit: None for all of them.
-        flag: What gave the limit, for messages.
-        must_end: Read the blocks of a stream, so that they can be counted.
+        flag: The flag that sets the limit, for messages.
+        must_end: Read a stream into memory, so that its blocks can be counted.
 
     Raises:
-        ValueError: A stream must end, and there is no limit.
+        ValueError: A stream must end, but there is no limit.
     """
     if isinstance(blocks, IterableDataset):
         if must_end and limit is None:
-            raise ValueError(f"A streamed data set has no end to evaluate to: give --{flag}.")
+            raise ValueError(f"The length of a streamed data set is unknown. Give --{flag} to evaluate on it.")
         taken = blocks if limit is None else blocks.take(limit)
         return Dataset.from_list(list(taken)) if must_end else taken
     if limit is None or limit == len(blocks):
         return blocks
     if limit > len(blocks):
-        logger.warning(f"--{flag} {limit} asks for more than the {len(blocks)} blocks there are: using all of them.")
+        logger.warning(f"--{flag} is {limit}, but there are only {len(blocks)} blocks: using all of them.")
         return blocks
     return blocks.select(range(limit))

@@ -1,4 +1,4 @@
-"""Which chats, instructions or texts the rows of a table hold, checked row by row."""
+"""Find the chats, instructions or texts in the rows of a table, and check each row."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .columns import MESSAGES, Row, as_text, choose_text_column, keys_of_objects
 
 Message = dict[str, Any]
 Where = Callable[[], str]
-"""Says which row it is."""
+"""Returns the name of a row for messages."""
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat", "dialogue")
-"""Usual names of a column of messages; any other is taken where it is the only one that holds them."""
+"""Usual names of a column of messages. A column with another name is used if it is the only one with messages."""
 
 PAIR = ("prompt", "completion")
 ASKED = (
@@ -26,11 +26,11 @@ ASKED = (
     ("question", "answer"),
     ("query", "response"),
 )
-"""Columns of what is asked and of what is answered, as texts. The chat template writes them down as a chat."""
+"""Columns with a question and its answer, as text. The chat template formats them as a chat."""
 INPUTS = ("input", "context")
-"""Columns that add to an instruction."""
+"""Columns whose text is appended to the instruction."""
 SYSTEMS = ("system", "system_prompt")
-"""Columns with a system prompt, beside a chat or a question."""
+"""Columns with the system prompt of a chat or a question."""
 
 ROLES = {
     "system": "system",
@@ -47,10 +47,10 @@ ROLES = {
     "function": "function",
     "ipython": "ipython",
 }
-"""What the writers of messages are called, and what chat templates call them."""
+"""Names of roles in data sets, and the names that chat templates use for them."""
 
 WEIGHTS = ("weight", "loss", "train", "training")
-"""Keys of messages that say whether they are learnt, as OpenAI, ms-swift and axolotl read them."""
+"""Message keys that say whether the message counts in the loss, in the formats of OpenAI, ms-swift and axolotl."""
 
 NEEDED = (
     "messages (lists of objects with role and content), conversations (from and value), prompt and completion, "
@@ -62,7 +62,7 @@ Kind = Literal["chat", "pair", "asked", "text"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What rows hold, and in which columns."""
+    """The kind of data in the rows, and the columns with it."""
 
     kind: Kind
     columns: tuple[str, ...]
@@ -70,12 +70,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Chat:
-    """What is said, in order.
+    """The messages of a chat, in order.
 
     Attributes:
-        given: How many of the first messages are a prompt: an answer to it is learnt, and nothing of it.
-        tools: What the assistant may call, as chat templates take it.
-        options: What else the row tells the chat template.
+        given: Number of leading messages that are the prompt. They are not targets; the answer is.
+        tools: Tools that the assistant may call, in the format of chat templates.
+        options: Other arguments that the row passes to the chat template.
     """
 
     messages: list[Message]
@@ -86,22 +86,22 @@ class Chat:
 
 @dataclass(frozen=True)
 class Written:
-    """A text that no chat template is needed for; after a prompt, if there is one."""
+    """A text that needs no chat template, and the prompt before it, if any."""
 
     text: str
     prompt: str | None = None
 
 
 def find_shape(rows: Sequence[Row], origin: str, wanted: str | None = None) -> Shape:
-    """Return what rows hold.
+    """Find out what kind of data the rows hold, and in which columns.
 
     Args:
-        rows: The first of them. Keys may be missing.
-        origin: What named the rows, for messages.
-        wanted: `--text_column`: the column of the messages, or of the text.
+        rows: The first rows. Keys may be missing.
+        origin: The flag or file that the rows come from, for messages.
+        wanted: `--text_column`: the column with the messages or the text.
 
     Raises:
-        ValueError: They hold nothing that can be learnt from; the message names the columns.
+        ValueError: They hold no data that we can train on; the message names the columns.
     """
     columns: dict[str, list[Any]] = {}
     for row in rows:
@@ -119,11 +119,11 @@ def find_shape(rows: Sequence[Row], origin: str, wanted: str | None = None) -> S
         return Shape("chat" if is_chat else "text", (wanted if is_chat else choose_text_column(rows, origin, wanted),))
     if {"chosen", "rejected"} <= set(columns):
         raise ValueError(
-            f"{origin} holds preferences: its columns are {', '.join(columns)}. abr sft learns from answers, not from "
-            "chosen and rejected ones. For DPO and reward training from Python see docs/start/chat.md."
+            f"{origin} holds preferences: its columns are {', '.join(columns)}. abr sft does not train on chosen and "
+            "rejected answers. For DPO and reward training in Python see docs/start/chat.md."
         )
     named = next((name for name in CHAT_COLUMNS if name in chats), None)
-    # A column of this name that holds something else is refused where its first row is read.
+    # If a column with this name holds something else, reading its first row raises an error.
     named = named or next((name for name in CHAT_COLUMNS[:2] if columns.get(name)), None)
     if named is not None:
         return Shape("chat", (named,))
@@ -138,20 +138,20 @@ def find_shape(rows: Sequence[Row], origin: str, wanted: str | None = None) -> S
         return Shape("text", (choose_text_column(rows, origin),))
     except ValueError as error:
         raise ValueError(
-            f"{origin} holds nothing that abr sft can learn from: its columns are {', '.join(columns)}. It needs "
-            f"{NEEDED}. --text_column names a column of messages or of text that is called otherwise."
+            f"{origin} holds no data that abr sft can train on: its columns are {', '.join(columns)}. It needs "
+            f"{NEEDED}. If the messages or the text are in another column, name it with --text_column."
         ) from error
 
 
 def read_row(row: Row, shape: Shape, where: Where, may_be_padded: bool = False) -> Chat | Written | None:
-    """Return what a row holds; None for a text that is missing or empty.
+    """Return the chat or text in a row; None if the text is missing or empty.
 
     Args:
-        where: Says which row it is.
-        may_be_padded: A key whose value is null may be of other rows: a table gives all objects the same keys.
+        where: Returns the name of the row for messages.
+        may_be_padded: Drop keys whose value is null: a table gives all objects the same keys.
 
     Raises:
-        BadRow: It does not hold what its shape asks for.
+        BadRow: The row does not have the given shape.
     """
     if shape.kind == "text":
         text = row.get(shape.columns[0])
@@ -176,7 +176,7 @@ def read_row(row: Row, shape: Shape, where: Where, may_be_padded: bool = False) 
 
 
 def are_messages(value: Any) -> bool:
-    """Tell whether something is a list of messages, or a text that is meant as one, as a cell of a .csv holds it."""
+    """Tell whether a value is a list of messages, or a string that looks like one, as in a cell of a .csv file."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         return any(all(re.search(rf"[\"']{key}[\"']\s*:", value) for key in pair) for pair in MESSAGES)
     return isinstance(value, list) and tuple(keys_of_objects([value])) in MESSAGES
@@ -188,7 +188,7 @@ def _read_pair(prompt: Any, completion: Any, row: Row, where: Where) -> Chat | W
         beside = next((name for name in (*SYSTEMS, "tools") if row.get(name)), None)
         if beside is not None:
             raise BadRow(
-                f"{where()} has {beside} beside a prompt that is a text, which no chat template writes. Put it into "
+                f"{where()} has {beside}, but its prompt is text, to which no chat template is applied. Put it into "
                 "the prompt, or make prompt and completion lists of messages."
             )
         return Written(_text(completion, "completion", where), prompt)
@@ -196,7 +196,7 @@ def _read_pair(prompt: Any, completion: Any, row: Row, where: Where) -> Chat | W
         if value is None or value == [] or value == "":
             raise BadRow(f"{where()} has no {name}.")
     if are_texts[0]:
-        raise BadRow(f"{where()} has a text as prompt, but its completion is {shortly(completion)}: make both texts.")
+        raise BadRow(f"{where()} has text as prompt, but {shortly(completion)} as completion. Make both text.")
     asked = _with_system(read_messages(prompt, where, "prompt"), row, where)
     answer = read_messages(
         [{"role": "assistant", "content": completion}] if are_texts[1] else completion, where, "completion"
@@ -206,17 +206,17 @@ def _read_pair(prompt: Any, completion: Any, row: Row, where: Where) -> Chat | W
 
 
 def read_messages(value: Any, where: Where, column: str) -> list[Message]:
-    """Return messages as chat templates take them: with `role` and `content`, and whatever else they have.
+    """Return messages in the format of chat templates: `role`, `content`, and any other keys they have.
 
     Raises:
-        BadRow: They are something else; the message says which one of them.
+        BadRow: One of them is not a message; the error gives its number.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):  # as a cell of a .csv holds them
         value = _parse(value, column, where)
     if value is None or value == [] or value == "":
         raise BadRow(f"{where()} has no {column}.")
     if not isinstance(value, list):
-        raise BadRow(f"{where()} holds {shortly(value)} as {column}, where a list of messages must be.")
+        raise BadRow(f"{where()} has {shortly(value)} as {column}. It must be a list of messages.")
     return [_read_message(each, number, where) for number, each in enumerate(value, 1)]
 
 
@@ -224,12 +224,12 @@ def _read_message(value: Any, number: int, where: Where) -> Message:
     pair = next((pair for pair in MESSAGES if isinstance(value, dict) and set(value) & set(pair)), None)
     if pair is None:
         raise BadRow(
-            f"{where()} holds {shortly(value)} as message {number}, where an object with role and content must be."
+            f"{where()} has {shortly(value)} as message {number}. It must be an object with role and content."
         )
     role, content = (value.get(name) for name in pair)
     if not isinstance(role, str) or role not in ROLES:
         said = f"{shortly(role)} as {pair[0]}" if role is not None else f"no {pair[0]}"
-        raise BadRow(f"{where()} has {said} in message {number}. Known are {', '.join(ROLES)}.")
+        raise BadRow(f"{where()} has {said} in message {number}. Known roles: {', '.join(ROLES)}.")
     others = {name: each for name, each in value.items() if name not in pair and each is not None}
     if "tool_calls" in others:
         others["tool_calls"] = _objects(others["tool_calls"], f"tool_calls of message {number}", where)
@@ -240,29 +240,29 @@ def _read_message(value: Any, number: int, where: Where) -> Message:
     if content is None:
         raise BadRow(f"{where()} has no {pair[1]} in message {number}.")
     if not isinstance(content, str):
-        raise BadRow(f"{where()} holds {shortly(content)} as {pair[1]} of message {number}, where text must be.")
+        raise BadRow(f"{where()} has {shortly(content)} as {pair[1]} of message {number}. It must be text.")
     if not content.strip() and ROLES[role] == "assistant" and not others:
-        raise BadRow(f"{where()} has an empty {pair[1]} in message {number}, which is the assistant's.")
+        raise BadRow(f"{where()} has an empty {pair[1]} in message {number}, an assistant's message.")
     return {"role": ROLES[role], "content": content, **others}
 
 
 def _check_answers(messages: Sequence[Message], where: Where) -> None:
-    """Refuse messages without one of the assistant, and an answer that is not to be learnt like the others."""
+    """Refuse chats without an assistant message, and assistant messages with a loss weight."""
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        raise BadRow(f"{where()} has no message of the assistant, so nothing to learn: its roles are {roles}.")
+        raise BadRow(f"{where()} has no assistant message, so there are no targets: its roles are {roles}.")
     for number, message in enumerate(messages, 1):
         name = next((name for name in WEIGHTS if message["role"] == "assistant" and message.get(name, 1) != 1), None)
         if name is not None:
             raise BadRow(
-                f"{where()} holds {shortly(message[name])} as {name} of message {number}, and abr sft learns all "
-                "answers of a chat alike. Give columns prompt and completion, with the answers that are not to be "
-                f"learnt in the prompt, or take {name} out."
+                f"{where()} has {shortly(message[name])} as {name} of message {number}, but abr sft gives all "
+                "answers of a chat the same weight. Use the columns prompt and completion, with the answers to "
+                f"ignore in the prompt, or remove {name}."
             )
 
 
 def _with_system(messages: list[Message], row: Row, where: Where) -> list[Message]:
-    """Put the system prompt first that stands in a column beside the messages, if they have none."""
+    """Prepend the system prompt from its column, unless the messages have one."""
     system = next((row[name] for name in SYSTEMS if row.get(name)), None)
     if system is None or messages[0]["role"] in ("system", "developer"):
         return messages
@@ -273,30 +273,30 @@ def _text(value: Any, name: str, where: Where) -> str:
     if value is None or value == "":
         raise BadRow(f"{where()} has no {name}.")
     if not isinstance(value, str) or are_messages(value):
-        raise BadRow(f"{where()} holds {shortly(value)} as {name}, where text must be.")
+        raise BadRow(f"{where()} has {shortly(value)} as {name}. It must be text.")
     return value
 
 
 def _for_template(row: Row, where: Where) -> tuple[list[Any] | None, Mapping[str, Any]]:
-    """Return the tools of a row, which may be JSON as text, and what else it tells the chat template."""
+    """Return the tools of a row, which may be a JSON string, and its other arguments for the chat template."""
     tools, options = row.get("tools") or None, row.get("chat_template_kwargs") or {}
     if tools is not None:
         tools = _objects(tools, "tools", where) or None
     if not isinstance(options, Mapping):
-        raise BadRow(f"{where()} holds {shortly(options)} as chat_template_kwargs, where an object must be.")
+        raise BadRow(f"{where()} has {shortly(options)} as chat_template_kwargs. It must be an object.")
     return tools, options
 
 
 def _objects(value: Any, name: str, where: Where) -> list[dict[str, Any]]:
-    """Return tools, or calls of them, which may be JSON as text."""
+    """Return tools or tool calls, which may be a JSON string."""
     if isinstance(value, str):
         value = (_parse(value, name, where) if value else None) or []
     if not isinstance(value, list):
-        raise BadRow(f"{where()} holds {shortly(value)} as {name}, where a list of objects must be.")
+        raise BadRow(f"{where()} has {shortly(value)} as {name}. It must be a list of objects.")
     for each in value:
         function = each.get("function") or each if isinstance(each, dict) else each
         if not isinstance(function, dict):
-            raise BadRow(f"{where()} holds {shortly(function)} in {name}, where an object with a name must be.")
+            raise BadRow(f"{where()} has {shortly(function)} in {name}. It must be an object with a name.")
     return value
 
 
@@ -308,7 +308,7 @@ def _parse(text: str, name: str, where: Where) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return something without the keys of objects that hold null."""
+    """Return a value without the keys whose value is null, at any depth."""
     if isinstance(value, Mapping):
         return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value

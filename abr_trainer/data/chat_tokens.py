@@ -1,4 +1,4 @@
-"""From chats, instructions and texts to tokens, and to the labels that say which of them are learnt."""
+"""Turn chats, instructions and texts into tokens, and into labels that say which tokens are targets."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ logger = logging.get_logger(__name__)
 DEFAULT_LENGTH = 1024
 NO_TARGET = -100
 ROW = "row"
-"""Column with the index of a row among those that were loaded."""
+"""Column with the index of a row among the loaded rows."""
 
 Encoded = tuple[list[int], list[int]]
-"""Tokens, and labels: the token where it is learnt, -100 elsewhere."""
+"""Token ids and labels: the token id if it is a target, else -100."""
 
 
 def choose_max_length(arguments: ChatArguments, config: PreTrainedConfig) -> int:
-    """Return `--max_length` or its default, checked against what the model can attend to."""
+    """Return `--max_length` or its default, checked against the model's context length."""
     return fit_context("max_length", arguments.max_length, DEFAULT_LENGTH, config)
 
 
@@ -45,12 +45,12 @@ def choose_max_length(arguments: ChatArguments, config: PreTrainedConfig) -> int
 
 @dataclass(frozen=True)
 class ChatRows:
-    """The rows of one split, and what they hold.
+    """The rows of one split, and their kind.
 
     Attributes:
-        limited_by: The flag that says how many of them are used.
+        limited_by: The flag that limits how many of them are used.
         shape: None for one plain text, which is cut into blocks.
-        is_chat: They are written down by a chat template.
+        is_chat: They need a chat template.
     """
 
     loaded: TextRows
@@ -64,23 +64,23 @@ class ChatRows:
 
     @property
     def kind(self) -> str:
-        """What the rows are, in words."""
+        """The kind of the rows, in words."""
         if self.has_prompts:
-            return "prompts and answers of chats" if self.is_chat else "prompts and completions that are texts"
+            return "prompts and answers of chats" if self.is_chat else "prompts and completions as text"
         return "chats" if self.is_chat else "texts"
 
 
 def load_chats(arguments: ChatArguments, splits: Collection[str], with_sources: bool = False) -> dict[str, ChatRows]:
-    """Load the rows of these splits, and find out what they hold.
+    """Load the rows of these splits, and find out their kind.
 
     Args:
-        with_sources: Each training row shall say by `SOURCE_COLUMN` which row of which source it is.
+        with_sources: Record in `SOURCE_COLUMN` which row of which source each training row is.
 
     Raises:
-        ValueError: A split is missing, cannot be read, or holds nothing that can be learnt from.
+        ValueError: A split is missing, cannot be read, or holds no data that we can train on.
     """
     if arguments.is_streamed:
-        raise ValueError(f"--dataset_name {arguments.dataset_name} is streamed, and abr sft reads no streams.")
+        raise ValueError(f"--dataset_name {arguments.dataset_name} is streamed, but abr sft cannot read streams.")
     found = {}
     for split, loaded in load_rows(arguments, splits, choose_every, is_numbered=with_sources).items():
         flag = "max_train_samples" if split == "train" else "max_eval_samples"
@@ -95,9 +95,7 @@ def load_chats(arguments: ChatArguments, splits: Collection[str], with_sources: 
         if limit is not None and limit < len(loaded.rows):
             loaded = replace(loaded, rows=loaded.rows.select(range(limit)))
         elif limit is not None and limit > len(loaded.rows):
-            logger.warning(
-                f"--{flag} {limit} asks for more than the {len(loaded.rows)} rows there are: using all of them."
-            )
+            logger.warning(f"--{flag} is {limit}, but there are only {len(loaded.rows)} rows: using all of them.")
         found[split] = ChatRows(loaded, flag, shape, is_chat and shape.kind != "text")
     return found
 
@@ -107,7 +105,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 
 def _read(loaded: TextRows, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterator[Row | None]:
-    """Yield rows whole; None for an empty line of JSON, which is no row."""
+    """Yield rows with all columns; None for an empty line in a file of JSON lines."""
     column = loaded.column
     if column.is_json:
         for line, index in zip(batch["text"], indices, strict=False):
@@ -122,11 +120,13 @@ def _read(loaded: TextRows, batch: Mapping[str, Sequence[Any]], indices: Sequenc
 
 @dataclass(frozen=True)
 class Tokenised:
-    """The rows of one split as a trainer takes them.
+    """The rows of one split, ready for a trainer.
 
     Attributes:
-        rows: With `input_ids`, `labels`, and, unless they are blocks of a plain text, `row`.
-        cut: How many rows were longer than they may be.
+        rows: Columns `input_ids`, `labels`, and, unless they are blocks of a plain text, `row`.
+        tokens: Number of tokens in all rows.
+        targets: Number of tokens that are targets.
+        cut: Number of rows that were cut because they were too long.
     """
 
     rows: Dataset
@@ -137,12 +137,12 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns what a row holds into tokens and labels.
+    """Turns a chat or text into tokens and labels.
 
     Attributes:
-        template: How a chat is written. None: by the tokenizer's own template.
-        assistant_only: Of chats, learn what the assistant writes.
-        completion_only: After a prompt, learn what follows it.
+        template: Chat template. None for the tokenizer's own.
+        assistant_only: In chats, only the assistant's tokens are targets.
+        completion_only: If there is a prompt, only the tokens after it are targets.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -152,7 +152,7 @@ class Encoder:
 
     @property
     def is_marked(self) -> bool:
-        """Whether the template marks what the assistant writes."""
+        """Whether the template marks the assistant's tokens."""
         own: Template | None = self.tokenizer.chat_template
         return marks_assistant(self.template or own)
 
@@ -160,7 +160,7 @@ class Encoder:
         """Return tokens and labels.
 
         Raises:
-            BadRow: The chat template does not take the messages.
+            BadRow: The chat template does not accept the messages.
         """
         return self._written(example) if isinstance(example, Written) else self._chat(example, where)
 
@@ -221,10 +221,10 @@ class Encoder:
         return ids, _labels(ids, learnt)
 
     def _prompt_length(self, chat: Chat, ids: Sequence[int], where: Where) -> int:
-        """Return how many of the tokens of a chat are those of its prompt, with which it must begin."""
+        """Return the number of leading tokens of a chat that belong to its prompt."""
         given = chat.messages[: chat.given]
         is_answered = chat.messages[chat.given]["role"] == "assistant"
-        # What makes the assistant answer may be more than what stands before an answer: some begin with <think>.
+        # The generation prompt may be longer than the text before a given answer: some templates add <think> to it.
         prompts = [
             partial(self._apply, chat, given, where, add_generation_prompt=asks)
             for asks in dict.fromkeys((is_answered, False))
@@ -232,23 +232,23 @@ class Encoder:
         whole = self._apply(chat, chat.messages, where, tokenize=False)
         if not any(whole.startswith(prompt(tokenize=False)) for prompt in prompts):
             raise BadRow(
-                f"{where()}: the chat template writes the prompt otherwise when the answer is there, so they cannot "
-                "be told apart. Give a --chat_template that writes it alike, or --completion_only_loss false."
+                f"{where()}: the chat template writes the prompt differently if an answer follows, so the prompt's "
+                "tokens are not known. Give a --chat_template without this, or --completion_only_loss false."
             )
-        # A token that reaches over the end of the prompt is learnt.
+        # A token that covers the end of the prompt and the start of the answer is a target.
         return max(_common(prompt(tokenize=True, return_dict=True)[TOKENS], ids) for prompt in prompts)
 
     def _marked(self, chat: Chat, where: Where) -> tuple[list[int], np.ndarray]:
-        """Return tokens, and which of them the template marks."""
+        """Return the tokens, and a mask of those that the template marks."""
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         found = self._apply(chat, chat.messages, where, **options)
         return found[TOKENS], np.asarray(found["assistant_masks"], bool)
 
     def _told_apart(self, chat: Chat, where: Where) -> tuple[list[int], np.ndarray]:
-        """Return tokens, and which of them come with a message of the assistant.
+        """Return the tokens, and a mask of those of the assistant's messages, for a template without marks.
 
-        The template marks nothing. What it writes for the messages up to one of the assistant's, ready for it to
-        answer, must be the beginning of what it writes with that message: the rest is the assistant's.
+        The chat up to an assistant's message, with the generation prompt, must be a prefix of the chat with that
+        message. The text after this prefix is the assistant's.
         """
         whole = self._apply(chat, chat.messages, where, tokenize=False)
         spans = []
@@ -257,17 +257,16 @@ class Encoder:
                 if number == 0:
                     raise BadRow(
                         f"{where()}: message 1 is the assistant's, and the chat template does not mark the "
-                        "assistant's tokens with {% generation %}, so they cannot be told apart. Put a message of the "
-                        "system or the user before it, add the marks to the template and give it as --chat_template, "
-                        "or give --assistant_only_loss false."
+                        "assistant's tokens with {% generation %}, so they cannot be found. Put a system or user "
+                        "message before it, give a --chat_template with these marks, or --assistant_only_loss false."
                     )
                 before = self._apply(chat, chat.messages[:number], where, tokenize=False, add_generation_prompt=True)
                 after = self._apply(chat, chat.messages[: number + 1], where, tokenize=False)
                 if not (whole.startswith(after) and after.startswith(before) and len(before) < len(after)):
                     raise BadRow(
                         f"{where()}: the chat template does not mark the assistant's tokens with {{% generation %}}, "
-                        f"and writes the messages before message {number + 1} otherwise when it is there, so they "
-                        "cannot be told apart. Add the marks to the template and give it as --chat_template, or give "
+                        f"and writes the earlier messages differently if message {number + 1} follows, so the "
+                        "assistant's tokens cannot be found. Give a --chat_template with these marks, or "
                         "--assistant_only_loss false."
                     )
                 spans.append((len(before), len(after)))
@@ -279,7 +278,7 @@ class Encoder:
         return found[TOKENS], learnt
 
     def _refuse_dropped_tools(self, chat: Chat, where: Where) -> None:
-        """Refuse a template that says nothing of the tools: many do, in silence."""
+        """Refuse a template that leaves out the tools: many do so without an error."""
         whole = self._apply(chat, chat.messages, where, tokenize=False)
         said = [("tools", tool) for tool in chat.tools or ()]
         for message in chat.messages:
@@ -289,8 +288,8 @@ class Encoder:
             name = (each.get("function") or each).get("name") if isinstance(each, dict) else None
             if name is not None and str(name) not in whole:
                 raise BadRow(
-                    f"{where()} has {what}, and the chat template leaves them out: {name} is not in what the model "
-                    "reads. Give the --chat_template of a model that calls tools, or take them out of the data."
+                    f"{where()} has {what}, but the chat template leaves them out: {name} is not in the text that the "
+                    "model reads. Give the --chat_template of a model that calls tools, or remove them from the data."
                 )
 
     def _apply(self, chat: Chat, messages: Sequence[Message], where: Where, **options: Any) -> Any:
@@ -298,12 +297,12 @@ class Encoder:
             return self.tokenizer.apply_chat_template(
                 list(messages), tools=chat.tools, chat_template=self.template, **chat.options, **options
             )
-        except Exception as error:  # a template is somebody else's code, and raises whatever it likes
-            raise BadRow(f"{where()} does not go with the chat template: {one_line(error)}") from error
+        except Exception as error:  # a template is third-party code and may raise anything
+            raise BadRow(f"{where()} is not accepted by the chat template: {one_line(error)}") from error
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     return next(
         (index for index, (one, other) in enumerate(zip(some, others, strict=False)) if one != other),
         min(len(some), len(others)),
@@ -322,17 +321,17 @@ def tokenise_chats(
     keeps_whole: bool = False,
     with_sources: bool = False,
 ) -> Tokenised:
-    """Turn the rows of a split into tokens and labels, and cut what is longer than it may be.
+    """Turn the rows of a split into tokens and labels, and cut rows that are too long.
 
-    Rows without a target, and empty ones, are left out, which a warning says.
+    Empty rows and rows without a target are left out, with a warning.
 
     Args:
-        length: Most tokens of a row.
-        keeps_whole: Leave longer rows to what will pack them, which splits them.
-        with_sources: Each row says by `SOURCE_COLUMN` which row of which source it is.
+        length: Most tokens per row.
+        keeps_whole: Do not cut long rows; packing splits them later.
+        with_sources: Record in `SOURCE_COLUMN` which row of which source each row is.
 
     Raises:
-        ValueError: No row has a target. It is a `BadRow` where a row cannot be learnt from.
+        ValueError: No row has a target. It is a `BadRow` if a row cannot be used.
     """
     loaded, shape = found.loaded, found.shape
     if shape is None:
@@ -364,13 +363,13 @@ def tokenise_chats(
         remove_columns=loaded.rows.column_names,
         num_proc=arguments.preprocessing_num_workers,
         load_from_cache_file=not arguments.overwrite_cache,
-        fn_kwargs={"version": __version__},  # what another version of us has made of a row is made again
+        fn_kwargs={"version": __version__},  # so that another version of ours does not reuse the cache
         desc="Tokenizing",
     )
     lengths, targets = (np.array(rows[name], np.int64) for name in ("_length", "_targets"))
     kept = np.flatnonzero(targets)
     if not len(kept):
-        raise ValueError(f"{loaded.origin} has no row with something to learn within --max_length {length}.")
+        raise ValueError(f"{loaded.origin} has no row with a target within --max_length {length}.")
     _say_what_is_left_out(found, rows, targets, lengths, length)
     cut = 0 if keeps_whole else int((lengths[kept] > length).sum())
     rows = rows.remove_columns(["_length", "_targets"])
@@ -411,13 +410,13 @@ def _say_what_is_left_out(
     place = found.loaded.column.place
     reasons = {
         "are empty": lengths == 0,
-        f"have nothing to learn within --max_length {length}": (targets == 0) & (lengths > 0),
+        f"have no target within --max_length {length}": (targets == 0) & (lengths > 0),
     }
     for reason, are in reasons.items():
         if are.any():
             first = place.number(rows[ROW][int(np.flatnonzero(are)[0])])
             logger.warning(
-                f"{are.sum()} of {len(rows)} rows of {found.loaded.origin} {reason}, and are left out. The first is "
+                f"{are.sum()} of {len(rows)} rows of {found.loaded.origin} {reason} and are left out. The first is "
                 f"{first}."
             )
 

@@ -1,4 +1,4 @@
-"""Copies of data files without some of their rows: what stays is as it was."""
+"""Copy data files without some of their rows, and leave the other rows unchanged."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from fsspec.compression import compr
 from .readers import UTF8_BOM, check_file, format_of, holds_json_lines, member_of, open_bytes, read_cells
 
 BYTES = "latin-1"
-"""A letter for each byte: what is read and written by it stays as it was."""
+"""Maps each byte to one character, so that reading and writing text changes no byte."""
 
 CLOSING = re.compile(r'(?:[^"]|"")*+"')
 """The rest of a quoted cell, up to the quote that closes it."""
 
 Piece = tuple[bool, str]
-"""A part of a file, and whether it is a row; a header or an empty line of a table is none."""
+"""Whether a part of a file is a row (a header or an empty line of a table is not), and its text."""
 
 
 def copy_without(path: Path, out: Path, numbers: Collection[int], counts_empty_lines: bool = True) -> int:
-    """Write a copy of a file without the rows of these numbers, from 1, and return how many rows the file has.
+    """Write a copy of a file without the rows with these numbers (from 1), and return how many rows the file has.
 
-    A row is a line of text or of JSON, a row of a table, an element of a JSON list. What stays is the same byte for
-    byte, except in Parquet, of which the values stay, and at the end of a JSON list. A copy that fails leaves nothing
-    behind.
+    A row is a line of text, a line of JSON, a row of a table, or an element of a JSON list. The other rows are
+    copied byte for byte, except that Parquet keeps only their values, and white space may change at the end of a
+    JSON list. If the copy fails, no file is written.
 
     Args:
-        counts_empty_lines: An empty line of JSON lines is a row.
+        counts_empty_lines: Count an empty line in a file of JSON lines as a row.
 
     Raises:
-        ValueError: The file cannot be read, has fewer rows, or `out` is of another format. The message names both.
+        ValueError: The file cannot be read or has fewer rows, or `out` has another format.
     """
     try:
         form = check_file(str(path))
@@ -48,17 +48,18 @@ def copy_without(path: Path, out: Path, numbers: Collection[int], counts_empty_l
     name = _member(path, out)
     written_as = format_of(name)
     if (written_as.reader, written_as.separator) != (form.reader, form.separator):
-        raise ValueError(f"{out} must be named as {path.name} is, {form.suffix or 'without a suffix'}: it is a copy.")
+        suffix = f"end in {form.suffix}" if form.suffix else "have no suffix"
+        raise ValueError(f"{out} is a copy of {path.name}, so its name must {suffix}.")
     if form.reader == "parquet" and written_as.compression is not None:
-        raise ValueError(f"{out}: Parquet is compressed inside, and is not read from another file. Name it .parquet.")
-    draft = out.with_name(f".{os.getpid()}.{out.name}")  # the same suffix, by which it is read again
+        raise ValueError(f"{out}: a Parquet file cannot be read from a compressed file. Use the suffix .parquet.")
+    draft = out.with_name(f".{os.getpid()}.{out.name}")  # with the same suffix, because it is read again
     try:
         if form.reader == "parquet":
             count = _copy_parquet(path, draft, numbers)
         else:
             count = _copy_text(path, draft, form.reader, name, numbers, counts_empty_lines)
         if numbers and max(numbers) > count:
-            raise ValueError(f"{path} has {count:,} rows, and row {max(numbers):,} was dropped: it has changed since.")
+            raise ValueError(f"{path} has changed: row {max(numbers):,} was dropped, but it has only {count:,} rows.")
         if form.reader == "csv":
             _check_cells(path, draft, numbers)
         draft.replace(out)
@@ -68,16 +69,17 @@ def copy_without(path: Path, out: Path, numbers: Collection[int], counts_empty_l
 
 
 def _member(path: Path, out: Path) -> str:
-    """Return the name that tells the format of what is written: that of the file inside, for a .zip."""
+    """Return the name whose suffix gives the format to write; for a .zip, the name of the file inside it."""
     if out.suffix.lower() != ".zip":
         return str(out)
     return member_of(str(path)) if zipfile.is_zipfile(path) else out.stem
 
 
 def texts_in(path: Path, numbers: Collection[int], counts_empty_lines: bool = True) -> dict[int, list[str]]:
-    """Return the texts in these rows of a file, by number, as far as it has them: of JSON those that are values.
+    """Return the texts in these rows of a file, by row number. For JSON these are all string values, at any depth.
 
     Args:
+        numbers: Numbers of rows, from 1. Rows that the file does not have are left out.
         counts_empty_lines: See `copy_without`.
     """
     form = format_of(str(path))
@@ -90,12 +92,12 @@ def texts_in(path: Path, numbers: Collection[int], counts_empty_lines: bool = Tr
 
 
 def has_empty_lines(path: Path) -> bool:
-    """Return whether a file of JSON lines has empty ones; False for another file."""
+    """Return whether a file of JSON lines has empty lines; False for any other file."""
     return format_of(str(path)).reader == "json" and any(not is_row for is_row, _ in _pieces(path, "json", False))
 
 
 def _texts_of_json(text: str) -> list[str]:
-    """Return the texts in JSON; the whole if it is none."""
+    """Return the strings in JSON; the text itself if it is not JSON."""
     try:
         return list(_texts(json.loads(text.removeprefix("\ufeff"))))
     except ValueError:
@@ -138,7 +140,7 @@ def _pieces(path: Path, reader: str, counts_empty_lines: bool) -> Iterator[Piece
     if _is_list(path, reader):
         yield from ((True, element) for element in list(_list_segments(path))[1:-1])
         return
-    # With this it knows the same line breaks as the reader, and keeps them.
+    # newline="" recognises the same line breaks as the reader, and keeps them.
     with open_bytes(str(path)) as stream, io.TextIOWrapper(stream, BYTES, newline="") as lines:
         if reader == "csv":
             yield from _records(lines, format_of(str(path)).separator)
@@ -147,7 +149,7 @@ def _pieces(path: Path, reader: str, counts_empty_lines: bool) -> Iterator[Piece
 
 
 def _records(lines: Iterable[str], separator: str) -> Iterator[Piece]:
-    """Put the lines of a table together to records, as pandas does: a quoted cell may hold line breaks."""
+    """Join the lines of a table into records, as pandas does: a quoted cell may contain line breaks."""
     record: list[str] = []
     is_open, has_header = False, False
     quote = re.compile(rf'(?:(?<={separator})|\A)"')
@@ -166,7 +168,7 @@ def _records(lines: Iterable[str], separator: str) -> Iterator[Piece]:
 
 
 def _ends_in_quotes(line: str, is_open: bool, opening: re.Pattern[str]) -> bool:
-    """Tell whether a quoted cell goes on in the next line."""
+    """Tell whether a quoted cell continues on the next line."""
     position = 0
     while True:
         if not is_open:
@@ -181,10 +183,10 @@ def _ends_in_quotes(line: str, is_open: bool, opening: re.Pattern[str]) -> bool:
 
 
 def _list_segments(path: Path) -> Iterator[str]:
-    """Yield what stands before a JSON list, each element with the white space around it, and what stands behind.
+    """Yield the text before the elements of a JSON list, each element with its white space, and the text after them.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file does not contain a JSON list.
     """
     with open_bytes(str(path)) as stream:
         text = stream.read().decode()
@@ -196,17 +198,17 @@ def _list_segments(path: Path) -> Iterator[str]:
 
     at = skip(0)
     if text[at : at + 1] != "[":
-        raise ValueError(f"{path} holds no JSON list of rows and no JSON lines: its rows cannot be told apart.")
+        raise ValueError(f"{path} contains neither a JSON list of rows nor JSON lines.")
     yield _as_bytes(text[: at + 1])
     start, end = at + 1, skip(at + 1)
     while text[end : end + 1] != "]":
         try:
             _, end = decoder.raw_decode(text, skip(start))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
         end = skip(end)
         if text[end : end + 1] not in (",", "]"):
-            raise ValueError(f"{path} is no JSON: there is neither a comma nor a ] at character {end + 1:,}.")
+            raise ValueError(f"{path} is not valid JSON: character {end + 1:,} must be a comma or a ].")
         yield _as_bytes(text[start:end])
         start = end + 1
     yield _as_bytes(text[end:])
@@ -217,7 +219,7 @@ def _as_bytes(text: str) -> str:
 
 
 def _without(segments: list[str], numbers: Collection[int]) -> Iterator[str]:
-    """Yield the parts of a JSON list without some elements; white space before the ] stays."""
+    """Yield the parts of a JSON list without some elements; keep the white space before the ]."""
     before, *elements, behind = segments
     kept = [element for number, element in enumerate(elements, 1) if number not in numbers]
     yield before
@@ -228,7 +230,7 @@ def _without(segments: list[str], numbers: Collection[int]) -> Iterator[str]:
 
 
 def _check_cells(path: Path, draft: Path, numbers: Collection[int]) -> None:
-    """Read a table and its copy again, and compare them.
+    """Read a table and its copy, and compare their cells.
 
     Raises:
         ValueError: The copy is not the table without these rows.
@@ -236,7 +238,7 @@ def _check_cells(path: Path, draft: Path, numbers: Collection[int]) -> None:
     before, after = (_all_cells(each) for each in (path, draft))
     stay = (row for number, row in enumerate(before, 1) if number not in numbers)
     if any(row != copied for row, copied in itertools.zip_longest(stay, after)):
-        raise ValueError(f"{path}: its rows cannot be told apart. Save it once more, with quotes around all cells.")
+        raise ValueError(f"{path}: cannot tell where its rows end. Save it again with quotes around all cells.")
 
 
 def _all_cells(path: Path) -> Iterator[tuple[Any, ...]]:
@@ -276,10 +278,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def _created(draft: Path, name: str) -> Iterator[IO[bytes]]:
-    """Open a new file for what it is to hold, compressed as its name says.
+    """Open a new file for writing, compressed according to its name.
 
     Args:
-        name: Of the file in it, for a .zip.
+        name: Name of the file inside it, if it is a .zip.
     """
     compression = format_of(draft.name).compression
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Which column of a table is the text, and what a row of it may hold."""
+"""Find the text column of a table, and check what its rows hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .readers import count_lines
 
 TOKENS = "input_ids"
 EVERY = ""
-"""Stands for all columns of a row, where others stand for one of them."""
+"""Used in place of a column's name to mean all columns."""
 TEXT_COLUMNS = ("text", "dialog", "content", "sentence")
 NOT_TEXT = {
     *("author", "category", "checksum", "created", "date", "doc_id", "domain", "file", "filename", "hash", "id"),
@@ -29,7 +29,7 @@ NOT_TEXT = {
     *("path", "role", "sha", "sha1", "sha256", "source", "split", "subset", "tag", "tags", "timestamp", "topic"),
     *("type", "uid", "uri", "url", "user", "uuid", "warc_id"),
 }
-"""Columns of these names say what a text is, and are none, unless there is no other column."""
+"""Columns with these names hold metadata. They are used as text only if there is no other column."""
 MESSAGES = (("role", "content"), ("from", "value"))
 PAIRS = (
     ("prompt", "completion"),
@@ -40,9 +40,9 @@ PAIRS = (
     ("question", "answer"),
     ("query", "response"),
 )
-"""Columns that are parts of one example; more may stand beside them."""
+"""Columns that together form one example. A table may have other columns, too."""
 EXAMPLES = 100
-"""Rows that are looked at to find the column."""
+"""Number of rows to inspect when looking for the text column."""
 
 WORDS = re.compile(r"\S\s+\S")
 
@@ -51,13 +51,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row lies, by its index, for messages.
+    """Turns the index of a row into its name for messages.
 
     Attributes:
-        origin: What named the rows.
-        files: The files whose lines the rows are, if they are lines.
-        first: How many rows lie before the first.
-        of_hundred: Which rows of each hundred there are.
+        origin: The flag or file that the rows come from.
+        files: If rows are lines, the files with these lines.
+        first: Number of rows before the first one.
+        of_hundred: Which rows of each hundred are used.
     """
 
     origin: str
@@ -70,21 +70,21 @@ class Place:
 
     @property
     def source(self) -> str:
-        """The file that the rows come from, if it is one, or what else named them."""
+        """The file that the rows come from, or `origin` if it is not a file."""
         named = self.origin.partition(" ")[2]
         return named if self.origin.startswith("--") and Path(named).is_file() else self.origin
 
     def rows(self, indices: Sequence[int]) -> IntArray:
-        """Return which rows these are, from 1."""
+        """Return the numbers of these rows, from 1."""
         hundreds, rests = np.divmod(np.asarray(indices, dtype=np.int64), len(self.of_hundred))
         numbers: IntArray = self.first + hundreds * 100 + np.asarray(self.of_hundred)[rests] + 1
         return numbers
 
     def number(self, index: int) -> str:
-        """Return which row or line it is, without what named it."""
+        """Return which row or line it is, without the origin."""
         [number] = self.rows([index]).tolist()
         worker = get_worker_info()
-        if len(self.files) != 1 and worker is not None and worker.num_workers > 1:  # they share the files
+        if len(self.files) != 1 and worker is not None and worker.num_workers > 1:  # workers share the files
             return f"row {number} of those that worker {worker.id} reads"
         if not self.files or self.origin.endswith(self.files[0]):
             return f"{'line' if self.files else 'row'} {number}"
@@ -98,11 +98,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Column:
-    """What to take from a row, and where the row lies.
+    """The column to read, and where its rows come from.
 
     Attributes:
-        name: The column, or the field of the JSON, that holds the text or the tokens.
-        is_json: A row is a line of JSON, in a column `text`.
+        name: The column, or the key of the JSON objects, that holds the text or the tokens.
+        is_json: Each row is a line of JSON in a column `text`.
     """
 
     name: str
@@ -110,10 +110,10 @@ class Column:
     is_json: bool = False
 
     def values(self, batch: dict[str, list[Any]], indices: Iterable[int]) -> list[Any]:
-        """Return what rows hold; None for null, an empty list, an empty line, and where there is no such field.
+        """Return the values of the column; None for null, an empty list, an empty line, or a missing key.
 
         Raises:
-            BadRow: A line is no JSON object.
+            BadRow: A line is not a JSON object.
         """
         values = (
             batch[self.name]
@@ -126,7 +126,7 @@ class Column:
         return [None if value == [] else value for value in values]
 
     def is_row(self, raw: Any) -> bool:
-        """Return whether something as it was read is a row, and no empty line."""
+        """Return whether a raw value is a row, not an empty line."""
         return not self.is_json or bool(raw.strip())
 
     def where(self, index: int) -> Callable[[], str]:
@@ -142,13 +142,13 @@ def choose_text_column(rows: Iterable[Row], origin: str, wanted: str | None = No
     """Return the column that holds the text: the wanted one, a usual name, or the only one that can be text.
 
     Args:
-        rows: The first of them. Keys may be missing.
-        origin: What named the rows, for messages.
+        rows: The first rows. Keys may be missing.
+        origin: The flag or file that the rows come from, for messages.
         wanted: `--text_column`.
-        takes_tokens: A column `input_ids` of token ids comes before all others.
+        takes_tokens: Prefer a column `input_ids` of token ids to all others.
 
     Raises:
-        ValueError: There is no such column, or it cannot be told which one it is.
+        ValueError: There is no such column, or more than one.
     """
     columns: dict[str, list[Any]] = {}
     for row in rows:
@@ -180,7 +180,7 @@ def choose_text_column(rows: Iterable[Row], origin: str, wanted: str | None = No
         return (candidates or readable)[0]
     if not readable:
         found = ", ".join(f"{name} ({_why_not_text(column) or 'null'})" for name, column in values.items())
-        raise ValueError(f"{origin} has no column of text: its columns are {found}.")
+        raise ValueError(f"{origin} has no text column: its columns are {found}.")
     question = f"Which column of {origin} is the text? Choose with --text_column from"
     if candidates:
         raise ValueError(f"{question} {', '.join(candidates)}.")
@@ -189,14 +189,14 @@ def choose_text_column(rows: Iterable[Row], origin: str, wanted: str | None = No
 
 
 def _why_not_text(values: Sequence[Any]) -> str | None:
-    """Return what a column holds where most of it is neither text nor turns; a few other rows are found when read."""
+    """Return the type of a column's values if most are neither text nor turns; else None. Reading checks each row."""
     kinds = Counter(map(_kind_of, values))
     most = max(kinds, key=lambda kind: kinds[kind], default=None)
     return most if kinds[None] * 2 <= len(values) else None
 
 
 def _kind_of(value: Any) -> str | None:
-    """Return what something is that is neither text nor turns."""
+    """Return the type of a value that is neither text nor turns; None for text or turns."""
     if isinstance(value, list):
         kinds = Counter(_kind_of(each) for each in value if each is not None)
         others = [kind for kind in kinds if kind is not None]
@@ -205,16 +205,16 @@ def _kind_of(value: Any) -> str | None:
 
 
 def keys_of_objects(column: Sequence[Any]) -> list[str]:
-    """Return the keys of the first object in the lists of a column: the two of a message, if it has them."""
+    """Return the keys of the first object in a column of lists; only the two keys of a message, if it has them."""
     lists = (value for value in column if isinstance(value, list))
     first = next((each for value in lists for each in value if isinstance(each, dict)), {})
     return next((list(pair) for pair in MESSAGES if set(pair) <= set(first)), list(first))
 
 
 def _shape_of_examples(values: Mapping[str, Sequence[Any]]) -> str | None:
-    """Say which columns are chats, or parts of one example, and what reads them; None where there are none."""
-    takes = "--text_column takes a column of text, or of turns that are texts."
-    reads = f"abr sft learns from them. {takes}"
+    """Return a hint if columns hold chats or parts of one example: which, and what to do. None if there are none."""
+    takes = "--text_column takes a column of text, or of lists of texts."
+    reads = f"abr sft trains on them. {takes}"
     for name, column in values.items():
         keys = keys_of_objects(column)
         if tuple(keys) in MESSAGES:
@@ -225,12 +225,12 @@ def _shape_of_examples(values: Mapping[str, Sequence[Any]]) -> str | None:
     if pair is None:
         return None
     if "chosen" in pair:
-        reads = f"Trainers of TRL learn from them, in Python. {takes}"
+        reads = f"TRL's trainers can train on them, in Python. {takes}"
     return f"{' and '.join(pair)} are the parts of one example. {reads}"
 
 
 def _can_be_text(name: str, values: Sequence[Any]) -> bool:
-    """Tell prose from identifiers, labels and links, by name and by what stands there."""
+    """Tell prose from identifiers, labels and links by the column's name and values."""
     if name.lower() in NOT_TEXT or name.lower().endswith(("_id", "_url", "_hash", "_label", "_type")):
         return False
     texts = [turn for value in values for turn in (value if isinstance(value, list) else [value]) if turn]
@@ -247,10 +247,10 @@ def parse_line(line: str, where: Callable[[], str]) -> dict[str, Any]:
     """Return the object in a line of JSON; an empty one for an empty line.
 
     Args:
-        where: Says which line it is.
+        where: Returns the name of the line for messages.
 
     Raises:
-        BadRow: It is no JSON object.
+        BadRow: The line is not a JSON object.
     """
     if not line.strip():
         return {}
@@ -264,18 +264,18 @@ def parse_line(line: str, where: Callable[[], str]) -> dict[str, Any]:
         )
         raise BadRow(f"{where()} cannot be read as JSON: {what}.") from error
     if not isinstance(row, dict):
-        raise BadRow(f"{where()} holds {shortly(row)}, where a JSON object must be.")
+        raise BadRow(f"{where()} has {shortly(row)}. It must be a JSON object.")
     return row
 
 
 def as_text(value: Any, where: Callable[[], str] = str) -> str:
-    r"""Return a text as it is, and the turns of a dialogue on a line each.
+    r"""Return a text unchanged; join the turns of a dialogue with line breaks.
 
     Args:
-        where: Says which row it is.
+        where: Returns the name of the row for messages.
 
     Raises:
-        BadRow: It is neither.
+        BadRow: The value is neither.
 
     >>> as_text(["Hello . ", "Hi ."])
     'Hello .\nHi .'
@@ -283,36 +283,36 @@ def as_text(value: Any, where: Callable[[], str] = str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise BadRow(f"{where()} holds {shortly(value)}, where text or a list of turns must be.")
+        raise BadRow(f"{where()} has {shortly(value)}. It must be text or a list of turns.")
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, str):
-            raise BadRow(f"{where()} holds {shortly(turn)} as turn {number}, where text must be.")
+            raise BadRow(f"{where()} has {shortly(turn)} as turn {number}. It must be text.")
     return "\n".join(turn.strip() for turn in value)
 
 
 def as_tokens(value: Any, where: Callable[[], str]) -> list[int]:
-    """Return token ids as they are.
+    """Return a value unchanged if it is a list of token ids.
 
     Args:
-        where: Says which row it is.
+        where: Returns the name of the row for messages.
 
     Raises:
-        BadRow: They are something else.
+        BadRow: It is not.
     """
     if not isinstance(value, list):
-        raise BadRow(f"{where()} holds {shortly(value)}, where a list of token ids must be.")
+        raise BadRow(f"{where()} has {shortly(value)}. It must be a list of token ids.")
     for position, token in enumerate(value, 1):
         if type(token) is not int:
-            raise BadRow(f"{where()} holds {shortly(token)} as token {position}, where a token id must be.")
+            raise BadRow(f"{where()} has {shortly(token)} as token {position}. It must be a token id.")
     return value
 
 
 def check_tokens(ids: np.ndarray, vocabulary: int, where: Callable[[], str]) -> None:
-    """Look whether all ids of a row are those of tokens.
+    """Check that all token ids of a row are in the vocabulary.
 
     Args:
-        vocabulary: How many ids there are.
-        where: Says which row it is.
+        vocabulary: Size of the vocabulary.
+        where: Returns the name of the row for messages.
 
     Raises:
         BadRow: One is not.
@@ -322,7 +322,7 @@ def check_tokens(ids: np.ndarray, vocabulary: int, where: Callable[[], str]) -> 
     for position, token in enumerate(ids.tolist(), 1):  # null is None, or NaN
         if token is None or token != token or not 0 <= token < vocabulary:
             found = "null" if token is None or token != token else f"the token id {token:.0f}"
-            raise BadRow(f"{where()} holds {found} as token {position}; the model has ids from 0 to {vocabulary - 1}.")
+            raise BadRow(f"{where()} has {found} as token {position}; the model has ids from 0 to {vocabulary - 1}.")
 
 
 def shortly(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The data sets that go by a short name, and how a mix of several is written; needs no library to read them."""
+"""Data sets with a short name, and the format of `--dataset_mix`. Imports no library."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set on the Hub that goes by a short name.
+    """A data set on the Hub with a short name.
 
     Attributes:
-        rows_are_lines: A row is a line of a longer text, and nothing marks its end.
+        rows_are_lines: Each row is a line of a longer text, so no end-of-text token follows it.
     """
 
     path: str
@@ -22,18 +22,18 @@ class Corpus:
 
 
 C4_DOCUMENTS = 1100
-"""Documents of C4 that published perplexities are measured on."""
+"""Number of C4 documents in published perplexity measurements."""
 
 CORPORA = {
     "wikitext": Corpus("Salesforce/wikitext", config="wikitext-2-raw-v1", rows_are_lines=True),
-    # The data set is a loading script, which `datasets` no longer runs: read what the Hub converted it to.
+    # The data set is a loading script, which `datasets` no longer runs. Read the Hub's conversion to Parquet.
     "dailydialog": Corpus("li2017dailydialog/daily_dialog", revision="refs/convert/parquet"),
     "c4": Corpus("allenai/c4", config="en", streaming=True),
 }
 
 
 def find_corpus(name: str) -> Corpus:
-    """Return the corpus of this short name or path; any other name stands for itself."""
+    """Return the corpus with this short name or path; for any other name, a corpus with that path."""
     by_path = {corpus.path: corpus for corpus in CORPORA.values()}
     return CORPORA.get(name) or by_path.get(name) or Corpus(name)
 
@@ -45,7 +45,7 @@ def parse_mix(mix: str) -> dict[str, float]:
     {'wikitext': 0.7, 'my/texts.jsonl': 0.3}
 
     Raises:
-        ValueError: A part is no `name=probability`, a name stands twice, or they do not sum to 1.
+        ValueError: A part is not `name=probability`, a name occurs twice, or the probabilities do not sum to 1.
     """
     shares: dict[str, float] = {}
     for part in mix.split(","):
@@ -56,8 +56,8 @@ def parse_mix(mix: str) -> dict[str, float]:
             value = math.nan
         if not name or not 0 < value < 1 or name in shares:
             raise ValueError(
-                f"--dataset_mix {mix}: {part.strip()!r} is not a name of its own with a probability between 0 and 1, "
-                "as in wikitext=0.5,c4=0.5."
+                f"--dataset_mix {mix}: {part.strip()!r} must be a name, given once, with a probability between 0 and "
+                "1, e.g. wikitext=0.5,c4=0.5."
             )
         shares[name] = value
     if abs(sum(shares.values()) - 1) > 1e-6:

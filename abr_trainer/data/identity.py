@@ -1,7 +1,7 @@
-"""Where the rows of a data set come from: a source, and the rows of it that they were made of.
+"""Record which source, and which of its rows, each row of a data set was made from.
 
-It stands in a column of whole numbers, `abr_source`, which goes through whatever is done with a data set, on disk or
-streamed, and which no model gets. The names of the sources stand in the description of the data set.
+A column of integers, `abr_source`, records this. It survives all operations on a data set, on disk or streamed, and is
+not passed to the model. The names of the sources are in the description of the data set.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ IntArray = npt.NDArray[np.int64]
 SOURCE_COLUMN = "abr_source"
 
 SOURCE_BITS, ROW_BITS, SPAN_BITS = 11, 29, 13
-"""Of a number in that column: 53 bits, what a float holds exactly."""
+"""Bits of a number in that column. They add up to 53, the integers that a float represents exactly."""
 
 OPEN_SPAN = (1 << SPAN_BITS) - 1
-"""Stands for rows of which it is not known which is the last."""
+"""Span that means that the last row is not known."""
 
 UNKNOWN = -1
-"""Says nothing: there are more sources or rows than the bits have room for."""
+"""Number that means that source and row are not known: there are too many of them for the bits."""
 
 _NAMES, _ARE_BLOCKS = "abr_sources", "abr_blocks"
 
@@ -35,8 +35,8 @@ def rows_of(source: int, rows: Any) -> IntArray:
     """Return the numbers for single rows of a source.
 
     Args:
-        source: Which one it is, from 0.
-        rows: Their numbers, from 1; 0 for a row that is not known.
+        source: Index of the source, from 0.
+        rows: Row numbers, from 1; 0 if a row is not known.
     """
     rows = np.asarray(rows, dtype=np.int64)
     fits = (rows < 1 << ROW_BITS) & (source < 1 << SOURCE_BITS)
@@ -44,13 +44,13 @@ def rows_of(source: int, rows: Any) -> IntArray:
 
 
 def from_to(numbers: IntArray, first: IntArray, last: IntArray) -> IntArray:
-    """Return the numbers for what reaches from one row to another.
+    """Return the numbers for spans from one row to another.
 
-    Where rows between them are not of the data set, or they are of two sources, only the first row is named.
+    If a span crosses two sources, or rows between are not in the data set, only its first row is recorded.
 
     Args:
-        numbers: Those of all rows.
-        first, last: Positions of the rows.
+        numbers: Numbers of all rows.
+        first, last: Positions of the first and last row of each span.
 
     >>> names, numbers = ["a.txt", "b.txt"], np.concatenate([rows_of(0, [8, 9]), rows_of(1, [1, 2, 3])])
     >>> [located(names, number) for number in from_to(numbers, np.array([2, 1]), np.array([4, 2]))]
@@ -63,14 +63,14 @@ def from_to(numbers: IntArray, first: IntArray, last: IntArray) -> IntArray:
 
 
 def in_source(numbers: IntArray, offset: int) -> IntArray:
-    """Return the numbers where the sources come after `offset` others."""
+    """Return the numbers with `offset` added to the index of the source."""
     sources = (numbers >> (ROW_BITS + SPAN_BITS)) + offset
     moved = numbers + (offset << (ROW_BITS + SPAN_BITS))
     return np.where((numbers < 0) | (sources >= 1 << SOURCE_BITS), UNKNOWN, moved)
 
 
 def located(names: Sequence[str], number: int) -> dict[str, Any]:
-    """Return what a number of the column says: `source`, `first_row` and `last_row`, as far as they are known."""
+    """Decode a number of the column: `source`, `first_row` and `last_row`, as far as they are known."""
     begin, span = divmod(int(number), 1 << SPAN_BITS)
     source, row = divmod(begin, 1 << ROW_BITS)
     if number < 0 or source >= len(names):
@@ -81,16 +81,16 @@ def located(names: Sequence[str], number: int) -> dict[str, Any]:
 
 
 def with_rows(dataset: Any, source: int = 0) -> Any:
-    """Return a `datasets.Dataset` with the column, for one whose rows are those of one source, in order."""
+    """Add the column to a `datasets.Dataset` that holds all rows of one source, in order."""
     return dataset.add_column(SOURCE_COLUMN, rows_of(source, np.arange(1, len(dataset) + 1)))
 
 
 def name_sources(dataset: Any, names: Sequence[str], are_blocks: bool = False) -> Any:
-    """Write down what the sources of a data set of `datasets` are called, and return it.
+    """Store the names of the sources in the description of a `datasets` data set, and return the data set.
 
     Args:
-        names: Paths of files, of which the last part is kept where that tells them apart, or what else names rows.
-        are_blocks: Its rows are blocks of tokens, which begin and end anywhere in rows of the sources.
+        names: Paths of files, or other names. Paths are shortened to file names if these are unique.
+        are_blocks: Rows are blocks of tokens, which may begin and end anywhere in a row of a source.
     """
     short = [Path(name).name if Path(name).is_file() else re.sub(r"--\w+ ", "", name) for name in names]
     told = short if len(set(short)) == len(names) else list(names)
@@ -99,13 +99,13 @@ def name_sources(dataset: Any, names: Sequence[str], are_blocks: bool = False) -
 
 
 def sources_of(dataset: Any) -> list[str]:
-    """Return the names of the sources of a data set; none where nobody has written them down."""
+    """Return the names of the sources of a data set; an empty list if none are stored."""
     names: list[str] = _description(dataset).get(_NAMES, [])
     return names
 
 
 def are_blocks(dataset: Any) -> bool:
-    """Tell whether the rows of a data set are known to be blocks, see `name_sources`."""
+    """Tell whether the rows of a data set are recorded as blocks, see `name_sources`."""
     return bool(_description(dataset).get(_ARE_BLOCKS))
 
 

@@ -1,4 +1,4 @@
-"""From a file to rows: its format, its compression, and one line about what is wrong with it."""
+"""Read the rows of a file: find its format and compression, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TABLES = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""How a file with this suffix is read; one with any other is text, a row a line."""
+"""Reader for each suffix. A file with any other suffix is text, one row per line."""
 COMPRESSIONS = {
     ".gz": "gzip",
     ".gzip": "gzip",
@@ -51,7 +51,7 @@ COMPRESSIONS = {
     ".zip": "zip",
 }
 PACKAGES = {"zstd": "zstandard", "lz4": "lz4"}
-"""What `fsspec` needs for a compression, where the standard library does not have it."""
+"""Packages that `fsspec` needs for compressions that the standard library lacks."""
 BINARY = {
     b"\x1f\x8b": "gzip: name it .gz",
     b"BZh": "bzip2: name it .bz2",
@@ -65,22 +65,22 @@ BINARY = {
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
-"""What the first bytes of a file that is no text say."""
+"""First bytes of files that are not text, and what to do with such a file."""
 SEPARATORS = re.compile(r"[;\t|]")
-"""What separates cells in files that are called .csv, beside commas."""
+"""Characters that some .csv files use between cells instead of commas."""
 HEAD = 1 << 16
-"""Bytes of a file that are looked at before it is read."""
+"""Number of bytes to inspect before a file is read."""
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is read.
+    """How to read a file.
 
     Attributes:
         reader: "text", "json", "csv" or "parquet".
-        suffix: What tells the reader, with its dot, in lower case; that of the compressed file if there is one.
-        compression: What it is compressed with, as `fsspec` calls it.
+        suffix: The suffix that decides the reader, with its dot, in lower case, without that of the compression.
+        compression: Name of the compression in `fsspec`.
     """
 
     reader: str
@@ -93,7 +93,7 @@ class Format:
 
 
 def format_of(path: str) -> Format:
-    """Return how a file is read, by its name; by that of the one file in it for a .zip.
+    """Return how to read a file, by its name; for a .zip by the name of the file inside it.
 
     >>> format_of("rows.JSONL.gz")
     Format(reader='json', suffix='.jsonl', compression='gzip')
@@ -111,20 +111,20 @@ def format_of(path: str) -> Format:
 
 
 def _members(path: str) -> list[str]:
-    """Return the names of the files in a .zip, without what a file manager hides there."""
+    """Return the names of the files in a .zip, without hidden files."""
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
     return [name for name in names if not Path(name).name.startswith((".", "__"))]
 
 
 def member_of(path: str) -> str:
-    """Return the name of the file in a .zip that is read."""
+    """Return the name of the file inside a .zip that we read."""
     return _members(path)[0]
 
 
 @contextlib.contextmanager
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
-    """Open a file for its bytes, decompressed."""
+    """Open a file and decompress it if necessary."""
     compression = format_of(path).compression
     with contextlib.ExitStack() as stack:
         if compression == "zip":
@@ -136,27 +136,27 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
 
 def check_file(path: str) -> Format:
-    """Look at the beginning of a file, and return how it is read.
+    """Check the first bytes of a file, and return how to read it.
 
     Raises:
-        ValueError: It is empty or not what its name says; the message goes on after the name of the file.
+        ValueError: It is empty or has another format than its name says. The message continues after the file's name.
     """
     form = format_of(path)
     if Path(path).stat().st_size == 0:
         raise ValueError("is empty.")
     if form.reader == "parquet":
         if form.compression is not None:
-            raise ValueError("is compressed Parquet, which has no reader: decompress it.")
+            raise ValueError("is a compressed Parquet file, which cannot be read. Decompress it.")
         return form
     if form.compression not in (None, "zip", *compr):
         package = PACKAGES.get(str(form.compression), form.compression)
         raise ValueError(f"is compressed with {form.compression}, which needs a package: pip install {package}")
     if form.compression == "zip" and zipfile.is_zipfile(path) and len(_members(path)) != 1:
-        raise ValueError(f"must hold one file, and holds {len(_members(path))}: unpack it.")
+        raise ValueError(f"holds {len(_members(path))} files, but must hold one. Unpack it.")
     try:
         with open_bytes(path) as stream:
             head = stream.read(HEAD)
-    except Exception as error:  # each decompressor has its own
+    except Exception as error:  # each decompressor raises errors of its own
         raise ValueError(f"cannot be read: {one_line(error)}") from error
     if not head:
         raise ValueError("is empty.")
@@ -164,47 +164,47 @@ def check_file(path: str) -> Format:
         if head.startswith(begin):
             raise ValueError(f"is not text but {what}.")
     if b"\0" in head:
-        raise ValueError("is not text but binary data: it holds zero bytes.")
+        raise ValueError("is not text but binary data: it contains zero bytes.")
     return form
 
 
 def what_is_wrong(paths: Sequence[str], error: Exception) -> str:
-    """Return what an error of a reader of these files means, and where it lies."""
+    """Explain in one line an error from a reader of these files, with the line or row where it occurred."""
     if isinstance(error, BadRow):
         return str(error)
     cells = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
     if cells:
         columns, line, found = cells.groups()
-        return f"line {line} has {found} cells, and the header {columns}. Quote cells that hold the separator."
+        return f"line {line} has {found} cells, but the header has {columns}. Quote cells that contain the separator."
     quote = re.search(r"EOF inside string starting at row (\d+)", str(error))
     if quote:
-        return f"row {quote[1]} opens a quote that is never closed."
-    if isinstance(error, ValueError):  # which a byte may be the cause of
+        return f"row {quote[1]} has a quote that is not closed."
+    if isinstance(error, ValueError):  # a byte that is not UTF-8 may be the cause
         texts = (path for path in paths if format_of(path).reader != "parquet")
         return next(filter(None, map(find_bad_bytes, texts)), one_line(error))
     return one_line(error)
 
 
 def find_bad_bytes(path: str) -> str | None:
-    """Return which line of a file is the first that is not UTF-8, if there is one. Reads up to it."""
+    """Describe the first line of a file that is not UTF-8; None if there is none. Reads the file up to that line."""
     with open_bytes(path) as stream:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 byte = f"0x{line[error.start]:02x}"
-                return f"line {number} of {Path(path).name} holds {byte}, which is not UTF-8. Save it as UTF-8."
+                return f"line {number} of {Path(path).name} has {byte}, which is not UTF-8. Save it as UTF-8."
     return None
 
 
 def count_lines(path: str) -> int:
-    """Return how many lines a file has. Reads all of it."""
+    """Return the number of lines in a file. Reads all of it."""
     with open_bytes(path) as stream:
         return sum(1 for _ in stream)
 
 
 def holds_json_lines(path: str) -> bool:
-    """Return whether a file has a JSON value in each line, as opposed to one value in many."""
+    """Return whether a file has a JSON value per line, rather than one value over several lines."""
     with open_bytes(path) as stream:
         first = next((line for line in stream if line.removeprefix(UTF8_BOM).strip()), b"").removeprefix(UTF8_BOM)
     if first.lstrip().startswith(b"["):
@@ -219,10 +219,10 @@ def holds_json_lines(path: str) -> bool:
 
 
 def read_cells(path: str, rows: int) -> Iterator[pd.DataFrame]:
-    """Read a .csv or .tsv, so many rows at a time; a cell is text, whatever it says.
+    """Read a .csv or .tsv in chunks of `rows` rows, with all cells as text.
 
     Raises:
-        ValueError: It cannot be read, for one because a row has more cells than the header.
+        ValueError: It cannot be read, for example because a row has more cells than the header.
     """
     separator = format_of(path).separator
     with (
@@ -230,13 +230,13 @@ def read_cells(path: str, rows: int) -> Iterator[pd.DataFrame]:
         pd.read_csv(stream, sep=separator, dtype=object, keep_default_na=False, chunksize=rows) as frames,
     ):
         for frame in frames:
-            # Where row 1 is too long, pandas takes the first cells of all rows for their names.
+            # If row 1 is too long, pandas uses the first cells of all rows as the index.
             if not isinstance(frame.index, pd.RangeIndex):
-                raise BadRow("row 1 has more cells than the header. Quote cells that hold the separator.")
+                raise BadRow("row 1 has more cells than the header. Quote cells that contain the separator.")
             if len(frame.columns) == 1 and (found := SEPARATORS.search(str(frame.columns[0]))):
                 raise BadRow(
-                    f"its header is one column, {str(frame.columns[0])!r}. Separate cells by commas, not by "
-                    f"{found[0]!r}; with tabs, name the file .tsv."
+                    f"its header has only one column, {str(frame.columns[0])!r}. Separate cells with commas, not "
+                    f"{found[0]!r}; if they are separated with tabs, name the file .tsv."
                 )
             yield frame
 
@@ -245,12 +245,12 @@ Tables = Iterator[tuple[tuple[int, int], pa.Table]]
 
 
 class _OneLine:
-    """Let a reader of files end with one line, also in the middle of a stream."""
+    """Turn a reader's errors into one line, also in the middle of a stream."""
 
     def _generate_tables(self, *args: Any, **options: Any) -> Tables:
         try:
             for key, table in super()._generate_tables(*args, **options):  # type: ignore[misc]
-                table.validate(full=True)  # text that is not UTF-8 would be found when it is used
+                table.validate(full=True)  # finds text that is not UTF-8 now, not when it is used
                 yield key, table
         except BadRow:
             raise
@@ -261,11 +261,11 @@ class _OneLine:
 
 @dataclass
 class RowConfig(TextConfig):
-    """How rows are read.
+    """How to read rows.
 
     Attributes:
-        column: Which column is read.
-        is_numbered: Each row says by `SOURCE_COLUMN` which row of which file it is, whoever reads which files.
+        column: The column to read.
+        is_numbered: Record in `SOURCE_COLUMN` which row of which file each row is, also if workers share the files.
     """
 
     column: str = "text"
@@ -273,12 +273,16 @@ class RowConfig(TextConfig):
 
 
 class _Rows(Text):
-    """A row has one column."""
+    """Rows with one column."""
 
     BUILDER_CONFIG_CLASS = RowConfig
 
     def _table(self, rows: Any, path: str, first: int) -> pa.Table:
-        """Return rows of a file as a table, given how many rows come before them."""
+        """Return rows of a file as a table.
+
+        Args:
+            first: Number of rows of the file before them.
+        """
         columns = {self.config.column: rows}
         if self.config.is_numbered:
             file = self.config.data_files["train"].index(path)
@@ -287,7 +291,7 @@ class _Rows(Text):
 
 
 class _Lines(_Rows):
-    """A row is a line, its line break included."""
+    """Each row is a line, including its line break."""
 
     def _generate_tables(self, base_files: list[str], files_iterables: Any) -> Tables:
         for shard, path in enumerate(base_files):
@@ -299,7 +303,7 @@ class _Lines(_Rows):
 
 
 class _Cells(_Rows):
-    """A row is one cell of a table: what the others hold does not matter."""
+    """Each row is one cell of a table; the other cells are ignored."""
 
     def _generate_tables(self, base_files: list[str], files_iterables: Any) -> Tables:
         column = self.config.column
@@ -318,7 +322,7 @@ class _Cells(_Rows):
 
 
 class LineReader(_OneLine, _Lines):
-    """Reads text, a row a line."""
+    """Reads text, one row per line."""
 
 
 class CellReader(_OneLine, _Cells):
@@ -344,10 +348,10 @@ def read_files(reader: str, paths: Sequence[str], streaming: bool, **options: An
     """Return the rows of these files, or a stream of them.
 
     Raises:
-        BadRow: They cannot be read; a stream raises it when it gets there.
+        BadRow: They cannot be read; a stream raises it when it reaches the row.
     """
     data_files = {"train": [glob.escape(path) for path in paths]}
-    # Name and hash are those of its cache: what another version of us read is read again.
+    # Name and hash identify the cache. The hash is our version, so that no other version's cache is used.
     builder: Any = READERS[reader](dataset_name=f"abr_{reader}", hash=__version__, data_files=data_files, **options)
     reports = logging.getLogger("datasets.packaged_modules")
     level = reports.level
@@ -362,6 +366,6 @@ def read_files(reader: str, paths: Sequence[str], streaming: bool, **options: An
         raise
     finally:
         reports.setLevel(level)
-    if not builder.info.splits["train"].num_examples:  # of which `datasets` makes no data set
+    if not builder.info.splits["train"].num_examples:  # `datasets` cannot build an empty data set
         return Dataset.from_dict({})
     return builder.as_dataset(split="train")

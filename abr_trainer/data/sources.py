@@ -1,4 +1,4 @@
-"""From files, directories and the Hub to rows of text, and to texts."""
+"""Load rows and texts from files, directories and the Hub."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Rows:
     """The rows of one split, as loaded.
 
     Attributes:
-        origin: The flag that named them, for messages.
+        origin: The flag that they come from, for messages.
     """
 
     rows: Dataset | IterableDataset
@@ -52,11 +52,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class TextRows(Rows):
-    """Rows of which one column is read.
+    """Rows of which we read one column.
 
     Attributes:
         rows_are_lines: See `Corpus`.
-        numbered: The files of whose rows each says by `SOURCE_COLUMN` which one it is; none if they do not.
+        numbered: The files that `SOURCE_COLUMN` refers to; empty if the rows do not have this column.
     """
 
     column: Column
@@ -65,12 +65,12 @@ class TextRows(Rows):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What the rows come from: files, or else what named them."""
+        """Where the rows come from: files, or else the flag."""
         return self.numbered or (self.column.place.source,)
 
 
 ChooseColumn = Callable[[Iterable[Mapping[str, Any]], str], str]
-"""Returns the column of the text, given the first rows and what named them; `EVERY` for all columns."""
+"""Returns the text column, given the first rows and the flag that they come from; `EVERY` for all columns."""
 
 LoadRows = Callable[[], TextRows]
 
@@ -81,11 +81,14 @@ def load_rows(
     choose: ChooseColumn | None = None,
     is_numbered: bool = False,
 ) -> dict[str, TextRows]:
-    """Load the rows of these splits; take validation rows from the training rows where there are no others.
+    """Load the rows of these splits. If there is no validation split, take its rows from the training rows.
 
     Args:
-        choose: Chooses the column. Default: that of the text, or of the tokens.
-        is_numbered: Training rows of several files say which row of which file they are, if their format allows it.
+        choose: Chooses the column. Default: the column with the text or the tokens.
+        is_numbered: Record in `SOURCE_COLUMN` which row of which file each row is, for formats that allow it.
+
+    Raises:
+        ValueError: A split is missing or cannot be read; the message names the flag.
     """
     choose = choose or partial(choose_text_column, wanted=arguments.text_column, takes_tokens=True)
     sources: dict[str, LoadRows] = {}
@@ -109,13 +112,13 @@ def load_rows(
 
 
 def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[str], TextRows]:
-    """Return the texts of a split or a file, and the rows that they are of; of a stream as much as is published of C4.
+    """Return the texts of a split or a file, and their rows; of a stream the first `C4_DOCUMENTS` by default.
 
     Args:
-        flag: What named the file or the data set, for messages. Default: that of the verbs which only measure.
+        flag: The flag that gave the file or the data set, for messages. Default: `text_file` or `dataset_name`.
 
     Raises:
-        ValueError: They cannot be read, or hold no text.
+        ValueError: They cannot be read, or contain no text.
     """
     choose = partial(choose_text_column, wanted=arguments.text_column)
     if arguments.text_file is not None:
@@ -140,7 +143,7 @@ def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[
         elif loaded.column.is_row(raw):
             missing.append(index)
     if not any(text.strip() for text in texts):
-        raise ValueError(f"{loaded.origin} holds no text.")
+        raise ValueError(f"{loaded.origin} contains no text.")
     say_what_is_left_out(missing, len(texts) + len(missing), loaded)
     return texts, loaded
 
@@ -148,28 +151,28 @@ def load_texts(arguments: TextArguments, flag: str | None = None) -> tuple[list[
 def say_what_is_left_out(missing: Sequence[int], count: int, rows: TextRows) -> None:
     if missing:
         logger.warning(
-            f"{len(missing)} of {count} rows of {rows.origin} have nothing in {rows.column.name}, and are left out. "
+            f"{len(missing)} of {count} rows of {rows.origin} have no {rows.column.name} and are left out. "
             f"The first is {rows.column.place.number(missing[0])}."
         )
 
 
 def load_table(flag: str, path: str) -> Dataset:
-    """Load all columns of a table; all cells of a .csv or .tsv are texts.
+    """Load all columns of a table. All cells of a .csv or .tsv are text.
 
     Raises:
-        ValueError: It is no table, is empty, or cannot be read.
+        ValueError: The file is not a table, is empty, or cannot be read.
     """
     origin = f"--{flag} {path}"
     form = _check(origin, path)
     if form.reader == "text":
-        raise ValueError(f"{origin} has no columns: it must be one of {', '.join(TABLES)}.")
+        raise ValueError(f"{origin} is not a table. It must be a file of the type {', '.join(TABLES)}.")
     if form.reader == "csv":
         rows = Dataset.from_pandas(pd.concat(_cells(origin, path, 10_000)), preserve_index=False)
         if len(rows) == 0:
             raise ValueError(f"{origin} is empty.")
         return rows
-    # In pieces, JSON could not be read where a later one has another column, or another type in it. Rows of chats are
-    # rows, and no traces of agents.
+    # Read JSON in one piece: a later piece with another column or another type could not be read. Without
+    # parse_agent_traces, rows of chats stay rows.
     options = {"chunksize": 1 << 30, "parse_agent_traces": False} if form.reader == "json" else {}
     table: Dataset = _read(origin, form.reader, [path], streaming=False, **options)
     return table
@@ -183,7 +186,7 @@ def _check(origin: str, path: str) -> Format:
 
 
 def _cells(origin: str, path: str, rows: int) -> Iterator[pd.DataFrame]:
-    """Yield the cells of a .csv or .tsv, so many rows at a time, as texts."""
+    """Yield the cells of a .csv or .tsv as text, in chunks of `rows` rows."""
     with _refusing(origin):
         try:
             yield from read_cells(path, rows)
@@ -194,13 +197,13 @@ def _cells(origin: str, path: str, rows: int) -> Iterator[pd.DataFrame]:
 
 
 def _first_cells(origin: str, path: str) -> list[dict[str, Any]]:
-    """Return the first rows of a .csv or .tsv, numbers as such, and None for an empty cell."""
+    """Return the first rows of a .csv or .tsv, with numbers as floats and empty cells as None."""
     first = next(_cells(origin, path, EXAMPLES)).to_dict("records")
     return [{name: _number(cell) for name, cell in row.items()} for row in first]
 
 
 def _number(cell: Any) -> str | float | None:
-    if not isinstance(cell, str) or not cell:  # a row that is too short has NaN there
+    if not isinstance(cell, str) or not cell:  # pandas fills short rows with NaN
         return None
     try:
         return float(cell)
@@ -224,10 +227,10 @@ def _load_text_files(
     origin: str | None = None,
     is_numbered: bool = False,
 ) -> TextRows:
-    """Load the text of files of one format, and nothing else of them where their format allows it.
+    """Load the text of files of one format, without their other columns if the format allows it.
 
     Args:
-        origin: The flag that named them. Default: that of the place.
+        origin: The flag that they come from. Default: that of the place.
         is_numbered: See `load_rows`.
     """
     origin = origin or place.origin
@@ -243,7 +246,7 @@ def _load_text_files(
         rows = _read(origin, "text", paths, streaming, **numbering)
         return _choosing(rows, origin, choose, lines, rows_are_lines=True, numbered=numbered)
     if reader == "json" and all(map(holds_json_lines, paths)):
-        # A line is parsed when its text is needed, so that only this has to be alike in all of them.
+        # Lines are parsed when their text is needed, so that other keys may have different types in each line.
         rows = _read(origin, "text", paths, streaming, **numbering)
         first = (parse_line(row["text"], partial(lines, i)) for i, row in enumerate(first_rows(rows, origin)))
         return TextRows(rows, origin, Column(choose(first, origin), lines, is_json=True), numbered=numbered)
@@ -278,7 +281,7 @@ def _choosing(
 
 
 def _objects_in(origin: str, paths: Sequence[str]) -> Dataset:
-    """Return the objects in lists of JSON as a line each, whatever keys each of them has."""
+    """Return the objects in JSON lists as one line each; they may have different keys."""
     lines: list[str] = []
     for path in paths:
         with _refusing(origin):
@@ -288,7 +291,7 @@ def _objects_in(origin: str, paths: Sequence[str]) -> Dataset:
             except (ValueError, EOFError) as error:
                 raise BadRow(what_is_wrong([path], error)) from error
             if not isinstance(rows, list):
-                raise BadRow("it must hold a list of rows, or a row in each line.")
+                raise BadRow("it must contain a list of rows, or one row per line.")
         lines += [json.dumps(row, ensure_ascii=False) for row in rows]
     if not lines:
         raise ValueError(f"{origin} is empty.")
@@ -298,7 +301,7 @@ def _objects_in(origin: str, paths: Sequence[str]) -> Dataset:
 def _find_splits(
     arguments: DataArguments, origin: str, choose: ChooseColumn, is_numbered: bool = False
 ) -> dict[str, LoadRows]:
-    """Return what loads each split that a data set has."""
+    """Return a function to load each split that a data set has."""
     name = arguments.dataset_name or ""
     if name == "demo":
         return {split: partial(_load_demo, split, origin, choose) for split in SPLIT_ALIASES}
@@ -318,7 +321,7 @@ def _find_splits(
             return _by_alias(loads, arguments, origin)
         found = named(revision=corpus.revision, streaming=streaming)
         reader = next(iter(found.values())).info.builder_name
-        if reader in ("text", "csv"):  # read as a file of ours is
+        if reader in ("text", "csv"):  # read it in the same way as a file given by a flag
             options = {"keep_linebreaks": True} if reader == "text" else {"keep_default_na": False}
             found = named(revision=corpus.revision, streaming=streaming, **options)
             rows_are_lines = reader == "text"
@@ -333,7 +336,7 @@ def _find_splits(
 
 
 def _files_in(arguments: DataArguments, origin: str) -> dict[str, list[str]] | None:
-    """Return the files of each split of a directory, if all of them are of a format that we read."""
+    """Return the files of each split of a directory; None if one has a format that we cannot read."""
     with _refusing(origin):
         builder = load_dataset_builder(arguments.dataset_name, arguments.dataset_config_name)
     files: dict[str, list[str]] = builder.config.data_files or {}
@@ -352,10 +355,10 @@ def _split_of(origin: str, split: str) -> Place:
 
 
 def _by_alias(found: Mapping[str, LoadRows], arguments: DataArguments, origin: str) -> dict[str, LoadRows]:
-    """Call splits as we do.
+    """Rename splits to our names.
 
     Raises:
-        ValueError: There is none of the name that a flag gives.
+        ValueError: There is no split with the name that a flag gives.
     """
     known: dict[str, LoadRows] = {}
     for split, aliases in arguments.split_aliases.items():
@@ -372,13 +375,13 @@ def is_saved_to_disk(path: Path) -> bool:
 
 
 def load_or_refuse(origin: str, *args: Any, **kwargs: Any) -> Any:
-    """Return what `datasets.load_dataset` does.
+    """Call `datasets.load_dataset`.
 
     Args:
-        origin: The flag that named it.
+        origin: The flag that gave the data set, for messages.
 
     Raises:
-        ValueError: It cannot be found, or cannot be read.
+        ValueError: The data set cannot be found or read.
     """
     with _refusing(origin):
         return load_dataset(*args, **kwargs)
@@ -386,7 +389,7 @@ def load_or_refuse(origin: str, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _refusing(origin: str) -> Iterator[None]:
-    """Say of what cannot be loaded that it is what a flag named."""
+    """Name the flag in errors about data that cannot be loaded."""
     try:
         yield
     except BadRow as error:
@@ -398,12 +401,12 @@ def _refusing(origin: str) -> Iterator[None]:
 
 
 def _split_rows(rows: TextRows, percentage: float) -> tuple[TextRows, TextRows]:
-    """Take the first rows of a data set, or of each hundred of a stream, for validation."""
+    """Use the first rows of a data set, or the first of each hundred rows of a stream, for validation."""
     data, place = rows.rows, rows.column.place
     if isinstance(data, Dataset):
         held_out = max(1, round(len(data) * percentage / 100))
         if held_out >= len(data):
-            raise ValueError(f"{rows.origin} has too few rows to hold some out. Give --validation_file.")
+            raise ValueError(f"{rows.origin} has too few rows to use some for evaluation. Give --validation_file.")
         parts = data.select(range(held_out, len(data))), data.select(range(held_out))
         places = replace(place, first=held_out), place
     else:
@@ -421,7 +424,7 @@ def _split_rows(rows: TextRows, percentage: float) -> tuple[TextRows, TextRows]:
 
 
 def first_rows(data: Dataset | IterableDataset, origin: str, most: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Return the first rows, without what says where they come from; a stream is read here for the first time."""
+    """Return the first rows, without `SOURCE_COLUMN`. If the data is a stream, this is the first time it is read."""
     try:
         rows = list(itertools.islice(data, most))
         return [{name: value for name, value in row.items() if name != SOURCE_COLUMN} for row in rows]
@@ -429,5 +432,5 @@ def first_rows(data: Dataset | IterableDataset, origin: str, most: int = EXAMPLE
         if origin in str(error):
             raise
         raise BadRow(f"{origin} cannot be read: {error}") from error
-    except Exception as error:  # each reader has its own
+    except Exception as error:  # each reader raises errors of its own
         raise ValueError(f"{origin} cannot be read: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Tasks of classification, those of GLUE and your own: columns, labels, names of scores, and what a model is asked."""
+"""Classification tasks, those of GLUE and the user's own: columns, labels, metrics and prompts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 GLUE = "nyu-mll/glue"
-"""Where the tasks lie on the Hub."""
+"""The data set on the Hub with these tasks."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be said of one sentence, or of two.
+    """A classification or regression task on one sentence or a pair of sentences.
 
     Attributes:
-        columns: Those of the sentences, one or two.
-        labels: Names of the labels, in order; none for a number.
-        scores: What a model is judged by; the first is what the best checkpoint is chosen by.
-        span: Least and greatest label where it is a number.
-        validation, test: Splits on the Hub. What comes after the first is evaluated at the end, as `eval_mm_*`.
+        columns: Columns with the sentences, one or two.
+        labels: Names of the labels, in order; empty for regression.
+        scores: Names of the metrics. The first selects the best checkpoint.
+        span: Lowest and highest target of a regression.
+        validation, test: Splits on the Hub. All but the first are evaluated at the end, as `eval_mm_*`.
     """
 
     columns: tuple[str, ...]
@@ -52,7 +52,7 @@ TASKS = {
 }
 
 DEMO = "demo"
-"""A task that is made on the spot and needs no network."""
+"""A task whose rows are generated, so that it needs no network."""
 
 BY_NAME = {**TASKS, DEMO: Task(("sentence",), ("plain", "involved"), ("accuracy", "f1"))}
 
@@ -62,11 +62,11 @@ PROMPTS = {
     "conflicting": "Bob sent a message to Alice, which one is better?",
     "insufficient": "Cut the crap, what's your GPA?",
 }
-"""What a model is told before the sentences: nothing, what the task is, another task, and what makes no sense."""
+"""Prompts before the sentences: none, the task, another task, and one without meaning."""
 
 
 def own_task(columns: Sequence[str], labels: Sequence[str]) -> Task:
-    """Return a task of one's own: without labels, a number is to be said.
+    """Return a task for the user's own data; without labels it is a regression.
 
     >>> own_task(["text"], ["a", "b", "c"]).scores
     ('accuracy', 'f1_macro')
@@ -76,10 +76,10 @@ def own_task(columns: Sequence[str], labels: Sequence[str]) -> Task:
 
 
 def find_prompt(given: str) -> str:
-    """Return the text of a prompt by its name; any other text stands for itself.
+    """Return the prompt with this name, or else the given text itself.
 
     Raises:
-        ValueError: It is one word, and nearly one of the names.
+        ValueError: The text is one word that resembles one of the names.
 
     >>> find_prompt("perfect"), find_prompt("Same?")
     ('Does sentence 1 mean the same as sentence 2?', 'Same?')
@@ -87,12 +87,14 @@ def find_prompt(given: str) -> str:
     if given in PROMPTS:
         return PROMPTS[given]
     if given.isalpha() and (close := difflib.get_close_matches(given, PROMPTS, n=1, cutoff=0.7)):
-        raise ValueError(f"--prompt {given}: did you mean {close[0]}? To say just that word, end it with a stop.")
+        raise ValueError(
+            f"--prompt {given}: did you mean {close[0]}? To use {given} itself as the prompt, end it with a full stop."
+        )
     return given.strip()
 
 
 def ask(prompt: str, sentences: Sequence[str]) -> str:
-    """Return what a model reads.
+    """Return the input text of a model: the prompt, if any, and the sentences.
 
     >>> ask("Same?", ["It rains.", "Rain falls."])
     'Same? Sentence 1: It rains. Sentence 2: Rain falls.'

@@ -51,8 +51,8 @@ ALPACA = """\
 {%- endif %}"""
 
 TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
-"""Templates that mark what the assistant writes. `chatml` needs its two tokens in the vocabulary; `alpaca` is plain
-text and an end-of-text token, so that it goes with any base model.
+"""Templates that mark the assistant's tokens. `chatml` needs its two tokens in the vocabulary. `alpaca` is plain text
+and an end-of-text token, so that it works with any base model.
 """
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -60,17 +60,17 @@ SPECIAL = re.compile(r"<\|[^|<>\s]+\|>")
 SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 Template = str | dict[str, str]
-"""What a tokenizer has as its chat template: a text, or several by name."""
+"""The chat template of a tokenizer: one text, or several by name."""
 
 
 def find_template(name: str, **hub_options: Any) -> Template:
-    """Return the chat template that `--chat_template` names: ours, a file, or that of a tokenizer.
+    """Return the chat template that `--chat_template` names: one of `TEMPLATES`, a file, or a tokenizer's.
 
     Args:
-        hub_options: For the tokenizer: `trust_remote_code` and such.
+        hub_options: Options for loading the tokenizer, e.g. `trust_remote_code`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such template.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -95,41 +95,41 @@ def find_template(name: str, **hub_options: Any) -> Template:
             f"{one_line(error)}"
         ) from error
     if not found:
-        raise ValueError(f"--chat_template {name}: that tokenizer has no chat template.")
+        raise ValueError(f"--chat_template {name}: the tokenizer of this model has no chat template.")
     return found
 
 
 def refuse_missing_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
-    """Refuse chats where the tokenizer does not say how a chat is written down.
+    """Refuse to train on chats if the tokenizer has no chat template.
 
     Args:
-        origin: The flag that named the chats.
+        origin: The flag that the chats come from.
 
     Raises:
-        ValueError: It has no chat template.
+        ValueError: It has none.
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{origin} holds chats, and the tokenizer of {tokenizer.name_or_path} has no chat template, which says "
-            "how a chat is written. Give --chat_template: a file, the name of a model to take it from, or one of "
-            f"{', '.join(TEMPLATES)}. alpaca goes with any base model."
+            f"{origin} holds chats, but the tokenizer of {tokenizer.name_or_path} has no chat template. "
+            "Give --chat_template: a file, the name of a model to take it from, or one of "
+            f"{', '.join(TEMPLATES)}. alpaca works with any base model."
         )
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, named: str) -> None:
-    """Look whether a template can be read, and warn of marks that are no tokens of this tokenizer.
+    """Check that a template is valid, and warn of special tokens that the tokenizer does not have.
 
     Args:
-        named: What named the template, for messages.
+        named: The flag or model that the template comes from, for messages.
 
     Raises:
-        ValueError: It is no Jinja.
+        ValueError: It is not valid Jinja.
     """
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise ValueError(f"{named} is not valid, line {error.lineno}: {one_line(error)}") from error
-    except Exception:  # it wants other messages than this one: a template is somebody else's code
+    except Exception:  # the template may need other messages than this one; it is third-party code
         return
     whole = tokenizer.chat_template
     vocabulary = tokenizer.get_vocab()
@@ -137,12 +137,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase, named: str) -> None:
     missing = [mark for mark in dict.fromkeys(written) if mark not in vocabulary]
     if missing:
         logger.warning(
-            f"{named} writes {', '.join(missing[:3])}, which the tokenizer has not as one token: each is read in "
-            "pieces. Take the template of a model with this tokenizer, or alpaca, which needs no such tokens."
+            f"{named} writes {', '.join(missing[:3])}, but the tokenizer has no such token and splits it. "
+            "Use the template of a model with this tokenizer, or alpaca, which needs no special tokens."
         )
 
 
 def marks_assistant(template: Template | None) -> bool:
-    """Tell whether a template marks what the assistant writes."""
+    """Tell whether a template marks the assistant's tokens."""
     text = template.get("default", "") if isinstance(template, dict) else template
     return MARK.search(text or "") is not None

@@ -118,7 +118,7 @@ def test_asking_for_more_blocks_than_there_are_warns_and_uses_all(tmp_path, toke
     all_of_them = load_blocks(DataArguments(train_file=str(path), max_train_samples=10_000), tokenizer, 8, ["train"])
     assert len(few) == 3
     assert len(all_of_them["train"]) > 3
-    assert f"--max_train_samples 10000 asks for more than the {len(all_of_them['train'])} blocks" in caplog.text
+    assert f"--max_train_samples is 10000, but there are only {len(all_of_them['train'])} blocks" in caplog.text
 
 
 def test_a_stream_gives_the_same_blocks(tmp_path, tokenizer):
@@ -160,7 +160,7 @@ def test_a_primer_is_cut_like_the_rest(tmp_path, tokenizer):
         ({"train_file": "no/such.txt"}, "--train_file no/such.txt does not exist."),
         ({"block_size": 0}, "--block_size must be at least 2, got 0."),
         ({"max_train_samples": 0}, "--max_train_samples must be at least 1, got 0."),
-        ({"validation_split_percentage": 100}, "--validation_split_percentage must lie between 0 and 100, got 100."),
+        ({"validation_split_percentage": 100}, "--validation_split_percentage must be between 0 and 100, got 100."),
     ],
 )
 def test_bad_arguments_are_told_at_once(arguments, message):
@@ -192,7 +192,7 @@ def test_a_bad_file_is_told_in_one_line_that_names_it(tmp_path, tokenizer, conte
 
 def test_one_row_cannot_be_split(tmp_path, tokenizer):
     arguments = DataArguments(train_file=write_rows(tmp_path / "one.jsonl", [{"text": "The owl. " * 100}]))
-    with pytest.raises(ValueError, match="has too few rows to hold some out. Give --validation_file."):
+    with pytest.raises(ValueError, match="has too few rows to use some for evaluation. Give --validation_file."):
         load_blocks(arguments, tokenizer, 8, ["train", "validation"])
 
 
@@ -315,11 +315,11 @@ def test_rows_held_out_of_the_first_source_are_not_trained_on(tmp_path, tokenize
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset_mix": "wikitext"}, "'wikitext' is not a name of its own with a probability between 0 and 1"),
-        ({"dataset_mix": "a=0.5,b=x"}, "'b=x' is not a name of its own"),
-        ({"dataset_mix": "a=0.5,a=0.5"}, "'a=0.5' is not a name of its own"),
+        ({"dataset_mix": "wikitext"}, "'wikitext' must be a name, given once, with a probability between 0 and "),
+        ({"dataset_mix": "a=0.5,b=x"}, "'b=x' must be a name, given once"),
+        ({"dataset_mix": "a=0.5,a=0.5"}, "'a=0.5' must be a name, given once"),
         ({"dataset_mix": "a=0.5,b=0.4"}, "the probabilities sum to 0.9, not to 1."),
-        ({"dataset_mix": "a=0.5,b=0.5", "dataset_name": "demo"}, "and so does --dataset_name. Leave one of them out."),
+        ({"dataset_mix": "a=0.5,b=0.5", "dataset_name": "demo"}, "--dataset_name both choose the training data."),
     ],
 )  # fmt: skip
 def test_a_mix_that_is_none_is_told(options, message):
@@ -362,7 +362,7 @@ def test_chats_are_no_text_and_what_reads_them_is_told(tmp_path, tokenizer, row,
     message = message_of(path, tokenizer)
     assert message.startswith(f"--train_file FILE is not plain text: its columns are {', '.join(row)}, and ")
     assert shape in message
-    assert "abr sft learns from them." in message
+    assert "abr sft trains on them." in message
     Dataset.from_list([row] * 20).save_to_disk(tmp_path / "saved")
     assert shape in message_of(tmp_path / "saved", tokenizer)
     with pytest.raises(ValueError, match=re.escape(shape)):
@@ -373,7 +373,7 @@ def test_a_chat_that_is_named_is_no_text_either(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     write_rows(path, [{"text": "Who are you?", "messages": [USER]}] * 20)
     message = message_of(path, tokenizer, text_column="messages")
-    assert "holds lists of dict, not text. messages holds messages with role and content. abr sft learns" in message
+    assert "holds lists of dict, not text. messages holds messages with role and content. abr sft trains" in message
     assert len(load_train(path, tokenizer)) > 5, "a column that is called text is the text"
 
 
@@ -475,8 +475,8 @@ def test_a_table_is_read_by_its_suffix_compressed_or_not(tmp_path, tokenizer, ta
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("rows.zip", zipped(b"A letter.", "a.txt", "b.txt"), "must hold one file, and holds 2"),
-        ("rows.csv", b"text;label\nhello there;1\n", "its header is one column, 'text;label'. Separate cells by"),
+        ("rows.zip", zipped(b"A letter.", "a.txt", "b.txt"), "holds 2 files, but must hold one"),
+        ("rows.csv", b"text;label\nhello there;1\n", "its header has only one column, 'text;label'. Separate cells"),
         ("rows.jsonl", gzipped(b"{}"), "is not text but gzip: name it .gz."),
         ("rows.docx", zipped(b"A letter.", "word.xml"), "is not text but a ZIP archive"),
         ("rows.pdf", b"%PDF-1.7\n1 0 obj", "is not text but PDF"),
@@ -484,7 +484,7 @@ def test_a_table_is_read_by_its_suffix_compressed_or_not(tmp_path, tokenizer, ta
         ("rows.txt", "A letter.".encode("utf-16"), "is not text but UTF-16: save it as UTF-8."),
         ("rows.jsonl.gz", b'{"text": "A letter."}', "Not a gzipped file"),
         ("rows.jsonl.gz", gzipped(b'{"text": "A letter."}' * 99)[:40], "Compressed file ended before"),
-        ("rows.parquet.gz", gzipped(b"PAR1"), "is compressed Parquet, which has no reader: decompress it."),
+        ("rows.parquet.gz", gzipped(b"PAR1"), "is a compressed Parquet file, which cannot be read. Decompress it."),
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_refused(tmp_path, tokenizer, name, data, message):
@@ -529,21 +529,21 @@ def test_a_directory_gives_the_blocks_of_the_file_in_it(tmp_path, tokenizer, nam
 
 
 def test_a_directory_is_no_file(tmp_path):
-    with pytest.raises(ValueError, match=r"is a directory, and must be a file\."):
+    with pytest.raises(ValueError, match=r"is a directory, but must be a file\."):
         DataArguments(train_file=str(tmp_path))
 
 
 BAD_ROWS = [
-    ({"text": 5}, {}, "holds the number 5, where text or a list of turns must be."),
-    ({"text": {"a": 1}}, {}, "holds an object, where text or a list of turns must be."),
-    ({"text": ["Good evening.", None]}, {}, "holds null as turn 2, where text must be."),
-    ({"text": ["Good evening.", 7]}, {}, "holds the number 7 as turn 2, where text must be."),
-    ({"input_ids": [1, -2]}, {}, "holds the token id -2 as token 2; the model has ids from 0 to 1023."),
-    ({"input_ids": [1024, 1]}, {}, "holds the token id 1024 as token 1; the model has ids from 0 to 1023."),
-    ({"input_ids": [3, None]}, {}, "holds null as token 2"),
-    ({"input_ids": [3, 2.5]}, {}, "holds the number 2.5 as token 2, where a token id must be."),
-    ({"input_ids": "a b"}, {}, "holds 'a b', where a list of token ids must be."),
-    ("[1, 2]", {}, "holds a list, where a JSON object must be."),
+    ({"text": 5}, {}, "has the number 5. It must be text or a list of turns."),
+    ({"text": {"a": 1}}, {}, "has an object. It must be text or a list of turns."),
+    ({"text": ["Good evening.", None]}, {}, "has null as turn 2. It must be text."),
+    ({"text": ["Good evening.", 7]}, {}, "has the number 7 as turn 2. It must be text."),
+    ({"input_ids": [1, -2]}, {}, "has the token id -2 as token 2; the model has ids from 0 to 1023."),
+    ({"input_ids": [1024, 1]}, {}, "has the token id 1024 as token 1; the model has ids from 0 to 1023."),
+    ({"input_ids": [3, None]}, {}, "has null as token 2"),
+    ({"input_ids": [3, 2.5]}, {}, "has the number 2.5 as token 2. It must be a token id."),
+    ({"input_ids": "a b"}, {}, "has 'a b'. It must be a list of token ids."),
+    ("[1, 2]", {}, "has a list. It must be a JSON object."),
     ('{"text": "A le', {}, "cannot be read as JSON: "),
 ]
 
@@ -566,7 +566,7 @@ def test_a_bad_row_of_a_table_is_told_by_its_number(tmp_path, tokenizer, suffix,
     for row, found in (([3, -1], "the token id -1"), ([3, None], "null")):
         write_rows(path, [*good, {"input_ids": row}, *good])
         message = message_of(path, tokenizer, streaming=streaming)
-        assert message.startswith(f"row 10 of --train_file FILE holds {found} as token 2")
+        assert message.startswith(f"row 10 of --train_file FILE has {found} as token 2")
 
 
 def test_ids_that_only_the_model_knows_are_taken(tmp_path, tokenizer):
@@ -590,9 +590,7 @@ def test_a_row_keeps_its_number_where_others_are_held_out(tmp_path, tokenizer, s
 def test_a_row_of_a_directory_is_told_by_its_file(tmp_path, tokenizer):
     write_rows(tmp_path / "train-1.jsonl", PROSE)
     write_rows(tmp_path / "train-2.jsonl", [*PROSE, {"text": 3}])
-    with pytest.raises(
-        BadRow, match=r"^line 31 of train-2.jsonl of the train split of --dataset_name .* holds the nu"
-    ):
+    with pytest.raises(BadRow, match=r"^line 31 of train-2.jsonl of the train split of --dataset_name .* has the nu"):
         load_train(tmp_path, tokenizer)
 
 
@@ -602,7 +600,7 @@ def test_a_row_of_a_directory_is_told_by_its_file(tmp_path, tokenizer):
         ("n,body\n1,Lost.\n", "train-2.csv: there is no column text."),
         (
             "n,text\n" + "1,Lost.\n" * 200 + "1,Lost, and found\n",
-            "train-2.csv: line 202 has 3 cells, and the header 2.",
+            "train-2.csv: line 202 has 3 cells, but the header has 2.",
         ),
     ],
 )
@@ -624,7 +622,7 @@ def test_processes_that_tokenize_tell_a_bad_row_in_one_line(tmp_path, tokenizer)
     path = tmp_path / "rows.jsonl"
     write_rows(path, [*PROSE, {"text": 3}, *PROSE])
     message = message_of(path, tokenizer, preprocessing_num_workers=2)
-    assert message == "line 31 of --train_file FILE holds the number 3, where text or a list of turns must be."
+    assert message == "line 31 of --train_file FILE has the number 3. It must be text or a list of turns."
 
 
 def test_a_worker_that_reads_a_stream_tells_a_bad_row_in_one_line(tmp_path, tokenizer):
@@ -633,7 +631,7 @@ def test_a_worker_that_reads_a_stream_tells_a_bad_row_in_one_line(tmp_path, toke
     stream = load_train(path, tokenizer, streaming=True)
     with pytest.raises(BadRow) as caught:
         list(DataLoader(stream, num_workers=1, collate_fn=list))
-    assert str(caught.value).startswith(f"line 1501 of --train_file {path} holds the number 3")
+    assert str(caught.value).startswith(f"line 1501 of --train_file {path} has the number 3")
     assert "\n" not in str(caught.value)
 
 
@@ -646,7 +644,7 @@ def test_a_run_that_comes_to_a_bad_row_of_a_stream_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit) as ended:
         main([*flags, "--output_dir", str(tmp_path / "run")])
     where = f"line 1001 of --train_file {path}"
-    assert ended.value.code == f"error: {where} holds the token id 5000 as token 8; the model has ids from 0 to 1023."
+    assert ended.value.code == f"error: {where} has the token id 5000 as token 8; the model has ids from 0 to 1023."
 
 
 @pytest.mark.parametrize(
@@ -668,11 +666,11 @@ def test_rows_without_anything_are_left_out_and_counted(tmp_path, tokenizer, cap
     blocks = load_train(path, tokenizer)
     assert blocks["input_ids"][:] == load_train(whole, tokenizer)["input_ids"][:]
     line = "line" if suffix == ".jsonl" else "row"
-    said = f"2 of 22 rows of --train_file {path} have nothing in {column}, and are left out. The first is {line} 8."
+    said = f"2 of 22 rows of --train_file {path} have no {column} and are left out. The first is {line} 8."
     assert [record.message for record in caplog.records] == [said]
     stream = load_train(path, tokenizer, streaming=True)
     assert [list(row["input_ids"]) for row in stream] == blocks["input_ids"][:]
-    assert f"{line} 8 of --train_file {path} has nothing in {column}." in caplog.records[-1].message
+    assert f"{line} 8 of --train_file {path} has no {column} and is left out" in caplog.records[-1].message
     if column != "input_ids":
         texts, _ = load_texts(TextArguments(text_file=str(path)))
         assert texts == load_texts(TextArguments(text_file=str(whole)))[0]
@@ -701,7 +699,7 @@ def test_bytes_that_are_not_utf8_are_told_by_their_line(tmp_path, tokenizer, suf
     path.write_bytes(gzipped(data) if suffix.endswith(".gz") else data)
     number = 121 + (suffix in (".csv", ".json"))
     message = message_of(path, tokenizer, streaming=streaming)
-    assert message.endswith(f"line {number} of {path.name} holds 0xe9, which is not UTF-8. Save it as UTF-8.")
+    assert message.endswith(f"line {number} of {path.name} has 0xe9, which is not UTF-8. Save it as UTF-8.")
 
 
 def test_a_table_without_rows_is_empty(tmp_path, tokenizer):
@@ -715,7 +713,7 @@ def test_a_table_without_rows_is_empty(tmp_path, tokenizer):
 def test_a_column_of_numbers_is_no_text(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text('{"text": 1}\n' * 9)
     (tmp_path / "rows.csv").write_text("text,id\n" + "1.5,a\n" * 9)
-    assert "has no column of text: its columns are text (int)." in message_of(tmp_path / "rows.jsonl", tokenizer)
+    assert "has no text column: its columns are text (int)." in message_of(tmp_path / "rows.jsonl", tokenizer)
     for path, kind in ((tmp_path / "rows.jsonl", "int"), (tmp_path / "rows.csv", "float")):
         assert f"holds {kind}, not text." in message_of(path, tokenizer, text_column="text")
 
@@ -753,9 +751,12 @@ def test_a_cell_of_text_may_look_like_a_number(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("Lost, and found\n" * 9, "row 1 has more cells than the header. Quote cells that hold the separator."),
-        ("Lost.\n" * 150 + "Lost, and found\n", "line 152 has 2 cells, and the header 1. Quote cells that hold the"),
-        ("Lost.\n" * 150 + '"Lost.\n' + "Lost.\n" * 9, "row 151 opens a quote that is never closed."),
+        ("Lost, and found\n" * 9, "row 1 has more cells than the header. Quote cells that contain the separator."),
+        (
+            "Lost.\n" * 150 + "Lost, and found\n",
+            "line 152 has 2 cells, but the header has 1. Quote cells that contain the",
+        ),
+        ("Lost.\n" * 150 + '"Lost.\n' + "Lost.\n" * 9, "row 151 has a quote that is not closed."),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

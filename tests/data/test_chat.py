@@ -158,7 +158,7 @@ def test_a_template_that_writes_a_prompt_otherwise_before_its_answer_is_refused(
     tokenizer = with_template(f"{only_last}{{{{ m.content }}}}{{% endfor %}}")
     path = write(tmp_path / "rows.jsonl", [row])
     message = refused(path, tokenizer)
-    assert message.startswith("line 1 of --train_file FILE: the chat template writes the prompt otherwise when")
+    assert message.startswith("line 1 of --train_file FILE: the chat template writes the prompt differently if")
     assert message.endswith("or --completion_only_loss false.")
     assert ASKED in learnt(tokenizer, tokenised(path, tokenizer, completion_only=False).rows[0])
 
@@ -190,7 +190,7 @@ def test_a_chat_that_the_assistant_begins_is_refused_where_nothing_is_marked(tmp
     path = write(tmp_path / "rows.jsonl", [{"conversations": [{"from": "gpt", "value": ANSWER}]}])
     message = refused(path, with_template(UNMARKED), assistant_only=True)
     assert message.startswith("line 1 of --train_file FILE: message 1 is the assistant's, and the chat template does")
-    assert "Put a message of the system or the user before it" in message
+    assert "Put a system or user message before it" in message
     assert learnt(tokenizer, tokenised(path, tokenizer, assistant_only=True).rows[0]) == f"{ANSWER}{END}"
 
 
@@ -198,7 +198,7 @@ def test_whatever_a_template_raises_is_one_line_with_the_row(tmp_path):
     tokenizer = with_template("{{ 1 // 0 }}")
     check_template(tokenizer, "--chat_template")
     message = refused(write(tmp_path / "rows.jsonl", [GOOD]), tokenizer)
-    assert message.startswith("line 1 of --train_file FILE does not go with the chat template: integer division")
+    assert message.startswith("line 1 of --train_file FILE is not accepted by the chat template: integer division")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -223,10 +223,10 @@ def test_messages_may_be_json_as_text_in_any_column(tmp_path, tokenizer, row, ex
     [
         ({"chat": str([user(), assistant()])}, "has chat that cannot be read as JSON: Expecting property name"),
         ({"prompt": json.dumps([user()])[:-1], "completion": "a"}, "has prompt that cannot be read as JSON"),
-        ({"prompt": "a", "completion": json.dumps([assistant()])}, "has a text as prompt, but its completion is"),
-        ({"question": json.dumps([user()]), "answer": "a"}, 'holds \'[{"role": "user"'),
-        ({"prompt": "a", "completion": "b", "system": "Be kind."}, "has system beside a prompt that is a text"),
-        ({"prompt": "a", "completion": "b", "tools": [{"name": "c"}]}, "has tools beside a prompt that is a text"),
+        ({"prompt": "a", "completion": json.dumps([assistant()])}, "has text as prompt, but"),
+        ({"question": json.dumps([user()]), "answer": "a"}, 'has \'[{"role": "user"'),
+        ({"prompt": "a", "completion": "b", "system": "Be kind."}, "has system, but its prompt is text"),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "c"}]}, "has tools, but its prompt is text"),
     ],
 )
 def test_messages_are_not_learnt_as_json_nor_is_anything_beside_a_text_left_out(tmp_path, tokenizer, row, message):
@@ -246,9 +246,7 @@ def test_an_object_without_keys_is_an_empty_row_and_an_empty_line_is_none(tmp_pa
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([json.dumps(GOOD), "", "{}", json.dumps(GOOD)]))
     assert tokenised(path, tokenizer).rows["row"][:] == [0, 3]
-    assert re.search(
-        r"1 of 3 rows of --train_file .* are empty, and are left out\. The first is line 3\.", caplog.text
-    )
+    assert re.search(r"1 of 3 rows of --train_file .* are empty and are left out\. The first is line 3\.", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +255,7 @@ def test_an_object_without_keys_is_an_empty_row_and_an_empty_line_is_none(tmp_pa
 def test_an_answer_that_is_not_to_be_learnt_is_refused_outside_of_a_prompt(tmp_path, tokenizer, name, value, found):
     messages = [user(), assistant("No.", **{name: value}), user(), assistant(**{name: 1})]
     message = refused(write(tmp_path / "a.jsonl", [{"messages": messages}]), tokenizer)
-    assert message.startswith(f"line 1 of --train_file FILE holds {found} as {name} of message 2, and abr")
+    assert message.startswith(f"line 1 of --train_file FILE has {found} as {name} of message 2, but abr")
     path = write(tmp_path / "b.jsonl", [{"prompt": messages[:3], "completion": messages[3:]}])
     assert learnt(tokenizer, tokenised(path, tokenizer, length=200).rows[0]) == f"{ANSWER}{END}"
 
@@ -269,7 +267,7 @@ def test_prompts_and_texts_need_no_template(tmp_path):
     (row,) = tokenised(write(tmp_path / "b.jsonl", [{"text": "The fox ran."}]), plain).rows
     assert read(plain, row) == learnt(plain, row) == f"The fox ran.{END}"
     message = refused(write(tmp_path / "c.jsonl", [SHAPES["messages"]]), plain)
-    assert message.startswith("--train_file FILE holds chats, and the tokenizer of ")
+    assert message.startswith("--train_file FILE holds chats, but the tokenizer of ")
     assert "has no chat template" in message
     assert "Give --chat_template: a file, the name of a model to take it from, or one of chatml, alpaca." in message
 
@@ -291,7 +289,7 @@ def test_only_so_many_blocks_of_a_plain_text_are_used(tmp_path, tokenizer, caplo
     assert some.rows["input_ids"][:] == whole.rows["input_ids"][:3]
     assert (some.tokens, some.targets) == (3 * 32, 3 * 31)
     assert len(tokenised(path, tokenizer, length=32, max_train_samples=999).rows) == len(whole.rows)
-    assert f"--max_train_samples 999 asks for more than the {len(whole.rows)} blocks there are" in caplog.text
+    assert f"--max_train_samples is 999, but there are only {len(whole.rows)} blocks" in caplog.text
 
 
 def test_what_stands_beside_a_chat_is_taken(tokenizer):
@@ -344,9 +342,9 @@ def test_tools_that_a_template_leaves_out_are_refused(tmp_path, tools):
     assert '"name": "weather"' in read(tokenizer, tokenised(path, tokenizer, length=400).rows[0])
     tokenizer.chat_template = UNMARKED
     message = refused(path, tokenizer)
-    assert "line 1 of --train_file FILE has tools, and the chat template leaves them out: weather" in message
+    assert "line 1 of --train_file FILE has tools, but the chat template leaves them out: weather" in message
     tokenizer.chat_template = ALPACA
-    assert "does not go with the chat template: alpaca has no place for tools" in refused(path, tokenizer)
+    assert "is not accepted by the chat template: alpaca has no place for tools" in refused(path, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +358,7 @@ def test_tools_that_a_template_leaves_out_are_refused(tmp_path, tools):
 def test_calls_that_a_template_leaves_out_are_refused(tmp_path, more, what):
     path = write(tmp_path / "rows.jsonl", [{"messages": [user(), assistant("", **more)]}])
     message = refused(path, with_template(UNMARKED))
-    assert f"line 1 of --train_file FILE has {what}, and the chat template leaves them out: weather" in message
+    assert f"line 1 of --train_file FILE has {what}, but the chat template leaves them out: weather" in message
     if what == "tool_calls":
         (row,) = tokenised(path, with_template(KNOWS_TOOLS), length=400).rows
         assert '"city": "Leeds"' in learnt(with_template(KNOWS_TOOLS), row)
@@ -378,28 +376,28 @@ def calling(calls):
     [
         ({"messages": []}, "has no messages."),
         ({"messages": None}, "has no messages."),
-        ({"messages": "Hello"}, "holds 'Hello' as messages, where a list of messages must be."),
-        ({"messages": ["Hello"]}, "holds 'Hello' as message 1, where an object with role and content must be."),
-        ({"messages": [user(), {"speaker": "Ann"}]}, "holds an object as message 2, where an object with role and"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "has 'robot' as role in message 1. Known are system,"),
+        ({"messages": "Hello"}, "has 'Hello' as messages. It must be a list of messages."),
+        ({"messages": ["Hello"]}, "has 'Hello' as message 1. It must be an object with role and content."),
+        ({"messages": [user(), {"speaker": "Ann"}]}, "has an object as message 2. It must be an object with role and"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "has 'robot' as role in message 1. Known roles: system,"),
         ({"messages": [user(), {"content": "a"}]}, "has no role in message 2."),
         ({"messages": [user(), assistant(None)]}, "has no content in message 2."),
-        ({"messages": [user(), assistant(7)]}, "holds the number 7 as content of message 2, where text must be."),
-        ({"messages": [user([{"type": "text"}]), assistant()]}, "holds a list as content of message 1, where text"),
-        ({"messages": [user(), assistant(" ")]}, "has an empty content in message 2, which is the assistant's."),
-        ({"messages": [user(), user()]}, "has no message of the assistant, so nothing to learn: its roles are user."),
+        ({"messages": [user(), assistant(7)]}, "has the number 7 as content of message 2. It must be text."),
+        ({"messages": [user([{"type": "text"}]), assistant()]}, "has a list as content of message 1. It must be text"),
+        ({"messages": [user(), assistant(" ")]}, "has an empty content in message 2, an assistant's message."),
+        ({"messages": [user(), user()]}, "has no assistant message, so there are no targets: its roles are user."),
         ({"messages": [user(), assistant()], "tools": "{"}, "has tools that cannot be read as JSON"),
-        ({"messages": [user(), assistant()], "tools": [{"function": "a"}]}, "holds 'a' in tools, where an object"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, "has a list as role in message 1. Known are system,"),
-        (calling(7), "holds the number 7 as tool_calls of message 2, where a list of objects must be."),
-        (calling({"name": "a"}), "holds an object as tool_calls of message 2, where a list of objects must be."),
-        (calling(["a"]), "holds 'a' in tool_calls of message 2, where an object with a name must be."),
-        (calling([{"function": "a"}]), "holds 'a' in tool_calls of message 2, where an object with a name must be."),
+        ({"messages": [user(), assistant()], "tools": [{"function": "a"}]}, "has 'a' in tools. It must be an object"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "has a list as role in message 1. Known roles: system,"),
+        (calling(7), "has the number 7 as tool_calls of message 2. It must be a list of objects."),
+        (calling({"name": "a"}), "has an object as tool_calls of message 2. It must be a list of objects."),
+        (calling(["a"]), "has 'a' in tool_calls of message 2. It must be an object with a name."),
+        (calling([{"function": "a"}]), "has 'a' in tool_calls of message 2. It must be an object with a name."),
         (calling("[{"), "has tool_calls of message 2 that cannot be read as JSON"),
-        (calling([]), "has an empty content in message 2, which is the assistant's."),
+        (calling([]), "has an empty content in message 2, an assistant's message."),
         (
             {"messages": [user(), {**assistant(), "role": "function"}, assistant()]},
-            "does not go with the chat template",
+            "is not accepted by the chat template",
         ),
     ],
 )
@@ -415,9 +413,13 @@ def test_a_row_that_is_no_chat_is_named(tmp_path, tokenizer, row, message):
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}, "has no completion."),
         ({"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}, "has no prompt."),
         ({"prompt": "a", "completion": "b"}, {"completion": "b"}, "has no prompt."),
-        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": [assistant()]}, "has a text as prompt"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": [assistant()]}, "has text as prompt"),
         (SHAPES["an instruction"], {"instruction": "a", "output": ""}, "has no output."),
-        (SHAPES["an instruction"], {"instruction": 3, "output": "b"}, "holds the number 3 as instruction, where text"),
+        (
+            SHAPES["an instruction"],
+            {"instruction": 3, "output": "b"},
+            "has the number 3 as instruction. It must be text",
+        ),
         (SHAPES["ShareGPT"], {"conversations": [{"from": "cat", "value": "a"}]}, "has 'cat' as from in message 1."),
     ],
 )
@@ -478,8 +480,8 @@ def test_rows_keep_their_order_and_what_is_left_out_is_said(tmp_path, tokenizer,
     assert found.rows["row"][:] == [0, 3, 4], "by line, from 0"
     assert [learnt(tokenizer, row) for row in found.rows] == [f" b1{END}", f" b2{END}", f" b3{END}"]
     assert "1 of 4 rows of --train_file" in caplog.text
-    assert "have nothing to learn within --max_length 20, and are left out. The first is line 3." in caplog.text
-    assert "no row with something to learn within --max_length 2." in refused(path, tokenizer, length=2)
+    assert "have no target within --max_length 20 and are left out. The first is line 3." in caplog.text
+    assert "no row with a target within --max_length 2." in refused(path, tokenizer, length=2)
 
 
 def test_long_rows_are_cut_at_the_end_unless_they_are_split_later(tmp_path, tokenizer):
@@ -508,7 +510,7 @@ def test_only_so_many_rows_are_used(tmp_path, tokenizer, caplog):
     path = write(tmp_path / "rows.jsonl", [GOOD] * 5)
     assert len(tokenised(path, tokenizer, max_train_samples=2).rows) == 2
     assert len(tokenised(path, tokenizer, max_train_samples=9).rows) == 5
-    assert "--max_train_samples 9 asks for more than the 5 rows there are" in caplog.text
+    assert "--max_train_samples is 9, but there are only 5 rows" in caplog.text
 
 
 def test_a_row_is_no_longer_than_the_context():
@@ -535,7 +537,7 @@ def test_a_template_comes_from_a_file_a_tokenizer_or_by_name(tmp_path, tokenizer
     other = AutoTokenizer.from_pretrained(DEMO_MODEL)
     other.chat_template = TEMPLATES["chatml"]
     check_template(other, "--chat_template chatml")
-    assert "--chat_template chatml writes <|im_start|>, <|im_end|>, which the tokenizer has not as one" in caplog.text
+    assert "--chat_template chatml writes <|im_start|>, <|im_end|>, but the tokenizer has no such" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -546,7 +548,7 @@ def test_a_template_comes_from_a_file_a_tokenizer_or_by_name(tmp_path, tokenizer
         ("mine.jinja", "{% for m in messages %}", "--chat_template FILE is not valid, line 1: Unexpected end of"),
         ("alpacca", None, "Unknown --chat_template 'alpacca'. Did you mean 'alpaca'?"),
         ("no/where", None, "--chat_template no/where is neither a file, nor one of chatml, alpaca, nor a tokenizer"),
-        (str(DEMO_MODEL), None, "that tokenizer has no chat template."),
+        (str(DEMO_MODEL), None, "the tokenizer of this model has no chat template."),
     ],
 )
 def test_a_template_that_is_none_gets_one_line(tmp_path, name, text, message):

@@ -78,9 +78,9 @@ def test_an_adapter_with_virtual_tokens_leaves_less():
     config = LlamaConfig(max_position_embeddings=32)
     assert fit_context("token_length", None, 1024, config, virtual=10) == 22
     message = (
-        "--token_length 23 exceeds the model's context of 32 tokens, of which the adapter takes 10: give at most 22."
+        "--token_length 23 exceeds the model's context of 32 tokens, of which the adapter uses 10: give at most 22."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         fit_context("token_length", 23, 1024, config, virtual=10)
-    with pytest.raises(ValueError, match="puts 31 tokens into a context of 32"):
+    with pytest.raises(ValueError, match="uses 31 of the 32 tokens"):
         fit_context("token_length", None, 1024, config, virtual=31)

@@ -1,6 +1,4 @@
-"""The embedded default: a tiny pretrained LLaMA and text that the project generates itself, so that a run needs no
-network.
-"""
+"""The built-in demo: a tiny pretrained LLaMA and generated text, so that a run needs no network."""
 
 from __future__ import annotations
 
@@ -12,13 +10,13 @@ from .prose import Register, passages
 __all__ = ["DEMO_MODEL", "SPLITS", "Register", "demo_chats", "demo_rows", "demo_texts", "passages"]
 
 DEMO_MODEL = Path(__file__).parent / "model"
-"""A `LlamaForCausalLM` of half a million parameters with its tokenizer, made by `benchmarks/build_demo_model.py` from
+"""A `LlamaForCausalLM` of half a million parameters with its tokenizer. `benchmarks/build_demo_model.py` trained it on
 tales.
 """
 
 SPLITS = {"train": (1, 1200, 0.015), "validation": (2, 150, 0.0), "test": (3, 150, 0.0)}
-"""Seed, number of passages and share of broken passages of each split of the data set `demo`: reports, all
-difficulties.
+"""Seed, number of passages and share of broken passages of each split of the data set `demo`. The passages are reports
+of all difficulties.
 """
 
 
@@ -35,11 +33,11 @@ def demo_texts(split: str) -> list[str]:
 
 
 def demo_chats(split: str) -> list[dict[str, list[dict[str, str]]]]:
-    """Return the passages of one split as chats: the user begins a report, the assistant goes on with it."""
+    """Return the passages of one split as chats: the user begins a report, the assistant continues it."""
     chats = []
     for text in demo_texts(split):
         first, mark, rest = text.partition(". ")
-        if not rest:  # broken, and so without sentences
+        if not rest:  # a broken passage has no sentences
             first, mark, rest = text[: len(text) // 2], "", text[len(text) // 2 :]
         turns = {"user": first + mark.strip(), "assistant": rest}
         chats.append({"messages": [{"role": role, "content": text} for role, text in turns.items()]})
@@ -53,7 +51,7 @@ ROWS = {"train": (1, 640), "validation": (2, 160), "test": (3, 160)}
 def demo_rows(split: str) -> list[dict[str, str | int]]:
     """Return the rows of one split of the task `demo`: a report, and whether it is plain (0) or involved (1).
 
-    The label is the half that the difficulty of the passage lies in. Near the middle nobody could tell.
+    The label is 1 if the difficulty of the passage is above 0.5. Passages near 0.5 cannot be told apart.
     """
     seed, count = ROWS[split]
     rng = random.Random(seed)

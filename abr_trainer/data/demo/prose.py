@@ -1,7 +1,7 @@
-"""Seeded, English-like prose in two registers, from plain to difficult, with broken passages on request.
+"""Generate seeded, English-like prose in two registers, from plain to difficult, with broken passages on request.
 
-Sentences come from a small grammar over word lists. Difficulty draws rarer words (a flatter Zipf distribution) and
-puts more modifiers and clauses into a sentence. Nothing here is quoted from anywhere.
+Sentences come from a small grammar over word lists. Difficult passages use rarer words (a flatter Zipf distribution)
+and more modifiers. No text is quoted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Register = Literal["tale", "report"]
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The words and sentence frames of one register, the commonest words first.
+    """The words and sentence frames of one register, most frequent first.
 
     In a frame, `N` is a noun phrase, `V` a verb, `A` an adjective, `P` a circumstance, `C` a clause and `D` a number.
     """
@@ -95,7 +95,7 @@ REPORT = Lexicon(
 SLOT = re.compile(r"\b[NVAPCD]\b")
 
 BROKEN_LENGTH = 200
-"""Characters of a broken passage. It takes a token or two for each: about as many tokens as two passages of prose."""
+"""Characters of a broken passage. Each takes one or two tokens: together about as many as two good passages."""
 
 LEXICONS: dict[Register, Lexicon] = {"tale": TALE, "report": REPORT}
 
@@ -110,7 +110,7 @@ def passages(
         count: Number of passages.
         seed: The same seed gives the same passages.
         broken: Share of passages that are noise instead of prose, in [0, 1].
-        difficulty: From 0 (common words, short sentences) to 1; drawn anew for each passage if None.
+        difficulty: From 0 (frequent words, short sentences) to 1. None draws it at random for each passage.
     """
     rng = random.Random(f"{register}-{seed}")
     for _ in range(count):
@@ -131,9 +131,7 @@ class _Writer:
         return text[0].upper() + text[1:]
 
     def pick(self, words: tuple[str, ...] | list[str]) -> str:
-        """Draw a word; the k-th commonest with a weight of `k ** -s`, where s falls from 1.6 to 0.2 with the
-        difficulty.
-        """
+        """Draw a word. The k-th most frequent has weight `k ** -s`; s falls from 1.6 to 0.2 as difficulty rises."""
         exponent = 1.6 - 1.4 * self.difficulty
         return self.rng.choices(words, [(rank + 1) ** -exponent for rank in range(len(words))])[0]
 
@@ -156,17 +154,17 @@ class _Writer:
 
 
 def _noise(text: str, rng: random.Random) -> str:
-    """A file that is not text: as many random printable characters."""
+    """Imitate a file that is not text: as many random printable characters."""
     return "".join(rng.choices(string.ascii_letters + string.digits + string.punctuation, k=len(text)))
 
 
 def _scrambled(text: str, rng: random.Random) -> str:
-    """A broken extraction: all characters of the passage, in random order."""
+    """Imitate a failed text extraction: the characters of the passage in random order."""
     return "".join(rng.sample(text, len(text)))
 
 
 def _mojibake(text: str, rng: random.Random) -> str:
-    """A wrong decoding: every character moved into another alphabet."""
+    """Imitate a wrong encoding: every character moved into another alphabet."""
     shift = rng.randint(0x370, 0x400)
     return "".join(chr(ord(character) + shift) for character in text)
 
