@@ -1,4 +1,4 @@
-"""Perplexity by each of its published definitions, of a model on a text."""
+"""Measure the perplexity of a model on a text, by any published definition."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The perplexities that people publish, by name: which text, which windows, which tokens count, and how they average.
+"""Published definitions of perplexity, by name: how text is joined and cut into windows, which tokens count, the mean.
 
-The same model on the same test set is published as 5.47, 5.12, 8.71 and 60.98, and all of them are its perplexity.
+The same model on the same test set has published perplexities of 5.47, 5.12, 8.71 and 60.98, by different definitions.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..records.errors import find_named
 from .windows import IntArray, Window, perplexity_of, sliding_windows
 
 C4_WINDOWS = 256
-"""How much of C4's validation split GPTQ, SparseGPT and Wanda are measured on."""
+"""Number of windows of C4's validation split on which GPTQ, SparseGPT and Wanda report perplexity."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """The rows of a data set, or the lines of a file, and what turns them into tokens.
+    """The rows of a data set, or the lines of a file, and their tokenizer.
 
     Attributes:
-        rows: In their order; lines with their line breaks.
-        rows_are_lines: Whether a row is a line of a longer text, and no document.
-        is_c4: Whether they are C4, of which a part is measured by `wanda`.
+        rows: The rows in order; lines with their line breaks.
+        rows_are_lines: Whether each row is a line of a longer text, not a document.
+        is_c4: Whether the text is C4, of which `wanda` measures only a part.
     """
 
     rows: list[str]
@@ -40,12 +40,12 @@ class Text:
 
     @cached_property
     def is_wikitext(self) -> bool:
-        """Whether rows are lines of WikiText, by the headings of its pages."""
+        """Whether the rows are lines of WikiText, recognised by the headings of its pages."""
         return self.rows_are_lines and any(HEADING.fullmatch(row) for row in self.rows)
 
     @cached_property
     def trained(self) -> IntArray:
-        """The tokens that `abr train` would make of it: row by row, the end of a document marked."""
+        """The tokens as `abr train` makes them: row by row, with an end-of-text token after each document."""
         eos = self.tokenizer.eos_token_id
         end = [] if self.rows_are_lines or eos is None else [eos]
         rows = self.tokenizer(self.rows, add_special_tokens=False, verbose=False)["input_ids"]
@@ -53,16 +53,19 @@ class Text:
 
     @cached_property
     def documents(self) -> list[tuple[str, str]]:
-        """Each document that is not blank, as it is and as a model is to see it: pages of WikiText detokenized."""
+        """Pairs of each document that is not blank: the original, and the text for the model.
+
+        Pages of WikiText are detokenized for the model; other documents are unchanged.
+        """
         whole = self.rows
         if self.rows_are_lines:
             whole = pages_of(self.rows) if self.is_wikitext else ["".join(self.rows)]
         return [(document, shown_document(document)) for document in whole if document.strip()]
 
     def joined(self, between: str, rows: int | None = None) -> IntArray:
-        """Return the tokens of these rows as one text, with what special tokens the tokenizer adds by itself.
+        """Return the tokens of the first rows joined into one text, with the special tokens that the tokenizer adds.
 
-        A blank row of WikiText is an empty one, as on the Hub; the lines of any other text are joined as they are.
+        Blank rows of WikiText count as empty, as on the Hub. Lines of any other text are joined without `between`.
         """
         if self.rows_are_lines and not self.is_wikitext:
             between = ""
@@ -76,7 +79,7 @@ class Text:
 
     @property
     def prefix(self) -> int:
-        """The token that begins a text: the one that is made for it, or else the one that ends a text.
+        """The token before a text: the begin-of-text token if there is one, else the end-of-text token.
 
         Raises:
             ValueError: The tokenizer has neither.
@@ -84,16 +87,18 @@ class Text:
         tokens: tuple[int | None, ...] = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         found = next((token for token in tokens if token is not None), None)
         if found is None:
-            raise ValueError("The tokenizer has no token to begin a text with, which this --definition needs.")
+            raise ValueError(
+                "This --definition needs a begin-of-text or end-of-text token, but the tokenizer has none."
+            )
         return found
 
 
 class Definition(ABC):
-    """A way to cut a text into windows, and to make one number of their likelihoods.
+    """How to cut a text into windows, and how to compute one number from their likelihoods.
 
     Attributes:
-        name: As `--definition` takes it.
-        says: What is averaged over what; printed beside the number.
+        name: Value of `--definition`.
+        says: The formula in words; printed beside the number.
         takes_stride: Whether windows may overlap.
         wants_whole_texts: Whether a part of a document would give a wrong number.
     """
@@ -105,7 +110,7 @@ class Definition(ABC):
 
     @property
     def metric(self) -> str:
-        """What the metrics of a run begin with: `hf_stride` of "hf-stride"."""
+        """Prefix of the metrics in a run: `hf_stride` for "hf-stride"."""
         return self.name.replace("-", "_")
 
     @abstractmethod
@@ -113,7 +118,11 @@ class Definition(ABC):
         """Yield windows of at most `length` tokens."""
 
     def numbers(self, text: Text, windows: Sequence[Window], nlls: Sequence[float]) -> dict[str, float]:
-        """Return `perplexity`, and what else goes by this definition: exp of the weighted mean over windows."""
+        """Return `perplexity`, exp of the weighted mean over windows, and any other numbers of this definition.
+
+        Args:
+            nlls: Summed negative log-likelihood of the targets of each window, in nats.
+        """
         total = math.fsum(window.weight for window in windows)
         if total == 0:
             return {"perplexity": math.nan}
@@ -122,7 +131,7 @@ class Definition(ABC):
 
 
 class Token(Definition):
-    """Exact: every target token counts once, whatever the windows and batches are."""
+    """Token-exact: every target token counts once, for any windows and batches."""
 
     name = "token"
     says = "exp(sum of nll / number of target tokens), tokenized row by row as for training"
@@ -134,10 +143,10 @@ class Token(Definition):
 
 
 class TrainerBlocks(Definition):
-    """What `exp(eval_loss)` of a Trainer is over the blocks of run_clm: the tail that fills no block is dropped."""
+    """`exp(eval_loss)` of Trainer over the blocks of run_clm, which drops the tail that does not fill a block."""
 
     name = "trainer"
-    says = "exp(mean over whole blocks of their mean nll), as exp(eval_loss) of Trainer on the blocks of run_clm"
+    says = "exp(mean over full blocks of their mean nll), as exp(eval_loss) of Trainer on the blocks of run_clm"
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
         yield from whole_windows(text.trained, length)
@@ -146,8 +155,8 @@ class TrainerBlocks(Definition):
 class HfStride(Definition):
     """The loop in the documentation of transformers, "Perplexity of fixed-length models".
 
-    It weighs a window by one less than the tokens that are new in it, because it takes each loss for one with a target
-    less; where windows overlap there is none less.
+    It weights each window by its number of new tokens minus 1, because it assumes that the first token has no
+    prediction. For overlapping windows this is wrong: all new tokens have one.
     """
 
     name = "hf-stride"
@@ -163,15 +172,16 @@ class HfStride(Definition):
 
 
 class Wanda(Definition):
-    """That of GPTQ (for C4 its `c4-new`), SparseGPT and Wanda: whole disjoint windows, and the tail dropped.
+    """Perplexity of GPTQ (`c4-new` for C4), SparseGPT and Wanda: full windows without overlap; the tail is dropped.
 
-    WikiText's rows are joined by a blank line, documents by a space: of C4 the first 1,100, cut to 256 windows.
+    Rows of WikiText are joined with blank lines, documents with spaces. C4 is its first 1,100 documents, cut to 256
+    windows.
     """
 
     name = "wanda"
     says = (
         "WikiText joined by blank lines, documents by spaces (C4: 1,100 of them, 256 windows); "
-        "exp(mean over whole disjoint windows of the mean nll of their length - 1 targets)"
+        "exp(mean over full disjoint windows of the mean nll of their length - 1 targets)"
     )
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
@@ -179,10 +189,10 @@ class Wanda(Definition):
 
 
 class WandaLora(Definition):
-    """That of Wanda's LoRA fine-tuning: as `wanda`, but the short tail counts as a whole window."""
+    """Perplexity of Wanda's LoRA fine-tuning: as `wanda`, but the short tail counts as a full window."""
 
     name = "wanda-lora"
-    says = "texts as wanda's; exp(mean over disjoint windows of their mean nll), the short tail as a whole window"
+    says = "text as for wanda; exp(mean over disjoint windows of their mean nll), the short tail as a full window"
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
         ids = published_tokens(text, length)
@@ -191,14 +201,14 @@ class WandaLora(Definition):
 
 
 class LmEval(Definition):
-    """The `wikitext` task of lm-evaluation-harness: the likelihood of detokenized pages for each word of the original.
+    """The `wikitext` task of lm-evaluation-harness: the likelihood of detokenized pages per word of the original.
 
-    Each token of a document is scored once, the first one after the token that begins a text. Documents that are no
-    WikiText are taken as they are. Also returns `byte_perplexity` and `bits_per_byte`.
+    Each token of a document is scored once; the first one follows the begin-of-text token. Documents other than
+    WikiText are not changed. Also returns `byte_perplexity` and `bits_per_byte`.
     """
 
     name = "lm-eval"
-    says = "exp(sum of nll / number of words), by document; words and bytes of the text before it is detokenized"
+    says = "exp(sum of nll / number of words), by document; words and bytes are counted before detokenization"
     wants_whole_texts = True
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
@@ -223,13 +233,13 @@ class LmEval(Definition):
 
 
 class Evaluate(Definition):
-    """The metric `perplexity` of the package evaluate: one perplexity a text, and their mean.
+    """The metric `perplexity` of the package evaluate: the mean of one perplexity per text.
 
-    The mean of perplexities is moved by its worst texts: on short lines it is ten times the others.
+    The worst texts dominate this mean: on short lines it is ten times the other perplexities.
     """
 
     name = "evaluate"
-    says = "mean over rows of exp(mean nll of the row), each begun by a token of its own and cut to one window"
+    says = "mean over rows of exp(mean nll of the row); each row has a begin-of-text token and is cut to one window"
 
     def windows(self, text: Text, length: int, stride: int) -> Iterator[Window]:
         for document, row in enumerate(row for row in text.rows if row.strip()):
@@ -249,7 +259,10 @@ DEFINITIONS: dict[str, Definition] = {
 
 
 def find_definition(name: str, flag: str = "definition") -> Definition:
-    """Return the definition of this name, which a flag has given.
+    """Return the definition with this name.
+
+    Args:
+        flag: The flag that gave the name, for messages.
 
     Raises:
         ValueError: There is none.
@@ -258,7 +271,7 @@ def find_definition(name: str, flag: str = "definition") -> Definition:
 
 
 def spans(ids: IntArray, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield what `sliding_windows` does, and nothing of a text that is shorter than a window."""
+    """Yield the spans of `sliding_windows`; none if the text is shorter than a window."""
     return sliding_windows(len(ids), length, stride) if len(ids) >= length else iter(())
 
 
@@ -268,26 +281,26 @@ def whole_windows(ids: IntArray, length: int) -> Iterator[Window]:
 
 
 def published_tokens(text: Text, length: int) -> IntArray:
-    """Return the tokens of WikiText or C4 as GPTQ and its successors join and cut them."""
+    """Return the tokens of a text, joined and cut as in GPTQ and its successors."""
     if text.is_c4:
         return text.joined(" ", rows=C4_DOCUMENTS)[: C4_WINDOWS * length]
     return text.joined("\n\n" if text.rows_are_lines else " ")
 
 
-# ---- Documents, and WikiText made readable ----
+# ---- Documents, and detokenized WikiText ----
 
 HEADING = re.compile(r"\s*= (?!=).*(?<!=) =\s*")
-"""That of a page of WikiText. Those of its sections have more signs."""
+"""The heading of a page of WikiText. Headings of sections have more equals signs."""
 
 
 def shown_document(document: str) -> str:
-    """Return a document as a model is to see it: a page of WikiText, by its heading, detokenized."""
+    """Return the text of a document for the model: detokenized if it begins with a heading of WikiText."""
     first = next(line for line in document.splitlines() if line.strip())
     return detokenized(document) if HEADING.fullmatch(first) else document
 
 
 def pages_of(rows: Sequence[str]) -> list[str]:
-    r"""Return the pages of WikiText, each from its heading on.
+    r"""Return the pages of WikiText; each begins with its heading.
 
     >>> pages_of(["", " = One = \n", "", " text \n", " = = Section = = \n", " = Two = \n", " more \n"])
     [' = One = \n \n text \n = = Section = = ', ' = Two = \n more ']
@@ -308,9 +321,9 @@ REST = {" \n": "\n", "\n ": "\n", " N ": " 1 ", " 's": "'s"}
 
 
 def detokenized(page: str) -> str:
-    """Return a page of WikiText as it was written: no spaces before marks, inside brackets and quotes, or in numbers.
+    """Remove the spaces of a WikiText page before marks, inside brackets and quotes, and in numbers.
 
-    The rules and their order are those of lm-evaluation-harness, so that its numbers come out.
+    The rules and their order are those of lm-evaluation-harness, so that its numbers are reproduced.
 
     >>> detokenized("In 1 @,@ 200 villages ( all of them ) , the ' river ' ; it 's old . ")
     "In 1,200 villages (all of them), the 'river'; it's old. "

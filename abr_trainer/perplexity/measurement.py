@@ -1,4 +1,4 @@
-"""The perplexity of a model on a text, by a named definition, with all that defines the number."""
+"""Measure the perplexity of a model on a text by a named definition, and record all settings that define it."""
 
 from __future__ import annotations
 
@@ -36,27 +36,29 @@ DEFAULT_TOKEN_LENGTH = 2048
 
 @dataclass
 class MeasureArguments:
-    """By which definition to measure, and where the result goes."""
+    """Which definition to measure by, and where to write the result."""
 
     definition: str = field(
         default="token",
-        metadata={"help": "Which perplexity, see the README: " + ", ".join(DEFINITIONS) + "."},
+        metadata={"help": "Definition of perplexity, see the documentation: " + ", ".join(DEFINITIONS) + "."},
     )
     token_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens in a window. Default: what the model can attend to, at most 2048."},
+        metadata={"help": "Tokens per window. Default: the model's context length, at most 2048."},
     )
     stride: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens from one window to the next, for 'token' and 'hf-stride'; the less, the more context each "
-            "token has, and the longer it takes. Default: --token_length, windows that do not overlap."
+            "help": "Tokens from one window to the next, for 'token' and 'hf-stride'. A smaller stride gives each "
+            "token more context, but takes longer. Default: --token_length, so that windows do not overlap."
         },
     )
-    max_windows: int | None = field(default=None, metadata={"help": "Measure on the first so many windows."})
-    batch_size: int = field(default=8, metadata={"help": "Windows at a time, on each process."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
-    output_file: str | None = field(default=None, metadata={"help": "Write the number and what defines it, as JSON."})
+    max_windows: int | None = field(default=None, metadata={"help": "Measure only on the first N windows."})
+    batch_size: int = field(default=8, metadata={"help": "Windows per batch, on each process."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "Write the result, and all settings that define it, to this JSON file."}
+    )
 
     def __post_init__(self) -> None:
         definition = find_definition(self.definition)
@@ -64,59 +66,62 @@ class MeasureArguments:
         check_stride(definition, self.stride)
         if self.max_windows is not None and definition.wants_whole_texts:
             raise ValueError(
-                f"--max_windows would cut a text, of which --definition {definition.name} needs all: give --max_rows."
+                f"--max_windows cannot be used with --definition {definition.name}, which needs full texts. Give "
+                "--max_rows instead."
             )
         refuse_missing_directory(self, "output_file")
 
 
 @dataclass
 class EvaluationArguments:
-    """What else to measure at each evaluation of a run."""
+    """What to measure at each evaluation of a run, in addition to the loss."""
 
     eval_definition: str | None = field(
         default=None,
         metadata={
-            "help": "Also measure perplexity by this definition: " + ", ".join(DEFINITIONS) + ". At each evaluation, "
-            "in windows of --block_size; it is followed in the lines, the history and the choice of the best."
+            "help": "Also measure perplexity by this definition at each evaluation, in windows of --block_size: "
+            + ", ".join(DEFINITIONS)
+            + ". Logs, history and the choice of the best checkpoint then use it."
         },
     )
     eval_text: str | None = field(
         default=None,
         metadata={
-            "help": "What to measure --eval_definition on: a file, or a data set, of which the validation split is "
-            "read. Default: the text that is evaluated on."
+            "help": "Text for --eval_definition: a file, or a data set whose validation split is used. "
+            "Default: the evaluation text."
         },
     )
     eval_stride: int | None = field(
-        default=None, metadata={"help": "Tokens from one window of --eval_definition to the next, as --stride."}
+        default=None,
+        metadata={"help": "Tokens from one window of --eval_definition to the next. Default: --block_size."},
     )
 
     def __post_init__(self) -> None:
         if self.eval_definition is None:
             for flag in ("eval_text", "eval_stride"):
                 if getattr(self, flag) is not None:
-                    raise ValueError(f"--{flag} means nothing without --eval_definition.")
+                    raise ValueError(f"--{flag} needs --eval_definition.")
         else:
             refuse_below(self, {"eval_stride": 1})
             check_stride(find_definition(self.eval_definition, "eval_definition"), self.eval_stride, "eval_")
 
     @property
     def metric(self) -> str:
-        """The perplexity that a run is followed by."""
+        """Name of the perplexity that logs and the choice of the best checkpoint use."""
         chosen = self.eval_definition
         return "perplexity" if chosen is None else f"{find_definition(chosen).metric}_perplexity"
 
     @staticmethod
     def _first_of_mix(data: DataArguments) -> str | None:
-        """Return the data set of a mix that is evaluated on; none if rows of a training file are."""
+        """Return the data set of a mix that is used for evaluation; None if it is a training file."""
         first = next(iter(parse_mix(data.dataset_mix))) if data.dataset_mix else None
         return None if first is None or Path(first).is_file() else first
 
     def text_to_measure(self, data: DataArguments) -> tuple[TextArguments, str]:
-        """Return what to read, and the flag that names it.
+        """Return the text to read, and the flag that gives it.
 
         Raises:
-            ValueError: Nothing does.
+            ValueError: No flag gives a text.
         """
         names = {
             "eval_text": self.eval_text,
@@ -126,7 +131,7 @@ class EvaluationArguments:
         }
         flag, name = next((item for item in names.items() if item[1] is not None), ("", None))
         if name is None:
-            raise ValueError("--eval_definition needs a text: give --eval_text or --validation_file.")
+            raise ValueError("--eval_definition needs a text. Give --eval_text or --validation_file.")
         if Path(name).is_file():
             return TextArguments(text_file=name, text_column=data.text_column), flag
         config = None if flag == "eval_text" else data.dataset_config_name
@@ -134,7 +139,7 @@ class EvaluationArguments:
 
 
 def refuse_without_text(*arguments: Any) -> None:
-    """Refuse flags that say how to measure where nothing says on what: all but defaults, and --use_cpu.
+    """Refuse flags about measuring if no text is given. Defaults and --use_cpu are allowed.
 
     Args:
         arguments: Dataclasses of such flags.
@@ -145,23 +150,31 @@ def refuse_without_text(*arguments: Any) -> None:
     for group in arguments:
         for flag in fields(group):
             if flag.name != "use_cpu" and getattr(group, flag.name) != flag.default:
-                raise ValueError(f"--{flag.name} needs a text to measure on: give --dataset_name or --text_file.")
+                raise ValueError(f"--{flag.name} needs a text to measure. Give --dataset_name or --text_file.")
 
 
 def check_stride(definition: Definition, stride: int | None, prefix: str = "") -> None:
-    """Refuse a stride with a definition whose windows cannot overlap."""
+    """Refuse a stride for a definition whose windows cannot overlap.
+
+    Raises:
+        ValueError: There is a stride, but the definition does not use it.
+    """
     if stride is not None and not definition.takes_stride:
         takers = " and ".join(repr(each.name) for each in DEFINITIONS.values() if each.takes_stride)
         raise ValueError(
-            f"--{prefix}stride means nothing to --{prefix}definition {definition.name}; it is for {takers}."
+            f"--{prefix}stride cannot be used with --{prefix}definition {definition.name}, only with {takers}."
         )
 
 
 def fit_stride(stride: int | None, length: int, flag: str = "stride", length_flag: str = "token_length") -> int:
-    """Return the stride, by default the length of a window, which it must not exceed."""
+    """Return the stride, by default the length of a window.
+
+    Raises:
+        ValueError: The stride is longer than a window.
+    """
     if stride is not None and stride > length:
         raise ValueError(
-            f"--{flag} {stride} is above --{length_flag} {length}: tokens between windows would be left out."
+            f"--{flag} {stride} must not exceed --{length_flag} {length}, or tokens between windows would be left out."
         )
     return stride or length
 
@@ -170,7 +183,7 @@ def choose_windows(arguments: MeasureArguments, config: PreTrainedConfig, virtua
     """Return the length of a window and the stride, or their defaults, checked against the model.
 
     Args:
-        virtual: Tokens that an adapter puts before the others.
+        virtual: Number of virtual tokens that an adapter puts before the text.
 
     Raises:
         ValueError: A window is longer than the model's context, or the stride is longer than a window.
@@ -191,44 +204,46 @@ def cut_windows(
     """Return the windows of a text.
 
     Args:
-        origin: The flag that named the text, for messages; `flags` those that named the definition and the length.
+        most: Most windows; None for all.
+        origin: The flag that gives the text, for messages.
+        flags: The flags that give the definition and the length, for messages.
 
     Raises:
-        ValueError: The text does not fill one.
+        ValueError: The text is shorter than one window.
     """
     windows = list(itertools.islice(definition.windows(text, length, stride), most))
     if not windows:
         raise ValueError(
-            f"{origin} is shorter than a window of --{flags[0]} {definition.name}: --{flags[1]} is {length}. Give a "
-            "lower one, or more text."
+            f"{origin} is shorter than one window of --{flags[0]} {definition.name}: --{flags[1]} is {length}. Give a "
+            f"lower --{flags[1]}, or more text."
         )
     return windows
 
 
 def check_tokens(windows: Sequence[Window], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse tokens that the model has no embedding of.
+    """Refuse tokens for which the model has no embedding.
 
     Raises:
-        ValueError: The tokenizer is of another model.
+        ValueError: The tokenizer belongs to another model.
     """
     known = embeddings_in(model)
     highest = max(max(window.ids) for window in windows)
     if highest >= known:
         raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path} makes token {highest}, but the model has {known} embeddings: "
-            "it is of another model. Give --tokenizer_name."
+            f"The tokenizer of {tokenizer.name_or_path} returns token {highest}, but the model has only {known} "
+            "embeddings. Give the model's tokenizer as --tokenizer_name."
         )
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A text in windows, to be measured as often as one likes, on all ranks.
+    """A text in windows, which can be measured repeatedly, on all ranks.
 
-    Called with a model it returns the numbers of its definition, under its name: `hf_stride_perplexity`. That is what
-    `ABRTrainer(eval_measurement=...)` takes.
+    Calling it with a model returns the numbers of its definition with its name as prefix, e.g. `hf_stride_perplexity`.
+    Pass it as `ABRTrainer(eval_measurement=...)`.
 
     Attributes:
-        batch_size: Windows at a time, on each rank.
+        batch_size: Windows per batch, on each rank.
     """
 
     definition: Definition
@@ -253,17 +268,20 @@ def prepare_measurement(
     batch_size: int,
     state: PartialState,
 ) -> Measurement | None:
-    """Load and cut what is measured at each evaluation, if anything is; `--max_eval_samples` windows at most.
+    """Load the text to measure at each evaluation and cut it into at most `--max_eval_samples` windows.
+
+    Returns None without `--eval_definition`.
 
     Raises:
-        ValueError: The text cannot be read, or does not go with the definition and the flags.
+        ValueError: The text cannot be read, or does not fit the definition and the flags.
     """
     if arguments.eval_definition is None:
         return None
     definition = find_definition(arguments.eval_definition)
     if definition.wants_whole_texts and data.max_eval_samples is not None:
         raise ValueError(
-            f"--max_eval_samples would cut a text, of which --eval_definition {definition.name} needs all."
+            f"--max_eval_samples cannot be used with --eval_definition {definition.name}, which needs full texts. "
+            "Leave it out."
         )
     stride = fit_stride(arguments.eval_stride, length, "eval_stride", "block_size")
     source, flag = arguments.text_to_measure(data)
@@ -277,13 +295,13 @@ def prepare_measurement(
 def measure(
     load: AdaptedArguments, source: TextArguments, arguments: MeasureArguments, state: PartialState
 ) -> dict[str, Any]:
-    """Load a model and a text, and return a perplexity with all that defines it. Every rank returns the same.
+    """Load a model and a text, and return a perplexity with all settings that define it. All ranks return the same.
 
-    Windows whose likelihood is not finite are named in `non_finite_windows`: the perplexity is None, and
-    `perplexity_without_them` that of the others.
+    If the likelihood of a window is NaN or infinite, its index is in `non_finite_windows`, the perplexity is None, and
+    `perplexity_without_them` is the perplexity of the other windows.
 
     Raises:
-        ValueError: Model, adapter, tokenizer, text or flags do not fit each other.
+        ValueError: Model, adapter, tokenizer, text and flags do not fit together.
     """
     config, tokenizer = load_config(load), load_tokenizer(load)
     definition = find_definition(arguments.definition)
@@ -300,7 +318,7 @@ def measure(
     quantisation = quantisation_of(model)
     if quantisation is None and load.device_map is None:
         adapted.to(state.device)
-    defined = {  # before measuring: whatever fails here must not cost hours
+    defined = {  # before measuring, so that an error here does not waste hours
         "definition": definition.name,
         "says": definition.says,
         "text": loaded.origin,
@@ -323,9 +341,9 @@ def measure(
     start = time.perf_counter()
     try:
         nlls = nlls_over_ranks(adapted, windows, arguments.batch_size, state)
-    except IndexError as error:  # the tokens were checked: there are fewer positions than the configuration says
+    except IndexError as error:  # tokens were checked, so the model has fewer positions than its configuration says
         raise ValueError(
-            f"The model has no positions for windows of {length} tokens: give a lower --token_length. "
+            f"The model has too few positions for windows of {length} tokens. Give a lower --token_length. "
             f"{one_line(error)}"
         ) from error
     seconds = time.perf_counter() - start
@@ -341,10 +359,10 @@ def measure(
 def numbers_of(
     definition: Definition, text: Text, windows: Sequence[Window], nlls: Sequence[float]
 ) -> tuple[dict[str, float], list[int]]:
-    """Return the numbers of a definition, and which windows have a likelihood that is not finite.
+    """Return the numbers of a definition, and the indices of windows whose likelihood is NaN or infinite.
 
-    If there are such, the perplexity is not a number, and `perplexity_without_them` that of the others: without all of
-    a text of which it is one.
+    If there are any, the perplexity is NaN, and `perplexity_without_them` leaves out these windows and all other
+    windows of the same documents.
     """
     non_finite = [index for index, nll in enumerate(nlls) if not math.isfinite(nll)]
     lost = {windows[index].document for index in non_finite} - {None}
@@ -360,7 +378,7 @@ def numbers_of(
 
 
 def quantisation_of(model: PreTrainedModel) -> str | None:
-    """Return how the weights are quantised, whether on loading or in the checkpoint; None if they are not."""
+    """Return how the weights are quantised, on loading or in the checkpoint; None if they are not."""
     if not getattr(model, "is_quantized", False):
         return None
     bits = {"is_loaded_in_8bit": "8-bit", "is_loaded_in_4bit": "4-bit"}
@@ -369,8 +387,8 @@ def quantisation_of(model: PreTrainedModel) -> str | None:
 
 
 def begin_of(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the special token that the first window begins with, if it does."""
-    first = int(windows[0].ids[0])  # of an array it is no int to the tokenizer
+    """Return the special token at the start of the first window; None if it starts with another token."""
+    first = int(windows[0].ids[0])  # the tokenizer does not accept numpy integers
     return str(tokenizer.convert_ids_to_tokens(first)) if first in tokenizer.all_special_ids else None
 
 
@@ -381,9 +399,10 @@ def nlls_over_ranks(
     state: PartialState,
     shows_progress: bool = True,
 ) -> list[float]:
-    """Return what `window_nlls` does, each rank having measured its share of the windows.
+    """Return the result of `window_nlls`; each rank measures its share of the windows.
 
-    All ranks measure equally many, some of them twice if need be: a sharded model waits for all ranks at each batch.
+    All ranks measure the same number of windows, some of them twice if necessary, because the ranks of a sharded model
+    wait for each other at each batch.
     """
     turns = range(state.process_index, math.ceil(len(windows) / state.num_processes) * state.num_processes)
     mine = [index % len(windows) for index in turns[:: state.num_processes]]
@@ -395,11 +414,11 @@ def nlls_over_ranks(
 
 
 def describe_measurement(found: dict[str, Any]) -> list[str]:
-    """Return a line each on the number, and on what it is the perplexity of."""
+    """Return lines about the result, the text, the windows, the model and the speed."""
     lines = [f"perplexity  {shown_number(found['perplexity'])} ({found['definition']}): {found['says']}"]
     if "bits_per_byte" in found:
         by_byte, bits = shown_number(found["byte_perplexity"]), shown_number(found["bits_per_byte"])
-        lines.append(f"            by byte {by_byte}, bits by byte {bits}")
+        lines.append(f"            per byte {by_byte}, bits per byte {bits}")
     if broken := found["non_finite_windows"]:
         which = ", ".join(map(str, broken[:10])) + ", ..." * (len(broken) > 10)
         without = shown_number(found["perplexity_without_them"])
@@ -407,7 +426,7 @@ def describe_measurement(found: dict[str, Any]) -> list[str]:
     place = " ".join(part for part in (found["text"], found["config"], found["split"]) if part)
     stride = f" every {found['stride']}" if found["stride"] else ""
     cut = f"{found['windows']:,} of {found['token_length']} tokens{stride}, {found['target_tokens']:,} targets"
-    begin = f"begun by {found['begun_by']}" if found["begun_by"] else "no token before the first"
+    begin = f"starting with {found['begun_by']}" if found["begun_by"] else "no token before the first"
     form = ", ".join(part for part in (found["dtype"], found["quantisation"]) if part)
     adapter = f" with {found['adapter']}" if found["adapter"] else ""
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in found["nonzero_share"].items())

@@ -22,11 +22,12 @@ IGNORE_INDEX = -100
 def causal_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed negative log-likelihood of each row, in nats, and its number of target tokens.
 
-    One row is upcast at a time, so that bf16 logits cost no second copy of the whole batch.
+    One row is upcast at a time, so that bf16 logits need no fp32 copy of the full batch.
 
     Args:
-        logits: `(batch, length, vocabulary)`; position i predicts label i+1. Positions before the labels are left out.
-        labels: `(batch, length)`, -100 where there is no target.
+        logits: `(batch, length, vocabulary)`; position i predicts label i+1. Extra positions before the labels are
+            left out.
+        labels: `(batch, length)`, -100 for no target.
 
     Returns:
         Two tensors of shape `(batch,)`: float64 and int64.
@@ -36,7 +37,12 @@ def causal_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def target_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `causal_nll` does, of logits `(batch, length, vocabulary)` of these targets, `(batch, length)`."""
+    """Return the same as `causal_nll` for logits that are aligned with the targets.
+
+    Args:
+        logits: `(batch, length, vocabulary)`; position i predicts target i.
+        targets: `(batch, length)`, -100 for no target.
+    """
     rows = [
         torch.nn.functional.cross_entropy(
             row_logits.float(), row_targets, ignore_index=IGNORE_INDEX, reduction="none"
@@ -47,7 +53,7 @@ def target_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TokenPerplexity:
-    """Sum up what `causal_nll` returns, batch by batch.
+    """Sum up the results of `causal_nll` over batches.
 
     >>> total = TokenPerplexity()
     >>> total.add(torch.tensor([4.0, 2.0]), torch.tensor([2, 1]))
@@ -70,12 +76,12 @@ class TokenPerplexity:
 
     @property
     def perplexity(self) -> float:
-        """The perplexity so far; not a number when a token's likelihood was not finite, or there was none."""
+        """The perplexity so far; NaN if there are no tokens, or if the likelihood of one is NaN or infinite."""
         return perplexity_of(self.nll / self.tokens) if self.tokens else math.nan
 
 
 def perplexity_of(loss: float) -> float:
-    """Return `exp(loss)`, infinite where that overflows.
+    """Return `exp(loss)`, or infinity if that overflows.
 
     >>> perplexity_of(0.0), perplexity_of(1e4)
     (1.0, inf)
@@ -88,13 +94,13 @@ def perplexity_of(loss: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens that a model sees at once, of which the last ones are targets.
+    """Tokens that a model sees at once. The last ones are targets.
 
     Attributes:
-        ids: A view of the tokens of the text, or tokens of its own.
-        targets: How many of the last tokens count; fewer than there are, because the first has no prediction.
-        weight: What the mean over these targets counts in an average over windows.
-        document: Index of the text that it is of, where a number is made of whole texts.
+        ids: A view of the tokens of the text, or separate tokens.
+        targets: Number of last tokens that count; less than `len(ids)`, because the first token has no prediction.
+        weight: Weight of the mean over these targets in the mean over windows.
+        document: Index of the window's document, for definitions that need full documents.
     """
 
     ids: Sequence[int] | IntArray
@@ -104,10 +110,10 @@ class Window:
 
 
 def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield `(begin, end, scored)` spans; where they overlap, every token after the first is scored exactly once.
+    """Yield `(begin, end, scored)` spans. If they overlap, every token after the first is scored exactly once.
 
-    The first token of a span is never scored: with `stride` equal to `window`, one token a span is left out. A span
-    with nothing to score is not made.
+    The first token of a span is never scored, so with `stride` equal to `window` one token per span is left out. Spans
+    without a token to score are left out.
 
     >>> list(sliding_windows(length=10, window=6, stride=3))
     [(0, 6, 5), (3, 9, 3), (6, 10, 1)]
@@ -125,19 +131,19 @@ def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int
         done = end
 
 
-@torch.no_grad()  # not inference_mode: in the course of a run engines keep tensors that are made meanwhile
+@torch.no_grad()  # not inference_mode: during a run, engines keep tensors that are created here
 def window_nlls(
     model: torch.nn.Module, windows: Sequence[Window], batch_size: int, progress: Callable[[int], Any] | None = None
 ) -> list[float]:
     """Return the summed negative log-likelihood of the targets of each window, in nats, in float64.
 
-    The longest windows come first, so that a batch that does not fit fails at once; logits are made for no more than
-    the targets where the model can do that, and are never kept. The model's mode is left as it was found.
+    The longest windows come first, so that a batch that does not fit into memory fails at once. If the model supports
+    it, logits are computed only for targets; they are never stored. The model's training mode is restored.
 
     Args:
         model: A causal language model on its device, which takes `input_ids` and `attention_mask`.
-        batch_size: Windows at a time.
-        progress: Called with the number of windows after each batch.
+        batch_size: Windows per batch.
+        progress: Called after each batch with its number of windows.
     """
     device = next(model.parameters()).device
     trims = "logits_to_keep" in inspect.signature(without_adapter(model).forward).parameters
@@ -162,7 +168,7 @@ def window_nlls(
 def _logits_and_targets(
     model: torch.nn.Module, batch: list[Window], device: torch.device, trims: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return logits, and the targets that they predict, -100 where there is none. A last token is no input."""
+    """Return logits and the targets that they predict, -100 for no target. The last token is not used as input."""
     longest = max(len(window.ids) for window in batch) - 1
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     seen = torch.zeros_like(ids)

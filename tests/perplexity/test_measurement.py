@@ -184,15 +184,15 @@ def test_a_likelihood_that_is_not_finite_is_counted_and_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([*DEMO, "--stride", "65"], "--stride 65 is above --token_length 64"),
-        ([*DEMO, "--definition", "wanda", "--stride", "8"], "--stride means nothing to --definition wanda; it is for"),
+        ([*DEMO, "--stride", "65"], "--stride 65 must not exceed --token_length 64"),
+        ([*DEMO, "--definition", "wanda", "--stride", "8"], "--stride cannot be used with --definition wanda, only"),
         ([*DEMO, "--definition", "wnda"], "Unknown --definition 'wnda'. Did you mean 'wanda'?"),
-        ([*DEMO, "--definition", "lm-eval", "--max_windows", "3"], "give --max_rows"),
+        ([*DEMO, "--definition", "lm-eval", "--max_windows", "3"], "Give --max_rows"),
         (["--dataset_name", "demo", "--token_length", "4096"], "exceeds the model's context of 256 tokens"),
         (["--use_cpu"], "Give either --dataset_name or --text_file"),
         ([*DEMO, "--text_file", "x.txt"], "Give either --dataset_name or --text_file"),
         (["--text_file", "no-such.txt"], "--text_file no-such.txt does not exist."),
-        ([*DEMO, "--adapter", "no-such"], "--adapter_name_or_path no-such holds no adapter"),
+        ([*DEMO, "--adapter", "no-such"], "--adapter_name_or_path no-such is not an adapter"),
         ([*DEMO, "--output_file", "no/such.json"], "--output_file no/such.json: its directory does not exist."),
         ([*DEMO, "--batch_size", "0"], "--batch_size must be at least 1, got 0."),
         ([*DEMO, "--split", "tset"], "--split must be one of validation, train, test, got tset."),
@@ -214,7 +214,7 @@ def test_an_empty_text_is_told(tmp_path, content):
 def test_a_text_shorter_than_a_window_is_told(tmp_path, definition):
     (tmp_path / "own.txt").write_text("The committee met.")
     message = error_of("--text_file", str(tmp_path / "own.txt"), "--definition", definition, "--token_length", "64")
-    assert f"own.txt is shorter than a window of --definition {definition}: --token_length is 64" in message
+    assert f"own.txt is shorter than one window of --definition {definition}: --token_length is 64" in message
 
 
 # ---- Tokenizers that add special tokens, or have none ----
@@ -258,7 +258,7 @@ def test_the_published_number_of_a_llama_begins_with_one_bos(tmp_path, capsys):
         logits = model(blocks).logits[:, :-1].double()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
-    assert "targets, begun by <s>" in capsys.readouterr().out
+    assert "targets, starting with <s>" in capsys.readouterr().out
 
 
 def test_a_text_that_begins_with_a_special_token_is_measured(begun, tmp_path):
@@ -278,7 +278,7 @@ def test_a_tokenizer_without_an_end_of_text_token_is_told(tmp_path, caplog):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     found = run(*DEMO, "--model_name_or_path", str(tmp_path))
-    assert f"{tmp_path} has no end-of-text token: documents follow one another without a mark" in caplog.text
+    assert f"{tmp_path} has no end-of-text token, so nothing separates documents" in caplog.text
     assert found["target_tokens"] < run(*DEMO)["target_tokens"]
 
 
@@ -288,10 +288,16 @@ def test_a_tokenizer_without_an_end_of_text_token_is_told(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (BertForMaskedLM(BertConfig(**TINY)), "but a masked language model: its tokens see those that they are to pr"),
-        (BertLMHeadModel(BertConfig(**TINY)), "but a masked language model: its tokens see those that they are to pr"),
-        (T5Model(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)), "but a model of encoder and deco"),
-        (ViTModel(ViTConfig(**TINY)), "but of another kind (vit, ViTModel)."),
+        (
+            BertForMaskedLM(BertConfig(**TINY)),
+            "but a masked language model, which can see the tokens that it should pr",
+        ),
+        (
+            BertLMHeadModel(BertConfig(**TINY)),
+            "but a masked language model, which can see the tokens that it should pr",
+        ),
+        (T5Model(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)), "but an encoder-deco"),
+        (ViTModel(ViTConfig(**TINY)), "but another kind of model (vit, ViTModel)."),
     ],
 )
 @pytest.mark.parametrize("script", [perplexity, run_clm_abr])
@@ -301,7 +307,9 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path, model, message, s
     with pytest.raises(SystemExit) as ended:
         script.main([*flags, "--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(DEMO_MODEL)])
     told = str(ended.value)
-    assert told.startswith(f"error: --model_name_or_path {tmp_path / 'model'} is no causal language model {message}")
+    assert told.startswith(
+        f"error: --model_name_or_path {tmp_path / 'model'} is not a causal language model {message}"
+    )
     assert "\n" not in told
 
 
@@ -325,7 +333,7 @@ def test_windows_leave_room_for_virtual_tokens(tmp_path):
         flags = ["--dataset_name", "demo", "--max_rows", "4", "--use_cpu", "--model_name_or_path"]
         flags += [str(tmp_path / "base"), "--adapter", str(adapter)]
         assert run(*flags)["token_length"] == 54
-        assert "context of 64 tokens, of which the adapter takes 10: give at most 54." in error_of(
+        assert "context of 64 tokens, of which the adapter uses 10: give at most 54." in error_of(
             *flags, "--token_length", "55"
         )
 
@@ -360,7 +368,7 @@ def test_a_model_that_does_not_tell_its_positions_is_told(tmp_path):
     flags = ["--model_name_or_path", str(tmp_path), "--tokenizer_name", str(DEMO_MODEL)]
     assert run(*DEMO, *flags, "--token_length", "33")["perplexity"] > 1
     message = error_of(*DEMO, *flags, "--token_length", "34")
-    assert "The model has no positions for windows of 34 tokens: give a lower --token_length." in message
+    assert "The model has too few positions for windows of 34 tokens. Give a lower --token_length." in message
 
 
 def test_an_adapter_of_another_base_is_told(tmp_path):
@@ -368,7 +376,7 @@ def test_an_adapter_of_another_base_is_told(tmp_path):
     narrow.save_pretrained(tmp_path / "narrow")
     base, narrow = ["--model_name_or_path", "demo"], tmp_path / "narrow"
     message = error_of(*DEMO, "--adapter", str(narrow))
-    assert f"{narrow} does not say what it was trained on: give --model_name_or_path." in message
+    assert f"{narrow} does not record its base model. Give --model_name_or_path." in message
     message = error_of(*DEMO, *base, "--adapter", str(narrow))
     assert f"--adapter_name_or_path {narrow} does not fit --model_name_or_path {DEMO_MODEL}; it was trained" in message
     shallow = LlamaForCausalLM(
@@ -391,7 +399,7 @@ def test_an_adapter_on_another_base_of_the_same_shape_is_warned_of(adapter, tmp_
     AutoModelForCausalLM.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
     run(*DEMO, "--model_name_or_path", str(tmp_path), "--adapter", str(adapter))
-    assert f"was trained on {DEMO_MODEL}, and is used on {tmp_path}" in caplog.text
+    assert f"was trained on {DEMO_MODEL}, but is used on {tmp_path}" in caplog.text
 
 
 def test_a_split_that_is_not_there_is_told(tmp_path):
@@ -403,7 +411,7 @@ def test_a_split_that_is_not_there_is_told(tmp_path):
 def test_a_tokenizer_of_another_model_is_told(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     message = error_of(*DEMO, "--model_name_or_path", str(tmp_path), "--tokenizer_name", str(DEMO_MODEL))
-    assert "but the model has 64 embeddings: it is of another model. Give --tokenizer_name." in message
+    assert "but the model has only 64 embeddings. Give the model's tokenizer as --tokenizer_name." in message
 
 
 def test_measuring_leaves_the_model_as_it_was():
@@ -464,12 +472,12 @@ def test_what_is_measured_besides_changes_nothing_in_what_is_trained(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--eval_stride", "8"], "--eval_stride means nothing without --eval_definition."),
-        (["--eval_text", "x.txt"], "--eval_text means nothing without --eval_definition."),
+        (["--eval_stride", "8"], "--eval_stride needs --eval_definition."),
+        (["--eval_text", "x.txt"], "--eval_text needs --eval_definition."),
         (["--eval_definition", "hf-strid"], "Unknown --eval_definition 'hf-strid'. Did you mean 'hf-stride'?"),
-        (["--eval_definition", "wanda", "--eval_stride", "8"], "--eval_stride means nothing to --eval_def"),
-        (["--eval_definition", "hf-stride", "--eval_stride", "65"], "--eval_stride 65 is above --block_size 64"),
-        (["--eval_definition", "lm-eval"], "--max_eval_samples would cut a text, of which --eval_definition lm-eval"),
+        (["--eval_definition", "wanda", "--eval_stride", "8"], "--eval_stride cannot be used with --eval_def"),
+        (["--eval_definition", "hf-stride", "--eval_stride", "65"], "--eval_stride 65 must not exceed --block_size"),
+        (["--eval_definition", "lm-eval"], "--max_eval_samples cannot be used with --eval_definition lm-eval"),
         (["--eval_definition", "token", "--eval_text", "no/such.txt"], "--eval_text no/such.txt cannot be loaded: "),
         (["--eval_definition", "token", "--do_eval", "false"], "--eval_definition needs --do_eval."),
     ],
@@ -488,7 +496,7 @@ def test_rows_of_a_training_file_are_not_measured_as_if_they_were_new(tmp_path):
     mix = ["--dataset_mix", f"{tmp_path}/a.txt=0.5,{tmp_path}/b.txt=0.5", "--eval_definition", "token"]
     rest = [flag for flag in RUN if flag not in ("--dataset_name", "demo")]
     with pytest.raises(
-        SystemExit, match="error: --eval_definition needs a text: give --eval_text or --validation_fil"
+        SystemExit, match="error: --eval_definition needs a text. Give --eval_text or --validation_fil"
     ):
         run_clm_abr.main([*rest, *mix, "--output_dir", str(tmp_path / "run")])
 
@@ -496,5 +504,5 @@ def test_rows_of_a_training_file_are_not_measured_as_if_they_were_new(tmp_path):
 def test_a_text_shorter_than_a_window_is_refused_in_a_run(tmp_path):
     (tmp_path / "short.txt").write_text("A word.")
     flags = ["--eval_definition", "wanda", "--eval_text", str(tmp_path / "short.txt")]
-    with pytest.raises(SystemExit, match="is shorter than a window of --eval_definition wanda: --block_size is 64."):
+    with pytest.raises(SystemExit, match="is shorter than one window of --eval_definition wanda: --block_size is 64."):
         run_clm_abr.main([*RUN, *flags, "--output_dir", str(tmp_path / "run")])
