@@ -1,4 +1,4 @@
-"""Load a base model, quantise it, attach adapters; prune and merge."""
+"""Load and quantise base models, attach and merge adapters, and prune."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that were trained before: what they say of themselves, and how they come onto a base."""
+"""Read the configuration of trained adapters, and attach them to a base model."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ FLAG = "--adapter_name_or_path"
 FLAGS = (FLAG, "--adapter")
 
 MODELS = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}
-"""What the models are called that adapters of a kind are for."""
+"""Names of the kinds of models that adapters are for, by task."""
 
 WRAPPED = ("base_layer", "original_module")
-"""Names of modules in which an adapter keeps those of the base."""
+"""Names under which an adapter keeps modules of the base model."""
 
 
 def read_adapter(adapter: str, task: TaskType = TaskType.CAUSAL_LM) -> PeftConfig:
-    """Return the configuration of an adapter, in a directory or on the Hub.
+    """Return the configuration of an adapter in a directory or on the Hub.
 
     Raises:
-        ValueError: There is none, or it is not for models of this task.
+        ValueError: There is no adapter, or it is for another task.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{FLAG} {adapter} holds no adapter: {one_line(error)}") from error
+        raise ValueError(f"{FLAG} {adapter} is not an adapter: {one_line(error)}") from error
     if config.task_type not in (None, task):
         raise ValueError(f"{FLAG} {adapter} is an adapter for {config.task_type}, not for {MODELS[task]}.")
     return config
 
 
 def is_of_classifier(adapter: str) -> bool:
-    """Tell whether this is an adapter for a sequence classifier; what is no adapter is not."""
+    """Tell whether this is an adapter for a sequence classifier; False if it is not an adapter."""
     with contextlib.suppress(ValueError):
         return bool(read_adapter(adapter, TaskType.SEQ_CLS).task_type)
     return False
 
 
 def base_of(adapter: str, config: PeftConfig) -> str:
-    """Return what an adapter was trained on.
+    """Return the base model of an adapter.
 
     Raises:
-        ValueError: It does not say.
+        ValueError: The adapter does not record it.
     """
     if not config.base_model_name_or_path:
-        raise ValueError(f"{FLAG} {adapter} does not say what it was trained on: give --model_name_or_path.")
+        raise ValueError(f"{FLAG} {adapter} does not record its base model. Give --model_name_or_path.")
     name = str(config.base_model_name_or_path)
     return str(DEMO_MODEL) if is_demo_elsewhere(name) else name
 
 
 def virtual_tokens_in(adapter: str) -> int:
-    """Return how many tokens an adapter puts before those of the text: prompts that were trained, and prefixes."""
+    """Return the number of virtual tokens that an adapter puts before the text (prompt or prefix tuning)."""
     return getattr(read_adapter(adapter), "num_virtual_tokens", None) or 0
 
 
@@ -76,26 +76,26 @@ def load_adapter(
     dropout: float | None = None,
     task: TaskType = TaskType.CAUSAL_LM,
 ) -> PeftModel:
-    """Attach a trained adapter, and say so where it names another base than this model.
+    """Attach a trained adapter to a model, and warn if the adapter records another base model.
 
-    A model whose table of embeddings has another number of rows than one that the adapter holds is resized first.
+    If the adapter holds an embedding table with another number of rows, the model's table is resized first.
 
     Args:
-        name: What the model was loaded from: a copy of the adapter saved later names it as its base.
-        is_trainable: Whether to train it further; what a new adapter would keep in fp32, it then does, too.
-        dropout: Another one than the adapter was trained with.
+        name: What the model was loaded from. A copy of the adapter saved later records it as its base model.
+        is_trainable: Whether to train it further. Its weights are then in fp32, like those of a new adapter.
+        dropout: LoRA dropout. None for the one that the adapter was trained with.
 
     Raises:
-        ValueError: There is no adapter there, or it does not fit the model.
+        ValueError: There is no such adapter, or it does not fit the model.
     """
     config = read_adapter(adapter, task)
-    base = base_of(adapter, config) if config.base_model_name_or_path else "a model that it does not name"
+    base = base_of(adapter, config) if config.base_model_name_or_path else "a model that it does not record"
     if dropout is not None:
         config.lora_dropout = dropout  # type: ignore[attr-defined]
     try:
         weights = load_peft_weights(adapter, device="cpu")
         if is_deepspeed_zero3_enabled() and any("lora_" not in key for key in weights):
-            raise ValueError("layers that it holds whole cannot be loaded into those that ZeRO-3 has split")
+            raise ValueError("it contains full layers, which cannot be loaded into layers sharded by ZeRO-3")
         _resize_embeddings(model, weights)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -104,7 +104,7 @@ def load_adapter(
                 adapter,
                 is_trainable=is_trainable,
                 config=config,
-                # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
+                # DeepSpeed gathers sharded weights into a buffer of one dtype.
                 autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
                 torch_device="cpu",
             )
@@ -116,25 +116,25 @@ def load_adapter(
             f"{FLAG} {adapter} does not fit --model_name_or_path {name}; it was trained on {base}: {one_line(error)}"
         ) from error
     if base != name and Path(base).resolve() != Path(name).resolve():
-        logger.warning(f"{FLAG} {adapter} was trained on {base}, and is used on {name}.")
+        logger.warning(f"{FLAG} {adapter} was trained on {base}, but is used on {name}.")
     adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
 
 
 def unwrapped(module: Any) -> Any:
-    """Return the module of the base inside what an adapter has put around it."""
+    """Return the base model's module inside an adapter's wrappers."""
     while inside := [each for name in (*WRAPPED, "token_adapter") if (each := module._modules.get(name)) is not None]:
         module = inside[0]
     return module
 
 
 def embeddings_in(model: Any) -> int:
-    """Return how many tokens the model has embeddings of, also beneath an adapter."""
+    """Return the number of rows of the model's embedding table, also if an adapter wraps it."""
     return int(unwrapped(model.get_input_embeddings()).num_embeddings)
 
 
 def _resize_embeddings(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Make room for the table of embeddings that an adapter holds, if it holds one."""
+    """Resize the model's embedding table to that in the adapter, if there is one."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
     for key in (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"):

@@ -1,4 +1,4 @@
-"""The flags that name a model: its base weights, how they are quantised, and its adapter."""
+"""Flags that choose a model, its quantisation and its adapter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *LLAMA_MLP)
 
 @dataclass
 class LoadArguments:
-    """Which model to load, and in what form.
+    """Which model to load, and how.
 
     Attributes:
-        task: What it is to be a model for.
+        task: The task that the model is for.
     """
 
     task: ClassVar[TaskType] = TaskType.CAUSAL_LM
@@ -29,13 +29,13 @@ class LoadArguments:
     model_name_or_path: str = field(
         default="",
         metadata={
-            "help": "A model: id on the Hub, directory, or demo, a tiny LLaMA. Default: demo, or what the "
-            "adapter was trained on, if one is given."
+            "help": "A model: id on the Hub, directory, or demo, a tiny LLaMA. Default: demo, or the base model of "
+            "the adapter, if one is given."
         },
     )
-    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration. Default: the model's."})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if not the adapter's or the model's own."}
+        default=None, metadata={"help": "Tokenizer. Default: the adapter's if it has one, else the model's."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     torch_dtype: str = field(
@@ -48,37 +48,41 @@ class LoadArguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "How attention is computed, e.g. sdpa or flash_attention_2. Default: the best there is."},
+        metadata={
+            "help": "Attention implementation, e.g. sdpa or flash_attention_2. Default: chosen by transformers."
+        },
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the model. Only for authors you trust."}
+        default=False, metadata={"help": "Run Python code from the model's repository. Only for authors you trust."}
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 8 bit (LLM.int8)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the frozen model to 4 bit (nf4)."})
     bnb_4bit_compute_dtype: str = field(
         default="bfloat16",
-        metadata={"help": "Precision of 4-bit layers' arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
+        metadata={"help": "Precision for computing 4-bit layers.", "choices": ["bfloat16", "float16", "float32"]},
     )
     llm_int8_enable_fp32_cpu_offload: bool = field(
         default=False,
-        metadata={"help": "Under --load_in_8bit and --device_map, keep on the CPU, in fp32, what does not fit."},
+        metadata={
+            "help": "With --load_in_8bit and --device_map: keep layers that do not fit on the GPU on the CPU in fp32."
+        },
     )
     device_map: str | None = field(
         default=None,
-        metadata={"help": "auto spreads one process's model over its devices. Default: one device a process."},
+        metadata={"help": "auto spreads the model of one process over all devices. Default: one device per process."},
     )
 
     def __post_init__(self) -> None:
         if self.model_name_or_path in ("", "demo"):
             self.model_name_or_path = str(DEMO_MODEL)
         if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("--load_in_8bit and --load_in_4bit exclude each other.")
+            raise ValueError("--load_in_8bit and --load_in_4bit cannot be used together.")
         if self.llm_int8_enable_fp32_cpu_offload and not (self.load_in_8bit and self.device_map):
             raise ValueError("--llm_int8_enable_fp32_cpu_offload needs --load_in_8bit and --device_map auto.")
         if self.device_map == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 "--device_map auto spreads one model over all devices, but several processes were started. Leave it "
-                "out: each process then loads the model on its own device."
+                "out, so that each process loads the model on its own device."
             )
 
     @property
@@ -92,12 +96,12 @@ class LoadArguments:
 
 @dataclass
 class AdaptedArguments(LoadArguments):
-    """Which model to load, and which adapter onto it."""
+    """Which model and which adapter to load."""
 
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "A LoRA adapter to put onto the model: id on the Hub, or directory. A run starts from it.",
+            "help": "A LoRA adapter for the model: id on the Hub, or directory. Training continues from it.",
             "aliases": ["--adapter"],
         },
     )
@@ -114,14 +118,14 @@ class AdaptedArguments(LoadArguments):
 
 @dataclass
 class AdaptedClassifierArguments(AdaptedArguments):
-    """Which classifier to load, and which adapter onto it."""
+    """Which classifier and which adapter to load."""
 
     task: ClassVar[TaskType] = TaskType.SEQ_CLS
 
 
 @dataclass
 class ModelArguments(AdaptedArguments):
-    """Which model to fine-tune, and how. What is None of LoRA becomes that of the adapter, or the default."""
+    """Which model to fine-tune, and how. LoRA settings that are None are taken from the adapter, or the defaults."""
 
     lora_defaults: ClassVar[dict[str, Any]] = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
     usual_targets: ClassVar[tuple[str, ...]] = LLAMA_PROJECTIONS
@@ -133,7 +137,7 @@ class ModelArguments(AdaptedArguments):
     lora_alpha: int | None = field(
         default=None,
         metadata={
-            "help": "Scale of the adapter: its output counts alpha / r times. Default: 32, or that of "
+            "help": "Scale of the adapter: its output is multiplied by alpha / r. Default: 32, or that of "
             "--adapter_name_or_path."
         },
     )
@@ -144,9 +148,9 @@ class ModelArguments(AdaptedArguments):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt, by the end of their names, or all-linear. Default: attention and MLP of LLaMA-"
-            "like models, the attention of mixtures of experts, all-linear of others, or those of "
-            "--adapter_name_or_path."
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: those of "
+            "--adapter_name_or_path; else attention and MLP of LLaMA-like models, attention only of mixtures of "
+            "experts, all-linear for others."
         },
     )
 
@@ -160,23 +164,25 @@ class ModelArguments(AdaptedArguments):
             if getattr(self, flag) is None:
                 setattr(self, flag, default)
         if not 0 <= (self.lora_dropout or 0) < 1:
-            raise ValueError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
+            raise ValueError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}.")
         refuse_below(self, {"lora_r": 1})
 
     def _follow(self, adapter: str) -> None:
-        """Take over what an adapter says of itself.
+        """Take over the settings of an adapter.
 
         Raises:
-            ValueError: It is not of LoRA, or a flag contradicts it.
+            ValueError: It is not a LoRA adapter, or a flag contradicts it.
         """
         config = read_adapter(adapter, self.task)
         if not self.use_lora:
-            advice = "" if self.task is TaskType.SEQ_CLS else ". Make them one model with abr export, "
-            advice += "and give that as --model_name_or_path" if advice else ""
-            raise ValueError(f"--use_lora false would train all weights beside {FLAG} {adapter}{advice}.")
+            advice = (
+                "" if self.task is TaskType.SEQ_CLS else " Merge the adapter into its base model with abr export, "
+            )
+            advice += "and give the result as --model_name_or_path." if advice else ""
+            raise ValueError(f"--use_lora false cannot be used with {FLAG} {adapter}.{advice}")
         if not isinstance(config, LoraConfig):
             raise ValueError(
-                f"{FLAG} {adapter} is of the kind {PeftType(config.peft_type).value}; only LoRA is trained on."
+                f"{FLAG} {adapter} is of the kind {PeftType(config.peft_type).value}, but only LoRA can be trained."
             )
         targets = config.target_modules or []
         own = {

@@ -1,4 +1,4 @@
-"""What results are computed on, in words."""
+"""Name the device that results are computed on."""
 
 from __future__ import annotations
 

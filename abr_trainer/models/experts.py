@@ -1,18 +1,18 @@
-"""Mixtures of experts: which modules hold a stack of experts, how they store it, and what chooses among them."""
+"""Find the experts and routers of a mixture of experts, and how the experts are stored."""
 
 from __future__ import annotations
 
 from torch import nn
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Names of the modules that choose experts."""
+"""Names of modules that are routers."""
 
 HAS_INPUTS_FIRST = {"Llama4TextExperts": True, "JetMoeParallelExperts": False, "LongcatFlashExperts": False}
-"""Whether experts are stored `(experts, inputs, outputs)`, for classes of transformers that do not say so."""
+"""Whether experts are stored as `(experts, inputs, outputs)`, for classes of transformers without `is_transposed`."""
 
 
 def has_inputs_first(module: nn.Module) -> bool | None:
-    """Tell whether a module stores experts as `(experts, inputs, outputs)`; None if it holds none or does not say."""
+    """Tell whether a module stores experts as `(experts, inputs, outputs)`; None if it has none or it is not known."""
     stated: bool | None = getattr(module, "is_transposed", HAS_INPUTS_FIRST.get(type(module).__name__))
     return stated
 
@@ -22,14 +22,14 @@ def holds_stack(module: nn.Module) -> bool:
 
 
 def is_router(name: str) -> bool:
-    """Tell whether a module or parameter of a mixture of experts is, or is in, what chooses experts."""
+    """Tell whether a module or parameter of a mixture of experts is a router or part of one."""
     return not set(ROUTERS).isdisjoint(name.split("."))
 
 
 def linear_routers(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers that choose experts, of a model with stacks of experts.
+    """Return the names of the linear layers that are routers, if the model has stacks of experts.
 
-    Some classes of transformers return more than a layer does, so that an adapter cannot wrap them.
+    An adapter cannot wrap some of them, because they return more than a linear layer does.
     """
     if not any(holds_stack(module) for module in model.modules()):
         return []
@@ -37,8 +37,9 @@ def linear_routers(model: nn.Module) -> list[str]:
 
 
 def layers_beside_experts(model: nn.Module, head: nn.Module | None) -> set[str] | None:
-    """Return the last names of the linear layers that no block of experts has, without the head: those of the
-    attention. None if the model has no stacks of experts.
+    """Return the last names of the linear layers outside blocks of experts, without the head: those of the attention.
+
+    None if the model has no stacks of experts.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     blocks = tuple(f"{name.rpartition('.')[0]}." for name, module in model.named_modules() if holds_stack(module))

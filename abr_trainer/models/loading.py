@@ -1,4 +1,4 @@
-"""From a model name to a model that is ready to fine-tune: base weights, quantisation, LoRA."""
+"""Load a model and make it ready to fine-tune: base weights, quantisation, LoRA."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from .quantisation import check_kernels
 logger = logging.get_logger(__name__)
 
 HEADS_OF_PEFT = ("classifier", "score")
-"""Heads that PEFT trains and saves by itself where an adapter is for classification."""
+"""Heads that PEFT trains and saves by itself if an adapter is for classification."""
 
 NEW_HEAD = "ignore_mismatched_sizes"
-"""The flag of classifiers for a head that does not fit."""
+"""Flag that replaces a classifier's head if it has another number of labels."""
 
 QUANTISED = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 
@@ -51,22 +51,23 @@ AUTO_CLASSES: dict[TaskType, Any] = {
 
 
 def load_config(arguments: LoadArguments, **settings: Any) -> PreTrainedConfig:
-    """Load the model's configuration: cheap, and enough to check the data against.
+    """Load the model's configuration, which is cheap and enough to check the data.
 
     Args:
-        settings: What is to be otherwise in it.
+        settings: Settings to override.
+
+    Raises:
+        ValueError: It cannot be loaded, or is not that of a model for this task.
     """
     flag, name = _named(arguments, "config_name")
     if Path(name, "adapter_config.json").exists() and not list(Path(name).glob("model*.safetensors")):
-        raise ValueError(
-            f"{flag} {name} is an adapter, not a model: give the model that it was trained on, and this as {FLAG}."
-        )
+        raise ValueError(f"{flag} {name} is an adapter, not a model. Give it as {FLAG}, and its base model as {flag}.")
     try:
         config = AutoConfig.from_pretrained(name, **arguments.hub_options, **settings)
     except (OSError, ValueError) as error:
         adapter = getattr(arguments, "adapter_name_or_path", None)
         if adapter is not None and name == read_adapter(adapter, arguments.task).base_model_name_or_path:
-            name += f", which {FLAG} {adapter} was trained on,"
+            name += f", the base model of {FLAG} {adapter},"
         raise ValueError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
     if arguments.task is TaskType.CAUSAL_LM:
         refuse_non_causal(config, f"{flag} {name}")
@@ -74,35 +75,40 @@ def load_config(arguments: LoadArguments, **settings: Any) -> PreTrainedConfig:
 
 
 def refuse_non_causal(config: PreTrainedConfig, origin: str) -> None:
-    """Refuse a model whose tokens see those after them: as a causal language model it would load, and be nonsense.
+    """Refuse a model that is not a causal language model. Some would load as one and give wrong results.
 
     Args:
-        origin: The flag that named it, for messages.
+        origin: The flag that gave the model, for messages.
 
     Raises:
-        ValueError: It is an encoder, or an encoder and a decoder, or has no head of a language model.
+        ValueError: It is an encoder or an encoder-decoder, or has no language model head.
     """
     has_remote_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder:
-        kind = "a model of encoder and decoder"
+        kind = "an encoder-decoder"
     elif sees_all_tokens(config):
-        kind = "a masked language model: its tokens see those that they are to predict"
+        kind = "a masked language model, which can see the tokens that it should predict"
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_remote_code:
-        kind = "of another kind"
+        kind = "another kind of model"
     else:
         return
     named = ", ".join([config.model_type, *(config.architectures or [])])
-    raise ValueError(f"{origin} is no causal language model but {kind} ({named}). Give one such as LLaMA or GPT-2.")
+    raise ValueError(
+        f"{origin} is not a causal language model but {kind} ({named}). Give a model such as LLaMA or GPT-2."
+    )
 
 
 def sees_all_tokens(config: PreTrainedConfig) -> bool:
-    """Tell whether a model for masked language modelling has not been made a decoder."""
+    """Tell whether a model is for masked language modelling and not configured as a decoder."""
     is_masked = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet")
     return is_masked and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
 
 
 def load_tokenizer(arguments: LoadArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, of an adapter its own if it has one; a missing pad token becomes the end-of-text token."""
+    """Load the tokenizer: the adapter's if it has one, else the model's.
+
+    If it has no pad token, its end-of-text token is used.
+    """
     flag, name = _named(arguments, "tokenizer_name")
     options = arguments.hub_options
     adapter = getattr(arguments, "adapter_name_or_path", None)
@@ -114,8 +120,7 @@ def load_tokenizer(arguments: LoadArguments) -> PreTrainedTokenizerBase:
         raise ValueError(f"{flag} {name} has no tokenizer: {one_line(error)}") from error
     if tokenizer.eos_token is None and arguments.task is TaskType.CAUSAL_LM:
         logger.warning_once(
-            f"The tokenizer of {flag} {name} has no end-of-text token: documents follow one another without a mark "
-            "between them."
+            f"The tokenizer of {flag} {name} has no end-of-text token, so nothing separates documents."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -134,20 +139,20 @@ def load_model(
     device: str | torch.device,
     activation_checkpointing: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Load the base model, quantise it, and attach a LoRA adapter, new or trained before, as the arguments ask.
+    """Load the base model, quantise it, and attach a new or a trained LoRA adapter, according to the arguments.
 
     Args:
-        device: Where a quantised model is put; any other stays on the CPU until Trainer moves it.
+        device: Device of a quantised model. Any other model stays on the CPU until Trainer moves it.
         activation_checkpointing: Whether it will be trained with activation checkpointing.
 
     Raises:
-        ValueError: Model, adapter, tokenizer or flags do not fit each other.
+        ValueError: Model, adapter, tokenizer and flags do not fit together.
     """
     model = load_base(arguments, config, device)
     is_sharded = shards_weights()
     adapter = arguments.adapter_name_or_path
     if adapter is None and len(tokenizer) > embeddings_in(model):
-        # Only then: an adapter trained on resized embeddings carries the whole table.
+        # Not with a trained adapter: if it was trained on resized embeddings, it contains the full table.
         model.resize_token_embeddings(len(tokenizer))
     for settings in (model.config, getattr(model, "generation_config", None)):
         if settings is not None:
@@ -160,9 +165,9 @@ def load_model(
     if getattr(model, "is_quantized", False) and not is_sharded:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
     elif activation_checkpointing:
-        model.enable_input_require_grads()  # or no gradient reaches the adapters past a checkpoint
+        model.enable_input_require_grads()  # without it, checkpointed layers pass no gradient to the adapters
     if adapter is None:
-        # DeepSpeed gathers what ZeRO-3 split into a buffer of one dtype.
+        # DeepSpeed gathers sharded weights into a buffer of one dtype.
         config_of_adapter = lora_config(arguments, model, heads)
         try:
             return get_peft_model(
@@ -177,7 +182,7 @@ def load_model(
     if embeddings_in(adapted) < len(tokenizer):
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, but {FLAG} {adapter} and its "
-            f"base have embeddings of {embeddings_in(adapted)}. Give --tokenizer_name of what it was trained with."
+            f"base model have {embeddings_in(adapted)} embeddings. Give its own tokenizer as --tokenizer_name."
         )
     return adapted
 
@@ -185,17 +190,20 @@ def load_model(
 def _without_adapter_because(error: Exception, arguments: ModelArguments) -> str:
     targets = " ".join(arguments.lora_target_modules or ["(default)"])
     if "does not work with lora_dropout" in str(error):
-        reason = "experts are adapted without dropout: give --lora_dropout 0, or name no layers of experts"
+        reason = "adapters on experts cannot use dropout; give --lora_dropout 0, or leave out the experts' layers"
     else:
         reason = one_line(error)
     return f"--lora_target_modules {targets} cannot be adapted: {reason.rstrip('.')}."
 
 
 def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | torch.device) -> PreTrainedModel:
-    """Load a base model, quantised as the arguments ask.
+    """Load a base model, quantised according to the arguments.
 
     Args:
-        device: Where a quantised model is put; any other stays on the CPU.
+        device: Device of a quantised model. Any other model stays on the CPU.
+
+    Raises:
+        ValueError: Sharding does not support this quantisation, or a classifier's head has another number of labels.
     """
     is_sharded = shards_weights()
     if is_sharded and arguments.load_in_8bit:
@@ -227,7 +235,7 @@ def load_base(arguments: LoadArguments, config: PreTrainedConfig, device: str | 
 
 
 def load_written(arguments: LoadArguments, directory: str | Path) -> PreTrainedModel:
-    """Load a model that was written to a directory, as anybody would."""
+    """Load a model from a directory with plain transformers."""
     model: PreTrainedModel = AUTO_CLASSES[arguments.task].from_pretrained(
         directory, attn_implementation=arguments.attn_implementation, trust_remote_code=arguments.trust_remote_code
     )
@@ -235,7 +243,7 @@ def load_written(arguments: LoadArguments, directory: str | Path) -> PreTrainedM
 
 
 def _gets_other_head(arguments: LoadArguments) -> bool:
-    """Tell whether the head of a checkpoint is not wanted: one is trained anew, or comes with the adapter."""
+    """Tell whether to ignore the head in the checkpoint, because a new one is trained or the adapter contains one."""
     adapter = getattr(arguments, "adapter_name_or_path", None)
     if arguments.task is not TaskType.SEQ_CLS or adapter is None:
         return getattr(arguments, NEW_HEAD, False)
@@ -244,7 +252,7 @@ def _gets_other_head(arguments: LoadArguments) -> bool:
 
 @contextlib.contextmanager
 def _naming_other_heads(arguments: LoadArguments, config: PreTrainedConfig) -> Iterator[None]:
-    """Say which flag makes a new head where a classifier has one for another number of labels."""
+    """If a classifier's head has another number of labels, name the flag that replaces it."""
     try:
         yield
     except RuntimeError as error:
@@ -257,9 +265,9 @@ def _naming_other_heads(arguments: LoadArguments, config: PreTrainedConfig) -> I
 
 
 def heads_in(model: PreTrainedModel, task: TaskType) -> list[str]:
-    """Return what a classifier has beside its base: made anew, so it must be trained, saved, and never be quantised.
+    """Return the names of a classifier's modules outside its base model. These are trained, saved and not quantised.
 
-    A language model has none: its head was trained with the others.
+    For a language model there are none, because its head is pretrained.
     """
     if task is TaskType.CAUSAL_LM:
         return []
@@ -268,9 +276,9 @@ def heads_in(model: PreTrainedModel, task: TaskType) -> list[str]:
 
 
 def compute_in_fp32(head: torch.nn.Module) -> None:
-    """Let a head that is trained as a whole have its weights, its input and its output in fp32, autocast or not.
+    """Keep weights, input and output of a fully trained head in fp32, also under autocast.
 
-    An engine or an evaluation that casts whole models to halves casts it, too, and then it computes in these.
+    If an engine or an evaluation casts the whole model to half precision, the head computes in half precision.
     """
     head.to(torch.float32)
     head.register_forward_pre_hook(_leave_autocast)
@@ -289,19 +297,19 @@ def _return_to_autocast(head: Any, _inputs: Any, _output: Any) -> None:
 
 
 def shards_weights() -> bool:
-    """Tell whether FSDP or ZeRO-3 will split the weights over ranks."""
+    """Tell whether FSDP or ZeRO-3 will shard the weights over ranks."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled()
 
 
 def quantization_config(
     arguments: LoadArguments, sharded: PreTrainedConfig | None = None, kept: Sequence[str] = ()
 ) -> BitsAndBytesConfig | None:
-    """Return how bitsandbytes shall quantise.
+    """Return the quantisation settings for bitsandbytes; None if the model is not quantised.
 
     Args:
-        sharded: Configuration of a model that FSDP or ZeRO-3 will split. They split floats only: its four-bit weights
-            are packed into the dtype of the others.
-        kept: Modules to leave as they are, beside the output layer of a language model.
+        sharded: Configuration of a model that FSDP or ZeRO-3 will shard. They only shard floats, so its 4-bit weights
+            are stored in the dtype of the other weights.
+        kept: Modules not to quantise, in addition to the output layer of a language model.
     """
     skipped = list(kept) or None
     if arguments.load_in_8bit:
@@ -313,7 +321,7 @@ def quantization_config(
     if arguments.load_in_4bit:
         dtype = arguments.torch_dtype if arguments.torch_dtype != "auto" else getattr(sharded, "dtype", None)
         if sharded is not None and dtype is None:
-            raise ValueError("--load_in_4bit under FSDP needs --torch_dtype: the model's configuration names none.")
+            raise ValueError("--load_in_4bit under FSDP needs --torch_dtype: the model's configuration has no dtype.")
         return BitsAndBytesConfig(
             load_in_4bit=True,
             llm_int8_skip_modules=skipped,
@@ -326,10 +334,10 @@ def quantization_config(
 
 
 def keep_packing(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU.
+    """Prevent bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU.
 
-    That rounds their scales, so that training goes on with another model, and fails where a layer's input is no
-    multiple of the block of 64.
+    Repacking rounds their scales, so that training would continue with changed weights. It fails if a layer's input
+    size is not a multiple of 64.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -337,7 +345,7 @@ def keep_packing(model: PreTrainedModel) -> None:
 
 
 def lora_config(arguments: ModelArguments, model: PreTrainedModel, heads: Sequence[str] = ()) -> LoraConfig:
-    settings: Any = arguments  # in which nothing of LoRA is None any more, but the targets
+    settings: Any = arguments  # of the LoRA settings, only the targets may still be None
     targets = settings.lora_target_modules
     if targets is None:
         targets = usual_targets(arguments, model)
@@ -355,10 +363,9 @@ def lora_config(arguments: ModelArguments, model: PreTrainedModel, heads: Sequen
 
 
 def usual_targets(arguments: ModelArguments, model: PreTrainedModel) -> list[str] | str:
-    """Return the layers to adapt where none are named; of mixtures of experts those of the attention alone.
+    """Return the layers to adapt by default; for mixtures of experts only those of the attention.
 
-    PEFT adapts a stack of experts as a parameter, without dropout, and takes the names of an MLP's layers for those of
-    experts.
+    PEFT adapts a stack of experts as a parameter, without dropout, and reads the names of MLP layers as experts.
     """
     usual = set(arguments.usual_targets)
     beside = layers_beside_experts(model, model.get_output_embeddings())
@@ -370,10 +377,10 @@ def usual_targets(arguments: ModelArguments, model: PreTrainedModel) -> list[str
 
 
 def describe_model(model: PreTrainedModel | PeftModel, adapter: str | None = None) -> list[str]:
-    """Return a line each on what is trainable and, where there is any, what is quantised and offloaded.
+    """Return one line each about trainable, quantised and offloaded weights, as far as there are any.
 
     Args:
-        adapter: The adapter that it starts from, if that is no new one.
+        adapter: The trained adapter that training starts from, if any.
     """
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -394,7 +401,7 @@ def describe_model(model: PreTrainedModel | PeftModel, adapter: str | None = Non
         experts = [each for module in model.modules() if holds_stack(module) for each in module.parameters(False)]
         share = sum(each.numel() for each in experts) / total
         of_experts = f"; experts, {share:.0%} of the weights, are not quantised" if experts else ""
-        lines.append(f"quantised: {quantised}; frozen matrices left as they are: {kept}{of_experts}")
+        lines.append(f"quantised: {quantised}; frozen matrices not quantised: {kept}{of_experts}")
     placed = Counter(str(device) for device in getattr(model, "hf_device_map", {}).values())
     offloaded = {device: count for device, count in placed.items() if device in ("cpu", "disk")}
     if offloaded and len(placed) > 1:

@@ -1,4 +1,4 @@
-"""An adapter becomes part of its base, plainly or under the mask of a sparse one, in a model that anybody can load."""
+"""Merge an adapter into its base model, and keep the zeros of a sparse base model if wanted."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from .pruning import (
 )
 
 SPARSE = 0.05
-"""A base counts as sparse where an adapter changes a matrix with more than this share of zeros."""
+"""A base model counts as sparse if the adapter changes a matrix with more than this share of zeros."""
 
 LOST = 0.5
-"""An adapter counts as lost where merging moves the logits by more than this share of what the adapter does."""
+"""Warn if merging changes the logits by more than this share of the change that the adapter makes."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far logits may move, as a share of their norm: in half precision a merge rounds every weight that it changes."""
+"""Allowed change of the logits, relative to their norm. In half precision, merging rounds every changed weight."""
 
 
 @dataclass
 class MergeArguments:
-    """How to merge, and where the merged model goes."""
+    """How to merge, and where to write the merged model."""
 
     output_dir: str = field(metadata={"help": "A new directory for the merged model and its tokenizer."})
     keep_mask: bool | None = field(
         default=None,
         metadata={
-            "nargs": "?",  # so that it may stand alone, as other flags that are true or false
+            "nargs": "?",  # so that it may be given without a value, like other boolean flags
             "const": True,
-            "help": "Leave at zero what is zero in the base; false: a plain merge. Default: true where the base is "
-            "sparse, that is where the adapter changes a matrix of which more than a twentieth is zero.",
+            "help": "Keep the zeros of the base model; false: a plain merge. Default: true if the base model is "
+            "sparse, i.e. if the adapter changes a matrix with more than 5% zeros.",
         },
     )
 
@@ -58,17 +58,17 @@ class MergeArguments:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge has done. Differences of logits are shares of the norm of those with the adapter beside the base.
+    """Results of a merge. Changes of logits are relative to the norm of the logits before the merge.
 
     Attributes:
-        keep_mask: Whether zeros of the base were kept.
-        highest_zeros: The highest share of zeros in a matrix of the base that the adapter changes.
-        zeros_kept: How many zeros of the base were kept, as counted in what was written, and in how many matrices.
-        by_adapter: How far the adapter moves the logits.
-        by_merging: How far merging does: rounding, and what the mask takes away.
-        by_writing: How far writing and reading does.
+        keep_mask: Whether the zeros of the base model were kept.
+        highest_zeros: The highest share of zeros in a matrix of the base model that the adapter changes.
+        zeros_kept: Number of zeros that were kept, counted in the written model, and number of matrices with them.
+        by_adapter: Change of the logits by the adapter.
+        by_merging: Change of the logits by merging, from rounding and from the mask.
+        by_writing: Change of the logits by writing and reading the model.
         dtype: Of the weights.
-        sparsity: The `sparsity_report` of what was written.
+        sparsity: The `sparsity_report` of the written model.
     """
 
     keep_mask: bool
@@ -82,10 +82,10 @@ class Merged:
 
 
 def _keeping_zeros(model: PeftModel) -> list[Matrix]:
-    """Return the matrices of the base of which zeros stay zero under the mask.
+    """Return the matrices of the base model whose zeros the mask keeps.
 
-    Embeddings or a head that were trained as a whole are not among them: their rows of zeros are often tokens that
-    were added, which the adapter has given values.
+    Fully trained embeddings or heads are not among them. Their rows of zeros are often added tokens, for which the
+    adapter has trained values.
     """
     base: Any = model.get_base_model()
     embeddings, inside = unwrapped(base.get_input_embeddings()), f"{base.base_model_prefix}."
@@ -97,28 +97,28 @@ def _keeping_zeros(model: PeftModel) -> list[Matrix]:
 
 
 def _changed(model: PeftModel) -> list[Matrix]:
-    """Return those of them that the adapter changes."""
+    """Return those matrices of `_keeping_zeros` that the adapter changes."""
     return [each for each in _keeping_zeros(model) if each.is_adapted or each.is_replaced]
 
 
 @torch.no_grad()
 def zeros_under(model: PeftModel) -> float:
-    """Return the highest share of zeros in a matrix of the base that the adapter changes."""
+    """Return the highest share of zeros in a matrix of the base model that the adapter changes."""
     shares = [float((each.values() == 0).float().mean()) for each in _changed(model)]
     return max(shares, default=0.0)
 
 
 @torch.no_grad()
 def merge_adapter(model: PeftModel, keep_mask: bool = True) -> PreTrainedModel:
-    """Return the base model with the adapter merged into it; what was zero stays zero, unless told otherwise.
+    """Return the base model with the adapter merged into it. By default, zeros stay zero.
 
-    A plain merge fills the zeros that pruning made. Under the mask the adapter's change is applied to the weights that
-    are left: another model than the one with the adapter beside it, so measure both. Embeddings and a head that were
-    one matrix stay so, unless the adapter has changed them apart.
+    A plain merge fills the zeros that pruning made. With `keep_mask` the adapter changes only the other weights. The
+    result differs from the base model with the adapter, so measure both. Tied embeddings stay tied, unless the adapter
+    has changed embeddings and head differently.
 
     Raises:
-        ValueError: The base is quantised.
-        RuntimeError: The merged model is not as sparse as the base was.
+        ValueError: The base model is quantised.
+        RuntimeError: The merged model is less sparse than the base model.
     """
     for matrix in matrices(model):
         refuse_quantised(matrix)
@@ -137,15 +137,13 @@ def merge_adapter(model: PeftModel, keep_mask: bool = True) -> PreTrainedModel:
 
 
 def _tables(base: Any) -> list[Any]:
-    """Return the modules of the base that hold embeddings and head, out of what an adapter wraps them in."""
+    """Return the base model's modules for embeddings and head, without an adapter's wrappers."""
     found = (base.get_input_embeddings(), base.get_output_embeddings())
     return [unwrapped(module) for module in found if module is not None]
 
 
 def _untie(model: PeftModel) -> bool:
-    """Give the head a matrix of its own if it shares that of the embeddings: merged into one, a change of either would
-    be one of both. Tell whether it did.
-    """
+    """Untie head and embeddings, so that merging changes only one of them. Return whether they were tied."""
     embeddings, *heads = _tables(model.get_base_model())
     if not heads or heads[0].weight is not embeddings.weight:
         return False
@@ -162,27 +160,32 @@ def _tie_if_equal(model: PreTrainedModel) -> None:
 
 
 def check_mergeable(load: AdaptedArguments, **labels: Any) -> tuple[str, PreTrainedConfig]:
-    """Return the adapter and the configuration of its base, if that can become one model.
+    """Return the adapter and the configuration of its base model, if they can be merged.
 
     Args:
-        labels: What the configuration of a classifier says of its labels.
+        labels: Settings for the labels in the configuration of a classifier.
 
     Raises:
-        ValueError: There is no adapter, it changes no weights, or the base is quantised.
+        ValueError: There is no adapter, it changes no weights, or the base model is quantised.
     """
     adapter = load.adapter_name_or_path
     if adapter is None:
-        raise ValueError(f"{FLAG} is missing: what to merge.")
+        raise ValueError(f"{FLAG} is missing. Give the adapter to merge.")
     kind = read_adapter(adapter, load.task)
     if kind.is_prompt_learning:
-        raise ValueError(f"{FLAG} {adapter} is of the kind {PeftType(kind.peft_type).value}: it changes no weights.")
+        raise ValueError(
+            f"{FLAG} {adapter} is of the kind {PeftType(kind.peft_type).value}, which changes no weights and cannot "
+            "be merged."
+        )
     if load.is_quantised:
-        raise ValueError("An adapter is merged into weights as they are: without --load_in_8bit, --load_in_4bit.")
+        raise ValueError(
+            "An adapter cannot be merged into quantised weights. Leave out --load_in_8bit and --load_in_4bit."
+        )
     config = load_config(load, **labels)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"The weights of --model_name_or_path {load.model_name_or_path} are quantised: give the model that they "
-            "were made from."
+            f"The weights of --model_name_or_path {load.model_name_or_path} are quantised. Give the model before "
+            "quantisation."
         )
     return adapter, config
 
@@ -193,32 +196,32 @@ def merge_to(
     labels: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> Merged:
-    """Merge an adapter into its base, into a directory, all or nothing, and make sure of what was written.
+    """Merge an adapter into its base model, write the result to a directory, and check it.
 
-    It is loaded again as anybody would. Its logits must be those of the base with the adapter beside it, under a mask
-    those of the merged model in memory: up to `TOLERANCE`, on 64 tokens from all over the vocabulary. Under a mask
-    no matrix may have fewer zeros than in the base.
+    The written model is loaded with plain transformers. Its logits on 64 tokens, spread over the vocabulary, must be
+    those of the base model with the adapter, up to `TOLERANCE`. With a mask they are compared with the merged model in
+    memory, and no matrix may have fewer zeros than in the base model. If a check fails, no directory is left.
 
     Args:
-        labels: What the configuration of a classifier says of its labels.
-        files: What else to write there, by name.
+        labels: Settings for the labels in the configuration of a classifier.
+        files: Contents of other files to write, by name.
 
     Raises:
         ValueError: They cannot be merged.
-        RuntimeError: What was written is another model.
+        RuntimeError: The written model fails a check.
     """
     adapter, config = check_mergeable(load, **(labels or {}))
     tokenizer = load_tokenizer(load)
     base = load_base(load, config, "cpu")
     if heads := heads_in(base, load.task):
-        base.config.pad_token_id = tokenizer.pad_token_id  # or it cannot tell where a row ends
+        base.config.pad_token_id = tokenizer.pad_token_id  # a classifier needs it to find the end of a row
     model = load_adapter(base, adapter, load.model_name_or_path, task=load.task)
     zeros = zeros_under(model)
     keep_mask = zeros > SPARSE if arguments.keep_mask is None else arguments.keep_mask
     expected_zeros = zeros_in(_keeping_zeros(model)) if keep_mask else {}
-    ids = _tokens_from_all_over(model)
+    ids = _spread_tokens(model)
     if heads:
-        ids = ids.view(8, 8)  # a classifier says one thing of each row
+        ids = ids.view(8, 8)  # a classifier returns one result per row
     beside = _logits(model, ids)
     with model.disable_adapter():
         by_adapter = _distance(_logits(model, ids), beside)
@@ -235,11 +238,11 @@ def merge_to(
         refuse_lost_zeros(expected_zeros, zeros_in(matrices(written)))
         by_writing = _distance(_logits(written, ids), expected)
         moved, tolerance = by_writing + (0 if keep_mask else by_merging), TOLERANCE.get(dtype, 1e-5)
-        if not moved <= tolerance:  # nor if it is not a number
+        if not moved <= tolerance:  # also if it is NaN
             raise RuntimeError(
-                f"What would be written says something else than {adapter} on {load.model_name_or_path}: its logits "
-                f"differ by {moved:.1e} of their norm, above {tolerance:.0e}. --torch_dtype float32 rounds less; if "
-                "that does not help, this adapter cannot be merged."
+                f"The merged model differs from {adapter} on {load.model_name_or_path}: its logits differ by "
+                f"{moved:.1e} of their norm, more than {tolerance:.0e}. Try --torch_dtype float32, which rounds less. "
+                "If that does not help, this adapter cannot be merged."
             )
         return Merged(
             keep_mask=keep_mask,
@@ -253,8 +256,8 @@ def merge_to(
         )
 
 
-def _tokens_from_all_over(model: PeftModel) -> Tensor:
-    """Return tokens `(1, 64)` at even distances in the vocabulary, the first and the last included, shuffled."""
+def _spread_tokens(model: PeftModel) -> Tensor:
+    """Return shuffled tokens `(1, 64)` at even distances in the vocabulary, including the first and the last."""
     ids = torch.linspace(0, embeddings_in(model.get_base_model()) - 1, 64).long()
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))][None]
 
@@ -270,16 +273,16 @@ def _distance(logits: Tensor, expected: Tensor) -> float:
 
 
 def describe_merge(merged: Merged) -> list[str]:
-    """Return a line each on the mask, and on what was made sure of."""
-    share = f"up to {merged.highest_zeros:.1%} of a matrix that the adapter changes is zero in the base"
-    how = "merged under the mask" if merged.keep_mask else "the base with the adapter"
+    """Return one line each about the mask and the results of the checks."""
+    share = f"up to {merged.highest_zeros:.1%} of a matrix that the adapter changes is zero in the base model"
+    how = "the merged model in memory" if merged.keep_mask else "the base model with the adapter"
     zeros, matrices_with_zeros = merged.zeros_kept
-    counted = f"; all {zeros:,} zeros in {matrices_with_zeros:,} matrices were counted in what was written"
+    counted = f"; the written model has all {zeros:,} zeros in {matrices_with_zeros:,} matrices"
     lines = [
         f"mask        {'kept' if merged.keep_mask else 'not kept'}: {share}{counted if merged.keep_mask else ''}",
-        f"logits      merging moved them by {merged.by_merging:.1e} of their norm, the adapter by "
+        f"logits      merging changed them by {merged.by_merging:.1e} of their norm, the adapter by "
         f"{merged.by_adapter:.1e}",
-        f"written     {merged.dtype}, loads as {how}, to {merged.by_writing:.1e}",
+        f"written     {merged.dtype}; its logits differ from {how} by {merged.by_writing:.1e}",
     ]
     if merged.by_merging > LOST * merged.by_adapter:
         lines.append(f"warning     {_describe_loss(merged)}")
@@ -290,12 +293,12 @@ def _describe_loss(merged: Merged) -> str:
     share = f"{merged.by_merging / merged.by_adapter:.0%} of" if merged.by_adapter else "more than"
     if merged.keep_mask:
         return (
-            f"mask and rounding take away {share} what the adapter does: measure both, or merge with "
+            f"mask and rounding change the logits by {share} the adapter's change. Measure both models, or merge with "
             "--keep_mask false, which fills the zeros"
         )
     if merged.dtype == "float32":
-        return f"the adapter does so little that rounding is {share} it"
+        return f"the adapter changes the logits so little that rounding is {share} its change"
     return (
-        f"the adapter is lost in rounding: that to {merged.dtype} moves the logits by {share} what the adapter does. "
-        "Merge with --torch_dtype float32"
+        f"rounding to {merged.dtype} changes the logits by {share} the adapter's change. Merge with "
+        "--torch_dtype float32"
     )

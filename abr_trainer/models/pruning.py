@@ -1,4 +1,4 @@
-"""Sparse models: how much of a model is zero and in what pattern, and pruning by magnitude."""
+"""Prune by magnitude, and report how sparse a model is and in which pattern."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from .loading import load_base, load_config, load_tokenizer, load_written
 from .unwrapping import without_adapter
 
 LAYERS = (nn.Linear, Conv1D)
-"""Layers that are pruned; quantised ones are kinds of these."""
+"""Layers that are pruned; quantised layers are subclasses of these."""
 
 
-# ---- What there is ----
+# ---- Matrices of a model ----
 
 Count = tuple[int, int]
-"""How many have a property, and of how many."""
+"""How many items have a property, and how many there are."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of the base model: a layer, a table of embeddings, one expert of a stack, or any other parameter.
+    """A matrix of the base model: a layer, an embedding table, one expert of a stack, or any other parameter.
 
     Attributes:
-        name: As in the base model, also inside an adapter; of an expert with its index.
-        module: Whose parameter it is.
+        name: Name in the base model, without an adapter's wrappers, with the index of an expert.
+        module: The module with the parameter.
         parameter: Name of the parameter in the module.
         is_adapted: Whether an adapter changes it.
-        is_replaced: Whether an adapter has trained the whole module in the place of this one.
+        is_replaced: Whether an adapter contains a fully trained copy of its module.
         expert: Its index in a stack of experts.
     """
 
@@ -58,7 +58,7 @@ class Matrix:
 
     @property
     def kind(self) -> str:
-        """Its name in a block, q_proj for one."""
+        """Its name in a block, e.g. q_proj."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -67,8 +67,9 @@ class Matrix:
         return self.expert is not None or isinstance(self.module, LAYERS)
 
     def values(self) -> Tensor:
-        """Return the values, of layers `(outputs, inputs)`: of 4-bit weights those that they stand for, of 8-bit ones
-        integers, of which a zero may be a rounded value.
+        """Return the values; for layers the shape is `(outputs, inputs)`.
+
+        4-bit weights are dequantised. 8-bit weights are integers, in which a zero may be a rounded value.
         """
         parameter = getattr(self.module, self.parameter)
         weight: Tensor = parameter.data
@@ -81,8 +82,10 @@ class Matrix:
 
 
 def matrices(model: nn.Module) -> Iterator[Matrix]:
-    """Yield the parameters of at least two dimensions, tied ones once, each expert of a stack by itself; those of an
-    adapter are left out, also where it has trained a layer in the place of the base's.
+    """Yield the base model's parameters with at least two dimensions.
+
+    Tied parameters are yielded once, and each expert of a stack separately. An adapter's parameters are left out, also
+    those of layers that it has fully trained.
     """
     base = without_adapter(model)
     tuners = [each for each in base.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
@@ -111,8 +114,9 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
 
 
 def layers(model: nn.Module) -> list[Matrix]:
-    """Return the linear layers of the blocks and their experts: all but the head, and what chooses experts, which is
-    small and sends tokens to other experts when it is pruned.
+    """Return the linear layers and the experts, without the head and the routers.
+
+    Routers are small, and a pruned router sends tokens to other experts.
     """
     base = without_adapter(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None  # type: ignore[no-untyped-call]
@@ -127,7 +131,7 @@ def layers(model: nn.Module) -> list[Matrix]:
 
 @torch.no_grad()
 def nonzero_shares(model: nn.Module) -> dict[str, float]:
-    """Return the share of weights that are not zero for each kind of layer, by its name in a block, and for `all`.
+    """Return the share of nonzero weights for each kind of layer, by its name in a block, and for `all`.
 
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "v_proj": nn.Linear(2, 2)})
     >>> _ = nn.init.constant_(model["q_proj"].weight, 1.0), nn.init.eye_(model["v_proj"].weight)
@@ -146,10 +150,10 @@ def nonzero_shares(model: nn.Module) -> dict[str, float]:
 def sparsity_report(
     model: nn.Module, patterns: tuple[str, ...] = ("2:4", "4:8", "16x16")
 ) -> dict[str, dict[str, float]]:
-    """Return, for each kind of linear layer and for `all`, the share of zeros, and how much has each pattern.
+    """Return, for each kind of linear layer and for `all`, the share of zeros and the share that has each pattern.
 
-    Of a pattern n:m it is the share of groups of m inputs with at most n values that are not zero; of a block pattern
-    that of blocks that are all zero. A matrix whose inputs do not divide into groups has none.
+    For a pattern n:m this is the share of groups of m inputs with at most n nonzero values, for a block pattern the
+    share of blocks that are all zero. It is 0 for a matrix whose inputs cannot be divided into groups of m.
     """
     parsed = {pattern: parse_pattern(pattern) for pattern in patterns}
 
@@ -161,7 +165,7 @@ def sparsity_report(
 
 
 def _shares(counted: Iterable[Matrix], count: Callable[[Tensor], dict[str, Count]]) -> dict[str, dict[str, float]]:
-    """Return the shares of what is counted in matrices, for each kind of them and then for `all`."""
+    """Return the shares of the counts, summed over the matrices of each kind and then over `all`."""
     sums: dict[str, dict[str, Count]] = {}
     for matrix in counted:
         for name, (part, whole) in count(matrix.values()).items():
@@ -181,20 +185,20 @@ class Unstructured:
     """Any weights."""
 
     def keep(self, values: Tensor, sparsity: float) -> Tensor:
-        """Return a mask that leaves out the lowest magnitudes: exactly this share, rounded down."""
+        """Return a mask without the lowest magnitudes: exactly this share of weights, rounded down."""
         lowest = values.abs().flatten().argsort(stable=True)[: int(sparsity * values.numel())]
         mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
         mask[lowest] = False
         return mask.view_as(values)
 
     def having(self, values: Tensor) -> tuple[int, int]:
-        """Return how many weights have this pattern, and of how many: all have."""
+        """Return the number of weights with this pattern, which all have, and the number of weights."""
         return values.numel(), values.numel()
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """At most `n` of each `m` successive inputs, the pattern that sparse tensor cores want (2:4)."""
+    """At most `n` of each `m` successive inputs. Sparse tensor cores need 2:4."""
 
     n: int
     m: int
@@ -203,16 +207,16 @@ class Grouped:
         """Return a mask that keeps the `n` highest magnitudes of each group.
 
         Raises:
-            ValueError: The inputs do not divide into groups.
+            ValueError: The inputs cannot be divided into groups of `m`.
         """
         if values.shape[1] % self.m:
-            raise ValueError(f"{values.shape[1]} inputs do not divide into groups of {self.m}")
+            raise ValueError(f"its {values.shape[1]} inputs cannot be divided into groups of {self.m}")
         groups = values.abs().reshape(-1, self.m)
         kept = groups.argsort(dim=1, stable=True)[:, self.m - self.n :]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True).view_as(values)
 
     def having(self, values: Tensor) -> tuple[int, int]:
-        """Return how many groups have this pattern, and of how many; none where inputs do not divide into groups."""
+        """Return the number of groups with this pattern, 0 if inputs cannot be divided, and the number of groups."""
         if values.shape[1] % self.m:
             return 0, math.ceil(values.numel() / self.m)
         counts = (values.reshape(-1, self.m) != 0).sum(dim=1)
@@ -221,36 +225,36 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole blocks; those at the lower and right edge may be smaller."""
+    """Blocks of weights; those at the lower and right edge may be smaller."""
 
     rows: int
     columns: int
 
     def _cut(self, values: Tensor) -> Tensor:
-        """Return `(blocks down, blocks across, rows, columns)`, filled up with zeros."""
+        """Return the values as `(blocks down, blocks across, rows, columns)`, padded with zeros."""
         missing = (-values.shape[1] % self.columns, -values.shape[0] % self.rows)
         filled = nn.functional.pad(values, (0, missing[0], 0, missing[1]))
         down, across = filled.shape[0] // self.rows, filled.shape[1] // self.columns
         return filled.reshape(down, self.rows, across, self.columns).transpose(1, 2)
 
     def keep(self, values: Tensor, sparsity: float) -> Tensor:
-        """Return a mask that leaves out the blocks of the lowest norm: this share of blocks, rounded down."""
+        """Return a mask without the blocks of the lowest norm: this share of blocks, rounded down."""
         norms = self._cut(values.float()).square().sum(dim=(2, 3))
         kept = Unstructured().keep(norms, sparsity)
         mask = kept.repeat_interleave(self.rows, dim=0).repeat_interleave(self.columns, dim=1)
         return mask[: values.shape[0], : values.shape[1]]
 
     def having(self, values: Tensor) -> tuple[int, int]:
-        """Return how many blocks are all zero, and of how many."""
+        """Return the number of blocks that are all zero, and the number of blocks."""
         is_zero = (self._cut(values) == 0).all(dim=3).all(dim=2)
         return int(is_zero.sum()), is_zero.numel()
 
 
 def parse_pattern(pattern: str) -> Unstructured | Grouped | Blocks:
-    """Return what `unstructured`, `2:4` or `16x16` stands for.
+    """Parse a pattern such as `unstructured`, `2:4` or `16x16`.
 
     Raises:
-        ValueError: It is none of these forms.
+        ValueError: It has none of these forms.
     """
     if pattern == "unstructured":
         return Unstructured()
@@ -261,38 +265,39 @@ def parse_pattern(pattern: str) -> Unstructured | Grouped | Blocks:
     if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern):
         return Blocks(*map(int, found.groups()))
     raise ValueError(
-        f"--pattern must be 'unstructured', n:m with n below m, or rows x columns as 16x16, got {pattern!r}."
+        f"--pattern must be 'unstructured', n:m with n below m, or a block size such as 16x16, got {pattern!r}."
     )
 
 
 def check_sparsity(sparsity: float) -> None:
     if not 0 < sparsity < 1:
-        raise ValueError(f"--sparsity must lie between 0 and 1, got {sparsity}.")
+        raise ValueError(f"--sparsity must be between 0 and 1, got {sparsity}.")
 
 
 @torch.no_grad()
 def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured") -> None:
-    """Set the weights of the lowest magnitude to zero, in each of the `layers`, in place.
+    """Set the weights of the lowest magnitude to zero in each of the `layers`, in place.
 
     Args:
-        sparsity: Share of zeros in each matrix, of experts in each expert; a pattern n:m has its own, `1 - n / m`.
+        sparsity: Share of zeros in each matrix and each expert, in (0, 1). A pattern n:m ignores it: its sparsity is
+            `1 - n / m`.
         pattern: See `parse_pattern`.
 
     Raises:
-        ValueError: The share is none, a matrix does not have that pattern, the weights are quantised, or it cannot be
-            known how experts are stored.
+        ValueError: The sparsity is out of range, a matrix cannot have the pattern, the weights are quantised, or it is
+            not known how experts are stored.
     """
     check_sparsity(sparsity)
     parsed = parse_pattern(pattern)
     pruned = layers(model)
     if not pruned:
-        raise ValueError("The model has no linear layers that could be pruned.")
+        raise ValueError("The model has no linear layers to prune.")
     for matrix in matrices(model):
         refuse_unknown_layout(matrix)
     for matrix in pruned:
         refuse_quantised(matrix)
         try:
-            parsed.keep(matrix.values()[:1], sparsity)  # a row tells, before anything is changed
+            parsed.keep(matrix.values()[:1], sparsity)  # check one row of each before changing any
         except ValueError as error:
             raise ValueError(f"--pattern {pattern} does not fit {matrix.name}: {error}.") from error
     for matrix in pruned:
@@ -301,10 +306,10 @@ def prune(model: nn.Module, sparsity: float = 0.5, pattern: str = "unstructured"
 
 
 def refuse_unknown_layout(matrix: Matrix) -> None:
-    """Refuse what may hold experts, but does not say along which dimension their inputs lie.
+    """Refuse a matrix that may hold experts if it is not known which dimension is their input.
 
     Raises:
-        ValueError: It is a stack of matrices, or among the experts.
+        ValueError: It is a stack of matrices, or part of the experts.
     """
     module = type(matrix.module)
     if matrix.is_layer or module.__module__.startswith("torch.nn.") or matrix.kind.endswith("bias"):
@@ -313,15 +318,15 @@ def refuse_unknown_layout(matrix: Matrix) -> None:
     is_stack = len(shape) > 2 and min(shape) > 1
     if is_stack or ("experts" in matrix.name.split(".") and not is_router(matrix.name)):
         raise ValueError(
-            f"{matrix.name} of {module.__name__}, of shape {shape}, may hold experts, but it is not known which "
-            "dimension has the inputs: such a model cannot be pruned here."
+            f"The model cannot be pruned: {matrix.name} of {module.__name__}, of shape {shape}, may hold experts, but "
+            "it is not known which dimension is their input."
         )
 
 
 def refuse_quantised(matrix: Matrix) -> None:
     if isinstance(matrix.module, Linear4bit | Linear8bitLt):
         raise ValueError(
-            f"The weights of {matrix.name} are quantised: load the model without --load_in_8bit and --load_in_4bit."
+            f"The weights of {matrix.name} are quantised. Load the model without --load_in_8bit and --load_in_4bit."
         )
 
 
@@ -330,21 +335,21 @@ def refuse_quantised(matrix: Matrix) -> None:
 
 @dataclass
 class PruneArguments:
-    """How to prune, and where the pruned model goes."""
+    """How to prune, and where to write the pruned model."""
 
     output_dir: str = field(metadata={"help": "A new directory for the pruned model and its tokenizer."})
     sparsity: float | None = field(
         default=None,
-        metadata={"help": "Share of each matrix that is set to zero. Default: 0.5; a pattern n:m has its own."},
+        metadata={"help": "Share of each matrix to set to zero. Default: 0.5; a pattern n:m sets its own."},
     )
     pattern: str = field(
         default="unstructured",
-        metadata={"help": "unstructured; n:m, at most n of m successive inputs (2:4); or blocks, 16x16."},
+        metadata={"help": "unstructured; n:m (e.g. 2:4: at most 2 of 4 successive inputs); or blocks (e.g. 16x16)."},
     )
 
     def __post_init__(self) -> None:
         if isinstance(parse_pattern(self.pattern), Grouped) and self.sparsity is not None:
-            raise ValueError(f"--sparsity means nothing to --pattern {self.pattern}, which has its own.")
+            raise ValueError(f"--sparsity cannot be used with --pattern {self.pattern}, which sets the sparsity.")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         refuse_in_use(self.output_dir)
@@ -353,17 +358,17 @@ class PruneArguments:
 def refuse_in_use(directory: str) -> None:
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"--output_dir {directory} is in use. Give a new one.")
+        raise ValueError(f"--output_dir {directory} is not an empty directory. Give a new one.")
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was written, counted on the model as it is loaded again.
+    """Results of pruning, counted on the written model.
 
     Attributes:
-        sparsity: The `sparsity_report`, which is of the layers that are pruned.
-        left: Kinds of other parameters, which are left as they are.
-        zeros: How many weights of the whole model are zero, and of how many.
+        sparsity: The `sparsity_report` of the pruned layers.
+        left: Kinds of parameters that are not pruned.
+        zeros: Number of zeros in the whole model, and number of its weights.
     """
 
     sparsity: dict[str, dict[str, float]]
@@ -372,11 +377,11 @@ class Pruned:
 
 
 def prune_to(load: LoadArguments, arguments: PruneArguments) -> Pruned:
-    """Prune a model into a directory, load it again, and say how sparse it is.
+    """Prune a model, write it to a directory, load it again, and return its sparsity.
 
     Raises:
-        ValueError: It cannot be pruned so.
-        RuntimeError: What was written has fewer zeros than what was pruned.
+        ValueError: It cannot be pruned with these arguments.
+        RuntimeError: The written model has fewer zeros than the pruned one.
     """
     model = load_base(load, load_config(load), "cpu")
     prune(model, arguments.sparsity or 0.5, arguments.pattern)
@@ -393,12 +398,12 @@ def prune_to(load: LoadArguments, arguments: PruneArguments) -> Pruned:
 
 
 def zeros_in(counted: Iterable[Matrix]) -> dict[str, int]:
-    """Return how many weights of each matrix are zero, by its name."""
+    """Return the number of zeros in each matrix, by its name."""
     return {matrix.name: int((matrix.values() == 0).sum()) for matrix in counted}
 
 
 def refuse_lost_zeros(expected: dict[str, int], found: dict[str, int]) -> None:
-    """Raise if a matrix has fewer zeros than are expected.
+    """Check that no matrix has fewer zeros than expected.
 
     Raises:
         RuntimeError: One has.
@@ -406,7 +411,7 @@ def refuse_lost_zeros(expected: dict[str, int], found: dict[str, int]) -> None:
     denser = [name for name, zeros in expected.items() if found.get(name, 0) < zeros]
     if denser:
         shown = ", ".join(denser[:3]) + ", ..." * (len(denser) > 3)
-        raise RuntimeError(f"{len(denser)} matrices have fewer zeros than they should have: {shown}.")
+        raise RuntimeError(f"{len(denser)} matrices have fewer zeros than expected: {shown}.")
 
 
 def left_in(model: nn.Module) -> list[str]:
@@ -429,10 +434,10 @@ def left_in(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def written_whole(directory: str) -> Iterator[Path]:
-    """Yield a directory to write to that becomes this one at the end, and is gone after an error."""
+    """Yield a temporary directory, which is renamed to `directory` at the end, or removed after an error."""
     path = Path(directory)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what a kill has left
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
     try:
         yield unfinished
         if path.exists():
@@ -443,17 +448,17 @@ def written_whole(directory: str) -> Iterator[Path]:
 
 
 def describe_pruned(pruned: Pruned) -> list[str]:
-    """Return a line a kind of layer, and one each on the layers that are left and on the whole model."""
+    """Return one line per kind of layer, one about the parameters that are not pruned, and one about the model."""
     zeros, weights = pruned.zeros
     return [
         *describe_sparsity(pruned.sparsity),
-        f"left as they are: {', '.join(pruned.left)}",
+        f"not pruned: {', '.join(pruned.left)}",
         f"whole model: {zeros / weights:.1%} of {weights:,} weights are zero",
     ]
 
 
 def describe_sparsity(report: dict[str, dict[str, float]]) -> list[str]:
-    """Return a line a kind of layer.
+    """Return one line per kind of layer.
 
     >>> print(*describe_sparsity({"q_proj": {"zeros": 0.5, "2:4": 1.0}, "all": {"zeros": 0.5, "2:4": 1.0}}), sep="\\n")
     layer    zeros    2:4

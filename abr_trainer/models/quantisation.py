@@ -1,4 +1,4 @@
-"""Whether bitsandbytes computes with quantised weights rightly on this machine: each kind of layer, once, by hand."""
+"""Check that bitsandbytes computes quantised layers correctly on this machine, once for each kind of layer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MOST_WEIGHTS = 2**22
-"""How many weights of a layer are looked at, whole rows: enough for a kernel, and little beside the layer."""
+"""Most weights of a layer to check, in full rows: enough to test a kernel, and cheap."""
 
 ROUNDING_OF_VALUES = 0.01
-"""How far values may be from those by hand, as a share of their norm. In bf16 they are off by 0.002."""
+"""Allowed error of dequantised values, relative to their norm. In bf16 the error is 0.002."""
 
 ROUNDING = {4: 0.05, 8: 0.1}
-"""How far products may be from those by hand, as a share of their norm, by bits. Arithmetic in bf16 is off by 0.003,
-rows rounded to 8 bit by 0.01; kernels that are wrong, by 0.2 and more.
+"""Allowed error of a layer's output, relative to its norm, by bits. The error of bf16 is 0.003, that of rounding rows
+to 8 bit 0.01, and that of wrong kernels 0.2 or more.
 """
 
 
 def unpacked(packed: Tensor, count: int) -> Tensor:
-    """Return the first so many codes of 4 bit, of which a byte holds two, the first in its upper half.
+    """Return the first `count` 4-bit codes. A byte holds two, the first one in its upper half.
 
     >>> unpacked(torch.tensor([0x1F, 0x20], dtype=torch.uint8), 3).tolist()
     [1, 15, 2]
@@ -43,9 +43,7 @@ def _scaled(codes: Tensor, table: Tensor, scales: Tensor, blocksize: int) -> Ten
 
 
 def dequantised(layer: Linear4bit | Linear8bitLt, rows: int) -> Tensor:
-    """Return the first rows of the weights that a quantised layer stands for, `(rows, inputs)` in fp32, with plain
-    torch.
-    """
+    """Dequantise the first rows of a layer with plain torch: `(rows, inputs)` in fp32."""
     weight: Any = layer.weight
     if isinstance(layer, Linear8bitLt):
         values: Tensor = weight.CB[:rows].float() * weight.SCB[:rows, None].float() / 127
@@ -62,33 +60,33 @@ def dequantised(layer: Linear4bit | Linear8bitLt, rows: int) -> Tensor:
 
 
 def check_kernels(model: nn.Module) -> None:
-    """Compare one quantised layer of each kind with what plain torch makes of its weights.
+    """Compare one quantised layer of each kind with the result of plain torch.
 
-    On a CPU, plain torch takes over where bitsandbytes makes wrong values of 4-bit weights. Nothing else is mended.
+    If bitsandbytes dequantises 4-bit weights wrongly on a CPU, replace its kernel by plain torch.
 
     Raises:
-        ValueError: Layers are computed wrongly.
+        ValueError: Layers are computed wrongly in another way.
     """
     version = f"bitsandbytes {bitsandbytes.__version__}"
     for name, layer in _one_of_each_kind(model):
         device, bits = layer.weight.device, 4 if isinstance(layer, Linear4bit) else 8
         if bits == 4 and device.type == "cpu" and _values_are_wrong(layer):
             logger.warning(
-                f"{version} makes wrong values of 4-bit weights with {layer.in_features} inputs on this processor "
-                f"({_processor(device)}), as of {name}: plain torch does it instead, more slowly."
+                f"{version} dequantises 4-bit weights with {layer.in_features} inputs wrongly on this processor "
+                f"({_processor(device)}), e.g. {name}. Plain torch is used instead, which is slower."
             )
-            _go_around(layer.weight.quant_state)
+            _replace_kernel(layer.weight.quant_state)
         error = _error(layer)
-        if not error <= ROUNDING[bits]:  # nor if it is not a number
+        if not error <= ROUNDING[bits]:  # also if it is NaN
             raise ValueError(
                 f"{version} computes {bits}-bit layers of shape {(layer.out_features, layer.in_features)} wrongly on "
-                f"this machine ({_processor(device)}): {name} is off by {error:.0%}. Load the model without "
+                f"this machine ({_processor(device)}): the error of {name} is {error:.0%}. Load the model without "
                 f"--load_in_{bits}bit, or install another version of bitsandbytes."
             )
 
 
 def _one_of_each_kind(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return a quantised layer for each device, shape and way of quantising, with its name, where weights are here."""
+    """Return the name and the layer of one quantised layer per device, shape and quantisation. Skips meta tensors."""
     kinds: dict[Any, tuple[str, nn.Module]] = {}
     for name, layer in model.named_modules():
         weight: Any = getattr(layer, "weight", None)
@@ -117,13 +115,13 @@ def _values_are_wrong(layer: Any) -> bool:
 
 @torch.no_grad()
 def _error(layer: Any) -> float:
-    """Return how far the products of a layer are from those by hand, as a share of their norm."""
+    """Return the error of a layer's output compared with plain torch, relative to its norm."""
     weight = layer.weight
     dtype = (layer.compute_dtype or torch.bfloat16) if isinstance(layer, Linear4bit) else torch.float16
     values = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
     inputs = values.to(weight.device, dtype)
     if isinstance(layer, Linear4bit):
-        # Transposed, which bitsandbytes takes from 0.49 on; the weight as it is, only from 0.50 on.
+        # Transposed: bitsandbytes 0.49 needs it, and only 0.50 takes the weight untransposed.
         found = bitsandbytes.matmul_4bit(inputs, weight.data.t(), quant_state=weight.quant_state)
     else:
         state = bitsandbytes.MatmulLtState()
@@ -144,11 +142,11 @@ def _processor(device: torch.device) -> str:
     return torch.backends.cpu.get_cpu_capability() + (" with avx512_bf16" if has_avx512bf16() else "")
 
 
-# ---- Going around a kernel ----
+# ---- Replacing a kernel ----
 
 
-class _Around:
-    """A kernel in the place of that of bitsandbytes for the CPU, of which all that turns 4-bit weights makes use."""
+class _Replacement:
+    """A kernel that replaces the one of bitsandbytes for dequantising 4-bit weights on the CPU."""
 
     def __init__(self) -> None:
         self.wrong: set[tuple[int, int, str]] = set()  # inputs, size of a block, type
@@ -170,11 +168,11 @@ class _Around:
         return _scaled(codes, table, absmax.float(), blocksize).view(*shape).to(dtype)
 
 
-_around: _Around | None = None
+_replacement: _Replacement | None = None
 
 
-def _go_around(state: Any) -> None:
-    global _around
-    if _around is None:
-        _around = _Around()
-    _around.wrong.add((state.shape[-1], state.blocksize, state.quant_type))
+def _replace_kernel(state: Any) -> None:
+    global _replacement
+    if _replacement is None:
+        _replacement = _Replacement()
+    _replacement.wrong.add((state.shape[-1], state.blocksize, state.quant_type))

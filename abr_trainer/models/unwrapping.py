@@ -1,4 +1,4 @@
-"""The model inside what is wrapped around it; needs no PEFT."""
+"""Find the model inside an adapter, without importing PEFT."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def without_adapter(model: Any) -> Any:
-    """Return the model inside an adapter: it says what it takes and what it has, which the adapter around it hides."""
+    """Return the model inside an adapter, which hides the model's signature and attributes."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

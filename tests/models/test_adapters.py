@@ -142,7 +142,7 @@ def test_a_table_of_embeddings_that_had_grown_comes_back(text, tmp_path):
     tokenizer.add_tokens(["lamps"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(
-        ValueError, match="has 1027 tokens, but --adapter_name_or_path .* base have embeddings of 1026"
+        ValueError, match="has 1027 tokens, but --adapter_name_or_path .* base model have 1026 embeddings"
     ):
         load(adapter_name_or_path=output, tokenizer_name=str(tmp_path / "tokenizer"))
 
@@ -156,8 +156,8 @@ def test_a_table_of_embeddings_that_had_grown_comes_back(text, tmp_path):
             {"lora_target_modules": ["q_proj", "k_proj"]},
             "--lora_target_modules q_proj k_proj contradicts --adapter_name_or_path {}, which has q_proj v_proj: ",
         ),
-        ({"lora_dropout": 1.0}, "--lora_dropout must lie in [0, 1), got 1.0."),
-        ({"use_lora": False}, "--use_lora false would train all weights beside --adapter_name_or_path {}. "),
+        ({"lora_dropout": 1.0}, "--lora_dropout must be in [0, 1), got 1.0."),
+        ({"use_lora": False}, "--use_lora false cannot be used with --adapter_name_or_path {}. "),
     ],
 )
 def test_flags_that_contradict_the_adapter_are_told(tmp_path, options, message):
@@ -174,9 +174,9 @@ def test_an_adapter_that_cannot_be_trained_on_is_told_before_a_model_is_loaded(f
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert f"{tmp_path} holds no adapter: " in error_of(tmp_path)
+    assert f"{tmp_path} is not an adapter: " in error_of(tmp_path)
     other = random_adapter(tmp_path / "ia3", config=IA3Config, feedforward_modules=[])
-    assert f"{other} is of the kind IA3; only LoRA is trained on." in error_of(other)
+    assert f"{other} is of the kind IA3, but only LoRA can be trained." in error_of(other)
     changed = shutil.copytree(finished[0], tmp_path / "changed")
     config = json.loads((changed / "adapter_config.json").read_text())
 
@@ -184,9 +184,9 @@ def test_an_adapter_that_cannot_be_trained_on_is_told_before_a_model_is_loaded(f
         (changed / "adapter_config.json").write_text(json.dumps({**config, **changes}))
 
     change(base_model_name_or_path=None)
-    assert "does not say what it was trained on: give --model_name_or_path." in error_of(changed)
+    assert "does not record its base model. Give --model_name_or_path." in error_of(changed)
     change(base_model_name_or_path="/gone/away")
-    line = f"--model_name_or_path /gone/away, which --adapter_name_or_path {changed} was trained on, cannot be loaded"
+    line = f"--model_name_or_path /gone/away, the base model of --adapter_name_or_path {changed}, cannot be loaded"
     assert line in error_of(changed)
     change(task_type="SEQ_CLS")
     assert "is an adapter for SEQ_CLS, not for a causal language model." in error_of(changed)

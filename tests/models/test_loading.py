@@ -109,7 +109,7 @@ def test_experts_that_are_not_quantised_are_told_of(tmp_path, flag):
 def test_what_cannot_be_adapted_names_the_flag(tmp_path):
     mixtral = saved_mixture("mixtral", tmp_path)
     with pytest.raises(
-        ValueError, match="--lora_target_modules all-linear cannot be .*: give --lora_dropout 0, or name"
+        ValueError, match="--lora_target_modules all-linear cannot be .*; give --lora_dropout 0, or leave out"
     ):
         load(model_name_or_path=mixtral, lora_target_modules=["all-linear"])
     with pytest.raises(ValueError, match="--lora_target_modules q_porj cannot be adapted: .*q_porj.* not found"):
@@ -132,9 +132,7 @@ def test_a_missing_pad_token_is_the_end_of_text():
 def test_a_quantised_model_trains_its_adapter_and_says_what_is_quantised(build, flag, kind):
     model = load(**{flag: True}, torch_dtype="float32")
     # Four layers of seven projections; the embeddings, tied to the head, stay as they are.
-    assert (
-        describe_model(model)[1] == f"quantised: 28 matrices in {kind}; frozen matrices left as they are: 1 in float32"
-    )
+    assert describe_model(model)[1] == f"quantised: 28 matrices in {kind}; frozen matrices not quantised: 1 in float32"
     trainer = build(model=model, data=token_rows(4), max_passes=3, repeat_scheduler=None)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.train()
@@ -199,7 +197,7 @@ def test_four_bit_weights_that_are_sharded_are_packed_into_floats(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_8bit": True, "load_in_4bit": True}, "--load_in_8bit and --load_in_4bit exclude each other."),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "--load_in_8bit and --load_in_4bit cannot be used together."),
         ({"load_in_4bit": True, "use_lora": False}, "Quantised weights cannot be trained"),
         (
             {"llm_int8_enable_fp32_cpu_offload": True},
@@ -215,7 +213,7 @@ def test_arguments_that_contradict_each_other_are_told(options, message):
 
 def test_a_device_map_for_several_processes_is_refused_with_the_fix(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="Leave it out: each process then loads the model on its own device"):
+    with pytest.raises(ValueError, match="Leave it out, so that each process loads the model on its own device"):
         ModelArguments(device_map="auto")
 
 

@@ -133,7 +133,7 @@ def test_half_precision_stays_and_rounds(tmp_path, dtype):
 def test_an_adapter_that_is_lost_in_rounding_is_told_of(tmp_path, capsys, dtype, std, is_lost):
     adapter = random_adapter(tmp_path / "adapter", std=std)
     export.main(["--adapter", adapter, "--torch_dtype", dtype, "--output_dir", str(tmp_path / "whole")])
-    message = f"warning     the adapter is lost in rounding: that to {dtype} moves the logits by "
+    message = f"warning     rounding to {dtype} changes the logits by "
     shown = capsys.readouterr().out
     assert (message in shown) == is_lost
     assert ("Merge with --torch_dtype float32" in shown) == is_lost
@@ -158,7 +158,7 @@ def test_an_adapter_of_which_the_mask_leaves_little_is_told_of(tmp_path, capsys)
     flags = ["--adapter", random_adapter(tmp_path / "adapter", tmp_path / "base")]
     export.main([*flags, "--output_dir", str(tmp_path / "whole")])
     assert re.search(
-        r"warning     mask and rounding take away \d+% of what the adapter does: ", capsys.readouterr().out
+        r"warning     mask and rounding change the logits by \d+% of the adapter's change. ", capsys.readouterr().out
     )
 
 
@@ -183,7 +183,7 @@ def test_what_is_not_what_was_trained_is_not_kept(tmp_path, monkeypatch):
     # Then the head changes with the embeddings.
     monkeypatch.setattr("abr_trainer.models.merging._untie", lambda model: False)
     adapter = random_adapter(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(SystemExit, match="error: What would be written says something else than .* above 1e-05"):
+    with pytest.raises(SystemExit, match="error: The merged model differs from .* more than 1e-05"):
         export.main(["--adapter", adapter, "--output_dir", str(tmp_path / "whole")])
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -191,10 +191,10 @@ def test_what_is_not_what_was_trained_is_not_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--load_in_4bit"], "An adapter is merged into weights as they are: without --load_in_8bit"),
-        (["--token_length", "9"], "--token_length needs a text to measure on: give --dataset_name or --text_file."),
-        (["--max_rows", "9"], "--max_rows needs a text to measure on: give --dataset_name or --text_file."),
-        (["--output_dir", "scripts"], "--output_dir scripts is in use. Give a new one."),
+        (["--load_in_4bit"], "An adapter cannot be merged into quantised weights. Leave out --load_in_8bit"),
+        (["--token_length", "9"], "--token_length needs a text to measure. Give --dataset_name or --text_file."),
+        (["--max_rows", "9"], "--max_rows needs a text to measure. Give --dataset_name or --text_file."),
+        (["--output_dir", "scripts"], "--output_dir scripts is not an empty directory. Give a new one."),
     ],
 )
 def test_what_cannot_be_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
@@ -205,10 +205,10 @@ def test_what_cannot_be_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, 
 
 
 def test_a_merge_without_an_adapter_or_of_one_that_changes_no_weights_is_told(tmp_path):
-    with pytest.raises(SystemExit, match="error: --adapter_name_or_path is missing: what to merge."):
+    with pytest.raises(SystemExit, match="error: --adapter_name_or_path is missing. Give the adapter to merge."):
         export.main(["--output_dir", str(tmp_path / "whole")])
     prompt = random_adapter(tmp_path / "prompt", config=PromptTuningConfig, num_virtual_tokens=2)
-    with pytest.raises(SystemExit, match="is of the kind PROMPT_TUNING: it changes no weights."):
+    with pytest.raises(SystemExit, match="is of the kind PROMPT_TUNING, which changes no weights"):
         export.main(["--adapter", prompt, "--output_dir", str(tmp_path / "whole")])
 
 
@@ -223,7 +223,7 @@ def test_a_base_that_was_saved_quantised_is_told(tmp_path):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     flags = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", adapter]
-    with pytest.raises(SystemExit, match="are quantised: give the model that they were made from."):
+    with pytest.raises(SystemExit, match="are quantised. Give the model before quantisation."):
         export.main([*flags, "--output_dir", str(tmp_path / "whole")])
 
 
@@ -415,7 +415,7 @@ def test_the_perplexity_of_a_classifier_is_refused(tmp_path):
     adapter, _ = classifier_adapter(tmp_path / "adapter", num_labels=2)
     flags = ["--adapter", adapter, "--dataset_name", "demo", "--output_dir", str(tmp_path / "whole")]
     with pytest.raises(
-        SystemExit, match="error: .* is an adapter of a classifier, which has no perplexity: export it wi"
+        SystemExit, match="error: .* is an adapter of a classifier, which has no perplexity. Export it wi"
     ):
         export.main(flags)
     assert not (tmp_path / "whole").exists()

@@ -139,7 +139,7 @@ def test_what_is_said_of_a_mixture_is_counted_in_the_file(tmp_path, capsys):
     assert zeros == 2 * (4 * 16 * 16 + 4 * (64 * 16 + 16 * 32)) // 2 + 16
     assert report["all"]["zeros"] == 0.5
     assert f"whole model: {zeros / weights:.1%} of {weights:,} weights are zero" in shown
-    assert "left as they are: embed_tokens, gate, input_layernorm, post_attention_layernorm, norm, lm_head" in shown
+    assert "not pruned: embed_tokens, gate, input_layernorm, post_attention_layernorm, norm, lm_head" in shown
 
 
 class Stack(torch.nn.Module):
@@ -183,13 +183,15 @@ def test_patterns_are_counted():
 
 @pytest.mark.parametrize("pattern", ["4:2", "2:2", "0:4", "16", "x16", "2;4", ""])
 def test_what_is_no_pattern_is_told(pattern):
-    with pytest.raises(ValueError, match="--pattern must be 'unstructured', n:m with n below m, or rows x columns"):
+    with pytest.raises(ValueError, match="--pattern must be 'unstructured', n:m with n below m, or a block size"):
         parse_pattern(pattern)
 
 
 def test_nothing_is_pruned_where_one_layer_does_not_fit():
     model = torch.nn.ModuleDict({"fits": torch.nn.Linear(8, 2), "not": torch.nn.Linear(6, 2)})
-    with pytest.raises(ValueError, match="--pattern 2:4 does not fit not: 6 inputs do not divide into groups of 4"):
+    with pytest.raises(
+        ValueError, match="--pattern 2:4 does not fit not: its 6 inputs cannot be divided into groups of 4"
+    ):
         prune(model, pattern="2:4")
     assert nonzero_shares(model)["all"] == 1
 
@@ -197,7 +199,7 @@ def test_nothing_is_pruned_where_one_layer_does_not_fit():
 def test_quantised_weights_are_not_pruned():
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=options)
-    with pytest.raises(ValueError, match="q_proj are quantised: load the model without"):
+    with pytest.raises(ValueError, match="q_proj are quantised. Load the model without"):
         prune(model)
 
 
@@ -239,15 +241,18 @@ def test_the_path_from_dense_to_merged(tmp_path, capsys):
     assert f"merged      {found['merged']['perplexity']:.4f}" in shown
     assert "model  " in shown
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
-    with pytest.raises(SystemExit, match=f"error: --output_dir {merged} is in use. Give a new one."):
+    with pytest.raises(SystemExit, match=f"error: --output_dir {merged} is not an empty directory. Give a new one."):
         export.main([*flags, "--output_dir", merged])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sparsity", "2"], "--sparsity must lie between 0 and 1, got 2.0."),
-        (["--pattern", "2:4", "--sparsity", "0.7"], "--sparsity means nothing to --pattern 2:4, which has its own."),
+        (["--sparsity", "2"], "--sparsity must be between 0 and 1, got 2.0."),
+        (
+            ["--pattern", "2:4", "--sparsity", "0.7"],
+            "--sparsity cannot be used with --pattern 2:4, which sets the sparsity.",
+        ),
     ],
 )
 def test_a_share_that_cannot_be_is_told(tmp_path, flags, message):
