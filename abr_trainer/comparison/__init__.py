@@ -1,4 +1,4 @@
-"""Run rules against each other with paired seeds, and say what that shows. Needs neither torch nor transformers."""
+"""Compare rules with paired seeds, and report what the differences show. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 

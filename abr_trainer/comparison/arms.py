@@ -1,4 +1,4 @@
-"""The alternatives of a comparison: a repeat scheduler or a prompt, and flags of the run."""
+"""The alternatives of a comparison: a rule or a prompt, and flags for the run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the alternatives that are compared.
+    """One of the alternatives to compare.
 
     Attributes:
-        name: As typed; stands in tables and pictures.
-        rule: What `--repeat_scheduler` gets; empty to leave that to the flags that all runs share.
-        parameters: Of the rule, as JSON; empty for none.
-        flags: What else it adds to the command line.
+        name: As typed; used in tables and plots.
+        rule: Value of `--repeat_scheduler`; empty to use the flags that all runs share.
+        parameters: Parameters of the rule, as JSON; empty for none.
+        flags: Other arguments that it adds to the command line.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """A name for a directory. A digest tells texts apart that would go by the same one."""
+        """A name for its directory. Texts get a digest, so that different texts have different directories."""
         safe = re.sub(r"[^\w.=-]+", "-", self.name).strip("-")
         if self.rule or re.fullmatch(r"\w{1,40}", self.name):
             return safe
@@ -49,7 +49,7 @@ class Arm:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the file that holds a rule of one's own; empty for the rules of this package."""
+        """A digest of the file with the user's own rule; empty for the rules of this package."""
         if not self.rule or self.rule in SCHEDULERS:
             return ""
         file = inspect.getsourcefile(find_repeat_scheduler(self.rule))
@@ -57,7 +57,7 @@ class Arm:
 
     @property
     def decides(self) -> bool:
-        """Whether its rule looks at a batch before it says how often to train on it."""
+        """Whether its rule uses the loss of a batch to decide how often to train on it."""
         return self.rule not in ("", "baseline", "fixed", "random")
 
     def reads(self, flag: str, shared: Sequence[str] = ()) -> bool:
@@ -70,7 +70,7 @@ class Arm:
         return why_unread(flag, {name[2:]: values[-1] for name, values in given.items() if values}) is None
 
     def leaves_open(self, flag: str, shared: Sequence[str] = ()) -> bool:
-        """Tell whether a flag of the run, given without dashes, changes anything about this arm.
+        """Tell whether a flag of the run, given without dashes, has an effect on this arm.
 
         Args:
             shared: Flags that all runs get.
@@ -81,10 +81,10 @@ class Arm:
         return self.reads(flag, shared) and not (self.rule == "fixed" and flag == "max_repeats" and "repeats" in own)
 
     def controls(self, mean: float, states_most: bool) -> list[Arm]:
-        """Return two arms with this mean of repeats and the same flags: one spreads it evenly, one at random.
+        """Return two arms with this mean number of repeats and the same flags: one even, one random.
 
         Args:
-            states_most: Do not leave `max_repeats` to its default.
+            states_most: Set `max_repeats` even if it has its default value.
         """
         pairs = zip(self.flags[::2], self.flags[1::2], strict=True)
         settings = "".join(f",{flag[2:]}={value}" for flag, value in pairs)
@@ -96,11 +96,11 @@ class Arm:
 def parse_arm(text: str) -> Arm:
     """Parse `name`, `name:value`, `name:parameter=value,...` or `module:Class:parameter=value,...`.
 
-    A bare value goes to the first parameter of the rule. A parameter that the rule does not have is a flag of the
+    A value without a name is for the rule's first parameter. A parameter that the rule does not have is a flag of the
     run, without its dashes.
 
     Raises:
-        ValueError: There is no such rule, or it does not take the value.
+        ValueError: There is no such rule, or it does not accept the value.
 
     >>> parse_arm("abr:loss_threshold=2.0,skip_outliers=none").arguments[2:]
     ['--repeat_scheduler_kwargs', '{"loss_threshold": 2.0}', '--skip_outliers', 'none']
@@ -115,7 +115,7 @@ def parse_arm(text: str) -> Arm:
         key, has_key, value = setting.partition("=")
         if not has_key:
             if not takes:
-                raise ValueError(f"--schedulers {text}: {rule} has no parameter that could be {setting}.")
+                raise ValueError(f"--schedulers {text}: {rule} has no parameters, so {setting} cannot be one.")
             key, value = takes[0], setting
         if key in takes:
             parameters[key] = _as_json(value)
@@ -129,21 +129,21 @@ def parse_arm(text: str) -> Arm:
 
 
 def prompt_arm(text: str) -> Arm:
-    """Return the arm that puts this prompt before each row: the name of one that `abr classify` knows, or any text.
+    """Return the arm that puts this prompt before each row: a name that `abr classify` knows, or any text.
 
     Raises:
-        ValueError: There is no text.
+        ValueError: The text is blank.
 
     >>> prompt_arm("none").folder, prompt_arm("Same meaning?").folder, prompt_arm("Same meaning!").folder
     ('none', 'Same-meaning-1ae089a4', 'Same-meaning-3ce8dbcf')
     """
     if not text.strip():
-        raise ValueError("--prompts: an empty prompt is called none.")
+        raise ValueError("--prompts contains an empty prompt. Write none for no prompt.")
     return Arm(text, flags=("--prompt", text))
 
 
 def quoted(name: str) -> str:
-    """Put a name of several words into quotation marks, for a sentence.
+    """Put a name of several words into quotation marks, for use in a sentence.
 
     >>> print(quoted("none"), quoted("Same meaning?"))
     none "Same meaning?"

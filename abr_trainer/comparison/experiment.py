@@ -1,4 +1,4 @@
-"""Run every arm of a comparison with every seed, each run in a process of its own, and no run twice."""
+"""Run every arm of a comparison with every seed, each run in a separate process, without repeating finished runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
 EXPERIMENT = "experiment.json"
 
 Check = Callable[[str, list[list[str]], Any], None]
-"""Takes a module, command lines, and the end of a pipe."""
+"""Takes a module, command lines, and the end of a pipe to send the result to."""
 
 Values = tuple[tuple[str, str], ...]
 """A value for each tuned flag, by its name without dashes."""
@@ -55,8 +55,8 @@ class Run:
     """One training of the comparison.
 
     Attributes:
-        argv: The arguments of the run; `--output_dir` and what resumes it come on top.
-        varied: What the comparison varies.
+        argv: The arguments of the run, without `--output_dir` and arguments to resume it.
+        varied: What the comparison varies: "scheduler" or "prompt".
     """
 
     arm: Arm
@@ -78,14 +78,14 @@ class Run:
 
     @property
     def parts(self) -> list[str]:
-        """What it does, as its results begin: a test split may come without labels, and so without a score."""
+        """Prefixes of the results that a finished run must have. A test split without labels has no scores."""
         return ["train_passes", "eval_", *(["test_"] if is_on("--do_predict", given_flags(self.argv)) else [])]
 
     def results(self) -> dict[str, float] | None:
-        """Return what the finished run has reached, or None if it is not finished.
+        """Return the results of the finished run; None if it is not finished.
 
         Raises:
-            ValueError: The directory holds a run with other arguments.
+            ValueError: The directory contains a run with other arguments.
         """
         provenance = read_json(self.directory / PROVENANCE)
         if provenance is None:
@@ -95,7 +95,7 @@ class Run:
         if changed := [flag for flag in differing if self.arm.reads(flag[2:], self.argv)]:
             each = [f"{flag}: {_values(before.get(flag))} -> {_values(now.get(flag))}" for flag in changed[:3]]
             raise ValueError(
-                f"{self.directory} holds a run with other arguments ({', '.join(each)}). "
+                f"{self.directory} contains a run with other arguments ({', '.join(each)}). "
                 "Give another --out, or remove that directory."
             )
         results: dict[str, float] = read_json(self.directory / RESULTS) or {}
@@ -105,7 +105,7 @@ class Run:
         return results if is_finished and metrics_in(results, self.varied) else None
 
     def arguments(self) -> list[str]:
-        """Return all arguments of the run, to begin the run or to go on with it."""
+        """Return all arguments to start or to resume the run."""
         arguments = [*self.argv, "--output_dir", str(self.directory)]
         if last_complete_checkpoint(self.directory):
             arguments += ["--resume_from_checkpoint", "true"]
@@ -115,7 +115,7 @@ class Run:
 
 
 def _own_arguments(argv: list[str]) -> list[str]:
-    """Leave out of a command line what `Run.arguments` adds."""
+    """Remove from a command line the arguments that `Run.arguments` adds."""
     return argv[: argv.index("--output_dir")] if "--output_dir" in argv else argv
 
 
@@ -125,28 +125,28 @@ def _values(values: list[str] | None) -> str:
 
 @dataclass
 class Experiment:
-    """A comparison as asked for.
+    """A comparison: its arms, seeds and runs.
 
     Attributes:
-        out: Directory of all runs and of the report.
-        module: The module that each run starts, as `python -m` does.
-        flags: Arguments that all runs share, complete.
-        varied: What the arms differ in: "scheduler" or "prompt".
-        match: What the runs have in common: "passes" or "batches".
-        reference: Name of the arm that the others are compared with; empty for the one that leaves out what is varied
-            (baseline, none), or the first.
+        out: Directory for all runs and the report.
+        module: The module that each run executes, as `python -m` does.
+        flags: All arguments that the runs share.
+        varied: What the arms vary: "scheduler" or "prompt".
+        match: What is equal for all runs: "passes" or "batches".
+        reference: Name of the arm that the others are compared with. Empty for the arm without what is varied
+            (baseline or none), or else the first.
         tune: Values to try, by flag without dashes.
-        tune_seeds: Seeds to choose the values by.
-        launcher: What starts the module, e.g. `accelerate launch`; empty for one process.
-        jobs: Runs at a time.
+        tune_seeds: Seeds of the runs that choose these values.
+        launcher: Command that starts the module, e.g. `accelerate launch`; empty for one process.
+        jobs: Number of runs at a time.
         keep_going: Leave out runs that fail, instead of stopping.
-        keeps_checkpoints: They are wanted for themselves. Else they are there to resume by, and go when a run is
-            finished.
-        check: Called in a process of its own: sends what the first of these command lines asks for, as `device`,
-            `devices` (how many GPUs), `max_passes`, `max_steps` and `epochs`, or a ValueError. `prepare` needs it.
-        preload: Modules that a process is to have imported before runs are forked from it: all that takes long.
-        controlled: The names of arms that decide and of the controls that spend the same mean repeats.
-        failures: Why runs have failed.
+        keeps_checkpoints: Keep the checkpoints of finished runs. By default they are removed, because they only serve
+            to resume a run.
+        check: Called in a separate process. Sends the settings in the first of these command lines: `device`,
+            `devices` (number of GPUs), `max_passes`, `max_steps` and `epochs`; or a ValueError. `prepare` needs it.
+        preload: Slow modules to import once in the process from which runs are forked.
+        controlled: Pairs of names: an arm that decides, and a control with the same mean number of repeats.
+        failures: Error of each failed run.
     """
 
     out: Path
@@ -172,7 +172,7 @@ class Experiment:
         names = [arm.folder for arm in self.arms]
         if twice := next((arm.name for arm in self.arms if names.count(arm.folder) > 1), None):
             raise ValueError(
-                f"{self.option} {twice} stands there twice, or goes by the same directory as another one."
+                f"{self.option} has {twice} twice, or another one with the same directory name. Remove or rename one."
             )
         for arm in self.arms if self.varied == "scheduler" else []:
             self._refuse(arm.flags, f"{self.option} {arm.name}: ")
@@ -180,14 +180,14 @@ class Experiment:
             for value in values:
                 self._refuse([f"--{name}", value], "--tune: ")
         if self.reference and self.reference not in [arm.name for arm in self.arms]:
-            raise ValueError(f"--reference {self.reference} is none of {self.option}.")
+            raise ValueError(f"--reference {self.reference} must be one of {self.option}.")
         if not self.reference:
             self.reference = next((arm.name for arm in self.arms if self._is_plain(arm)), self.arms[0].name)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds must be one number above 0, or several different ones, got {self.seeds}.")
+            raise ValueError(f"--seeds must be one number above 0, or several different numbers, got {self.seeds}.")
         refuse_below(self, {"jobs": 1})
         if self.jobs > 1 and self.launcher:
-            raise ValueError("--jobs does not go with --launcher, which takes all devices for one run.")
+            raise ValueError("--jobs cannot be used with --launcher, which uses all devices for one run.")
         if self.tune and not self.tune_seeds:
             raise ValueError("--tune_seeds must be at least 1.")
         self._seen: set[Path] = set()
@@ -200,14 +200,14 @@ class Experiment:
         return arm.name == "none" if self.varied == "prompt" else arm.rule == "baseline"
 
     def _refuse(self, flags: Iterable[str], where: str) -> None:
-        """Refuse flags that are not for an arm to set; a budget of its own may be lower than that of the others."""
+        """Refuse flags that an arm may not set. Its budget may be lower than that of the others."""
         budget = given_flags(self.flags).get(BUDGET) if self.match == "passes" else None
         refuse(flags, where, budget=budget, varied=self.varied)
 
-    # ---- What is to run, and what it has shown ----
+    # ---- Runs and their results ----
 
     def candidates(self, arm: Arm) -> list[Values]:
-        """Return all combinations of the values to tune that an arm leaves open; one empty combination for none."""
+        """Return all combinations of values to tune for an arm; one empty combination if there are none."""
         tune = {name: values for name, values in self.tune.items() if arm.leaves_open(name, self.flags)}
         return [tuple(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
 
@@ -237,20 +237,20 @@ class Experiment:
         )
 
     def results(self, run: Run) -> dict[str, float] | None:
-        """Return what a run has reached; None if it is not finished or has failed."""
+        """Return the results of a run; None if it is not finished or has failed."""
         return None if run in self.failures else run.results()
 
     def tuning_runs(self, arms: Iterable[Arm]) -> list[Run]:
-        """Return what has to run before the values of these arms can be chosen."""
+        """Return the runs that are needed to choose the values of these arms."""
         tried = [(arm, tuned) for arm in arms for tuned in self.candidates(arm) if tuned]
         return [self.run_of(arm, seed, tuned) for seed in self.tune_seeds for arm, tuned in tried]
 
     def score(self, runs: Iterable[Run]) -> Score:
-        """Return what these runs are judged by: the first of the scores that the finished ones have."""
+        """Return the score to compare these runs by: the first of `SCORES` that a finished run has."""
         return score_of(main_metric({name for run in runs for name in self.results(run) or ()}, self.varied))
 
     def tried(self, arm: Arm) -> dict[Values, float]:
-        """Return the mean validation score of each candidate: the worst there is if a run of it is missing or
+        """Return the mean validation score of each candidate; the worst possible if one of its runs is missing or
         diverged.
         """
         runs = {tuned: [self.run_of(arm, seed, tuned) for seed in self.tune_seeds] for tuned in self.candidates(arm)}
@@ -262,7 +262,7 @@ class Experiment:
         return means
 
     def chosen(self, arm: Arm) -> Values:
-        """Return the candidate of the best mean validation score."""
+        """Return the candidate with the best mean validation score."""
         first, *others = self.candidates(arm)
         if not others:
             return first
@@ -271,15 +271,15 @@ class Experiment:
         return best(tried, key=tried.__getitem__)
 
     def final_runs(self, arms: Iterable[Arm]) -> list[Run]:
-        """Return the runs that the comparison is made of, one seed of all arms after the other."""
+        """Return the runs of the comparison, ordered by seed and then by arm."""
         chosen = {arm: self.chosen(arm) for arm in arms}
         return [self.run_of(arm, seed, chosen[arm]) for seed in self.seeds for arm in chosen]
 
     def add_controls(self) -> list[Arm]:
-        """Give each arm that decides two controls of the same mean repeats, and return the arms that this adds.
+        """Add two controls with the same mean number of repeats for each arm that decides, and return the added arms.
 
-        Batches that are skipped are left out of the mean: the controls skip by the same rule. The mean is measured
-        once: seeds that are added later get the same controls.
+        Skipped batches are left out of the mean, because the controls skip by the same rule. The mean is measured
+        once, so that seeds added later get the same controls.
         """
         means: dict[str, float] = self._recorded().get("mean_repeats", {})
         states_most = "max_repeats" in self.tune or "--max_repeats" in given_flags(self.flags)
@@ -303,14 +303,14 @@ class Experiment:
         kept = sum(results["train_batches"] - results["train_skips"] for results in finished)
         return round(sum(results["train_updates"] for results in finished) / kept, 2) if kept else None
 
-    # ---- What the directory is for ----
+    # ---- The directory ----
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second comparison out of the directory, for as long as this process or one that it launched lives.
+        """Lock the directory against other comparisons, until this process and those that it launched have ended.
 
         Raises:
-            ValueError: Another one is at work there, or has run with another launcher, or another command.
+            ValueError: Another comparison is running there, or its runs had another launcher or another command.
         """
         with locked(self.out, "--out") as self._lock:
             before = self._recorded().get("launcher", self.launcher)
@@ -322,7 +322,7 @@ class Experiment:
             module = self._recorded().get("module", self.module)
             if module != self.module:
                 raise ValueError(
-                    f"The runs in {self.out} are of {module}, and these of {self.module}: give another --out."
+                    f"The runs in {self.out} are of {module}, but these are of {self.module}. Give another --out."
                 )
             yield
 
@@ -332,13 +332,13 @@ class Experiment:
     def _record(self, facts: dict[str, Any]) -> None:
         write_whole(self.out / EXPERIMENT, json.dumps(self._recorded() | facts, indent=1) + "\n")
 
-    # ---- Carrying it out ----
+    # ---- Running ----
 
     def prepare(self) -> None:
-        """Check the arguments of all arms before the first run, in a process of its own.
+        """Check the arguments of all arms before the first run, in a separate process.
 
         Raises:
-            ValueError: A run would not take them.
+            ValueError: A run would not accept them.
         """
         if self.jobs > 1:
             share = max(1, len(os.sched_getaffinity(0)) // self.jobs)
@@ -361,7 +361,7 @@ class Experiment:
         try:
             found = receiver.recv()
         except EOFError:
-            raise RunFailed("The arguments could not be checked; see above.") from None
+            raise RunFailed("The process that checks the arguments failed; see its messages above.") from None
         finally:
             process.kill()
         if isinstance(found, ValueError):
@@ -371,10 +371,10 @@ class Experiment:
         self._record({"launcher": self.launcher, "module": self.module})
 
     def _check_rules(self) -> None:
-        """Refuse to go on with runs of a rule of one's own that has changed: they would be made by two rules.
+        """Refuse to continue if the code of the user's own rule has changed: its runs would use two versions.
 
         Raises:
-            ValueError: The file of a rule has changed since its runs were begun.
+            ValueError: The file of a rule has changed since its first run.
         """
         before: dict[str, str] = self._recorded().get("rules", {})
         now = {arm.rule: fingerprint for arm in self.arms if (fingerprint := arm.fingerprint)}
@@ -385,11 +385,11 @@ class Experiment:
         self._record({"rules": before | now})
 
     def carry_out(self, with_controls: bool) -> None:
-        """Run everything: what values are chosen by, the arms with the chosen ones, and the controls of these arms.
+        """Run everything: the tuning runs, the arms with the chosen values, and the controls of these arms.
 
         Raises:
             RunFailed: A run has failed, unless `keep_going`.
-            ValueError: A directory holds a run with other arguments.
+            ValueError: A directory contains a run with other arguments.
         """
         with contextlib.closing(Progress(self._facts)) as progress:
             self._stage(self.arms, progress)
@@ -401,7 +401,7 @@ class Experiment:
         self._run_all(self.final_runs(arms), progress)
 
     def _run_all(self, runs: list[Run], progress: Progress) -> None:
-        """Run what is not finished. On an error or an interrupt, end what is running: it can be resumed."""
+        """Run those that are not finished. On an error or an interrupt, end the active runs; they can be resumed."""
         new = [run for run in runs if run.directory not in self._seen]
         self._seen.update(run.directory for run in new)
         kept = [run for run in new if self.results(run)]
@@ -441,7 +441,7 @@ class Experiment:
         return Launched(command, environment, run.log, held=(self._lock,))
 
     def _finish(self, run: Run, status: int, seconds: float) -> str:
-        """Return what there is to say of a run that has ended.
+        """Return a line about a run that has ended.
 
         Raises:
             RunFailed: It has failed, unless `keep_going`.
@@ -450,7 +450,9 @@ class Experiment:
         if results is None:
             reason = f"{run.title} {self._why_useless(run, status)}. Its log: {run.log}"
             if not self.keep_going:
-                raise RunFailed(f"{reason}. The same command goes on; --keep-going leaves such runs out.")
+                raise RunFailed(
+                    f"{reason}. Run the same command again to continue; --keep-going leaves out runs that fail."
+                )
             self.failures[run] = reason
             return reason
         self._tidy(run)
@@ -461,25 +463,25 @@ class Experiment:
         return f"{run.title}: {score.words} {', '.join(metrics)}; {spent}"
 
     def _why_useless(self, run: Run, status: int) -> str:
-        """Return what a run did instead of leaving results, as the end of a sentence."""
+        """Return why a run has no results, as the end of a sentence."""
         if status:
-            return f"failed with exit status {status}: {last_words(run.log).rstrip('.')}"
+            return f"failed with exit status {status}: {error_in(run.log).rstrip('.')}"
         left = read_json(run.directory / RESULTS) or {}
         if not metrics_in(left, self.varied):
             wanted = " or ".join(score.words for score in SCORES[self.varied])
             measured = ", ".join(name for name in left if name.startswith(tuple(SPLITS))) or "nothing"
-            return f"ended well, but measured no {wanted} to compare by; it measured {measured}"
-        return f"ended without an error, but {run.directory} does not hold all results of a finished run"
+            return f"ended without an error, but did not measure {wanted}; it measured {measured}"
+        return f"ended without an error, but {run.directory} does not contain all results of a finished run"
 
     def _tidy(self, run: Run) -> None:
-        """Remove the checkpoints of a finished run, if they were there to resume by."""
+        """Remove the checkpoints of a finished run, unless they are to be kept."""
         if not self.keeps_checkpoints:
             for checkpoint in [*run.directory.glob("checkpoint-*"), *run.directory.glob("abandoned-checkpoint-*")]:
                 shutil.rmtree(checkpoint)
 
 
 def device_of(slot: int, devices: int) -> str:
-    """Return which of the visible GPUs the runs of a slot use.
+    """Return the visible GPU that the runs of a slot use.
 
     >>> [device_of(slot, devices=2) for slot in range(3)]
     ['0', '1', '0']
@@ -488,9 +490,9 @@ def device_of(slot: int, devices: int) -> str:
     return visible[slot % len(visible)]
 
 
-def last_words(log: Path) -> str:
-    """Return the line of a log that says best why a run has failed: launchers write much after it."""
+def error_in(log: Path) -> str:
+    """Return the line of a log that explains best why a run failed. Launchers write more lines after it."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     errors = [line for line in lines if line.startswith("error: ")]
     words = [line.strip() for line in lines if any(map(str.isalpha, line))]
-    return next(reversed(errors or words), "it said nothing.")
+    return next(reversed(errors or words), "the log is empty.")

@@ -1,4 +1,4 @@
-"""Runs at work, each in a process of its own."""
+"""Start and stop runs, each in a separate process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 
 class Process(Protocol):
-    """A run at work."""
+    """An active run."""
 
     def poll(self) -> int | None: ...
 
@@ -28,12 +28,12 @@ class Process(Protocol):
 
 
 class Forked:
-    """A run forked from a process that has imported everything. It ends with the process that wanted it.
+    """A run forked from a process that has imported all modules. It ends when the process that started it ends.
 
     Args:
-        context: Of the start method "forkserver".
-        module: What is run, as `python -m` does.
-        log: File for what the run prints.
+        context: Multiprocessing context with the start method "forkserver".
+        module: The module to execute, as `python -m` does.
+        log: File for the output of the run.
     """
 
     def __init__(self, context: Any, module: str, argv: list[str], log: Path) -> None:
@@ -54,8 +54,8 @@ class Forked:
 
 
 def start_quietly() -> None:
-    """Start the process that others are forked from such that an interrupt from the keyboard does not reach it."""
-    resource_tracker.ensure_running()  # first: it would let interrupts through again
+    """Start the process that runs are forked from, with keyboard interrupts blocked."""
+    resource_tracker.ensure_running()  # first, because it unblocks interrupts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -64,10 +64,10 @@ def start_quietly() -> None:
 
 
 def _run_module(module: str, argv: list[str], log: str) -> None:
-    """Be the run: called in a forked process."""
-    gc.freeze()  # no collection looks through all that was imported before, which takes a second each time
-    os.setsid()  # an interrupt from the keyboard is for the comparison, which ends its runs
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves nothing behind in the system
+    """Execute the run. Called in the forked process."""
+    gc.freeze()  # so that no collection scans the modules imported before, which takes a second each time
+    os.setsid()  # keyboard interrupts go to the comparison only, which then ends its runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a normal exit cleans up
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -79,16 +79,16 @@ def _run_module(module: str, argv: list[str], log: str) -> None:
 
 
 def _end_with(sentinel: int) -> None:
-    """End this process when the one that wanted it is gone: two runs in one directory would spoil it."""
+    """End this process when its parent ends, so that two runs never write to the same directory."""
     connection.wait([sentinel])
     os._exit(1)
 
 
 class Launched:
-    """A run started as a command, with all processes that it starts itself. If this one is killed, it goes on.
+    """A run started as a command, with its child processes. It continues if this process is killed.
 
     Args:
-        held: File descriptors that stay open for as long as the command runs: a lock on its directory.
+        held: File descriptors to keep open while the command runs, e.g. the lock on its directory.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, held: tuple[int, ...] = ()) -> None:
@@ -114,14 +114,14 @@ class Launched:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM, and a terminal that is closed, end this process as Ctrl-C does: what runs is ended with it."""
+    """Treat SIGTERM and a closed terminal like Ctrl-C, so that active runs are ended, too."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as under nohup
+        if handler != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, interrupt)
     try:
         yield

@@ -1,4 +1,4 @@
-"""How far a comparison has come."""
+"""Show the progress of a comparison."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..records.files import TRACE_NAME
 
 
 class Progress:
-    """A bar over all runs that moves within each of them, and a line for each run that ends.
+    """A progress bar over all runs, which also advances within a run, and a line for each run that ends.
 
     Args:
-        facts: How long each run is: `max_passes`, `max_steps` and `epochs`.
+        facts: Length of each run: `max_passes`, `max_steps` and `epochs`.
     """
 
     def __init__(self, facts: dict[str, Any]) -> None:
@@ -28,15 +28,15 @@ class Progress:
         self._shares: dict[Path, float] = {}
 
     def expect(self, kept: int, pending: int) -> None:
-        """Take so many more runs into account, some of them finished before."""
+        """Add runs: `kept` that are already finished, and `pending` others."""
         self._total += pending
         self._bar.total = self._total
         self._bar.refresh()
         if kept:
-            tqdm.write(f"{kept} finished run{'s are' if kept > 1 else ' is'} kept")
+            tqdm.write(f"{kept} run{'s are' if kept > 1 else ' is'} already finished")
 
     def is_at(self, directory: Path) -> None:
-        """Look up how far the run in this directory has come, at most once a second."""
+        """Read the progress of the run in this directory, at most once per second."""
         if time.monotonic() - self._looked.get(directory, 0) < 1:
             return
         self._looked[directory] = time.monotonic()
@@ -57,7 +57,7 @@ class Progress:
 
 
 def share_done(trace: Path, facts: dict[str, Any]) -> float:
-    """Return the share of a run that is behind it, by the last line of its trace."""
+    """Return the finished share of a run, in [0, 1], from the last line of its trace."""
     try:
         with open(trace, "rb") as file:
             file.seek(max(0, trace.stat().st_size - 4096))

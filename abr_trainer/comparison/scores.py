@@ -1,4 +1,4 @@
-"""What runs are judged by: the name of a score, which way is better, and how differences of it are told."""
+"""Scores to compare runs by: name, whether lower is better, and how to report differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SPLITS = {"eval": "validation", "test": "test"}
-"""What the name of a metric begins with, and what a reader calls it."""
+"""Prefix of a metric's name, and the name of the split for readers."""
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,11 @@ class Score:
     """A score of a run.
 
     Attributes:
-        name: In the results of a run, behind the split: `eval_f1` is the `f1` on the validation split.
-        words: In a sentence.
-        lower_is_better: Else higher is.
-        in_logs: What counts are ratios: a difference is told in percent too, and between two evaluations the
-            logarithm is interpolated. Else differences are told in units of the score alone.
+        name: Name in the results of a run, after the split: `eval_f1` is `f1` on the validation split.
+        words: Name for use in a sentence.
+        lower_is_better: Whether lower values are better.
+        in_logs: Whether ratios matter. If so, differences are also given in percent, and the logarithm is interpolated
+            between two evaluations.
     """
 
     name: str
@@ -48,13 +48,13 @@ OF_CLASSIFIERS = (
 )
 
 SCORES = {"scheduler": (PERPLEXITY,), "prompt": OF_CLASSIFIERS}
-"""Scores by what is varied, in order of precedence: runs are judged by the first that they have."""
+"""Scores by what is varied, in order of precedence: runs are compared by the first that they have."""
 
 BY_NAME = {score.name: score for scores in SCORES.values() for score in scores}
 
 
 def score_of(metric: str) -> Score:
-    """Return the score that a metric is, whatever the split.
+    """Return the score of a metric, without the split.
 
     >>> score_of("test_f1").words
     'F1'
@@ -63,7 +63,7 @@ def score_of(metric: str) -> Score:
 
 
 def words_for(metric: str) -> str:
-    """Return what a reader calls a metric.
+    """Return the name of a metric for readers.
 
     >>> words_for("eval_matthews_correlation")
     'validation Matthews correlation'
@@ -72,7 +72,7 @@ def words_for(metric: str) -> str:
 
 
 def metrics_in(names: Iterable[str], varied: str) -> list[str]:
-    """Return which of these names are metrics to report, by precedence of the score, the validation split first.
+    """Return the metrics to report among these names, by precedence of the score, the validation split first.
 
     >>> metrics_in(["test_f1", "eval_f1", "eval_accuracy", "eval_loss"], "prompt")
     ['eval_accuracy', 'eval_f1', 'test_f1']
@@ -83,7 +83,7 @@ def metrics_in(names: Iterable[str], varied: str) -> list[str]:
 
 
 def main_metric(names: Iterable[str], varied: str) -> str:
-    """Return what runs with these metrics are judged by: of their first score the test split, else the validation.
+    """Return the metric to compare runs by: their first score, on the test split if there is one, else on validation.
 
     >>> main_metric(["eval_f1", "eval_accuracy", "test_accuracy"], "prompt"), main_metric([], "scheduler")
     ('test_accuracy', 'eval_perplexity')
@@ -93,7 +93,7 @@ def main_metric(names: Iterable[str], varied: str) -> str:
 
 
 def sentence_case(text: str) -> str:
-    """Return a text with its first letter in upper case; what `str.capitalize` would make lower stays.
+    """Return a text with its first letter in upper case. Unlike `str.capitalize`, keep the other letters.
 
     >>> sentence_case("validation F1")
     'Validation F1'

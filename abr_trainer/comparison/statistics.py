@@ -1,4 +1,4 @@
-"""What paired differences over seeds show: statistics on numbers alone."""
+"""Statistics of paired differences over seeds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ RESAMPLES = 9999
 
 
 def paired(differences: Sequence[float], lower_is_better: bool = True) -> dict[str, Any]:
-    """Return what paired differences over seeds show.
+    """Return statistics of paired differences over seeds.
 
-    The t interval is the one to decide by. The percentile bootstrap of few seeds is too narrow: of five normal
-    differences it covers the mean in 84 % of the cases, not in 95 %.
+    Decide by the t interval. With few seeds the percentile bootstrap is too narrow: for five normally distributed
+    differences it covers the mean in 84 % of cases, not in 95 %.
 
     Returns:
-        `seeds`, `mean`, `deviation`, `wins` (how many are on the better side of 0); from two seeds on, `t_low` and
+        `seeds`, `mean`, `deviation`, and `wins` (number on the better side of 0). From two seeds on also `t_low`,
         `t_high`, `bootstrap_low` and `bootstrap_high`, the ends of 95 % intervals, and `detectable`: the difference
-        that a t test at 5 % would have found with 80 % power, had the seeds scattered as these do.
+        that a t test at 5 % finds with 80 % power, given this deviation.
 
     >>> found = paired([-1.0, -2.0, -3.0])
     >>> found["mean"], found["wins"], round(found["t_low"], 2), round(found["t_high"], 2)
@@ -69,16 +69,16 @@ def detectable_in_errors(count: int) -> float:
     limit = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
     def missing(mean: float) -> float:
-        return POWER - float(stats.nct.sf(limit, freedom, mean))  # that it comes out on the other side is negligible
+        return POWER - float(stats.nct.sf(limit, freedom, mean))  # the other tail is negligible
 
     return float(optimize.brentq(missing, 0.0, 2 * limit))
 
 
 def verdict(found: dict[str, Any], planned: int, lower_is_better: bool = True) -> str:
-    """Say in words what `paired` has found.
+    """Return the verdict on the results of `paired`, in words.
 
     Args:
-        planned: How many pairs there should be. Without those that have diverged or failed, the others say nothing.
+        planned: Planned number of pairs. If some have diverged or failed, the others allow no verdict.
 
     >>> [verdict(paired(differences), 2) for differences in ([-1.0, -1.1], [1.0, 1.1], [1.0, -1.0], [-5.0])]
     ['better', 'worse', 'no evidence', 'no verdict: 1 of 2 pairs']

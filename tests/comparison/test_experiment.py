@@ -22,7 +22,7 @@ from abr_trainer.cli import report as report_verb
 from abr_trainer.cli.command_line import parse_arguments
 from abr_trainer.comparison.arms import parse_arm
 from abr_trainer.comparison.collecting import COSTS, collect, tuning_of
-from abr_trainer.comparison.experiment import Experiment, RunFailed, last_words
+from abr_trainer.comparison.experiment import Experiment, RunFailed, error_in
 from abr_trainer.comparison.progress import share_done
 from abr_trainer.data.demo import demo_texts
 from abr_trainer.records.files import last_complete_checkpoint, read_lines
@@ -60,7 +60,7 @@ def test_an_arm_is_a_rule_with_parameters_and_flags(text, flags):
     ("text", "message"),
     [
         ("abrr", "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
-        ("baseline:2", "baseline has no parameter that could be 2"),
+        ("baseline:2", "baseline has no parameters, so 2 cannot be one"),
         ("fixed:0.5", "`repeats` must be at least 1, got 0.5"),
         ("nowhere:Rule", "Cannot import repeat scheduler 'nowhere:Rule'"),
         ("abr:loss_treshold=2", "abr has no parameter loss_treshold. Did you mean loss_threshold?"),
@@ -82,13 +82,13 @@ def test_runs_of_a_seed_differ_in_the_scheduler_alone():
 
 def test_what_a_comparison_decides_is_refused_to_the_runs():
     for flag in ("--seed", "--output_dir", "--repeat_scheduler", "--push_to_hub"):
-        with pytest.raises(ValueError, match=f"{flag} is not for the runs to decide"):
+        with pytest.raises(ValueError, match=f"{flag} cannot be set for the runs of a comparison"):
             complete_flags([flag, "1", "--max_passes", "9"], "passes", 10)
     with pytest.raises(ValueError, match="--match passes needs the budget"):
         complete_flags([], "passes", 10)
-    with pytest.raises(ValueError, match="--match passes leaves no room for --max_steps"):
+    with pytest.raises(ValueError, match="--max_steps cannot be used with --match passes"):
         complete_flags(["--max_passes", "9", "--max_steps", "3"], "passes", 10)
-    with pytest.raises(ValueError, match="--match batches leaves no room for --max_passes"):
+    with pytest.raises(ValueError, match="--max_passes cannot be used with --match batches"):
         complete_flags(["--max-passes", "9"], "batches", 10)
     with pytest.raises(ValueError, match="--do_eval False: a comparison trains and evaluates every run"):
         complete_flags(["--max_passes", "9", "--do_eval", "False"], "passes", 10)
@@ -130,7 +130,7 @@ def test_an_arm_may_stop_early_and_a_seed_may_have_data_of_its_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arms": [parse_arm("abr"), parse_arm("abr")]}, "--schedulers abr stands there twice"),
+        ({"arms": [parse_arm("abr"), parse_arm("abr")]}, "--schedulers has abr twice"),
         ({"reference": "fixed:2"}, "--reference fixed:2 is none of --schedulers"),
         (
             {"arms": [parse_arm("baseline:max_passes=19")]},
@@ -140,13 +140,19 @@ def test_an_arm_may_stop_early_and_a_seed_may_have_data_of_its_own():
             {"arms": [parse_arm("baseline:max_passes=9")], "match": "batches", "flags": ["--max_steps", "9"]},
             "--schedulers baseline:max_passes=9: --max_passes must be",
         ),
-        ({"tune": {"max_passes": ["8", "20"]}, "tune_seeds": [0]}, "--tune: --max_passes 20 is not within the 12 of"),
-        ({"arms": [parse_arm("abr:output_dir=x")]}, "--schedulers abr:output_dir=x: --output_dir is not for the runs"),
-        ({"tune": {"seed": ["1", "2"]}, "tune_seeds": [0]}, "--tune: --seed is not for the runs to decide"),
+        ({"tune": {"max_passes": ["8", "20"]}, "tune_seeds": [0]}, "--tune: --max_passes 20 must be at most 12"),
+        (
+            {"arms": [parse_arm("abr:output_dir=x")]},
+            "--schedulers abr:output_dir=x: --output_dir cannot be set for the runs",
+        ),
+        (
+            {"tune": {"seed": ["1", "2"]}, "tune_seeds": [0]},
+            "--tune: --seed cannot be set for the runs of a comparison",
+        ),
         ({"seeds": []}, "--seeds must be"),
         ({"seeds": [1, 1]}, "--seeds must be"),
         ({"jobs": 0}, "--jobs must be at least 1"),
-        ({"jobs": 2, "launcher": "torchrun"}, "--jobs does not go with --launcher"),
+        ({"jobs": 2, "launcher": "torchrun"}, "--jobs cannot be used with --launcher"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_in_one_line(options, message):
@@ -167,8 +173,8 @@ def test_tuning_tries_every_combination():
     ("settings", "message"),
     [
         ([["learning_rate"]], "--tune learning_rate needs values to try"),
-        ([["learning_rate", "1", "1"]], "--tune learning_rate: 1 stands there twice"),
-        ([["learning_rate", "1"], ["learning-rate", "2"]], "--tune learning_rate stands there twice"),
+        ([["learning_rate", "1", "1"]], "--tune learning_rate has the value 1 twice"),
+        ([["learning_rate", "1"], ["learning-rate", "2"]], "--tune learning_rate is given twice"),
     ],
 )
 def test_tuning_that_cannot_be_is_refused_in_one_line(settings, message):
@@ -192,10 +198,10 @@ def leave_run(run, program=("abr", "train"), **results):
     [
         (
             {"eval_loss": 4.1, "eval_runtime": 0.2},
-            "ended well, but measured no perplexity to compare by; it measured ",
+            "ended without an error, but did not measure perplexity; it measured ",
         ),
-        ({}, "ended well, but measured no perplexity to compare by; it measured nothing"),
-        ({"test_perplexity": 4.1}, "ended without an error, but .* does not hold all results of a finished run"),
+        ({}, "ended without an error, but did not measure perplexity; it measured nothing"),
+        ({"test_perplexity": 4.1}, "ended without an error, but .* does not contain all results of a finished run"),
     ],
 )
 def test_a_run_that_ends_well_without_a_score_is_said_to_lack_it(tmp_path, results, message):
@@ -328,11 +334,11 @@ def test_only_numbers_have_ends_beyond_which_to_try(tmp_path, flag, values, at_e
 
 def test_the_line_that_says_most_is_shown_of_a_run_that_failed(tmp_path):
     log = tmp_path / "run.log"
-    assert last_words(log) == "it said nothing."
+    assert error_in(log) == "the log is empty."
     log.write_text("error: no such file\n[rank1] ends\n=======\n")
-    assert last_words(log) == "error: no such file"
+    assert error_in(log) == "error: no such file"
     log.write_text("ValueError: a bug\n=======\n")
-    assert last_words(log) == "ValueError: a bug"
+    assert error_in(log) == "ValueError: a bug"
 
 
 def test_controls_stay_the_same_when_seeds_are_added_and_serve_every_rule_of_that_mean(tmp_path):
@@ -419,7 +425,7 @@ def test_flags_of_the_runs_without_dashes_before_them_are_told_apart(capsys):
     with pytest.raises(SystemExit):
         compare_verb.main(["--out", "x", "--max_passes", "9"])
     assert (
-        "--max_passes is no argument of this command. Those of abr train stand behind --." in capsys.readouterr().err
+        "--max_passes is not an argument of this command. Put flags of abr train after --." in capsys.readouterr().err
     )
 
 
@@ -507,7 +513,7 @@ def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, quick,
     again = compare(out, quick, "--seeds", "3", "--evaluations", "3")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(again["runs"]) == 6
-    assert "4 finished runs are kept" in capfd.readouterr().out
+    assert "4 runs are already finished" in capfd.readouterr().out
     kept = {(run["arm"], run["seed"]): run["metrics"] for run in data["runs"]}
     assert all(kept.get((run["arm"], run["seed"]), run["metrics"]) == run["metrics"] for run in again["runs"])
     assert not list(out.rglob("checkpoint-*")), "they were there to resume by"
@@ -589,7 +595,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, quick, 
             break
     trace = directory / "abr_trace.jsonl"
     assert process.returncode == 1
-    assert "interrupted: the same command goes on" in output
+    assert "interrupted: run the same command again to continue" in output
     assert "Traceback" not in output
     assert "Warning" not in output
     batches = trace.read_text()
