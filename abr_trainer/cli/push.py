@@ -1,9 +1,9 @@
-"""Push what a run has left in its directory: after a push that failed, or from a machine without a network.
+"""Push a finished run from its directory, e.g. after a push that failed or a run without a network.
 
 abr push runs/mine
 abr push runs/mine --hub_model_id me/mine --hub_private_repo --hub_base_model huggyllama/llama-7b
 
-What the run was told of the Hub holds unless flags say otherwise. The token is that of HF_TOKEN or `hf auth login`.
+The Hub settings of the run are used unless flags override them. The token comes from HF_TOKEN or `hf auth login`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..hub.repository import (
     push,
     remembered_target,
     stage,
-    warn_of_a_base_that_is_here_only,
+    warn_of_local_base,
 )
 from ..records.errors import one_line_errors
 from ..records.files import PROVENANCE, read_json
@@ -30,7 +30,7 @@ from ..records.flags import expand_flags_file
 
 
 def target_of(directory: Path) -> Target:
-    """Return where to push a run that was not told to: what its arguments say, or a repository of its name."""
+    """Return where to push a run without a stored target: from its arguments, or a repository with its name."""
     told = (read_json(directory / PROVENANCE) or {}).get("arguments", {})
     name, revision, private, base = (
         told.get(f"hub_{name}") for name in ("model_id", "revision", "private_repo", "base_model")
@@ -52,15 +52,15 @@ def main(argv: list[str] | None = None) -> Any:
         "abr push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path, help="--output_dir of a run, or of any ABRTrainer")
-    parser.add_argument("--hub_model_id", help="where to; default: as in the run, or the name of the directory")
-    parser.add_argument("--hub_revision", help="branch, made if there is none; default: as in the run, or main")
+    parser.add_argument("--hub_model_id", help="repository; default: as in the run, or the name of the directory")
+    parser.add_argument("--hub_revision", help="branch, created if necessary; default: as in the run, or main")
     private: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True}
-    parser.add_argument("--hub_private_repo", **private, help="make a private repository, where there is none")
-    parser.add_argument("--hub_base_model", help="what the base model is called on the Hub")
-    with one_line_errors(ValueError, OSError, PushError, when_interrupted="the same command goes on"):
+    parser.add_argument("--hub_private_repo", **private, help="create the repository as private, if it does not exist")
+    parser.add_argument("--hub_base_model", help="id of the base model on the Hub")
+    with one_line_errors(ValueError, OSError, PushError, when_interrupted="run the same command again"):
         args = parser.parse_args(expand_flags_file(sys.argv[1:] if argv is None else argv))
         if not args.directory.is_dir():
-            raise ValueError(f"{args.directory} is no directory.")
+            raise ValueError(f"{args.directory} is not a directory.")
         told = remembered_target(args.directory) or target_of(args.directory)
         target = Target(
             args.hub_model_id or told.repository,
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> Any:
             args.hub_base_model or told.base,
         )
         if target.base is None:
-            warn_of_a_base_that_is_here_only(base_of(args.directory))
+            warn_of_local_base(base_of(args.directory))
         done = push(stage(args.directory, target), args.directory, target, "Push of a finished run")
     print(done.repo_url)
     return done

@@ -1,4 +1,4 @@
-"""What of a run goes to the Hub: repository, card, pushes in the background."""
+"""Push runs to the Hub: repository, model card, pushes in the background."""
 
 from __future__ import annotations
 

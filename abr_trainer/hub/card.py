@@ -1,4 +1,4 @@
-"""The card of an adapter on the Hub: what it is, what it was trained on and how, what it reached, how to load it."""
+"""Write the model card of a run: what the model is, its data, training and results, and how to load it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .local_names import is_id, is_on_the_hub, local_path
 
 PICTURES = {
     "perplexity": "Validation perplexity over the passes spent",
-    "batches": "First-pass loss of each batch, and what became of it",
+    "batches": "First-pass loss of each batch, and whether it was repeated or skipped",
 }
 
 AUTO_CLASSES = {
@@ -32,21 +32,21 @@ AUTO_CLASSES = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
 }
-"""How a model is loaded and what it does, by the end of the name of its class."""
+"""Auto class and task of a model, by the end of the name of its class."""
 
 
 def write_card(
     run: Path, folder: Path, repository: str, revision: str | None, base: str | None, rows: int | None = None
 ) -> str:
-    """Return the card of a run as Markdown, with the metadata that the Hub reads.
+    """Return the card of a run as Markdown, with metadata for the Hub.
 
     Args:
-        run: Where `run.json` is.
-        folder: What is to be pushed, with summary and results.
-        repository: On the Hub, or the path of a directory.
-        revision: The branch that is pushed to, None for main.
-        base: Id of the base model on the Hub, None where it has none.
-        rows: What the embeddings of the base have to grow to before the adapter fits.
+        run: The directory with `run.json`.
+        folder: The files to push, with summary and results.
+        repository: Id of the repository on the Hub, or the path of a directory.
+        revision: The branch to push to; None for main.
+        base: Id of the base model on the Hub; None if it is not there.
+        rows: Number of embeddings that the base model needs for the adapter; None if it need not be resized.
     """
     summary = read_json(folder / SUMMARY_NAME) or {}
     results = read_json(folder / RESULTS) or {}
@@ -134,7 +134,7 @@ def auto_class_of(model: str) -> tuple[str, str | None]:
 
 
 def perplexities(summary: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Yield what was measured: when, on which split, the perplexity. What is not finite is left out."""
+    """Yield when, on which split and which perplexity was measured. NaN and infinite values are left out."""
     found = summary.get("perplexity", {})
     for when in ("before training", "best", "final"):
         value = found.get(when.split()[0])
@@ -162,10 +162,10 @@ def evaluation_results(
 
 
 def labels_of(arguments: dict[str, Any], run: Path | None = None) -> list[str] | None:
-    """Return the labels of a classifier, none of one that says a number; None for any other model.
+    """Return the labels of a classifier, an empty list for a regression, None for any other model.
 
     Args:
-        run: Whose `config.json` says what the labels became; without it, what the arguments say.
+        run: The run whose `config.json` has the labels. Without it, they are taken from the arguments.
     """
     if "prompt_text" not in arguments:
         return None
@@ -176,7 +176,7 @@ def labels_of(arguments: dict[str, Any], run: Path | None = None) -> list[str] |
 
 
 def classification_scores(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Yield split, score and value of what a classifier has reached in the end."""
+    """Yield split, name and value of the final scores of a classifier."""
     for split, prefix in {"validation": "eval", "validation, mismatched": "eval_mm", "test": "test"}.items():
         for score in OF_CLASSIFIERS:
             value = results.get(f"{prefix}_{score.name}")
@@ -200,7 +200,7 @@ def classification_results(results: dict[str, Any], arguments: dict[str, Any]) -
 
 
 def rows_of(arguments: dict[str, Any], split: str) -> tuple[str, str, str | None]:
-    """Return what a classifier's split is of, as `text_of` does."""
+    """Return the source of a classifier's split, like `text_of`."""
     file, named, task = arguments.get(f"{split}_file"), arguments.get("dataset_name"), arguments.get("task_name")
     if file:
         return "custom", PurePath(file).name, None
@@ -211,14 +211,14 @@ def rows_of(arguments: dict[str, Any], split: str) -> tuple[str, str, str | None
 
 
 def definition_of(summary: dict[str, Any], split: str) -> Definition:
-    """Return the definition that a run was followed by; the test split is measured token by token."""
+    """Return the definition of perplexity for a split of a run; for the test split it is always `token`."""
     metric = summary.get("perplexity", {}).get("metric")
     found = (each for each in DEFINITIONS.values() if metric == f"eval_{each.metric}_perplexity" and split != "test")
     return next(found, DEFINITIONS["token"])
 
 
 def text_of(arguments: dict[str, Any], split: str) -> tuple[str, str, str | None]:
-    """Return what a split is of: id of a data set, "custom" if it is not on the Hub; its name; its configuration."""
+    """Return the source of a split: id of the data set, or "custom" if it is not on the Hub; name; configuration."""
     file = arguments.get(f"{split}_file")
     chosen = arguments.get("eval_text") if split == "validation" else None
     named = names_of_data_sets(arguments)
@@ -235,7 +235,7 @@ def text_of(arguments: dict[str, Any], split: str) -> tuple[str, str, str | None
 
 
 def names_given_to(run: Path) -> list[str | None]:
-    """Return the names that a run was given of models and texts, which may be paths or ids on the Hub."""
+    """Return the names of models and texts that a run was given, which may be paths or ids on the Hub."""
     arguments = (read_json(run / PROVENANCE) or {}).get("arguments", {})
     return [arguments.get("model_name_or_path"), arguments.get("eval_text"), *names_of_data_sets(arguments)]
 
@@ -246,13 +246,13 @@ def names_of_data_sets(arguments: dict[str, Any]) -> list[str]:
 
 
 def id_on_the_hub(name: str) -> str | None:
-    """Return the id of a data set on the Hub; None for one that only this machine has."""
+    """Return the id of a data set on the Hub; None if it is only on this machine."""
     path = find_corpus(name).path
     return path if name != DEMO and is_on_the_hub(path) else None
 
 
 def with_local_paths(arguments: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Return the arguments of a run with its data sets named as paths where they were paths for the run.
+    """Return the arguments of a run; names of data sets that were paths for the run are written as paths.
 
     >>> named_as_path("mine/texts", None), named_as_path("mine/texts", Path("/data/mine/texts"))
     ('mine/texts', './mine/texts')
@@ -300,9 +300,9 @@ def sections(
         yield (
             "## Perplexity\n\n| when | split | definition | perplexity |\n|---|---|---|---|\n"
             + "\n".join(rows)
-            + f"\n\nOf {' and '.join(texts)}{counted}{block}. "
+            + f"\n\nMeasured on {' and '.join(texts)}{counted}{block}. "
             + " ".join(f"`{name}` is {says}." for name, says in said.items())
-            + " Compare with numbers of the same tokenizer, text and definition only."
+            + " Compare only with numbers of the same tokenizer, text and definition."
         )
     if scores := list(classification_scores(results)):
         yield "## Scores\n\n| split | score | value |\n|---|---|---|\n" + "\n".join(
@@ -321,7 +321,7 @@ def sections(
     if spent:
         shown = [f"{ledger[key]:,.4g}" if isinstance(ledger[key], float) else f"{ledger[key]:,}" for key in spent]
         yield (
-            "What it cost (a pass is a forward and a backward over a batch; repeats are updates a batch):\n\n| "
+            "Cost (a pass is one forward and backward pass over a batch; repeats are updates per batch):\n\n| "
             + " | ".join(spent)
             + " |\n|"
             + "---|" * len(spent)
@@ -336,13 +336,14 @@ def sections(
     versions = provenance.get("versions") or summary.get("versions", {})
     yield "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     what = (
-        "The perplexity says how well the model predicts that text, and nothing of what it writes"
+        "The perplexity measures how well the model predicts that text, not the quality of the text that it writes"
         if labels_of(arguments) is None
-        else "The scores are those of rows like the ones it was trained on, asked in the same words"
+        else "The scores are for rows like those that it was trained on, with the same prompt"
     )
     yield (
-        f"## Limits\n\n{what}: it was not tested for truth, bias or safety, and has the limits of its base model. "
-        "Whether repeating batches was worth its compute one run cannot show; that takes a comparison at equal cost."
+        f"## Limits\n\n{what}. The model was not tested for truth, bias or safety, and has the limits of its base "
+        "model. One run cannot show whether repeating batches was worth its compute; that needs a comparison at equal "
+        "cost."
     )
 
 
@@ -370,9 +371,9 @@ def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
         yield f"data: {named}{config}"
     if arguments.get("chat_template"):
         yield f"chat template: {PurePath(arguments['chat_template']).name}, saved with the tokenizer"
-    learnt = {"assistant_only_loss": "what the assistant writes", "completion_only_loss": "what follows the prompts"}
-    if told := [what for flag, what in learnt.items() if arguments.get(flag)]:
-        yield f"learnt, and measured: {' and '.join(told)}"
+    targets = {"assistant_only_loss": "the assistant's tokens", "completion_only_loss": "the tokens after the prompts"}
+    if told := [what for flag, what in targets.items() if arguments.get(flag)]:
+        yield f"targets of training and evaluation: {' and '.join(told)}"
 
 
 def training_lines(
@@ -392,7 +393,7 @@ def training_lines(
 
 
 def masked(argv: list[str]) -> list[str]:
-    """Return a command line without what looks like a token of the Hub, and without where files lie on a machine.
+    """Return a command line without Hub tokens and without the directories of files.
 
     >>> masked(["--train_file", "/home/me/talk.jsonl", "--dataset_mix=../mine.txt=0.5,wikitext=0.5", "runs/a"])
     ['--train_file', 'talk.jsonl', '--dataset_mix=mine.txt=0.5,wikitext=0.5', 'runs/a']

@@ -1,4 +1,4 @@
-"""What people have written into a card stays when a push writes it anew: their text, and their metadata."""
+"""Keep the text and the metadata that users added to a model card when a push writes the card again."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import yaml
 MARKER = "<!-- Each push writes anew what follows. Write above this line: that stays. -->"
 
 RECORD = "<!-- pushed: {} -->"
-"""Ends a card: what the push that wrote it has put into the repository, so that the next one can tell it apart."""
+"""Last line of a card: the files and metadata of the push that wrote it. The next push can thus recognise them."""
 
 EMPTY = re.compile(r"more information needed", re.IGNORECASE)
-"""What stands, many times, in the templates of transformers and PEFT that nobody has filled in."""
+"""Text that occurs several times in unchanged templates of transformers and PEFT."""
 
 BLOCK = re.compile(r"\A\s*^---[ \t]*$\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 
 OF_PEFT = ("base_model", "library_name", "pipeline_tag")
-"""What PEFT writes into the card in the directory of a run each time it saves an adapter, beside tags."""
+"""Metadata that PEFT writes into the card of a run each time it saves an adapter, in addition to tags."""
 
 MISSING = object()
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card, taken apart.
+    """A parsed model card.
 
     Attributes:
-        text: All but the metadata.
+        text: The card without its metadata.
         data: The metadata; empty if they cannot be read.
-        written: How each entry of the metadata stands in the file, with the comments after it.
-        problem: Why the metadata cannot be read.
+        written: The YAML of each entry of the metadata, with the comments after it.
+        problem: Why the metadata cannot be read; None if they can.
     """
 
     text: str
@@ -48,12 +48,12 @@ class Card:
 
     @property
     def above(self) -> str | None:
-        """What people have written: above the marker, or all of a card that has none; None if nothing."""
+        """The user's text: above the marker, or all of a card without a marker; None if there is none."""
         return None if self.is_template else self.text.partition(MARKER)[0].strip() or None
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the push that wrote this card has put into the repository: `files`, `metadata`."""
+        """The `files` and `metadata` of the push that wrote this card."""
         begin, end = RECORD.split("{}")
         try:
             found = json.loads(self.text.rpartition(begin)[2].partition(end)[0])
@@ -63,17 +63,17 @@ class Card:
 
     @property
     def files(self) -> list[str]:
-        """What this push had put into the repository, beside the card and checkpoints."""
+        """The files of that push, without the card and checkpoints."""
         return list(self.record.get("files") or ())
 
     @property
     def pushed(self) -> dict[str, Any]:
-        """The metadata that this push had put there."""
+        """The metadata of that push."""
         return self.record.get("metadata") or {}
 
 
 def read_card(content: str) -> Card:
-    """Take a card apart, whatever marks of bytes and lines an editor has left in it."""
+    """Parse a card with any line endings and byte order marks."""
     text = content.replace("\r\n", "\n").replace("\r", "\n")
     data: dict[str, Any] = {}
     written: dict[str, str] = {}
@@ -87,17 +87,17 @@ def read_card(content: str) -> Card:
             problem += "" if line is None else f", line {line + 2}"
             found, entries = {}, {}
         if not isinstance(found, dict):
-            break  # a line above and below a text
+            break  # text between two horizontal lines
         data, written = {**found, **data}, {**entries, **written}
         text = text.lstrip("\ufeff")[block.end() :]
         if not text.lstrip().startswith("\ufeff"):
             break
-        text = text.lstrip()  # PEFT does not know a block behind a byte order mark, and puts its own before it
+        text = text.lstrip()  # PEFT does not recognise metadata after a byte order mark, and adds its own before them
     return Card(text.lstrip("\ufeff"), data, written, problem)
 
 
 def entries_of(block: str) -> dict[str, str]:
-    """Return each entry of a block of YAML as it is written."""
+    """Return the text of each entry of a YAML block."""
     node = yaml.compose(block, yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode) or node.flow_style:
         return {}
@@ -108,17 +108,17 @@ def entries_of(block: str) -> dict[str, str]:
 
 
 def merged_card(card: str, remote: str | None, local: str | None, files: Sequence[str]) -> str:
-    """Return a card of ours with what people wrote into earlier ones.
+    """Return our new card with the user's additions to earlier cards.
 
-    Their text above the marker stays: that on the Hub, else that in the run. So does their metadata: what the last
-    push did not put there is theirs. Where both say something new, this card wins over the Hub, the Hub over the run;
-    lists are united.
+    The user's text above the marker stays: that on the Hub, or else that in the run. So do the user's metadata, which
+    are all that the last push did not write. If values conflict, the new card overrides the Hub, and the Hub overrides
+    the run; lists are merged.
 
     Args:
-        card: What the push would write if there were none.
+        card: The new card without any additions.
         remote: The card on the Hub.
         local: The card in the directory of the run.
-        files: What the push puts into the repository.
+        files: The files of this push.
     """
     ours = read_card(card)
     earlier = []
@@ -140,7 +140,7 @@ def merged_card(card: str, remote: str | None, local: str | None, files: Sequenc
         for name in order
     }
     block = "".join(entries.values())
-    if not says(block, data):  # an anchor and what refers to it, of which one is another now
+    if not says(block, data):  # e.g. an anchor or its alias has changed
         block = dumped({name: data[name] for name in order})
     above = next((each.above for each in earlier if each.above is not None), None)
     record = json.dumps({"files": [*files], "metadata": ours.data}, default=str).replace(">", "\\u003e")
@@ -149,11 +149,11 @@ def merged_card(card: str, remote: str | None, local: str | None, files: Sequenc
 
 
 def lost_entries(local: Card, new: Card) -> list[str]:
-    """Return the names of the metadata of people in the directory of a run that a new card does not hold."""
+    """Return the names of the user's metadata in the card of a run that are missing from a new card."""
     return [
         name
         for name, value in without_what_peft_wrote(local).items()
-        if name != "model-index"  # of which all is kept that ours does not renew
+        if name != "model-index"  # its results are kept, unless ours replace them
         and value != local.pushed.get(name, MISSING)
         and not all(each in as_list(new.data.get(name)) for each in as_list(value))
     ]
@@ -171,14 +171,14 @@ def says(block: str, data: dict[str, Any]) -> bool:
 
 
 def without_tags_of_base(data: dict[str, Any]) -> dict[str, Any]:
-    """Return metadata without the tags that name a base model: the Hub makes them of `base_model`."""
+    """Return metadata without the tags for the base model, which the Hub creates from `base_model`."""
     if "tags" not in data:
         return data
     return {**data, "tags": [tag for tag in as_list(data["tags"]) if not str(tag).startswith("base_model:")]}
 
 
 def without_what_peft_wrote(card: Card) -> dict[str, Any]:
-    """Return the metadata in the directory of a run without those that PEFT writes with each adapter it saves."""
+    """Return the metadata of a run's card without those that PEFT writes when it saves an adapter."""
     data = without_tags_of_base({name: value for name, value in card.data.items() if name not in OF_PEFT})
     if "tags" in data:
         data["tags"] = [] if card.is_template else [tag for tag in data["tags"] if tag != "transformers"]
@@ -186,10 +186,10 @@ def without_what_peft_wrote(card: Card) -> dict[str, Any]:
 
 
 def merged(ours: dict[str, Any], pushed: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Return metadata of ours and theirs.
+    """Merge our metadata with the user's.
 
     Args:
-        pushed: What our last push had put there, which is not theirs.
+        pushed: The metadata of our last push, which are not the user's.
     """
     result: dict[str, Any] = {}
     for name in dict.fromkeys([*ours, *theirs]):
@@ -208,7 +208,7 @@ def merged(ours: dict[str, Any], pushed: dict[str, Any], theirs: dict[str, Any])
 
 
 def united(mine: Any, before: Any, found: Any) -> Any:
-    """Return the list of ours with what is theirs; theirs as it is where that is the same."""
+    """Return our list with the user's entries added; the user's list unchanged if the entries are the same."""
     own = [each for each in as_list(found) if each not in as_list(before)]
     both = [*as_list(mine), *(each for each in own if each not in as_list(mine))]
     is_theirs = len(both) == len(as_list(found)) and all(each in as_list(found) for each in both)
@@ -220,7 +220,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def united_index(mine: Any, before: Any, found: Any) -> Any:
-    """Return results of ours and theirs; of two on the same measure of the same text, ours."""
+    """Merge our results with the user's. Of two results for the same metric and data, ours is used."""
     own = list(as_list(mine))
     pushed = [result for entry in as_list(before) for result in entry["results"]]
     for entry in as_list(found):
@@ -238,7 +238,7 @@ def united_index(mine: Any, before: Any, found: Any) -> Any:
 
 
 def measured(result: Any) -> Any:
-    """Return a result without its values: what was measured on what."""
+    """Return a result without its values, to compare metric and data."""
     if not isinstance(result, dict):
         return result
     metrics = [{**each, "value": None} for each in result.get("metrics") or () if isinstance(each, dict)]

@@ -1,4 +1,4 @@
-"""Which names that a run was given are paths, wherever they are seen from later, and which are ids on the Hub."""
+"""Tell whether a name that a run was given is a path or an id on the Hub, also from another directory later."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from huggingface_hub.utils import validate_repo_id
 from ..records.files import read_json, write_whole
 
 LOCAL_NAMES = "_push_names.json"
-"""Goes with the run where that is overwritten, as all that begins like this."""
+"""Removed with the other `_push*` files when the run is overwritten."""
 
 
 def remember_local_names(run: Path, names: Iterable[str | None]) -> None:
-    """Write down in a run which of these names are paths now, and which paths."""
+    """Store in a run which of these names are paths now, and which paths."""
     found = {name: str(Path(name).resolve()) for name in names if name and Path(name).exists()}
     write_whole(run / LOCAL_NAMES, json.dumps({**(read_json(run / LOCAL_NAMES) or {}), **found}, indent=1) + "\n")
 
 
 def local_path(name: str, run: Path | None = None) -> Path | None:
-    """Return where a name was found when the run was trained; None if it is no path.
+    """Return the path that a name had when the run was trained; None if it was not a path.
 
-    Of a run that has not written it down, it is looked for from here and from all directories above the run.
+    If the run has not stored it, look in the current directory and in all directories above the run.
     """
     known = None if run is None else read_json(run / LOCAL_NAMES)
     if known is not None:
@@ -34,7 +34,7 @@ def local_path(name: str, run: Path | None = None) -> Path | None:
 
 
 def is_id(name: str) -> bool:
-    """Tell whether a repository on the Hub could go by this name."""
+    """Tell whether a name is a valid id of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -43,5 +43,5 @@ def is_id(name: str) -> bool:
 
 
 def is_on_the_hub(name: str, run: Path | None = None) -> bool:
-    """Tell whether a name that a run was given, or is given now, is an id on the Hub."""
+    """Tell whether a name that a run was given is an id on the Hub. Without `run`, the name is given now."""
     return is_id(name) and local_path(name, run) is None

@@ -1,4 +1,4 @@
-"""A Trainer that pushes: in the background while it trains, from the main process alone, whatever the Hub does."""
+"""Push to the Hub during training, in the background and only from the main process. Errors do not end the run."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ from .repository import (
     open_repository,
     push,
     stage,
-    warn_of_a_base_that_is_here_only,
+    warn_of_local_base,
     write_local_card,
 )
 
 logger = logging.get_logger(__name__)
 
 PATIENCE = 20.0
-"""Seconds after which ranks that wait for a push hear that it is still under way, or they would give the group up."""
+"""Seconds between messages to ranks that wait for a push, so that they do not run into the group's timeout."""
 
 SUMMARISED = (
     *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "num_train_epochs", "max_steps", "max_passes", "seed"),
 )
-"""Arguments that the summary of a run repeats."""
+"""Arguments to copy into the summary of a run."""
 
 
 class Pushes:
-    """Pushes in the background, one after the other; one that has not begun makes way for the next."""
+    """Pushes in the background, one after the other. A push that has not begun is replaced by the next."""
 
     def __init__(self) -> None:
         self._worker: ThreadPoolExecutor | None = None
         self._last: tuple[Future[CommitInfo], Path] | None = None
 
     def begin(self, folder: Path, call: Callable[[], CommitInfo], makes_way: bool = True) -> Future[CommitInfo]:
-        """Push a staged folder after what is under way.
+        """Push a staged folder after the active push.
 
         Args:
-            makes_way: Whether the push that waits, if there is one, is given up for this one.
+            makes_way: Cancel a push that is still waiting.
         """
         if makes_way and self._last is not None and self._last[0].cancel():
             shutil.rmtree(self._last[1], ignore_errors=True)
@@ -77,17 +77,17 @@ class Pushes:
             raise
 
     def are_done(self, seconds: float) -> bool:
-        """Wait for what is under way, at most so long, and tell whether it has ended."""
+        """Wait for the last push, at most this many seconds, and tell whether it has ended."""
         if self._last is not None:
             wait_for([self._last[0]], seconds)
         return self._last is None or self._last[0].done()
 
 
-_AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer that it is mixed into
+_AnyTrainer: Any = object  # for type checkers: the mixin calls methods of the Trainer that it is combined with
 
 
 class HubMixin(_AnyTrainer):
-    """Push what a Trainer with repetition has trained: `push_to_hub`, and each `hub_strategy`."""
+    """Push the model of a Trainer with repetition: `push_to_hub`, and every `hub_strategy`."""
 
     hub_model_id: Any
     _pushes: Pushes
@@ -96,14 +96,14 @@ class HubMixin(_AnyTrainer):
 
     @property
     def _pushes_itself(self) -> bool:
-        """Whether pushes are ours. Trainer makes the repository while it is constructed."""
+        """Whether our code pushes. Trainer creates the repository in its constructor, when `_is_active` is not set."""
         return bool(getattr(self, "_is_active", hasattr(self.args, "repeat_scheduler")))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository, on the main process.
+        """Create the repository, on the main process. If the Hub cannot be reached, only warn.
 
         Raises:
-            ValueError: The Hub refuses, so that it would after training. If it only cannot be reached, that is said.
+            ValueError: The Hub refuses, as it would after training.
         """
         if not self._pushes_itself:
             super().init_hf_repo(token, private)
@@ -111,17 +111,17 @@ class HubMixin(_AnyTrainer):
         if not self.is_world_process_zero():
             return
         run = Path(self.args.output_dir)
-        for left in run.glob(f"{STAGE_PREFIX}*"):  # of a process that was killed
+        for left in run.glob(f"{STAGE_PREFIX}*"):  # left by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         target = self._target(None, private, None)
         if target.base is None:
-            warn_of_a_base_that_is_here_only(self._name_of_base())
+            warn_of_local_base(self._name_of_base())
         try:
             self.hub_model_id = open_repository(target, token or self.args.hub_token)
         except PushError as error:
             if not error.may_pass:
                 raise ValueError(f"--push_to_hub to {target.repository}: {error}") from error
-            logger.warning(f"The Hub cannot be reached, and is tried again when there is something to push: {error}")
+            logger.warning(f"The Hub cannot be reached. The first push will try again: {error}")
 
     def push_to_hub(
         self,
@@ -132,18 +132,18 @@ class HubMixin(_AnyTrainer):
         private: bool | None = None,
         **card: Any,
     ) -> Any:
-        """Save the model, and push it with its card and the records of the run; the other ranks wait.
+        """Save the model, and push it with its card and the records of the run. The other ranks wait.
 
         Args:
-            commit_message: And those after it, as in `Trainer.push_to_hub`.
-            card: `language`, `license`, `tags`, `dataset_tags` and `finetuned_from` go into the card; what else
-                `Trainer` takes for its own card is not needed.
+            commit_message, blocking, token, revision, private: As in `Trainer.push_to_hub`.
+            card: `language`, `license`, `tags`, `dataset_tags` and `finetuned_from` go into the card. Other arguments
+                for `Trainer`'s card are ignored.
 
         Returns:
-            The commit, or the future of it if not `blocking`; None on other ranks.
+            The commit, or a future of it if not `blocking`; None on other ranks.
 
         Raises:
-            PushError: It did not work. The model is saved, and `abr push` can push it later.
+            PushError: The push failed. The model is saved, and `abr push` can push it later.
         """
         if not self._pushes_itself:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **card)
@@ -198,7 +198,7 @@ class HubMixin(_AnyTrainer):
         return self._pushes.begin(folder, lambda: push(folder, run, target, message, kept_as, used), makes_way)
 
     def _finish_current_push(self) -> None:
-        """Wait on all ranks for the pushes of the main process, which lets the others know that it is there."""
+        """Wait on all ranks for the pushes of the main process, which signals regularly that it is running."""
         if not self._pushes_itself:
             super()._finish_current_push()
             return
@@ -210,7 +210,7 @@ class HubMixin(_AnyTrainer):
                 broadcast_object_list(done)
 
     def _target(self, revision: str | None, private: bool | None, finetuned_from: str | None) -> Target:
-        """Return where to push, and write it down for a push later."""
+        """Return where to push, and store it for a later push."""
         args, run = self.args, Path(self.args.output_dir)
         target = Target(
             self.hub_model_id or args.hub_model_id or run.absolute().name,
@@ -277,10 +277,10 @@ class HubMixin(_AnyTrainer):
             logger.warning(f"{run / CARD} is left as it was: {one_line(error)}")
 
     def write_summary(self, **card: Any) -> None:
-        """Write `abr_summary.json`: what rule, what it cost and reached; and what a later push puts into its card.
+        """Write `abr_summary.json`: the rule, its cost, its results, and entries for the card of a later push.
 
         Args:
-            card: As for `push_to_hub`.
+            card: As in `push_to_hub`.
         """
         if not self.is_world_process_zero():
             return
@@ -304,7 +304,7 @@ class HubMixin(_AnyTrainer):
         write_whole(run / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
 
     def _perplexities(self, metric: str) -> dict[str, Any]:
-        """Return perplexity before training, at best, and of the weights as they are, as far as it was measured."""
+        """Return the perplexity before training, the best, and that of the current weights; None if not measured."""
         measured = [
             (logs["step"], logs[metric], logs.get("eval_target_tokens"))
             for logs in self.state.log_history
@@ -322,7 +322,7 @@ class HubMixin(_AnyTrainer):
 
 
 def plain(value: Any) -> Any:
-    """Return what a value is without the enumeration that it is of."""
+    """Return the value of an enumeration member; any other value unchanged."""
     return getattr(value, "value", value)
 
 

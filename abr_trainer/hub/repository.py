@@ -1,4 +1,4 @@
-"""To the Hub and back: what of a run goes up, in one commit, tried again where that may help."""
+"""Push the files of a run to the Hub in one commit, with retries, and fetch checkpoints from there."""
 
 from __future__ import annotations
 
@@ -65,25 +65,25 @@ TOKENIZER = (
     *("chat_template*", "additional_chat_templates/*", "processor_config.json", "preprocessor_config.json"),
 )
 NOT_IN_A_CHECKPOINT = ("training_args.bin", CARD)
-"""What stays here of a checkpoint: nothing needs the pickled arguments, and the card is another one."""
+"""Files of a checkpoint that are not pushed: the pickled arguments, which are not needed, and its card."""
 
 ATTEMPTS, FIRST_WAIT = 5, 1.0
-"""How often a call is made, and seconds until the second; each wait is twice the one before."""
+"""Most attempts per call, and seconds before the second attempt; each wait is twice the one before."""
 
 MAY_PASS = (408, 409, 412, 425, 429)
-"""Refusals that the same call may not meet again; 412: somebody else has just made a commit."""
+"""Status codes after which another attempt may succeed; 412: another commit was made at the same time."""
 
 BINARY = (".safetensors", ".png", ".pt", ".pth", ".bin")
 
 TROUBLE: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
-"""What a call to the Hub may raise: errors of its HTTP client, OSError, and those of what it checks itself."""
+"""Errors that a call to the Hub may raise: those of its HTTP client, OSError, and those of its own checks."""
 
 
 class PushError(RuntimeError):
-    """What was to go to the Hub did not; it is all still here.
+    """A push to the Hub failed. All files are still here.
 
     Attributes:
-        may_pass: Whether it may work later: the Hub, or the network, is to blame.
+        may_pass: Whether another attempt may succeed, because the cause is the Hub or the network.
     """
 
     def __init__(self, message: str, may_pass: bool) -> None:
@@ -93,13 +93,13 @@ class PushError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """Where to push, and what the base model is called there.
+    """Where to push, and the id of the base model on the Hub.
 
     Attributes:
         repository: `name` or `namespace/name`.
-        revision: A branch, which is made if there is none; None is main.
-        private: Of a repository that has to be made; None is the default of the account.
-        base: None if the base model is not on the Hub.
+        revision: A branch, which is created if necessary; None for main.
+        private: Whether to create the repository as private; None for the default of the account.
+        base: Id of the base model; None if it is not on the Hub.
     """
 
     repository: str
@@ -108,43 +108,43 @@ class Target:
     base: str | None = None
 
     def remember(self, run: Path) -> None:
-        """Write it down in the run, for a push later: paths may mean something else then."""
+        """Store it in the run for a later push, when relative paths may have another meaning."""
         write_whole(run / TARGET, json.dumps(asdict(self)) + "\n")
 
 
 def remembered_target(run: Path) -> Target | None:
-    """Return where a run was to be pushed; None if it has not been told."""
+    """Return the stored target of a run; None if there is none."""
     found = read_json(run / TARGET)
     return None if found is None else Target(**found)
 
 
 def base_on_the_hub(name: str | None, given: str | None, run: Path | None = None) -> str | None:
-    """Return the id of a base model on the Hub; None for what only this machine has.
+    """Return the id of a base model on the Hub; None if it is only on this machine.
 
     Args:
-        name: As the run was given it.
+        name: The name that the run was given.
         given: `--hub_base_model`.
-        run: That was given it earlier; None if it is given now.
+        run: The run that was given the name; None if the name is given now.
     """
     return given if given is not None else name if name and is_on_the_hub(name, run) else None
 
 
-def warn_of_a_base_that_is_here_only(name: str | None) -> None:
+def warn_of_local_base(name: str | None) -> None:
     logger.warning(
-        f"The base model {name or '(it has no name)'} is not on the Hub, so nobody else can load the adapter on it by "
-        "its name. --hub_base_model says what it is called there."
+        f"The base model {name or '(without a name)'} is not on the Hub, so others cannot load it by its name. If it "
+        "is there under another name, give that as --hub_base_model."
     )
 
 
-# ---- What goes up ----
+# ---- Files to push ----
 
 
 def stage(run: Path, target: Target, checkpoint: Path | None = None, kept_as: str | None = None) -> Path:
-    """Lay out what is to be pushed, in a new folder of the run, which no later save touches.
+    """Copy the files to push into a new folder of the run, which later saves do not change.
 
     Args:
-        checkpoint: Whose weights to push. Default: those of the run itself.
-        kept_as: Push the checkpoint as well, to be resumed from, under this name.
+        checkpoint: The checkpoint whose weights to push. Default: the weights of the run itself.
+        kept_as: Also push the checkpoint under this name, so that others can resume from it.
 
     Raises:
         ValueError: There is no model.
@@ -152,14 +152,14 @@ def stage(run: Path, target: Target, checkpoint: Path | None = None, kept_as: st
     source = checkpoint or run
     weights = (ADAPTER, ADAPTER_CONFIG) if (source / ADAPTER).exists() else WHOLE_MODEL
     if not holds_model(source):
-        raise ValueError(f"{source} holds no trained model: no {ADAPTER}, no model.safetensors.")
+        raise ValueError(f"{source} has no trained model: neither {ADAPTER} nor model.safetensors exists.")
     folder = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=run))
     try:
-        keep = _link if checkpoint is not None else shutil.copy2  # a checkpoint is deleted, but never written again
+        keep = _link if checkpoint is not None else shutil.copy2  # a checkpoint may be deleted, but never changes
         for path in _matching(source, (*weights, *TOKENIZER)):
             (folder / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             keep(path, folder / path.relative_to(source))
-        results = () if checkpoint is not None else (RESULTS,)  # they are of finished runs
+        results = () if checkpoint is not None else (RESULTS,)  # only finished runs have results
         for name in (*results, SUMMARY_NAME, HISTORY_NAME, TASK_NAME):
             if (run / name).exists():
                 shutil.copy2(run / name, folder / name)
@@ -190,25 +190,25 @@ def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:
 def _link(source: Path, copy: Path) -> None:
     try:
         os.link(source, copy)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one that does not support links
         shutil.copy2(source, copy)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file anew: one that is linked must not be written into."""
+    """Replace a file by a new one, because writing into a hard link would change the original."""
     new = path.with_name(f"{path.name}.new")
     write(new)
     new.replace(path)
 
 
 def _forget_best_path(state: Path) -> None:
-    """Leave out where the best checkpoint lies on this machine: a resumed run looks for it beside its checkpoint."""
+    """Remove the local path of the best checkpoint. A resumed run looks for it next to its own checkpoint."""
     told = {**(read_json(state) or {}), "best_model_checkpoint": None}
     _replace(state, lambda new: new.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8"))
 
 
 def _name_labels(run: Path, folder: Path) -> None:
-    """Write the names of the labels of a classifier beside what else is known of its task."""
+    """Add the names of a classifier's labels to its task file."""
     labels = (read_json(run / "config.json") or {}).get("id2label")
     task = read_json(folder / TASK_NAME)
     if labels is not None and isinstance(task, dict):
@@ -217,10 +217,10 @@ def _name_labels(run: Path, folder: Path) -> None:
 
 
 def _make_portable(folder: Path, base: str | None, run: Path) -> None:
-    """Let an adapter name its base as the Hub does, and drop embedding tables that the base has already.
+    """Record the Hub's id of the base model in an adapter, and remove embedding tables equal to the base model's.
 
-    PEFT saves the table of embeddings with an adapter that changes it, and one that has grown. The latter stays, as do
-    those that were trained; of both it is said how large they are.
+    PEFT saves an embedding table with an adapter if it may have changed. Tables that were trained or resized stay,
+    with a warning about their size.
     """
     if not (folder / ADAPTER_CONFIG).exists():
         return
@@ -237,8 +237,8 @@ def _make_portable(folder: Path, base: str | None, run: Path) -> None:
             if not is_trained and file.get_slice(name).get_shape()[0] == rows:
                 idle.add(name)
                 continue
-            why, size = "was trained" if is_trained else "has grown", file.get_tensor(name).nbytes
-            logger.warning(f"The adapter holds {name}, which {why}, whole: {size / 1e6:,.1f} MB.")
+            why, size = "was trained" if is_trained else "was resized", file.get_tensor(name).nbytes
+            logger.warning(f"The adapter contains all of {name}, which {why}: {size / 1e6:,.1f} MB.")
         if not idle:
             return
         kept = {name: file.get_tensor(name) for name in names if name not in idle}
@@ -248,7 +248,7 @@ def _make_portable(folder: Path, base: str | None, run: Path) -> None:
 
 
 def _rows_of_base(name: str | None, run: Path) -> int | None:
-    """Return the number of embeddings of a base model; None if it cannot be known here."""
+    """Return the number of embeddings of a base model; None if it is not known."""
     try:
         found = PreTrainedConfig.get_config_dict(local_path(name, run) or name)[0] if name else {}
     except (OSError, ValueError):
@@ -257,7 +257,7 @@ def _rows_of_base(name: str | None, run: Path) -> int | None:
 
 
 def _grown_rows(folder: Path) -> int | None:
-    """Return how many embeddings the base must have for an adapter whose table has grown."""
+    """Return the number of embeddings that an adapter with a resized table needs; None if it has no such table."""
     config = read_json(folder / ADAPTER_CONFIG)
     if config is None or not (folder / ADAPTER).exists():
         return None
@@ -267,13 +267,13 @@ def _grown_rows(folder: Path) -> int | None:
 
 
 def _is_trained(name: str, config: dict[str, Any]) -> bool:
-    """Tell whether a tensor of an adapter is of a module that was trained whole."""
+    """Tell whether a tensor of an adapter belongs to a fully trained module."""
     return any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
 
 
 def draw_run(run: Path, folder: Path) -> None:
-    """Draw what happened in a run, if it has kept a trace of it."""
-    # Here, because it is slow to import what draws, and the trainer imports this module.
+    """Draw the plots of a run, if it has a trace."""
+    # Imported here, because plotting modules are slow to import and the trainer imports this module.
     from ..report.figure import Report, Section
     from ..report.of_run import batches, evaluations, perplexity
     from ..report.pictures import save_pictures
@@ -286,8 +286,8 @@ def draw_run(run: Path, folder: Path) -> None:
         curve = evaluations(run, trace, read_json(run / RESULTS) or {})
         blocks = (*(perplexity(curve) if len(curve) > 1 else ()), *batches(trace)[:1])
         pictures = save_pictures(Report("", (), (Section("", blocks),)), folder)
-    except Exception as error:  # whatever is odd about a trace: what was trained goes up without pictures
-        logger.warning(f"The run is pushed without pictures: {one_line(error)}")
+    except Exception as error:  # a problem with the trace must not prevent the push
+        logger.warning(f"The run is pushed without plots: {one_line(error)}")
         return
     for path in pictures:
         if path.suffix != ".png":
@@ -295,22 +295,22 @@ def draw_run(run: Path, folder: Path) -> None:
 
 
 def _refuse_secrets(folder: Path, token: str | None) -> None:
-    """Raise a ValueError if a token stands in anything that would be pushed, tensors and pictures apart."""
+    """Raise a ValueError if a file to push contains a token of the Hub. Tensors and pictures are not checked."""
     tokens = [each.encode() for each in (token, get_token()) if each]
     for path in (path for path in folder.rglob("*") if path.is_file() and path.suffix not in BINARY):
         content = path.read_bytes()
         if any(each in content for each in tokens):
-            raise ValueError(f"{path.relative_to(folder)} holds your token of the Hub. It is not pushed.")
+            raise ValueError(f"{path.relative_to(folder)} contains your Hub token, so nothing is pushed. Remove it.")
 
 
-# ---- How it goes up ----
+# ---- Pushing ----
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """Return what a call to the Hub does, made up to `ATTEMPTS` times.
+    """Return the result of a call to the Hub, after up to `ATTEMPTS` attempts.
 
     Raises:
-        PushError: It failed in a way that another attempt does not change, or failed each time.
+        PushError: All attempts failed, or one failed with an error that another attempt would not change.
     """
     wait = FIRST_WAIT
     for attempt in range(1, ATTEMPTS + 1):
@@ -323,25 +323,25 @@ def patiently(call: Callable[[], Result]) -> Result:
                 raise PushError("HF_HUB_OFFLINE is set.", may_pass=False) from error
             if isinstance(error, LocalTokenNotFoundError) or status == 401:
                 raise PushError(f"no valid token: set HF_TOKEN or run `hf auth login`. {reason}", False) from error
-            is_of_ours = isinstance(error, ValueError) and status is None  # a card or a name that is refused here
+            is_of_ours = isinstance(error, ValueError) and status is None  # a card or a name refused on this machine
             may_pass = not is_of_ours and (status is None or status >= 500 or status in MAY_PASS)
             if not may_pass or attempt == ATTEMPTS:
                 raise PushError(reason, may_pass) from error
-            logger.warning(f"The Hub does not take it now, next try in {wait:g} s: {reason}")
+            logger.warning(f"A call to the Hub failed. Next attempt in {wait:g} s: {reason}")
             time.sleep(wait)
             wait *= 2
     raise AssertionError("the last attempt returns or raises")
 
 
 def open_repository(target: Target, token: str | None = None) -> str:
-    """Make the repository and its branch unless they are there, and return its full id.
+    """Create the repository and its branch unless they exist, and return its full id.
 
     Raises:
         PushError: The Hub cannot be reached, or refuses.
     """
     api = HfApi(token=token)
     url = patiently(lambda: api.create_repo(target.repository, private=target.private, exist_ok=True))
-    patiently(lambda: api.auth_check(url.repo_id, write=True))  # one that exists is "made" by whoever may see it
+    patiently(lambda: api.auth_check(url.repo_id, write=True))  # `exist_ok` does not check write access
     branch = target.revision
     if branch is not None and branch != "main":
         patiently(lambda: api.create_branch(url.repo_id, branch=branch, exist_ok=True))
@@ -351,16 +351,16 @@ def open_repository(target: Target, token: str | None = None) -> str:
 def push(
     folder: Path, run: Path, target: Target, message: str, replaced: str | None = None, token: str | None = None
 ) -> CommitInfo:
-    """Push what `stage` has laid out, in a single commit, and delete the folder.
+    """Push the folder that `stage` has made in a single commit, and delete it.
 
-    The card comes last: it keeps what people have written, there or in the run. Of what is in the repository only
-    what an earlier push has put there is deleted.
+    The card keeps the user's additions, on the Hub or in the run. Only files of an earlier push are deleted from the
+    repository.
 
     Args:
-        replaced: Folder of the repository whose earlier files go.
+        replaced: Folder of the repository whose earlier files are deleted.
 
     Raises:
-        PushError: It did not work. The repository is as it was.
+        PushError: The push failed. The repository is unchanged.
     """
     try:
         repository = open_repository(target, token)
@@ -418,45 +418,48 @@ def write_local_card(run: Path, target: Target, own: str | None) -> None:
 
 
 def _warn_of_files_of_others(repository: str, others: set[str], files: Sequence[str]) -> None:
-    """Say so where files that no push has put there are replaced, and where other weights stay beside those pushed."""
-    whose = "no push of a run has put there"
+    """Warn if files that we did not push are replaced, or if such weights stay next to the pushed ones."""
     if replaced := sorted(others.intersection(files)):
         logger.warning_once(
-            f"{repository} holds {', '.join(replaced)}, which {whose}: replaced, and kept in its history."
+            f"{repository} already had {', '.join(replaced)}, not from a push of a run. Replaced; the old version is "
+            "in the repository's history."
         )
     if weights := sorted(name for name in others.difference(files) if WEIGHTS.fullmatch(name)):
         logger.warning_once(
-            f"{repository} also holds {', '.join(weights)}, which {whose}, so that it stays. Whoever loads the "
-            "repository may get that: delete what is not wanted."
+            f"{repository} also has {', '.join(weights)}, not from a push of a run, which is kept. Loading the "
+            "repository may use it instead of the pushed weights. Delete it if it is not wanted."
         )
 
 
 def _keep_what_is_lost(here: Path, own: str | None, before: str | None, card: str) -> None:
-    """Keep the card in the run where not all of it is in what was pushed, and say what is not in it."""
+    """If the pushed card does not contain all of the run's card, keep a copy of the latter and warn."""
     if before is not None and (problem := read_card(before).problem):
-        logger.warning(f"The metadata of the card on the Hub, now in its history, were no valid YAML: {problem}.")
+        logger.warning(
+            f"The metadata of the card on the Hub were not valid YAML and are replaced: {problem}. The old card is in "
+            "the repository's history."
+        )
     if own is None:
         return
     mine, new, why = read_card(own), read_card(card), None
     if mine.problem:
-        why = f"The metadata of {here} are no valid YAML and were not pushed: {mine.problem}"
+        why = f"The metadata of {here} are not valid YAML and were not pushed: {mine.problem}"
     elif mine.above not in (None, new.above):
         why = "The card on the Hub has another text above its marker"
     elif lost := lost_entries(mine, new):
-        why = f"What was pushed says something else of {', '.join(lost)}"
+        why = f"The pushed card has other values for {', '.join(lost)}"
     if why is not None:
         write_whole(here.with_name(OWN_CARD), own)
-        logger.warning(f"{why}; {here} is kept as {OWN_CARD}.")
+        logger.warning(f"{why}. {here} is kept as {OWN_CARD}.")
 
 
 def _text_of(path: Path, name: str) -> str:
-    """Return what is in a card.
+    """Return the text of a card.
 
     Args:
-        name: What it is called in messages.
+        name: Its name for messages.
 
     Raises:
-        ValueError: It is no UTF-8.
+        ValueError: It is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -465,7 +468,7 @@ def _text_of(path: Path, name: str) -> str:
 
 
 def _card_of(repository: str, revision: str | None, token: str | None) -> str | None:
-    """Return the card that is there now, None if there is none. What could not be asked is an error, and no copy."""
+    """Return the current card on the Hub, None if there is none. A failed request is an error; no cache is used."""
     api = HfApi(token=token)
     if not api.file_exists(repository, CARD, revision=revision):
         return None
@@ -476,11 +479,11 @@ def _card_of(repository: str, revision: str | None, token: str | None) -> str | 
     return _text_of(Path(path), f"The card of {repository} on the Hub")
 
 
-# ---- Back ----
+# ---- Fetching ----
 
 
 def _holds(folder: Path, source: Path) -> bool:
-    """Tell whether a folder holds all files of another, byte for byte."""
+    """Tell whether a folder contains all files of another, byte for byte."""
     files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     return all(
         (folder / file).is_file() and filecmp.cmp(folder / file, source / file, shallow=False) for file in files
@@ -494,9 +497,9 @@ def _unused(path: Path) -> Path:
 
 
 def fetch_checkpoint(name: str, output_dir: Path) -> str:
-    """Download the last checkpoint of a repository, `ID` or `ID@REVISION`, and return where it lies now.
+    """Download the last checkpoint of a repository, `ID` or `ID@REVISION`, and return its path.
 
-    It becomes `checkpoint-N` of the output directory, with the trace and the history of the run beside it.
+    It becomes `checkpoint-N` in the output directory. The trace and the history of the run are copied there, too.
 
     Raises:
         ValueError: There is none, or it cannot be loaded.
@@ -508,10 +511,10 @@ def fetch_checkpoint(name: str, output_dir: Path) -> str:
     try:
         found = HfApi().snapshot_download(repository, revision=revision or None, allow_patterns=f"{LAST_CHECKPOINT}/*")
     except TROUBLE as error:
-        raise ValueError(f"{flag} is no directory, and cannot be loaded from the Hub: {one_line(error)}") from error
+        raise ValueError(f"{flag} is not a directory and cannot be loaded from the Hub: {one_line(error)}") from error
     source = Path(found, LAST_CHECKPOINT)
     if not is_complete(source):
-        raise ValueError(f"{flag} has no complete {LAST_CHECKPOINT}: push it with --hub_strategy checkpoint.")
+        raise ValueError(f"{flag} has no complete {LAST_CHECKPOINT}. Push it with --hub_strategy checkpoint.")
     step = read_json(source / "trainer_state.json")["global_step"]
     checkpoint = output_dir / f"{CHECKPOINT_PREFIX}{step}"
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -520,7 +523,7 @@ def fetch_checkpoint(name: str, output_dir: Path) -> str:
         shutil.copytree(source, unfinished, dirs_exist_ok=True)
         if checkpoint.exists():
             aside = _unused(checkpoint.with_name(f"abandoned-{checkpoint.name}"))
-            logger.warning(f"{checkpoint} is not that of {name}: it is renamed to {aside.name}.")
+            logger.warning(f"{checkpoint} differs from that of {name} and is renamed to {aside.name}.")
             checkpoint.rename(aside)
         unfinished.rename(checkpoint)
     for record in (TRACE_NAME, HISTORY_NAME):

@@ -188,7 +188,7 @@ def test_metadata_here_that_are_no_yaml_are_kept_and_told(hub, finished, caplog)
     (finished / "README.md").write_text("---\nlicense: [\n---\n# Mine\n")
     push(finished)
     assert (finished / hub_module.OWN_CARD).read_text() == "---\nlicense: [\n---\n# Mine\n"
-    assert "README.md are no valid YAML and were not pushed: expected" in caplog.text
+    assert "README.md are not valid YAML and were not pushed: expected" in caplog.text
     assert "# Mine" in card_of(hub.repository("me/adapter"))
 
 
@@ -202,7 +202,7 @@ def test_metadata_here_that_give_way_to_those_on_the_hub_are_kept(hub, finished,
     data = read_card(card_of(hub.repository("me/adapter"))).data
     assert (data["license"], data["language"]) == ("mit", "en")
     assert (finished / hub_module.OWN_CARD).read_text() == mine
-    assert "What was pushed says something else of license; " in caplog.text
+    assert "The pushed card has other values for license. " in caplog.text
 
 
 def test_a_card_here_that_is_no_utf_8_is_told_before_anything_is_pushed(hub, finished):
@@ -227,9 +227,9 @@ def test_files_that_no_push_has_put_there_stay(hub, finished, caplog):
     assert {path: files[path].decode() for path in own} == own
     assert {"plots/later.png", "model.safetensors"} <= set(files)
     assert not {"plots/batches.png", "all_results.json"} & set(files), "of the first push, and not of the second"
-    told = "me/adapter also holds model.safetensors, which no push of a run has put there, so that it stays."
+    told = "me/adapter also has model.safetensors, not from a push of a run, which is kept."
     assert caplog.text.count(told) == 1, "and not at each save"
-    told = "me/adapter holds tokenizer.json, which no push of a run has put there: replaced, and kept in its history."
+    told = "me/adapter already had tokenizer.json, not from a push of a run. Replaced;"
     assert caplog.text.count(told) == 1
 
 
@@ -286,7 +286,7 @@ def test_what_holds_the_token_is_not_pushed(hub, finished):
     config = finished / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "note": WRITE_TOKEN}))
     with pytest.raises(
-        SystemExit, match=r"error: tokenizer_config.json holds your token of the Hub. It is not pushed."
+        SystemExit, match=r"error: tokenizer_config.json contains your Hub token, so nothing is pushed."
     ):
         push(finished)
     assert not list(finished.glob("_push-*"))
@@ -355,8 +355,8 @@ def test_a_run_goes_on_from_the_last_checkpoint_of_the_hub(hub, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("me/adapter", "has no complete last-checkpoint: push it with --hub_strategy checkpoint."),
-        ("me/none", "is no directory, and cannot be loaded from the Hub: "),
+        ("me/adapter", "has no complete last-checkpoint. Push it with --hub_strategy checkpoint."),
+        ("me/none", "is not a directory and cannot be loaded from the Hub: "),
         ("no/such/place", "is neither a directory nor the id of a repository on the Hub."),
     ],
 )
@@ -457,7 +457,7 @@ def test_a_token_that_may_not_push_is_told_before_training(hub, tmp_path, monkey
 def test_a_hub_out_of_reach_at_the_start_is_tried_again_at_the_end(hub, tmp_path, caplog):
     hub.drop("POST", "/api/repos/create", times=hub_module.ATTEMPTS)
     run_script(tmp_path / "run", "--hub_strategy", "end")
-    assert "The Hub cannot be reached, and is tried again when there is something to push" in caplog.text
+    assert "The Hub cannot be reached. The first push will try again" in caplog.text
     assert hub.repository("me/adapter").files("main")["adapter_model.safetensors"]
 
 
@@ -471,7 +471,7 @@ def test_branch_and_privacy_are_as_asked(hub, finished):
 
 def test_a_base_that_only_this_machine_has_is_warned_of_and_not_named(hub, tmp_path, caplog):
     run_clm_abr.main([*RUN, "--push_to_hub", "--hub_strategy", "end", "--output_dir", str(tmp_path / "mine")])
-    assert caplog.text.count("is not on the Hub, so nobody else can load the adapter on it by its name") == 1
+    assert caplog.text.count("is not on the Hub, so others cannot load it by its name") == 1
     files = hub.repository("me/mine").files("main")
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
     card = ModelCard(files["README.md"].decode())
@@ -537,12 +537,12 @@ def test_tables_go_up_only_if_they_were_trained_or_have_grown(hub, train, tmp_pa
         return load(hub.repository(f"me/{name}").files("main")["adapter_model.safetensors"])
 
     assert "base_model.model.lm_head.weight" in pushed("trained", modules_to_save=["lm_head"])
-    assert "lm_head.weight, which was trained, whole: 0.0 MB" in caplog.text
+    assert "lm_head.weight, which was trained: 0.0 MB" in caplog.text
     assert not [name for name in pushed("plain") if "lora" not in name]
     assert not [name for name in pushed("targeted", target_modules=["q_proj", "embed_tokens"]) if "lora" not in name]
     grown = tiny_llama().config.vocab_size + 3
     assert pushed("grown", rows=grown)["base_model.model.model.embed_tokens.weight"].shape[0] == grown
-    assert "embed_tokens.weight, which has grown, whole: 0.0 MB" in caplog.text
+    assert "embed_tokens.weight, which was resized: 0.0 MB" in caplog.text
     card = card_of(hub.repository("me/grown"))
     assert f"base.resize_token_embeddings({grown})" in card
     loading = re.search(r"```python\n(.*?)\ntokenizer", card, flags=re.DOTALL)[1]
