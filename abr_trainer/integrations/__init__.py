@@ -1,4 +1,4 @@
-"""Repetition inside the trainers of other libraries."""
+"""Adaptive batch repetition in the trainers of other libraries."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Adaptive batch repetition inside axolotl, by two lines of YAML.
+"""Adaptive batch repetition in axolotl, with two lines of YAML.
 
     plugins: [abr_trainer.integrations.axolotl.ABRPlugin]
     repeat_scheduler: abr
 
-The plugin manager of axolotl prints an error when a plugin cannot be imported, and trains without it. So this module
-imports nothing that can be missing: what it needs is imported by the first method that is called, where an error ends
-the run. A run with the plugin prints a line that begins with "ABR Trainer:".
+If a plugin cannot be imported, axolotl prints an error and trains without it. So this module imports no package that
+may be missing; its methods import what they need, and an error there ends the run. A run with the plugin prints a line
+that begins with "ABR Trainer:".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 try:
     from axolotl.integrations.base import BasePlugin
-except ImportError:  # nobody asks for a plugin then, but the module can be read
+except ImportError:  # so that the module can be imported without axolotl
     BasePlugin = object
 
 CONFIG = "abr_trainer.training.config.ABRConfig"
@@ -36,30 +36,30 @@ OF_AXOLOTL = frozenset(
         "base_samples",
     }
 )
-"""Fields of `ABRConfig` that are no keys of the YAML file: axolotl has its own, or none of its parts reads them."""
+"""Fields of `ABRConfig` that are not keys of the YAML file: axolotl has its own, or does not use them."""
 
 
 class ABRPlugin(BasePlugin):
-    """Combine the trainer that axolotl would use with `ABRMixin`, and its training arguments with `ABRConfig`.
+    """Combine axolotl's trainer with `ABRMixin`, and its training arguments with `ABRConfig`.
 
-    The trainer is that of the other plugins, of `trainer_cls`, or axolotl's own. The keys of the YAML file are the
+    The trainer is that of another plugin, that of `trainer_cls`, or axolotl's own. The keys of the YAML file are the
     fields of `ABRConfig`: `repeat_scheduler`, `loss_threshold`, `max_passes` and so on.
     """
 
     _asks_axolotl = False
 
     def register(self, cfg: Mapping[str, Any]) -> None:
-        """Check what can be checked before the model is loaded.
+        """Check the keys before the model is loaded.
 
         Raises:
-            ValueError: A key of ours has a value that cannot be, or axolotl gives our trainer no model.
+            ValueError: One of our keys has an invalid value, or axolotl would give our trainer no model.
         """
         from ..schedulers.registry import build_row_rule, build_rule, refuse_unread
 
         if cfg.get("rl"):
             raise ValueError(
-                f"rl: {cfg['rl']} does not go with {type(self).__name__}, because axolotl then gives the trainer of a "
-                "plugin no model. Remove the plugin, or train with ABRMixin and TRL's own trainer in Python."
+                f"rl: {cfg['rl']} cannot be used with {type(self).__name__}, because axolotl then gives a plugin's "
+                "trainer no model. Remove the plugin, or train with ABRMixin and TRL's own trainer in Python."
             )
         for check in (build_rule, build_row_rule, refuse_unread):
             check(self.get_training_args(cfg))
@@ -86,17 +86,17 @@ class ABRPlugin(BasePlugin):
         return combined(theirs)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Say that the plugin is active.
+        """Print that the plugin is active.
 
         Raises:
-            ValueError: It is not: the trainer is somebody else's.
+            ValueError: It is not active, because another plugin has set the trainer.
         """
         from ..training.trainer import ABRMixin
 
         if not isinstance(trainer, ABRMixin):
             raise ValueError(
                 f"plugins: {type(self).__module__}.{type(self).__name__} must be the first in the list. Another "
-                f"plugin has set the trainer, {type(trainer).__name__}: no batch would be repeated or skipped."
+                f"plugin has set the trainer to {type(trainer).__name__}, so no batch would be repeated or skipped."
             )
         if trainer.is_world_process_zero():
             rules = ", ".join(
@@ -106,7 +106,7 @@ class ABRPlugin(BasePlugin):
 
 
 def keys() -> dict[str, Any]:
-    """Return the keys of the YAML file that are ours, with their help."""
+    """Return our keys of the YAML file, with their help."""
     from transformers import TrainingArguments
 
     from ..training.config import ABRConfig
@@ -125,12 +125,12 @@ def combined(theirs: type) -> type:
     takes_tags = _takes_dataset_tags(theirs)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not takes_tags:  # axolotl leaves them out for its own reward trainers, by their names
+        if not takes_tags:  # axolotl leaves them out for its own reward trainers only
             kwargs.pop("dataset_tags", None)
         super(trainer_cls, self).__init__(*args, **kwargs)
 
     def loss_is_of_tokens(self: Any) -> bool:
-        """Its `compute_loss` counts tokens, and leaves the loss to Trainer's unless ORPO is asked for."""
+        """Its `compute_loss` counts tokens and calls Trainer's, except for ORPO."""
         if not hasattr(self.args, "orpo_alpha") or not hasattr(theirs, "orpo_compute_loss"):
             return not has_own_loss(self) and shifts_labels(self) and self.label_smoother is None
         is_plain = self.label_smoother is None and self.compute_loss_func is None and not self.args.orpo_alpha
@@ -150,7 +150,7 @@ def _takes_dataset_tags(trainer_cls: type) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    """Make `ABRInputArgs` when it is asked for: the pydantic model of our keys, each of them optional."""
+    """Create `ABRInputArgs` on first use: the pydantic model of our keys, all of them optional."""
     if name != "ABRInputArgs":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pydantic import Field, create_model

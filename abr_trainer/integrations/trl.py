@@ -1,6 +1,6 @@
 """Adaptive batch repetition in TRL's supervised fine-tuning: `pip install "abr-trainer[trl]"`.
 
-Other offline trainers of TRL (DPO, KTO, reward) take the mixin as it is: `class Mine(ABRMixin, trl.DPOTrainer)`.
+For other offline trainers of TRL (DPO, KTO, reward) use the mixin: `class Mine(ABRMixin, trl.DPOTrainer)`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ..training.trainer import ABRMixin
 
 
 def marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the variant of a tokenizer's chat template that marks what the assistant writes, if TRL knows one."""
+    """Return the variant of a tokenizer's chat template that marks the assistant's tokens, if TRL has one."""
     try:
         found: str | None = get_training_chat_template(tokenizer)
-    except ValueError:  # it knows none of this template
+    except ValueError:  # TRL has none for this template
         return None
     return found
 
 
 def learns_to_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> bool:
-    """Tell whether the end of a turn is among what a chat template marks as the assistant's.
+    """Tell whether a chat template marks the end of a turn as one of the assistant's tokens.
 
     Args:
         template: None for the tokenizer's own.
@@ -45,13 +45,13 @@ def learns_to_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
 
 @dataclass
 class ABRSFTConfig(SFTConfig, ABRConfig):
-    """`SFTConfig` with the fields of `ABRConfig`. Where both have a default, that of `SFTConfig` holds."""
+    """`SFTConfig` with the fields of `ABRConfig`. If both have a field, the default of `SFTConfig` is used."""
 
 
 class ABRSFTTrainer(ABRMixin, SFTTrainer):
-    """`trl.SFTTrainer` with adaptive batch repetition: packing, completion-only loss and PEFT as there.
+    """`trl.SFTTrainer` with adaptive batch repetition, including packing, completion-only loss and PEFT.
 
-    `num_tokens`, `entropy` and `mean_token_accuracy` are those of first passes: repeats do not inflate them.
+    `num_tokens`, `entropy` and `mean_token_accuracy` count only first passes, not repeats.
     """
 
     args: SFTConfig
@@ -66,7 +66,7 @@ class ABRSFTTrainer(ABRMixin, SFTTrainer):
         takes_loss = prediction_loss_only and self._loss_is_of_tokens and self.args.world_size == 1
         if self._token_perplexity is None or not takes_loss:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # The loss says it all. The logits, which SFTTrainer does not keep, would cost another forward.
+        # The loss is enough. SFTTrainer does not keep the logits, so they would cost another forward pass.
         loss, logits, labels = SFTTrainer.prediction_step(self, model, inputs, True, ignore_keys)
         tokens = count_targets(inputs, first_target(self))
         self._token_perplexity.add(loss.double()[None] * tokens, torch.as_tensor(tokens)[None])

@@ -281,7 +281,7 @@ def test_their_reward_trainer_does_not_get_the_tags_that_it_does_not_take(axolot
     [
         ("repeat_scheduler: abrr", "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
         ("skip_outliers: sometimes", "sometimes"),
-        ("rl: dpo", "rl: dpo does not go with ABRPlugin, because axolotl then gives the trainer of a plugin no model"),
+        ("rl: dpo", "rl: dpo cannot be used with ABRPlugin, because axolotl then gives a plugin's trainer no model"),
     ],
 )
 def test_a_wrong_value_ends_the_run_before_the_model_is_loaded(axolotl, lines, message):
