@@ -1,4 +1,4 @@
-"""Classifiers of sentences: rows and labels, tasks of GLUE, flags, trainer, scores."""
+"""Sentence classification: rows and labels, GLUE tasks, flags, trainer, scores."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The labels of a classifier: which classes there are, and which class each row belongs to.
+"""Find the classes of a classifier, and the class of each row.
 
-A label goes by its name in every split, however a file stores it. A whole number is a name where a class has that
-name. Otherwise it is a position among the classes, if somebody has put them in an order.
+A label has the same name in every split, however a file stores it. An integer is the name of a class if a class has
+that name. Otherwise it is a position among the classes, if their order is known.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 HIDDEN = -1
-"""The label of the rows of a test split whose labels are kept secret."""
+"""Label of rows of a test split whose labels are hidden."""
 
 MOST_UNASKED = 4
-"""Up to so many whole numbers are taken for classes. More of them may as well be scores."""
+"""Up to this many different integers are read as classes. More of them could also be scores."""
 
 MOST_SHOWN = 10
-"""Classes that a message names."""
+"""Most classes to list in a message."""
 MOST_LETTERS = 60
-"""Of a value in a message."""
+"""Most characters of a value in a message."""
 
 WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 Label = str | int | float | None
-"""A label as it was found; None where it is missing."""
+"""A label as read; None if it is missing."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LabelColumn:
 
     Attributes:
         where: Column and file, for messages.
-        names: The names of a `ClassLabel`, in order. The values are names then.
+        names: If the column is a `ClassLabel`, its names in order; the values are then names.
     """
 
     values: Sequence[Label]
@@ -56,11 +56,11 @@ class LabelColumn:
         return replace(self, values=self.values[:count])
 
     def row_of(self, value: Label) -> int:
-        """Return the first row that holds a value, from 1."""
+        """Return the number of the first row with a value, from 1."""
         return self.values.index(value) + 1
 
     def is_hidden(self, classes: Collection[str] = ()) -> bool:
-        """Tell whether no row has a label, or all have the one that stands for a secret."""
+        """Tell whether no row has a label, or all labels are hidden."""
         secret = set() if str(HIDDEN) in classes else {HIDDEN, str(HIDDEN)}
         return {None, *self.values} <= {None, *secret}
 
@@ -69,10 +69,10 @@ def read_labels(rows: Dataset, column: str, origin: str, are_cells: bool = False
     """Return the labels in a column.
 
     Args:
-        are_cells: They are from a table that holds nothing but texts: numbers, if all of them read as such.
+        are_cells: All values are text, as in a .csv. If all of them are numbers, convert them.
 
     Raises:
-        ValueError: A cell holds something else than a text or a number.
+        ValueError: A value is neither text nor a number.
     """
     where = f"column {column} of {origin}"
     feature = rows.features[column]
@@ -81,8 +81,7 @@ def read_labels(rows: Dataset, column: str, origin: str, are_cells: bool = False
     for index, cell in enumerate(rows[column][:]):
         if cell is not None and not isinstance(cell, str | int | float):
             raise ValueError(
-                f"A label must be a text or a number: row {index + 1}, {where} is {shortened(cell)}. See "
-                "--label_column."
+                f"A label must be text or a number: row {index + 1}, {where} is {shortened(cell)}. See --label_column."
             )
         if isinstance(cell, int) and 0 <= cell < len(names):
             cell = names[cell]
@@ -93,7 +92,7 @@ def read_labels(rows: Dataset, column: str, origin: str, are_cells: bool = False
 
 
 def shortened(value: object) -> str:
-    """Return how a value is written, cut where it is long."""
+    """Return the `repr` of a value, cut if it is long."""
     written = repr(value)
     return written if len(written) <= MOST_LETTERS else f"{written[:MOST_LETTERS]}..."
 
@@ -107,43 +106,43 @@ def _value_of(cell: str | float | None) -> Label:
 
 
 def _cleaned(name: str) -> str:
-    """Return a name without what nobody sees: white space around it, and how its accents are encoded."""
+    """Return a name with normalised white space and Unicode."""
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def _whole(value: Label) -> int | None:
-    """Return a whole number, or what a text says of one; None for anything else."""
+    """Return an integer, or the integer that a text contains; None for anything else."""
     if isinstance(value, str) and WHOLE.fullmatch(value):
         return int(value.partition(".")[0])
     return value if isinstance(value, int) else None
 
 
 def _number(value: Label) -> float:
-    """Return a number, or what a text says of one; NaN for anything else."""
+    """Return a number, or the number that a text contains; NaN for anything else."""
     if value is None or (isinstance(value, str) and not NUMBER.fullmatch(value)):
         return math.nan
     return float(value)
 
 
 def is_number(value: Label) -> bool:
-    """Tell whether a value is a number, or a text that is one."""
+    """Tell whether a value is a number or a text that contains one."""
     return not math.isnan(_number(value))
 
 
 def key_of(name: str) -> str:
-    """Return what names have in common that mean the same: case does not count, nor how a number is written.
+    """Return a key that is equal for names with the same meaning: it ignores case and the format of numbers.
 
     >>> key_of("Yes"), key_of("01"), key_of("1.0"), key_of("TRUE")
     ('yes', '1', '1', '1')
     """
     folded = name.casefold()
-    folded = {"true": "1", "false": "0"}.get(folded, folded)  # a truth of one file is 0 or 1 in another
+    folded = {"true": "1", "false": "0"}.get(folded, folded)  # some files store booleans as 0 and 1
     whole = _whole(folded)
     return folded if whole is None else str(whole)
 
 
 def shown(names: Iterable[object]) -> str:
-    """Return names as a list in words, the first of them where there are many.
+    """Return names as a list for a message, only the first of them if there are many.
 
     >>> shown(range(13))
     '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 3 more'
@@ -153,20 +152,20 @@ def shown(names: Iterable[object]) -> str:
     return ", ".join(texts[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-# ---- Which classes there are ----
+# ---- The classes of a task ----
 
 
 class Order(Enum):
-    """Where the classes have their order from, and so what a whole number that is no name may mean."""
+    """What defines the order of the classes, and thus whether an integer may be a position."""
 
     TASK = auto()
-    """The task is known by name: a position."""
+    """A task known by name: an integer may be a position."""
     FLAG = auto()
-    """--classes, or a training before: a position."""
+    """--classes, or an earlier training: it may be a position."""
     FEATURE = auto()
-    """A `ClassLabel` of the training rows: a position."""
+    """A `ClassLabel` of the training rows: it may be a position."""
     SORTED = auto()
-    """Nobody has put them in an order: nothing."""
+    """Nothing defines it: an integer is not a position."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +182,12 @@ class Classes:
 
     @cached_property
     def are_numbers(self) -> bool:
-        """Whether some are whole numbers."""
+        """Whether some are integers."""
         return any(_whole(name) is not None for name in self.names)
 
     @property
     def are_positions(self) -> bool:
-        """Whether they go by 0 to n-1, in order."""
+        """Whether their names are 0 to n-1, in order."""
         return self.names == tuple(map(str, range(len(self.names))))
 
     @cached_property
@@ -199,21 +198,21 @@ class Classes:
         return by_key | {name: index for index, name in enumerate(self.names)}
 
     def find(self, value: Label) -> int | None:
-        """Return the class of this name, or, where there is none, the only one whose name means the same."""
+        """Return the class with this name, or else the only one whose name has the same key; None if there is none."""
         name = str(value)
         return self._by_name.get(name, self._by_name.get(key_of(name)))
 
 
 def find_classes(column: LabelColumn, others: Sequence[LabelColumn], regression: bool | None) -> Classes | None:
-    """Return the classes of a task of one's own; None where the labels are numbers to be said.
+    """Return the classes of the user's own task; None if it is a regression.
 
     Args:
-        column: Of the training rows.
-        others: Of the other splits.
-        regression: What the flag says, if it says something.
+        column: Labels of the training rows.
+        others: Labels of the other splits.
+        regression: Value of `--regression`; None if it is not given.
 
     Raises:
-        ValueError: What the labels are cannot be known.
+        ValueError: The labels are ambiguous, missing or all the same.
     """
     values = {value for value in column.values if value is not None}
     if column.names:
@@ -230,23 +229,23 @@ def find_classes(column: LabelColumn, others: Sequence[LabelColumn], regression:
                 return None
             _ask_what_numbers_are(column, numbers, others)
         elif any(isinstance(value, float) for value in values):
-            raise ValueError(f"Labels in {column.where} are numbers with fractions, no classes: {shown(numbers)}.")
+            raise ValueError(f"Labels in {column.where} are numbers with fractions, not classes: {shown(numbers)}.")
         classes = Classes(tuple(dict.fromkeys(map(str, numbers))), Order.SORTED, column.where)
     if classes.order is Order.SORTED:
         _refuse_alike(column, classes.names)
     if len(classes.names) < 2:
         _refuse_missing(column)
-        raise ValueError(f"All labels in {column.where} are {classes.names[0]}: there is nothing to learn.")
+        raise ValueError(f"All labels in {column.where} are {classes.names[0]}. A classifier needs two classes.")
     return classes
 
 
 def _refuse_mixture(column: LabelColumn, values: Collection[Label]) -> None:
-    """Refuse names and numbers in one column."""
+    """Refuse a column with both names and numbers."""
     numbers = [value for value in values if is_number(value)]
     if numbers:
         number, text = min(numbers, key=_number), min(set(values).difference(numbers), key=str)
         raise ValueError(
-            f"Labels in {column.where} are neither all texts nor all numbers: row {column.row_of(number)} holds "
+            f"Labels in {column.where} are neither all text nor all numbers: row {column.row_of(number)} has "
             f"{number}, row {column.row_of(text)} {text!r}. If all are classes, name them with --classes."
         )
 
@@ -254,17 +253,17 @@ def _refuse_mixture(column: LabelColumn, values: Collection[Label]) -> None:
 def _ask_what_numbers_are(column: LabelColumn, numbers: Sequence[Label], others: Sequence[LabelColumn]) -> None:
     """Refuse numbers that may be classes or scores.
 
-    Whole numbers are classes if there are few of them, or if some split has them as texts.
+    Integers are classes if there are few of them, or if some split has labels as text.
     """
     are_whole = all(_whole(number) is not None for number in numbers)
     have_names = any(isinstance(value, str) for each in (column, *others) for value in each.values)
     are_few = len(numbers) <= MOST_UNASKED and list(numbers) == list(range(len(numbers)))
     if are_whole and (have_names or are_few):
         return
-    kind = "whole numbers" if are_whole else "texts that are numbers"
+    kind = "integers" if are_whole else "numbers stored as text"
     raise ValueError(
-        f"Are labels classes or scores? In {column.where} they are {kind}: {shown(numbers)}. Add --regression false "
-        "if each is a class, --regression true if they are scores."
+        f"Are the labels classes or scores? In {column.where} they are {kind}: {shown(numbers)}. Add --regression "
+        "false for classes, or --regression true for scores."
     )
 
 
@@ -275,33 +274,33 @@ def _refuse_alike(column: LabelColumn, names: Sequence[str]) -> None:
         first = by_key.setdefault(key_of(name), name)
         if first != name:
             raise ValueError(
-                f"Are {first!r} ({counts[first]:,} rows) and {name!r} ({counts[name]:,} rows) in {column.where} one "
-                "class? Write them alike, or name all classes with --classes."
+                f"Are {first!r} ({counts[first]:,} rows) and {name!r} ({counts[name]:,} rows) in {column.where} the "
+                "same class? Give them the same name, or name all classes with --classes."
             )
 
 
-# ---- Which of them a row is in ----
+# ---- The class of each row ----
 
 
 def indices_of(column: LabelColumn, classes: Classes) -> list[int]:
-    """Return the class of each row.
+    """Return the index of the class of each row.
 
     Raises:
-        ValueError: A label is missing or is no class, or a whole number may mean two of them.
+        ValueError: A label is missing or not a class, or an integer may mean two classes.
     """
     _refuse_missing(column)
     values = list(dict.fromkeys(column.values))
     named = {value: index for value in values if (index := classes.find(value)) is not None}
     placed = _positions(values, column, classes)
     if classes.are_numbers and len(placed) == len(values):
-        # Names of a ClassLabel that are numbers themselves: rows may hold these, or positions.
+        # The names of a ClassLabel are numbers: the values may be names or positions.
         if len(named) < len(values):
             named = {}
         elif named != placed:
             raise ValueError(
-                f"Is {values[0]} the name of a class or its position? Labels in {column.where} are whole numbers; "
-                f"those in {classes.source} have the names {shown(classes.names)}, in this order. Name the classes "
-                "with --classes: then numbers are names."
+                f"Is {values[0]} the name of a class or its position? Labels in {column.where} are integers; "
+                f"those in {classes.source} have the names {shown(classes.names)}, in this order. Give --classes, so "
+                "that numbers are names."
             )
     found = placed | named
     unknown = [value for value in values if value not in found]
@@ -311,15 +310,15 @@ def indices_of(column: LabelColumn, classes: Classes) -> list[int]:
         read = ", ".join(
             f"{value} as {classes.names[found[value]]!r}" for value in sorted(placed, key=str)[:MOST_SHOWN]
         )
-        logger.warning(f"Labels in {column.where} are read by their position among the classes: {read}.")
+        logger.warning(f"Labels in {column.where} are read as positions among the classes: {read}.")
     return [found[value] for value in column.values]
 
 
 def _positions(values: Sequence[Label], column: LabelColumn, classes: Classes) -> dict[Label, int]:
-    """Return what values may mean as positions among the classes."""
+    """Return the index of the class for each value that may be a position."""
     count = len(classes.names)
     if column.names:
-        # Where the classes go by 0 to n-1, names that are no classes themselves stand for their positions.
+        # If the classes are called 0 to n-1, names of a ClassLabel that are not classes mean their positions.
         is_named = any(classes.find(name) is not None for name in column.names)
         if is_named or not classes.are_positions or len(column.names) != count:
             return {}
@@ -336,10 +335,10 @@ def _positions(values: Sequence[Label], column: LabelColumn, classes: Classes) -
 
 
 def refuse_two_orders(columns: Sequence[LabelColumn], classes: Classes) -> None:
-    """Refuse two splits that name classes by 0 to n-1 in different orders.
+    """Refuse two splits with different orders of names for the classes 0 to n-1.
 
     Raises:
-        ValueError: There are two such.
+        ValueError: There are two such splits.
     """
     placed = [each for each in columns if _positions(each.names, each, classes) and not each.is_hidden()]
     for each in placed:
@@ -352,14 +351,14 @@ def refuse_two_orders(columns: Sequence[LabelColumn], classes: Classes) -> None:
 
 
 def _no_class(column: LabelColumn, classes: Classes, value: Label, others_are: bool) -> str:
-    """Return what to say of a value that is no class."""
+    """Return the error message for a value that is not a class."""
     are_numbers = all(_whole(each) is not None for each in column.values)
     if classes.order is Order.SORTED and not others_are and are_numbers != classes.are_numbers:
-        kinds = ("whole numbers", "names")
+        kinds = ("integers", "names")
         here, there = kinds if are_numbers else kinds[::-1]
         return (
             f"Labels in {column.where} are {here}, but {there} in {classes.source}: {shown(classes.names)}. Give "
-            "--classes, the names in the order of the numbers, that of 0 first."
+            "--classes with the names in the order of the numbers, first the name of 0."
         )
     if classes.are_positions:
         known = f"0 to {len(classes.names) - 1}"
@@ -367,7 +366,7 @@ def _no_class(column: LabelColumn, classes: Classes, value: Label, others_are: b
         known = f"one of {shown(classes.names)}"
     else:
         known = f"0 to {len(classes.names) - 1} or {shown(classes.names)}"
-    hint = " (hidden labels cannot be trained or evaluated on)" if _whole(value) == HIDDEN else ""
+    hint = " (hidden labels cannot be used)" if _whole(value) == HIDDEN else ""
     scores = " If labels are scores, add --regression true." if isinstance(value, float) else ""
     where = f"row {column.row_of(value)}, {column.where}"
     return f"Label out of range: {where} is {value!r}{hint}; it must be {known}.{scores}"
@@ -379,19 +378,18 @@ def _refuse_missing(column: LabelColumn) -> None:
     count = sum(value is None for value in column.values)
     more = f" ({count:,} of {len(column.values):,} rows have none)" if count > 1 else ""
     raise ValueError(
-        f"Labels are missing: row {column.row_of(None)}, {column.where} has none{more}. Fill them in, or leave such "
-        "rows out."
+        f"Labels are missing: row {column.row_of(None)}, {column.where} has none{more}. Add them, or remove such rows."
     )
 
 
 def numbers_of(column: LabelColumn, span: tuple[float, float] | None) -> list[float]:
-    """Return the number that is to be said of each row.
+    """Return the regression target of each row.
 
     Args:
-        span: The least and the greatest that it may be.
+        span: Lowest and highest target allowed; None for any.
 
     Raises:
-        ValueError: A label is missing, or no such number.
+        ValueError: A label is missing, not a number, or out of range.
     """
     _refuse_missing(column)
     low, high = span or (-math.inf, math.inf)
@@ -410,18 +408,18 @@ def numbers_of(column: LabelColumn, span: tuple[float, float] | None) -> list[fl
 
 
 def warn_of_sorted(column: LabelColumn, count: int, flag: str, are_classes: bool) -> None:
-    """Say so if the first rows have other labels than all rows have: as a rule, the file is sorted by them.
+    """Warn if the labels of the first rows are distributed differently from all labels, as in a sorted file.
 
     Args:
-        count: How many rows are taken.
-        flag: What asks for so few, and its value.
-        are_classes: Whether labels are classes, and not numbers to be said.
+        count: Number of rows that are used.
+        flag: The flag that limits them.
+        are_classes: Whether labels are classes, not regression targets.
     """
     values = [value for value in column.values if value is not None]
     first = [value for value in column.values[:count] if value is not None]
     if not first or len(first) == len(values):
         return
-    # How far the mean of so many, drawn at random, may lie from that of all, in standard deviations of one.
+    # Allowed distance of the mean of randomly drawn rows from the mean of all, in standard deviations of one row.
     allowed = 4 * math.sqrt((len(values) - len(first)) / (len(values) - 1) / len(first))
     if are_classes:
         taken, there = Counter(map(str, first)), Counter(map(str, values))

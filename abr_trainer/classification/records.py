@@ -1,4 +1,4 @@
-"""What is kept of a classifier beside its weights, so that it can be found again: its task, and its predictions."""
+"""Files of a classifier in addition to its weights: its task, for later evaluations, and its predictions."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ TOLD = (
     ),
     *("bf16", "fp16", "per_device_eval_batch_size"),
 )
-"""Flags of the training that predictions depend on: the defaults of an evaluation later."""
+"""Flags of the training that predictions depend on. A later evaluation uses them as defaults."""
 
 OF_TASK = ("task_name", "sentence_columns", "classes", "regression")
 
 
 def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
-    """Write `task.json`: the flags that predictions depend on, as a later evaluation needs them.
+    """Write `task.json`: the flags that predictions depend on, for a later evaluation.
 
     Args:
         arguments: The dataclasses of the command line.
@@ -71,7 +71,7 @@ def remember_task(directory: Path, arguments: Sequence[Any]) -> None:
 
 
 def remember_model(directory: Path, model: Any) -> None:
-    """Write the configuration of a model as `config.json`, and how it is quantised, if it is, on its own as well."""
+    """Write the configuration of a model as `config.json`, and its quantisation, if any, as `quant_config.json`."""
     config: PreTrainedConfig = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     write_whole(directory / "config.json", config.to_json_string())
@@ -82,13 +82,13 @@ def remember_model(directory: Path, model: Any) -> None:
 
 
 def recall_task(name: str) -> dict[str, Any]:
-    """Return the flags that a classifier was trained with, by what its directory, that of the run, or the Hub has."""
+    """Return the flags that a classifier was trained with, from its directory, that of its run, or the Hub."""
     flags = _recall(name, TASK_NAME).get("flags", {})
     return {flag: flags[flag] for flag in TOLD if flag in flags}
 
 
 def _recall(name: str, file: str) -> dict[str, Any]:
-    """Return what a JSON file of a classifier holds; nothing if there is none."""
+    """Return the content of a JSON file of a classifier; empty if there is none."""
     places = [Path(name, file)]
     if Path(name).name.startswith(CHECKPOINT_PREFIX):
         places.append(Path(name).parent / file)
@@ -100,7 +100,7 @@ def _recall(name: str, file: str) -> dict[str, Any]:
 
 
 def classes_in(config: Mapping[Any, Any] | None) -> list[str]:
-    """Return the names of classes, in order, by the `id2label` of a model; none if it has only numbered them.
+    """Return the names of classes, in order, from the `id2label` of a model; empty if they are only numbered.
 
     >>> classes_in({1: "pos", 0: "neg"}), classes_in({0: "LABEL_0", 1: "LABEL_1"})
     (['neg', 'pos'], [])
@@ -111,7 +111,7 @@ def classes_in(config: Mapping[Any, Any] | None) -> list[str]:
 
 
 def classes_told(flags: Mapping[str, Any]) -> list[str]:
-    """Return the classes that recorded flags are about, in order."""
+    """Return the classes in recorded flags, in order."""
     task = BY_NAME.get(flags.get("task_name") or "")
     return list(task.labels) if task is not None else flags.get("classes") or []
 
@@ -123,10 +123,10 @@ def differ_in_order(before: Sequence[str], now: Sequence[str]) -> bool:
 
 
 def take_up_classes(arguments: SentenceArguments, checkpoint: str) -> None:
-    """Let a run that goes on from a checkpoint have the classes that it was begun with.
+    """Use the classes of the checkpoint for a resumed run.
 
     Raises:
-        ValueError: The command line gives others.
+        ValueError: The command line gives other classes.
     """
     told = recall_task(checkpoint)
     if arguments.task_name is None and arguments.classes is None and not arguments.regression:
@@ -141,11 +141,11 @@ def take_up_classes(arguments: SentenceArguments, checkpoint: str) -> None:
 
 
 def recall_labels(name: str) -> dict[str, Any]:
-    """Return what the configuration of a model says of the labels that an adapter was trained for: their names, or at
-    least how many there are.
+    """Return the settings for the labels of an adapter in a model's configuration: their names, or at least their
+    number.
 
     Raises:
-        ValueError: Neither a configuration beside the adapter nor its head tells.
+        ValueError: Neither the configuration of the adapter's model nor the adapter's head has them.
     """
     config = _recall(name, "config.json")
     if config:
@@ -159,14 +159,12 @@ def recall_labels(name: str) -> dict[str, Any]:
         if weight.dim() == 2 and {"score", "classifier"} & set(key.split("."))
     ]
     if not heads:
-        raise ValueError(f"{FLAG} {name} has no config.json beside it that tells its labels.")
+        raise ValueError(f"{FLAG} {name} has no config.json, so its labels are not known.")
     return {"num_labels": len(heads[-1])}
 
 
 def task_of_merged(name: str) -> dict[str, str]:
-    """Return the file that tells a later evaluation what a classifier was trained for that is now one model; none if
-    the adapter has none.
-    """
+    """Return the task file for a classifier with a merged adapter, for later evaluations; empty if there is none."""
     of_base = ("config_name", "torch_dtype", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype")
     flags = {flag: value for flag, value in recall_task(name).items() if flag not in of_base}
     return {TASK_NAME: _task_file({**flags, "use_lora": False})} if flags else {}
@@ -177,7 +175,7 @@ def _task_file(flags: dict[str, Any]) -> str:
 
 
 def named_in(argv: Sequence[str] | None, names: Sequence[str]) -> str | None:
-    """Return the value of the first of these flags that a command line gives.
+    """Return the value of the first of these flags in a command line.
 
     Args:
         argv: The command line; None for that of this process.
@@ -187,15 +185,15 @@ def named_in(argv: Sequence[str] | None, names: Sequence[str]) -> str | None:
 
 
 def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None, names: Sequence[str] = FLAGS) -> dict[str, Any]:
-    """Return the flags that a classifier was trained with as defaults for a command line that names it.
+    """Return the flags that a classifier was trained with, as defaults for a command line that uses it.
 
     Args:
         classes: Dataclasses that the command line is parsed into.
         argv: The command line; None for that of this process.
-        names: Flags that name a classifier, the first that is given counts.
+        names: Flags for a classifier. The first one given is used.
 
     Raises:
-        ValueError: The command line gives its classes another order.
+        ValueError: The command line gives the classes in another order.
     """
     found = named_in(argv, names)
     if found is None:
@@ -205,18 +203,18 @@ def recalled_flags(classes: Sequence[Any], argv: Sequence[str] | None, names: Se
     if not told:
         of_model = classes_in(_recall(found, "config.json").get("id2label"))
         told = {"classes": of_model} if len(of_model) > 1 else {}
-        which = f"classes are those of its config.json, {shown(of_model)}; " if told else ""
-        logger.warning(f"{found} has no {TASK_NAME}: {which}task, prompt and quantisation are what the flags say.")
+        which = f"The classes are taken from its config.json: {shown(of_model)}. " if told else ""
+        logger.warning(f"{found} has no {TASK_NAME}. {which}Task, prompt and quantisation are taken from the flags.")
     before = classes_told(told)
     for flag in ("--classes", "--task_name"):
         values = given.get(flag, [])
         now = values if flag == "--classes" else classes_told({"task_name": " ".join(values).lower()})
         if differ_in_order(before, now):
             raise ValueError(
-                f"{flag} {' '.join(values)}: {found} was trained with them in the order {' '.join(before)}."
+                f"{flag} {' '.join(values)}: {found} was trained with these classes in the order {' '.join(before)}."
             )
     if "--sentence_columns" in given and "task_name" in told:
-        told |= {"classes": before} if before else {"regression": True}  # columns are others, labels are not
+        told |= {"classes": before} if before else {"regression": True}  # other columns, but the same labels
     replaced = {
         "--task_name": OF_TASK,
         "--sentence_columns": ("task_name",),
@@ -243,15 +241,14 @@ def predict(trainer: Trainer, rows: Dataset, split: str, task: Task) -> dict[str
 
 
 def predictions_file(directory: str | None, split: str) -> Path:
-    """Return where a run keeps its predictions on a split."""
+    """Return the path of a run's predictions on a split."""
     return Path(directory or "", PREDICTIONS_NAME.format(split=split))
 
 
 def write_predictions(path: Path, task: Task, found: PredictionOutput, rows: Dataset) -> None:
-    """Write a line for each row: `row` from 1, `prediction`, `label` where it is known, `logits`, and a digest of the
-    `input`.
+    """Write one line per row: `row` from 1, `prediction`, `label` if known, `logits`, and a digest of the `input`.
 
-    A logit that is not finite is written as null, and so is what it would predict.
+    Logits that are NaN or infinite are written as null, and so is the prediction of such a row.
     """
     logits = logits_of(found.predictions)
     labels = None if found.label_ids is None else np.asarray(found.label_ids)
@@ -273,12 +270,12 @@ def named(value: Any, task: Task) -> str | float:
 
 
 def digests(rows: Dataset) -> list[str]:
-    """Return eight letters for each row that tell its tokens from others."""
+    """Return a digest of the tokens of each row, of eight characters."""
     return [hashlib.sha256(str(ids).encode()).hexdigest()[:8] for ids in rows["input_ids"][:]]
 
 
 def beside_earlier(path: Path, logits: np.ndarray, task: Task, rows: Dataset) -> str | None:
-    """Say how many predictions are those that `write_predictions` wrote; None where it was of other rows."""
+    """Compare predictions with an earlier file of `write_predictions`, in words; None if it has other rows."""
     if not path.exists():
         return None
     earlier = list(read_lines(path))

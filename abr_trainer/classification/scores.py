@@ -1,4 +1,4 @@
-"""What the logits of a classifier say, and its scores."""
+"""Predictions and scores from the logits of a classifier."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..data.tasks import TASKS, Task
 
 
 def logits_of(predictions: Any) -> np.ndarray:
-    """Return the logits `(rows, labels)` among what a model has returned."""
+    """Return the logits `(rows, labels)` from the output of a model."""
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions, dtype=np.float64)
 
 
 def predictions_of(logits: np.ndarray, task: Task) -> np.ndarray:
-    """Return the label that each row of logits `(rows, labels)` is for, or the number that it says."""
+    """Return the predicted label of each row of logits `(rows, labels)`, or the predicted number of a regression."""
     return logits.argmax(axis=-1) if task.labels else logits.reshape(-1)
 
 
 def judge(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the scores of a task, the same numbers as those of the metric `glue` of `evaluate`.
+    """Return the scores of a task. They equal those of the metric `glue` of `evaluate`.
 
     >>> judge(TASKS["mrpc"], np.array([1, 1, 0, 1]), np.array([1, 0, 0, 1]))
     {'accuracy': 0.75, 'f1': 0.8}
@@ -40,18 +40,18 @@ def judge(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, 
         "spearmanr": lambda right, said: stats.spearmanr(said, right)[0] if len(right) > 1 else math.nan,
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of numbers that are all the same: a correlation with them is not a number
+        warnings.simplefilter("ignore")  # the correlation with constant numbers is NaN
         return {name: float(known[name](labels, predictions)) for name in task.scores}
 
 
 def evaluate_judge(name: str | None, task: Task) -> Callable[[Any, Any], dict[str, float]]:
-    """Return what computes the scores of a task as `judge` does, by `evaluate`, with code that it gets from the Hub.
+    """Return a function that computes the scores of `judge` with `evaluate`, which fetches its code from the Hub.
 
     Args:
-        name: Of the task, None for one of one's own.
+        name: Name of the task; None for the user's own.
 
     Raises:
-        OSError: The code cannot be had.
+        OSError: The code cannot be fetched.
     """
     import evaluate  # here, because it takes seconds to import
 

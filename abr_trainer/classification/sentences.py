@@ -1,4 +1,4 @@
-"""Sentences and their labels: from the Hub or from files, checked row by row, to rows that a classifier reads."""
+"""Load sentences and labels from the Hub or from files, check each row, and tokenize them for a classifier."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .labels import (
 logger = logging.get_logger(__name__)
 
 USUAL_COLUMNS = (PAIR, ("premise", "hypothesis"), ("question1", "question2"), ("sentence",), ("text",))
-"""Columns of sentences that are taken where none are named, the first that are there."""
+"""Columns to use as sentences by default: the first of these that the data have."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -49,15 +49,15 @@ class SentenceArguments:
     task_name: str | None = field(
         default=None,
         metadata={
-            "help": f"A task of GLUE, or demo: {', '.join(TASKS)}. Read from the Hub, or from files that have its "
-            "columns; demo is made on the spot. Default: mrpc, unless files are given: then a task of your own."
+            "help": f"A GLUE task ({', '.join(TASKS)}), or demo. It is read from the Hub, or from files with the same "
+            "columns; demo is generated. Default: mrpc, or a task of your own if data are given."
         },
     )
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Rows of a task of your own: a data set on the Hub, or a directory. With --task_name, rows that "
-            "have the columns of that task."
+            "help": "Rows for a task of your own: a data set on the Hub, or a directory. With --task_name, the rows "
+            "must have the columns of that task."
         },
     )
     dataset_config_name: str | None = field(
@@ -75,51 +75,50 @@ class SentenceArguments:
         default=None, metadata={"help": "Rows for --do_predict, in the same formats; labels may be missing."}
     )
     sentence_columns: list[str] | None = field(
-        default=None, metadata={"help": "The column of the sentence, or the two of both. Default: those of the task."}
+        default=None, metadata={"help": "One or two columns with the sentences. Default: those of the task."}
     )
-    label_column: str = field(default="label", metadata={"help": "The column of the label."})
+    label_column: str = field(default="label", metadata={"help": "The column with the label."})
     classes: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the labels, in order, for a task of your own. Default: those in the training rows, "
+            "help": "Names of the labels, in order, for a task of your own. Default: the labels of the training rows, "
             "sorted."
         },
     )
     regression: bool | None = field(
         default=None,
         metadata={
-            "help": "Labels are numbers to be said; false: whole numbers are classes. Default: true where those of "
-            "--train_file have fractions; more than four whole numbers, or others than 0 to n-1, are asked about.",
-            "nargs": "?",  # as for a flag whose default is no None
+            "help": "true: labels are regression targets; false: labels are classes. Default: true if labels of the "
+            "training rows have fractions, false for text and for integers 0 to n-1, n up to 4. Otherwise required.",
+            "nargs": "?",  # HfArgumentParser sets it only for a flag whose default is not None
             "const": True,
         },
     )
     prompt: str = field(
         default="none",
-        metadata={"help": f"What stands before the sentences: {', '.join(PROMPTS)}, or a text of your own."},
+        metadata={"help": f"Prompt before the sentences: {', '.join(PROMPTS)}, or a text of your own."},
     )
     max_seq_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of a row; what is longer is cut. Default: 512, or the model's context if less."
+            "help": "Most tokens per row; longer rows are cut. Default: 512, or the model's context length if less."
         },
     )
     merge_validation: bool = field(
-        default=False, metadata={"help": "Train on training and validation rows, with --do_predict for the test."}
+        default=False, metadata={"help": "Train on training and validation rows; use --do_predict for the test set."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many rows of the evaluation and test sets."}
+        default=None, metadata={"help": "Use only the first N rows of the evaluation and test sets."}
     )
     max_predict_samples: int | None = field(
         default=None,
-        metadata={"help": "Use only the first so many rows of the test set. Default: --max_eval_samples."},
+        metadata={"help": "Use only the first N rows of the test set. Default: --max_eval_samples."},
     )
     metrics_from: str = field(
         default="scikit-learn",
         metadata={
-            "help": "evaluate: compute the scores with code that the library of this name fetches from the Hub, and "
-            "runs. The numbers are the same.",
+            "help": "Library for the scores. evaluate fetches code from the Hub and runs it. The scores are the same.",
             "choices": ["scikit-learn", "evaluate"],
         },
     )
@@ -127,7 +126,7 @@ class SentenceArguments:
     def __post_init__(self) -> None:
         says_nothing = self.sentence_columns is None and self.classes is None and self.regression is None
         if self.dataset_config_name is not None and self.dataset_name is None:
-            raise ValueError("--dataset_config_name means nothing without --dataset_name.")
+            raise ValueError("--dataset_config_name needs --dataset_name.")
         if self.task_name is None and says_nothing and not self.files and self.dataset_name is None:
             self.task_name = "mrpc"
         if self.task_name is not None:
@@ -136,20 +135,22 @@ class SentenceArguments:
             own = {"sentence_columns": self.sentence_columns, "classes": self.classes}
             for flag, value in own.items():
                 if value is not None:
-                    raise ValueError(f"--{flag} is for a task of your own; --task_name {self.task_name} says it.")
+                    raise ValueError(
+                        f"--{flag} is only for a task of your own, but --task_name is {self.task_name}. Leave one out."
+                    )
             if self.regression is not None and self.regression == bool(task.labels):
-                kind = "labels" if task.labels else "a number"
-                raise ValueError(f"--regression {self.regression}: --task_name {self.task_name} has {kind}.")
+                kind = "a classification" if task.labels else "a regression"
+                raise ValueError(f"--regression {self.regression}: --task_name {self.task_name} is {kind}.")
         if self.sentence_columns is not None and not 1 <= len(self.sentence_columns) <= 2:
-            raise ValueError(f"--sentence_columns takes one or two, got {' '.join(self.sentence_columns)}.")
+            raise ValueError(f"--sentence_columns takes one or two columns, got {' '.join(self.sentence_columns)}.")
         columns = self.sentence_columns or (BY_NAME[self.task_name].columns if self.task_name else ())
         if self.label_column in columns or len(set(columns)) < len(columns):
             raise ValueError(
-                f"The sentences are in {' and '.join(columns)}, the label in {self.label_column}: give different "
-                "--sentence_columns and --label_column."
+                f"Sentences and label must be in different columns, but sentences are in {' and '.join(columns)}, the "
+                f"label in {self.label_column}. See --sentence_columns and --label_column."
             )
         if self.classes is not None and (self.regression or len(set(self.classes)) < 2):
-            raise ValueError("--classes takes two or more different names, and is not for --regression.")
+            raise ValueError("--classes takes two or more different names, and cannot be used with --regression.")
         refuse_missing_files(self, "train_file", "validation_file", "test_file")
         refuse_below(
             self, {"max_seq_length": 8, "max_train_samples": 1, "max_eval_samples": 1, "max_predict_samples": 1}
@@ -157,7 +158,7 @@ class SentenceArguments:
         self.prompt_text = find_prompt(self.prompt)
 
     def settle(self, task: Task) -> None:
-        """Fill in what was found out of a task of one's own, so that it is written down."""
+        """Set the flags that were found from the data of the user's own task, so that they are recorded."""
         if self.task_name is None:
             self.sentence_columns, self.regression = list(task.columns), not task.labels
             self.classes = list(task.labels) or None
@@ -168,7 +169,7 @@ class SentenceArguments:
         return {split: path for split, path in named.items() if path is not None}
 
     def limit_of(self, split: str) -> str:
-        """Return the flag, without dashes, that says how many rows of a split are used at most."""
+        """Return the flag, without dashes, that limits the rows of a split."""
         if split == "train":
             return "max_train_samples"
         has_own = split.startswith("test") and self.max_predict_samples is not None
@@ -177,11 +178,11 @@ class SentenceArguments:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Rows of all splits that were asked for, checked.
+    """The checked rows of all requested splits.
 
     Attributes:
-        splits: With columns `text`, what the model reads, and `label`, where labels are known; by "train",
-            "validation", "test", and "validation_mm", "test_mm" where a task has a second one.
+        splits: Columns `text`, the input of the model, and `label`, if known. Keys are "train", "validation", "test",
+            and "validation_mm", "test_mm" if the task has a second such split.
     """
 
     task: Task
@@ -192,10 +193,10 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str], with_s
     """Load and check the rows of these splits.
 
     Args:
-        with_sources: Each training row says by `SOURCE_COLUMN` which row of which source it is.
+        with_sources: Record in `SOURCE_COLUMN` which row of which source each training row is.
 
     Raises:
-        ValueError: A split, a column or a label is missing or cannot be right; the message names flag, row and value.
+        ValueError: A split, a column or a label is missing or invalid; the message names flag, row and value.
     """
     merges = arguments.merge_validation and "train" in splits
     wanted = [split for split in SPLITS if split in splits or (merges and split == "validation")]
@@ -208,7 +209,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str], with_s
     for split in wanted:
         if split not in loaded:
             where = f"--dataset_name {arguments.dataset_name} has" if arguments.dataset_name else "There are"
-            raise ValueError(f"{where} no {split} rows: give --{split}_file.")
+            raise ValueError(f"{where} no {split} rows. Give --{split}_file.")
     labels = {
         split: read_labels(each.rows, arguments.label_column, each.origin, each.are_cells)
         for split, each in loaded.items()
@@ -217,7 +218,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str], with_s
     task, classes = _task_of(arguments, loaded, labels)
     if arguments.label_column in task.columns:
         raise ValueError(
-            f"--label_column {arguments.label_column} is a column of sentences, too: it tells the answer."
+            f"--label_column {arguments.label_column} is also a column of sentences, which would contain the answer."
         )
     if classes is not None:
         refuse_two_orders(list(labels.values()), classes)
@@ -225,7 +226,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str], with_s
     sources: list[str] = []
     for split, found in loaded.items():
         if split not in {*wanted, *(f"{each}_mm" for each in wanted)}:
-            continue  # it was there to tell the labels
+            continue  # it was loaded only to find the labels
         flag = arguments.limit_of(split)
         column, limit = labels.get(split), getattr(arguments, flag)
         if limit is not None and limit < len(found.rows):
@@ -243,7 +244,7 @@ def load_sentences(arguments: SentenceArguments, splits: Collection[str], with_s
     if sources:
         name_sources(checked["train"], sources)
     if arguments.prompt == "perfect" and len(task.columns) == 1:
-        logger.warning("--prompt perfect asks about two sentences, and there is one.")
+        logger.warning("--prompt perfect asks about two sentences, but this task has one.")
     return Sentences(task, checked)
 
 
@@ -252,8 +253,8 @@ class Loaded:
     """The rows of one split, as loaded.
 
     Attributes:
-        origin: The flag that named them, for messages.
-        are_cells: All values are texts, as they stand in a .csv.
+        origin: The flag that they come from, for messages.
+        are_cells: All values are text, as in a .csv.
     """
 
     rows: Dataset
@@ -306,7 +307,7 @@ def _load_named(arguments: SentenceArguments, splits: Collection[str]) -> dict[s
 def _task_of(
     arguments: SentenceArguments, loaded: Mapping[str, Loaded], labels: Mapping[str, LabelColumn]
 ) -> tuple[Task, Classes | None]:
-    """Return the task, one's own made from flags and from what the training rows hold, and its classes, if any."""
+    """Return the task and its classes, if any. The user's own task is built from flags and training rows."""
     if arguments.task_name is not None:
         task = BY_NAME[arguments.task_name]
         source = f"--task_name {arguments.task_name}"
@@ -326,7 +327,7 @@ def _task_of(
     if arguments.regression:
         return own_task(columns, ()), None
     if "train" not in loaded:
-        raise ValueError("Which labels are there? Give --classes, --regression true, or --train_file.")
+        raise ValueError("The labels are not known. Give --classes, --regression true, or --train_file.")
     _refuse_empty(found)
     if "train" not in labels:
         raise _lacks(arguments.label_column, found, "--label_column")
@@ -341,7 +342,7 @@ def _refuse_empty(found: Loaded) -> None:
 
 
 def _lacks(column: str, found: Loaded, flag: str) -> ValueError:
-    """Return the error of rows that have no such column."""
+    """Return the error for a missing column."""
     return ValueError(
         f"{found.origin} has no column {column}; it has {', '.join(found.rows.column_names)}. See {flag}."
     )
@@ -355,7 +356,7 @@ def _checked(
     arguments: SentenceArguments,
     may_hide: bool,
 ) -> Dataset:
-    """Return the rows with `text` and, if they have labels, `label`, an index or a number."""
+    """Return the rows with `text` and, if they have labels, `label`: an index or a number."""
     _refuse_empty(found)
     flag = "--task_name" if arguments.task_name else "--sentence_columns"
     columns = [_sentences_in(found, column, flag) for column in task.columns]
@@ -369,46 +370,46 @@ def _checked(
 
 
 def _sentences_in(found: Loaded, column: str, flag: str) -> list[str]:
-    """Return the sentences in a column. How many of them are empty is said.
+    """Return the sentences in a column. Warn about empty ones.
 
     Args:
-        flag: What chooses the column.
+        flag: The flag that chooses the column, for messages.
 
     Raises:
-        ValueError: There is no such column, or it holds something else.
+        ValueError: There is no such column, or a value is not text.
     """
     if column not in found.rows.column_names:
         raise _lacks(column, found, flag)
     values: list[str] = found.rows[column][:]
-    # A .csv does not tell numbers from texts: there, a column of nothing but numbers holds no sentences.
+    # In a .csv all values are text. There, a column with only numbers is not a column of sentences.
     are_numbers = found.are_cells and all(map(is_number, values))
     bad = [index for index, value in enumerate(values) if are_numbers or not isinstance(value, str)]
     if bad:
         value = values[bad[0]]
-        more = f" ({len(bad):,} of {len(values):,} rows hold no text)" if len(bad) > 1 else ""
+        more = f" ({len(bad):,} of {len(values):,} rows have no text)" if len(bad) > 1 else ""
         raise ValueError(
-            f"Column {column} of {found.origin} must hold text; row {bad[0] + 1} holds {shortened(value)}{more}. "
+            f"Column {column} of {found.origin} must be text, but row {bad[0] + 1} has {shortened(value)}{more}. "
             f"See {flag}."
         )
     empty = [index for index, value in enumerate(values) if not value.strip()]
     if empty:
         logger.warning(
-            f"Column {column} of {found.origin} is empty in {len(empty):,} of {len(values):,} rows, the first is row "
+            f"Column {column} of {found.origin} is empty in {len(empty):,} of {len(values):,} rows. The first is row "
             f"{empty[0] + 1}."
         )
     return values
 
 
 def tokenize_sentences(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Dataset]:
-    """Turn rows into `input_ids`, `attention_mask` and `labels`. How many rows had to be cut is said.
+    """Turn rows into `input_ids`, `attention_mask` and `labels`. Warn about rows that are cut.
 
     Raises:
-        ValueError: Rows of unequal length could not be filled up.
+        ValueError: The tokenizer has no token for padding.
     """
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path} has no pad token, and no end-of-text token to take for it: "
-            "give another --tokenizer_name."
+            f"The tokenizer of {tokenizer.name_or_path} has neither a pad token nor an end-of-text token. "
+            "Give another --tokenizer_name."
         )
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -423,7 +424,7 @@ def tokenize_sentences(sentences: Sentences, tokenizer: PreTrainedTokenizerBase,
         lengths = encoded[LENGTH]
         if cut := sum(each > length for each in lengths):
             logger.warning(
-                f"{cut} of {len(lengths)} {split} rows are longer than --max_seq_length {length}, and were cut; the "
+                f"{cut} of {len(lengths)} {split} rows are longer than --max_seq_length {length} and were cut; the "
                 f"longest has {max(lengths)} tokens."
             )
         encoded = encoded.remove_columns([LENGTH])

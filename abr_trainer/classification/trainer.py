@@ -1,4 +1,4 @@
-"""A classifier of sentences: the flags it takes, how it is judged, and what is said of it."""
+"""Train and evaluate a sentence classifier: flags, trainer, scores and messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 DEFAULT_LENGTH = 512
 
 MAIN_SCORE = "main_score"
-"""Stands for the first score of a task, as long as that is not known."""
+"""Placeholder for the first score of a task until the task is known."""
 
 
 @dataclass
@@ -54,38 +54,38 @@ class ClassifierArguments(ModelArguments):
     lora_alpha: int | None = field(
         default=None,
         metadata={
-            "help": "Scale of the adapter: its output counts alpha / r times. Default: 16, or that of "
+            "help": "Scale of the adapter: its output is multiplied by alpha / r. Default: 16, or that of "
             "--adapter_name_or_path."
         },
     )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt, by the end of their names, or all-linear. Default: q_proj and v_proj of LLaMA-"
-            "like models, all-linear of others, or those of --adapter_name_or_path."
+            "help": "Layers to adapt, by the end of their names, or all-linear. Default: those of "
+            "--adapter_name_or_path; else q_proj and v_proj of LLaMA-like models, all-linear for others."
         },
     )
     ignore_mismatched_sizes: bool = field(
         default=False,
-        metadata={"help": "Make a new head where that of the checkpoint is for another number of labels."},
+        metadata={"help": "Train a new head if that of the checkpoint has another number of labels."},
     )
 
 
 @dataclass
 class ClassifierConfig(ABRConfig):
-    """`ABRConfig` with the defaults below, which suit a classifier of sentences."""
+    """`ABRConfig` with defaults for sentence classification."""
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the first batch after warm-up."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch, on each device."})
-    num_train_epochs: float = field(default=10, metadata={"help": "How often to go over the training rows."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Highest learning rate, reached after warm-up."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per micro-batch, on each device."})
+    num_train_epochs: float = field(default=10, metadata={"help": "Number of epochs over the training rows."})
     warmup_steps: float = field(
-        default=0.06, metadata={"help": "Batches until the learning rate is reached; below 1, a share of the run."}
+        default=0.06, metadata={"help": "Batches of learning rate warm-up; below 1, a share of the run."}
     )
     skip_outliers: str = field(
         default="none",
         metadata={
-            "help": "Skip batches with outlying losses: robust, classic, none. The losses of few rows "
-            "scatter widely, so that good batches are skipped as well, on MRPC one in 70.",
+            "help": "Skip batches with outlying losses: robust, classic, none. The losses of small batches "
+            "scatter widely, so good batches are skipped, too: on MRPC one in 70.",
             "choices": [*sorted(OUTLIER_RULES), "none"],
         },
     )
@@ -93,7 +93,7 @@ class ClassifierConfig(ABRConfig):
         default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
     )
     optim: str = field(
-        default="adamw_bnb_8bit", metadata={"help": "The optimizer: adamw_bnb_8bit, adamw_torch, ... as of Trainer."}
+        default="adamw_bnb_8bit", metadata={"help": "Optimizer of Trainer: adamw_bnb_8bit, adamw_torch, ..."}
     )
 
     def __post_init__(self) -> None:
@@ -103,10 +103,10 @@ class ClassifierConfig(ABRConfig):
         super().__post_init__()
 
     def settle(self, task: Task) -> None:
-        """Say by which score the best checkpoint is chosen, if one is, and refuse what does not go with the task.
+        """Set the score that selects the best checkpoint, and refuse flags that do not fit the task.
 
         Raises:
-            ValueError: Something does not.
+            ValueError: There is such a flag.
         """
         if self.metric_for_best_model == MAIN_SCORE:
             self.metric_for_best_model = task.scores[0]
@@ -116,17 +116,17 @@ class ClassifierConfig(ABRConfig):
                 "--metric_for_best_model", self.metric_for_best_model.removeprefix("eval_"), dict.fromkeys(known)
             )
         if self.prediction_loss_only:
-            raise ValueError("--prediction_loss_only leaves nothing to judge.")
+            raise ValueError("--prediction_loss_only cannot be used: scores need predictions. Leave it out.")
         if self.label_smoothing_factor and not task.labels:
-            raise ValueError("--label_smoothing_factor is for labels; here a number is to be said.")
+            raise ValueError("--label_smoothing_factor cannot be used for a regression. Leave it out.")
 
 
 class ClassifierTrainer(ABRTrainer):
-    """An `ABRTrainer` whose losses are means over rows, whatever the accumulation and the number of ranks.
+    """An `ABRTrainer` whose losses are means over rows, for any accumulation and number of ranks.
 
-    Stock Trainer takes models for classification for such that divide by the number of targets of the whole batch,
-    which they do not: their loss and gradient would grow with both. Of a batch, micro-batches count the same, the
-    short last one of an epoch, too. The loss of an evaluation is that of all rows, each once.
+    Stock Trainer assumes that a model divides its loss by the number of targets in the full batch. Models for
+    classification do not, so loss and gradient would grow with accumulation and ranks. All micro-batches of a batch
+    have the same weight, also a shorter last one. The evaluation loss is the mean over all rows, each counted once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -145,17 +145,17 @@ class ClassifierTrainer(ABRTrainer):
 
 @dataclass
 class EvaluateArguments:
-    """What to evaluate a trained classifier on, and where the predictions go."""
+    """What to evaluate a trained classifier on, and where to write the predictions."""
 
     split: str = field(
         default="test", metadata={"help": "Rows to evaluate on.", "choices": ["test", "validation", "train"]}
     )
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows at a time, on each device."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bf16 where the model's layers can."})
-    fp16: bool = field(default=False, metadata={"help": "Compute in fp16 where the model's layers can."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows per batch, on each device."})
+    bf16: bool = field(default=False, metadata={"help": "Use bf16 mixed precision."})
+    fp16: bool = field(default=False, metadata={"help": "Use fp16 mixed precision."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
     output_file: str | None = field(
-        default=None, metadata={"help": "Write a line for each row: prediction, label, logits, as JSON."}
+        default=None, metadata={"help": "Write one line of JSON per row to this file: prediction, label, logits."}
     )
 
     def __post_init__(self) -> None:
@@ -163,10 +163,10 @@ class EvaluateArguments:
         refuse_missing_directory(self, "output_file")
 
     def as_training_arguments(self, scratch: str) -> TrainingArguments:
-        """Return these as the arguments of a Trainer that only predicts.
+        """Return the arguments for a Trainer that only predicts.
 
         Args:
-            scratch: A directory, of which it makes no use.
+            scratch: A directory, which is not used.
         """
         return TrainingArguments(
             output_dir=scratch,
@@ -178,11 +178,11 @@ class EvaluateArguments:
         )
 
 
-# ---- Judging ----
+# ---- Scores ----
 
 
 def mean_loss(logits: np.ndarray, labels: np.ndarray, label_smoothing: float = 0.0) -> float:
-    """Return the mean over rows of the cross-entropy, or, of labels that are no whole numbers, of the squared error.
+    """Return the mean cross-entropy over rows, or the mean squared error if labels are floats.
 
     >>> mean_loss(np.array([[0.0, 0.0]]), np.array([1])), mean_loss(np.array([[1.0], [2.0]]), np.array([1.0, 4.0]))
     (0.6931471805599453, 2.0)
@@ -194,13 +194,12 @@ def mean_loss(logits: np.ndarray, labels: np.ndarray, label_smoothing: float = 0
 
 
 class Judge:
-    """Turn what a Trainer has evaluated into the scores of a task.
+    """Compute the scores of a task from an evaluation of Trainer.
 
-    Where the model gives no finite numbers there is nothing to judge: all scores are not a number, and
-    `non_finite_rows` says of how many rows.
+    If a logit is NaN or infinite, all scores are NaN, and `non_finite_rows` is the number of rows with such logits.
 
     Args:
-        arguments: Which task it is, and who computes the scores.
+        arguments: The task's name and the library for the scores.
     """
 
     def __init__(self, task: Task, arguments: SentenceArguments) -> None:
@@ -213,15 +212,16 @@ class Judge:
         labels = np.asarray(evaluated.label_ids)
         broken = int((~np.isfinite(logits)).any(axis=-1).sum())
         if broken:
-            logger.warning(f"{broken} of {len(logits)} rows got a logit that is not finite: so no score is a number.")
+            logger.warning(f"{broken} of {len(logits)} rows have NaN or infinite logits, so all scores are NaN.")
             return {**dict.fromkeys(self._task.scores, math.nan), "non_finite_rows": broken}
         predictions = predictions_of(logits, self._task)
         return self._judge(predictions, labels)
 
 
 class ClassifierCallback(TrainerCallback):
-    """Keep beside the weights what a classifier needs to be found again: `task.json`, `config.json` and, if it is
-    quantised, `quant_config.json`.
+    """Write the files that a later evaluation needs.
+
+    These are `task.json`, `config.json` and, if the model is quantised, `quant_config.json`.
 
     Args:
         arguments: The dataclasses of the command line.
@@ -237,7 +237,7 @@ class ClassifierCallback(TrainerCallback):
 
 
 def labels_in_config(task: Task) -> dict[str, Any]:
-    """Return what the configuration of a model says of the labels of a task."""
+    """Return the settings for the labels of a task in a model's configuration."""
     if not task.labels:
         return {"num_labels": 1, "problem_type": "regression"}
     return {
@@ -248,16 +248,16 @@ def labels_in_config(task: Task) -> dict[str, Any]:
 
 
 def check_order(arguments: ClassifierArguments, task: Task, trains: bool) -> None:
-    """Look whether a model that is a classifier already has the classes of a task in another order.
+    """Check whether a model that is already a classifier has the classes of a task in another order.
 
     Args:
-        trains: Whether its head will be trained for this order. That is said only.
+        trains: Whether its head will be trained for the new order. If so, only warn.
 
     Raises:
-        ValueError: It has, and its predictions would be taken for those of other classes.
+        ValueError: It has, so its predictions would be read as other classes.
     """
     if arguments.adapter_name_or_path is not None:
-        return  # its head comes with its own record of the classes
+        return  # an adapter has its own head and records its own classes
     config = load_config(arguments)
     is_classifier = any("ForSequenceClassification" in name for name in config.architectures or [])
     names = classes_in(config.id2label) if is_classifier else []
@@ -265,12 +265,12 @@ def check_order(arguments: ClassifierArguments, task: Task, trains: bool) -> Non
         return
     what = f"--model_name_or_path {arguments.model_name_or_path} has the classes {shown(names)}, in this order"
     if not trains:
-        raise ValueError(f"{what}; here they are {shown(task.labels)}. Give --classes {' '.join(names)}.")
-    logger.warning(f"{what}: its head is trained anew for the order {shown(task.labels)}.")
+        raise ValueError(f"{what}, but the task has {shown(task.labels)}. Give --classes {' '.join(names)}.")
+    logger.warning(f"{what}. Its head is now trained for the order {shown(task.labels)}.")
 
 
 def describe_rows(sentences: Sentences) -> list[str]:
-    """Return lines on which classes there are, and what one class for all rows would reach."""
+    """Return lines about the classes, and the accuracy of always predicting the same class."""
     labels = sentences.task.labels
     kind = f"{len(labels)} classes, in this order: {shown(labels)}" if labels else "numbers (regression)"
     lines = [f"labels: {kind}"]
@@ -298,7 +298,7 @@ def scores_in(metrics: dict[str, float], task: Task, prefix: str = "eval") -> st
 
 
 def evaluations_in(log_history: list[dict[str, float]], task: Task) -> list[dict[str, float]]:
-    """Return the evaluations that a run has logged, one for each step: the first, before a best model was loaded."""
+    """Return the logged evaluations of a run, one per step: the first one, before the best model was loaded."""
     by_step: dict[float, dict[str, float]] = {}
     for logs in log_history:
         if f"eval_{task.scores[0]}" in logs:
@@ -307,9 +307,9 @@ def evaluations_in(log_history: list[dict[str, float]], task: Task) -> list[dict
 
 
 def show_scores(state: TrainerState, task: Task, kept: int, console: Console | None = None) -> None:
-    """Print the evaluations of a run as a table that marks the best; nothing if there were fewer than two.
+    """Print the evaluations of a run as a table that marks the best one; nothing if there are fewer than two.
 
-    The best is the checkpoint that Trainer has chosen, if it did, else the first of the highest score.
+    The best is the checkpoint that Trainer chose, if any, else the first one with the highest score.
 
     Args:
         kept: The step of the model that the run has kept.
@@ -331,7 +331,7 @@ def show_scores(state: TrainerState, task: Task, kept: int, console: Console | N
 
 
 def score_lines(log_history: list[dict[str, float]], results: dict[str, float], task: Task) -> Iterator[str]:
-    """Yield a line each on what a run has reached."""
+    """Yield lines with the scores of a run."""
     main = score_of(task)
     first, *later = evaluations_in(log_history, task) or [{"step": math.nan}]
     before = first if later and first["step"] == 0 else None

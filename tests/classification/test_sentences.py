@@ -139,7 +139,7 @@ def test_numbers_are_names_where_classes_are_called_so(tmp_path):
 
 def test_what_is_read_by_position_is_said(tmp_path, caplog):
     load_labels(tmp_path, {"train": ("parquet", [0, 1], ["neg", "pos"]), "validation": ("csv", [1, 0])})
-    assert "validation.csv are read by their position among the classes: 0 as 'neg', 1 as 'pos'." in caplog.text
+    assert "validation.csv are read as positions among the classes: 0 as 'neg', 1 as 'pos'." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_what_is_read_by_position_is_said(tmp_path, caplog):
     [
         (
             {"train": ("csv", ["entails", "neutral"]), "validation": ("csv", [0, 1])},
-            "validation.csv are whole numbers, but names in column label of --train_file FOLDER/train.csv: entails, ",
+            "validation.csv are integers, but names in column label of --train_file FOLDER/train.csv: entails, ",
         ),
         (
             {"train": ("csv", [0, 1]), "validation": ("csv", ["neg", "pos"])},
-            "validation.csv are names, but whole numbers in column label of --train_file FOLDER/train.csv: 0, 1. Give",
+            "validation.csv are names, but integers in column label of --train_file FOLDER/train.csv: 0, 1. Give",
         ),
         (
             {"train": ("parquet", [0, 1], ["1", "0"]), "validation": ("csv", [0, 1])},
@@ -168,11 +168,11 @@ def test_what_is_read_by_position_is_said(tmp_path, caplog):
         ),
         (
             {"train": ("jsonl", ["Pos", "pos", "pos", "neg"])},
-            "Are 'Pos' (1 rows) and 'pos' (2 rows) in column label of --train_file FOLDER/train.jsonl one class?",
+            "Are 'Pos' (1 rows) and 'pos' (2 rows) in column label of --train_file FOLDER/train.jsonl the same class?",
         ),
         ({"train": ("jsonl", ["1", "01", "2"])}, "Are '01' (1 rows) and '1' (1 rows)"),
-        ({"train": ("csv", ["0", "1", "nan"])}, "neither all texts nor all numbers: row 1 holds 0, row 3 'nan'."),
-        ({"train": ("parquet", [0, 0], ["a"])}, "FOLDER/train.parquet are a: there is nothing to learn."),
+        ({"train": ("csv", ["0", "1", "nan"])}, "neither all text nor all numbers: row 1 has 0, row 3 'nan'."),
+        ({"train": ("parquet", [0, 0], ["a"])}, "FOLDER/train.parquet are a. A classifier needs two classes."),
     ],
 )
 def test_labels_that_may_mean_two_things_are_refused(tmp_path, splits, message):
@@ -204,16 +204,14 @@ def test_a_label_that_is_missing_is_no_class(tmp_path, suffix, labels, split):
 def test_a_test_split_may_have_all_its_labels_or_none(tmp_path):
     train = {"train": ("csv", [0, 1])}
     assert load_labels(tmp_path, {**train, "test": ("csv", ["", ""])}).splits["test"].column_names == ["text"]
-    with pytest.raises(ValueError, match=r"Labels are missing: row 2, column label of --test_file .* has none\. Fill"):
+    with pytest.raises(ValueError, match=r"Labels are missing: row 2, column label of --test_file .* has none\. Add"):
         load_labels(tmp_path, {**train, "test": ("csv", [1, ""])})
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @pytest.mark.parametrize("labels", [[1, 2, 3], [0, 1, 2, 3, 4], [0, 4], [-1, 1]])
 def test_whole_numbers_that_may_be_scores_are_asked_about(tmp_path, suffix, labels):
-    with pytest.raises(
-        ValueError, match=r"Are labels classes or scores\? .* Add --regression false if each is a class"
-    ):
+    with pytest.raises(ValueError, match=r"Are the labels classes or scores\? .* Add --regression false for classes"):
         load_labels(tmp_path, {"train": (suffix, labels)})
     classes = load_labels(tmp_path, {"train": (suffix, labels)}, regression=False)
     assert classes.task.labels == tuple(map(str, labels))
@@ -224,7 +222,7 @@ def test_whole_numbers_that_may_be_scores_are_asked_about(tmp_path, suffix, labe
 
 def test_fractions_are_scores_but_are_asked_about_as_texts(tmp_path):
     assert load_labels(tmp_path, {"train": ("csv", [0.5, 1])}).splits["train"]["label"][:] == [0.5, 1.0]
-    with pytest.raises(ValueError, match="they are texts that are numbers: 0.5, 1. Add --regression false"):
+    with pytest.raises(ValueError, match="they are numbers stored as text: 0.5, 1. Add --regression false"):
         load_labels(tmp_path, {"train": ("jsonl", ["0.5", "1"])})
 
 
@@ -280,7 +278,7 @@ def test_numbers_are_no_sentences(tmp_path):
     found = load_sentences(SentenceArguments(train_file=str(path)), ["train"])
     assert found.splits["train"]["text"][0] == "Sentence: 7", "one number is a sentence as good as any"
     message = (
-        r"Column number of .* must hold text; row 1 holds '1' \(2 of 2 rows hold no text\)\. See --sentence_columns"
+        r"Column number of .* must be text, but row 1 has '1' \(2 of 2 rows have no text\)\. See --sentence_columns"
     )
     with pytest.raises(ValueError, match=message):
         load_sentences(SentenceArguments(train_file=str(path), sentence_columns=["number"]), ["train"])
@@ -289,7 +287,7 @@ def test_numbers_are_no_sentences(tmp_path):
 def test_sentences_without_words_are_counted(tmp_path, caplog):
     rows = [{"text": text, "label": index % 2} for index, text in enumerate(["Rain.", "", "  "])]
     assert len(load(tmp_path, rows).splits["train"]) == 3
-    assert "train.jsonl is empty in 2 of 3 rows, the first is row 2." in caplog.text
+    assert "train.jsonl is empty in 2 of 3 rows. The first is row 2." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -410,7 +408,7 @@ def test_long_rows_are_cut_and_counted(tmp_path, caplog):
 
 def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    with pytest.raises(ValueError, match="has no pad token, and no end-of-text token"):
+    with pytest.raises(ValueError, match="has neither a pad token nor an end-of-text token"):
         tokenize_sentences(load(tmp_path, [PAIR], task_name="mrpc"), tokenizer, 16)
 
 
@@ -422,23 +420,23 @@ def bad(path, line):
     ("row", "options", "line"),
     [
         ({"label": 2}, {"task_name": "mrpc"}, "Label out of range: row 2, column label of FILE is 2; it must be 0 to"),
-        ({"label": -1}, {"task_name": "mrpc"}, "row 2, column label of FILE is -1 (hidden labels cannot be trained"),
+        ({"label": -1}, {"task_name": "mrpc"}, "row 2, column label of FILE is -1 (hidden labels cannot be used"),
         (
             {"label": None},
             {"task_name": "mrpc"},
-            "Labels are missing: row 2, column label of FILE has none. Fill them",
+            "Labels are missing: row 2, column label of FILE has none. Add them",
         ),
         ({"label": 5.5}, {"task_name": "stsb"}, "row 2, column label of FILE is 5.5; it must be a number between 0"),
         (
             {"label": None},
             {"task_name": "stsb"},
-            "Labels are missing: row 2, column label of FILE has none. Fill them",
+            "Labels are missing: row 2, column label of FILE has none. Add them",
         ),
-        ({"label": 5}, {}, "Are labels classes or scores? In column label of FILE they are whole numbers: 1, 5."),
-        ({"label": 1}, {}, "All labels in column label of FILE are 0: there is nothing to learn."),
-        ({"sentence1": None}, {"task_name": "mrpc"}, "Column sentence1 of FILE must hold text; row 2 holds None."),
-        ({"sentence2": ["a"]}, {"task_name": "mrpc"}, "Column sentence2 of FILE must hold text; row 2 holds ['a']."),
-        ({"sentence2": 7}, {"task_name": "mrpc"}, "Column sentence2 of FILE must hold text; row 2 holds 7."),
+        ({"label": 5}, {}, "Are the labels classes or scores? In column label of FILE they are integers: 1, 5."),
+        ({"label": 1}, {}, "All labels in column label of FILE are 0. A classifier needs two classes."),
+        ({"sentence1": None}, {"task_name": "mrpc"}, "Column sentence1 of FILE must be text, but row 2 has None."),
+        ({"sentence2": ["a"]}, {"task_name": "mrpc"}, "Column sentence2 of FILE must be text, but row 2 has ['a']."),
+        ({"sentence2": 7}, {"task_name": "mrpc"}, "Column sentence2 of FILE must be text, but row 2 has 7."),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, options, line):
@@ -455,18 +453,18 @@ def test_bad_rows_are_named(tmp_path, row, options, line):
         ([{"a": 1, "label": 0}], {"task_name": "mrpc"}, "has no column sentence1; it has a, label. See --task_name."),
         ([{"a": 1, "label": 0}], {}, "are the sentences? Choose with --sentence_columns from a, label."),
         ([{"text": "Rain."}], {}, "has no column label; it has text. See --label_column."),
-        ([{"text": 7, "label": 0}], {"classes": ["0", "1"]}, "Column text of FILE must hold text; row 1 holds 7."),
+        ([{"text": 7, "label": 0}], {"classes": ["0", "1"]}, "Column text of FILE must be text, but row 1 has 7."),
         ([PAIR], {"task_name": "mrcp"}, "Unknown --task_name 'mrcp'. Did you mean 'mrpc'?"),
-        ([PAIR], {"task_name": "mrpc", "classes": ["a", "b"]}, "--classes is for a task of your own;"),
-        ([PAIR], {"task_name": "stsb", "regression": False}, "--task_name stsb has a number."),
+        ([PAIR], {"task_name": "mrpc", "classes": ["a", "b"]}, "--classes is only for a task of your own,"),
+        ([PAIR], {"task_name": "stsb", "regression": False}, "--task_name stsb is a regression."),
         (
             [{"text": "Rain.", "label": 0.5}],
             {"regression": False},
-            "are numbers with fractions, no classes: 0.5.",
+            "are numbers with fractions, not classes: 0.5.",
         ),
-        ([PAIR], {"sentence_columns": ["a", "b", "c"]}, "--sentence_columns takes one or two, got a b c."),
-        ([PAIR], {"sentence_columns": ["label"]}, "The sentences are in label, the label in label: give different"),
-        ([PAIR], {"sentence_columns": ["text", "text"]}, "The sentences are in text and text, the label in label: "),
+        ([PAIR], {"sentence_columns": ["a", "b", "c"]}, "--sentence_columns takes one or two columns, got a b c."),
+        ([PAIR], {"sentence_columns": ["label"]}, "but sentences are in label, the label in label."),
+        ([PAIR], {"sentence_columns": ["text", "text"]}, "but sentences are in text and text, the label in label."),
         ([PAIR], {"classes": ["a"]}, "--classes takes two or more different names"),
         ([PAIR], {"train_file": "missing.jsonl"}, "--train_file missing.jsonl does not exist."),
         ([PAIR], {"max_seq_length": 2}, "--max_seq_length must be at least 8, got 2."),
@@ -482,7 +480,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"There are no test rows: give --test_file."):
         load(tmp_path, [PAIR], ["train", "test"], task_name="mrpc")
     (tmp_path / "train.txt").write_text("Rain fell.")
-    with pytest.raises(ValueError, match=r"train.txt has no columns: it must be one of .json, .jsonl"):
+    with pytest.raises(ValueError, match=r"train.txt is not a table. It must be a file of the type .json, .jsonl"):
         load_sentences(SentenceArguments(train_file=str(tmp_path / "train.txt")), ["train"])
     with pytest.raises(ValueError, match="--task_name rte cannot be loaded: "):
         load_sentences(SentenceArguments(task_name="rte"), ["train"])
@@ -519,7 +517,7 @@ def test_tables_are_read_by_their_suffix_compressed_or_not(tmp_path, name):
         ("train.csv", b"sentence,label\nRain, fell,1\nSnow, fell,0\n", "row 1 has more cells than the header."),
         ("train.csv", b"sentence,label\n", "is empty."),
         ("train.csv", gzipped(b"sentence,label\n"), "is not text but gzip: name it .gz."),
-        ("train.txt.gz", gzipped(b"Rain."), "has no columns: it must be one of .json, .jsonl"),
+        ("train.txt.gz", gzipped(b"Rain."), "is not a table. It must be a file of the type .json, .jsonl"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path, name, data, message):
@@ -580,5 +578,5 @@ def test_a_split_or_configuration_that_is_missing_is_named(tmp_path):
         load_sentences(SentenceArguments(dataset_name=name), ["test"])
     with pytest.raises(ValueError, match=f"--dataset_name {name} cannot be loaded: .*'other'"):
         load_sentences(SentenceArguments(dataset_name=name, dataset_config_name="other"), ["train"])
-    with pytest.raises(ValueError, match="--dataset_config_name means nothing without --dataset_name."):
+    with pytest.raises(ValueError, match="--dataset_config_name needs --dataset_name."):
         SentenceArguments(dataset_config_name="other")

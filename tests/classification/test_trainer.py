@@ -202,7 +202,9 @@ def test_classes_keep_the_order_that_a_classifier_was_trained_with(finished, tmp
     told = ["--adapter", str(output), "--use_cpu", "--sentence_columns", "txt"]
     only_tales = write_rows(tmp_path / "tales.jsonl", rows[::2])
     assert evaluate.main([*told, "--test_file", only_tales])["test_accuracy"] > 0.8
-    with pytest.raises(SystemExit, match="--classes tale report: .* was trained with them in the order report tale."):
+    with pytest.raises(
+        SystemExit, match="--classes tale report: .* was trained with these classes in the order report tale."
+    ):
         evaluate.main([*told, "--test_file", only_tales, "--classes", "tale", "report"])
 
 
@@ -221,7 +223,7 @@ def test_classes_are_found_by_name_whatever_their_numbers_in_a_file(finished, tm
     untold = shutil.copytree(output, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "task.json"))
     prompt = ["--sentence_columns", "sentence", "--prompt", "Is it a tale?", "--max_seq_length", "24"]
     assert evaluate.main([*flags, str(untold), *prompt])["test_accuracy"] == found
-    assert "has no task.json: classes are those of its config.json, report, tale;" in caplog.text
+    assert "has no task.json. The classes are taken from its config.json: report, tale." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_an_evaluation_keeps_the_classes_of_the_training(tmp_path, told, flags, 
 )
 def test_another_order_than_that_of_the_training_is_refused(tmp_path, told, flags):
     (tmp_path / "task.json").write_text(json.dumps({"format": 1, "flags": told}))
-    with pytest.raises(ValueError, match=f"{' '.join(flags)}: .* was trained with them in the order "):
+    with pytest.raises(ValueError, match=f"{' '.join(flags)}: .* was trained with these classes in the order "):
         recalled_flags(classify.ARGUMENTS, ["--adapter", str(tmp_path), *flags])
 
 
@@ -259,12 +261,12 @@ def test_a_classifier_with_its_classes_in_another_order_is_not_evaluated_as_it_i
     config.save_pretrained(tmp_path)
     arguments = ClassifierArguments(model_name_or_path=str(tmp_path))
     message = (
-        "has the classes CONTRADICTION, NEUTRAL, ENTAILMENT, in this order; here they are entailment, neutral, con"
+        "has the classes CONTRADICTION, NEUTRAL, ENTAILMENT, in this order, but the task has entailment, neutral, con"
     )
     with pytest.raises(ValueError, match=message):
         check_order(arguments, TASKS["mnli"], trains=False)
     check_order(arguments, TASKS["mnli"], trains=True)
-    assert "its head is trained anew for the order entailment, neutral, contradiction." in caplog.text
+    assert "Its head is now trained for the order entailment, neutral, contradiction." in caplog.text
     check_order(arguments, own_task(["text"], names), trains=False)
     check_order(arguments, TASKS["mrpc"], trains=False)
 
@@ -412,7 +414,7 @@ def test_a_head_for_other_labels_is_made_anew_only_where_that_is_asked_for(files
     results = run(tmp_path / "run", *files, *flags, "--ignore_mismatched_sizes")
     again = ["--adapter_name_or_path", str(tmp_path / "run"), *files, "--use_cpu"]
     assert evaluate.main(again)["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6), "the adapter's head"
-    with pytest.raises(SystemExit, match="--ignore_mismatched_sizes makes a new head, which must be trained"):
+    with pytest.raises(SystemExit, match="--ignore_mismatched_sizes creates a new head, which must be trained"):
         evaluate.main([*again, "--ignore_mismatched_sizes"])
 
 
@@ -521,7 +523,7 @@ def test_what_is_not_finite_is_not_judged(caplog):
     assert math.isnan(judged["accuracy"])
     assert math.isnan(judged["f1"])
     assert judged["non_finite_rows"] == 1
-    assert "1 of 3 rows got a logit that is not finite" in caplog.text
+    assert "1 of 3 rows have NaN or infinite logits" in caplog.text
 
 
 # ---- What is refused ----
@@ -530,7 +532,7 @@ def test_what_is_not_finite_is_not_judged(caplog):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "Nothing to do: give --do_train, --do_eval or --do_predict."),
+        ([], "Nothing to do. Give --do_train, --do_eval or --do_predict."),
         (
             ["--do_train", "--task_name", "mrcp"],
             "Unknown --task_name 'mrcp'. Did you mean 'mrpc'? Choose from: cola, ",
@@ -539,7 +541,7 @@ def test_what_is_not_finite_is_not_judged(caplog):
         (["--do_train", "--classes", "no", "yes"], "is 'tale'; it must be 0 to 1 or no, yes."),
         (["--do_train", "--merge_validation", "--do_eval"], "--merge_validation trains on the validation rows"),
         (["--do_predict", "--merge_validation"], "--merge_validation trains on the validation rows"),
-        (["--do_train", "--prediction_loss_only"], "--prediction_loss_only leaves nothing to judge."),
+        (["--do_train", "--prediction_loss_only"], "--prediction_loss_only cannot be used: scores need predictions."),
         (
             ["--do_train", "--do_eval", "--load_best_model_at_end", "--metric_for_best_model", "acuracy"],
             "Unknown --metric_for_best_model 'acuracy'. Did you mean 'accuracy'?",
@@ -565,9 +567,11 @@ def test_an_adapter_for_texts_is_no_classifier(finished, files, tmp_path):
     changed.write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
     with pytest.raises(SystemExit, match="is an adapter for CAUSAL_LM, not for a sequence classifier."):
         evaluate.main(["--adapter_name_or_path", str(tmp_path), *files, "--use_cpu"])
-    with pytest.raises(SystemExit, match="is an adapter, not a model: give the model that it was trained on"):
+    with pytest.raises(SystemExit, match="is an adapter, not a model. Give it as --adapter_name_or_path"):
         evaluate.main(["--model_name_or_path", str(output), *files, "--use_cpu"])
-    with pytest.raises(SystemExit, match="Give --adapter_name_or_path or --model_name_or_path: what is to be"):
+    with pytest.raises(
+        SystemExit, match="Give the classifier to evaluate, as --adapter_name_or_path or --model_name_or_path."
+    ):
         evaluate.main(["--use_cpu"])
     with pytest.raises(SystemExit, match=r"There are no test rows: give --test_file."):
         evaluate.main(["--adapter_name_or_path", str(output), "--use_cpu"])
