@@ -42,7 +42,7 @@ from abr_trainer.training.tracking import PerplexityCallback
 from abr_trainer.training.trainer import ABRTrainer
 
 ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments, GenerationArguments, ABRConfig)
-"""What the command line is parsed into."""
+"""Dataclasses for the command line."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -64,17 +64,17 @@ def train_and_evaluate(
     args: ABRConfig,
 ) -> dict[str, float]:
     with one_line_errors(ValueError):
-        if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
+        if args.metric_for_best_model == "loss":  # Trainer leaves NaN and infinite losses out of the evaluation loss
             args.metric_for_best_model = eval_args.metric
         if eval_args.eval_definition and not args.do_eval:
             raise ValueError("--eval_definition needs --do_eval.")
         splits = wanted_splits(args)
         text_args.fit(args)
         if args.do_train and data_args.is_streamed and args.max_steps <= 0:
-            raise ValueError("A streamed data set has no epochs: give --max_steps or --max_passes.")
+            raise ValueError("The length of a streamed data set is unknown. Give --max_steps or --max_passes.")
         if args.do_train and data_args.primer_file:
             if not args.primer_batches:
-                raise ValueError("--primer_file needs --primer_batches: how many batches of it to train on.")
+                raise ValueError("--primer_file needs --primer_batches, the number of batches to train on.")
             splits.append("primer")
         checkpoint = find_checkpoint(args) if args.do_train else None
         check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)

@@ -1,1 +1,1 @@
-"""The command `abr`: from a command line to work. One module for each verb; `main` finds it."""
+"""The command `abr`. It has one module per verb; `main` calls it."""

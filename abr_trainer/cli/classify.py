@@ -1,4 +1,4 @@
-"""Fine-tune a classifier of sentences with adaptive batch repetition: MRPC, the rest of GLUE, or files of your own.
+"""Fine-tune a sentence classifier with adaptive batch repetition, on GLUE tasks or your own data.
 
     abr classify --model_name_or_path demo --task_name demo --num_train_epochs 2 \
         --learning_rate 3e-3 --use_cpu --do_train --do_eval --do_predict --output_dir runs/reports
@@ -42,7 +42,7 @@ from .job import begin, carry_out, command_of, push_result, run_alone, show_end,
 from .run_directory import check_output_dir, find_checkpoint
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, ClassifierConfig)
-"""What the command line is parsed into."""
+"""Dataclasses for the command line."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -63,7 +63,7 @@ def train_and_evaluate(
     with one_line_errors(ValueError):
         splits = wanted_splits(args)
         if data_args.merge_validation and (args.do_eval or not args.do_train):
-            raise ValueError("--merge_validation trains on the validation rows: give --do_train, and not --do_eval.")
+            raise ValueError("--merge_validation trains on the validation rows. Give --do_train, but not --do_eval.")
         checkpoint = find_checkpoint(args) if args.do_train else None
         check_output_dir(args, model_args.model_name_or_path, model_args.adapter_name_or_path)
         if checkpoint is not None:

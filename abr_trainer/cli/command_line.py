@@ -1,4 +1,4 @@
-"""From a command line to arguments."""
+"""Parse command lines into dataclasses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Parse a command line into these dataclasses, with `HfArgumentParser`.
 
-    The first argument may be a `.yaml`, `.yml` or `.json` file of flags without their dashes; flags after it win.
+    The first argument may be a `.yaml`, `.yml` or `.json` file of flags without their dashes. Flags after it override
+    those in the file.
 
     Args:
-        defaults: Other defaults than those of the dataclasses, by flag without dashes; none that they do not have.
+        defaults: Defaults that replace those of the dataclasses, by flag without dashes.
 
     Raises:
         ValueError: A flag is unknown or has a bad value.
@@ -38,7 +39,7 @@ def parse_arguments(
 
 
 def build_parser(argument_classes: Any) -> HfArgumentParser:
-    """Return the parser of these dataclasses. `--no_X` is described as the opposite of `--X`."""
+    """Return the parser for these dataclasses. The help of `--no_X` says that it is the opposite of `--X`."""
     parser = HfArgumentParser(argument_classes)
     for action in parser._actions:
         if action.const is False and action.nargs == 0:

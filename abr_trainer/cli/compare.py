@@ -1,11 +1,11 @@
-"""Find out which repeat scheduler pays on your model and data: every one with every seed, at equal compute.
+"""Compare repeat schedulers on your model and data: train each with several seeds, at equal compute.
 
     abr compare --schedulers baseline abr fixed:2 --seeds 5 --out runs/cmp -- \
         --dataset_name demo --block_size 128 --max_passes 200 --learning_rate 2e-3 --use_cpu
 
-What follows `--` are flags of `abr train`; after `--command sft`, of `abr sft`. The same command goes on where it was
-stopped, and keeps what is finished. The report lies in --out: report.html, report.md and plots/, made of
-comparison.json. A file of flags may come first, and another one first behind `--`.
+After `--` come flags of `abr train`; with `--command sft`, of `abr sft`. If a comparison is stopped, run the same
+command again to continue; finished runs are kept. The report is in --out: report.html, report.md and plots/, made from
+comparison.json. The first argument may be a file of flags, and so may the first one after `--`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .comparing import add_arguments, compare
 from .parsing import SWITCH
 
 HELP = {
-    "command": "what each run is: abr train, or abr sft on chats",
+    "command": "verb of the runs: train, or sft for chats",
     "schedulers": "name, name:value, name:parameter=value,... or module:Class:parameter=value,...; a parameter that "
-    "the rule does not have is a flag of the runs",
-    "match": "passes: the same compute, --max_passes, and the same final learning rate; batches: the same data, "
-    "whatever that costs (the published protocol)",
-    "reference": "what the others are compared with; default: baseline, or the first",
-    "controls": "add, for each rule that decides, even and random repeats of the same mean",
-    "evaluations": "evaluations in the course of a run",
+    "the rule does not have is used as a flag of the runs",
+    "match": "passes: the same compute (--max_passes) and the same final learning rate; batches: the same data at any "
+    "compute (the published protocol)",
+    "reference": "scheduler to compare the others with; default: baseline, or the first",
+    "controls": "for each rule that decides, add controls with the same mean: even repeats and random repeats",
+    "evaluations": "number of evaluations during a run",
 }
 
 

@@ -1,11 +1,11 @@
-"""Find out whether the prompt before each row matters to a classifier: every prompt with every seed, on the same rows.
+"""Compare prompts before the rows of a classifier: train with each prompt and several seeds, on the same rows.
 
     abr compare-prompts --prompts none perfect "Do both sentences say the same?" --seeds 5 \
         --out runs/prompts -- --task_name mrpc --model_name_or_path my/model --num_train_epochs 3
 
-What follows `--` are flags of `abr classify`. The same command goes on where it was stopped, and keeps what is
-finished. The report lies in --out: report.html, report.md and plots/, made of comparison.json; beside it what
-describes the model: config.json, quant_config.json and adapter_config.json.
+After `--` come flags of `abr classify`. If a comparison is stopped, run the same command again to continue; finished
+runs are kept. The report is in --out: report.html, report.md and plots/, made from comparison.json. Files that
+describe the model are there, too: config.json, quant_config.json and adapter_config.json.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         "abr compare-prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    named = f"{', '.join(PROMPTS)}, or any text in quotation marks; default: these four"
+    named = f"{', '.join(PROMPTS)}, or any text in quotation marks; default: these four prompts"
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), metavar="PROMPT", help=named)
-    parser.add_argument("--reference", help="what the others are compared with; default: none, or the first")
+    parser.add_argument(
+        "--reference", help="prompt to compare the others with; default: the prompt none, or the first"
+    )
     add_arguments(parser)
     return compare("compare-prompts", "classify", parser, asked, argv)

@@ -1,4 +1,4 @@
-"""What the verbs that compare have in common: their command line, and the way from it to a report."""
+"""The common part of the verbs that compare: their command line, their runs and their report."""
 
 from __future__ import annotations
 
@@ -28,64 +28,64 @@ OF_A_RUN = (
     *("training.tracking", "training.trainer", "cli.command_line", "cli.job"),
 )
 PRELOAD = [f"abr_trainer.{name}" for name in (*OF_A_RUN, "cli.comparing")]
-"""All of a run that takes long to import, and this module: a fork imports the main module anew."""
+"""Modules of a run that are slow to import, and this one, because a fork imports the main module again."""
 
 OF_TRL = ["abr_trainer.integrations.trl"]
-"""What runs of `abr sft` import beside that."""
+"""Slow modules that only runs of `abr sft` import."""
 
 Asked = Callable[[argparse.Namespace, list[str]], dict[str, Any]]
-"""From the arguments before `--` and those behind to what an `Experiment` gets beside what all comparisons have."""
+"""Maps the arguments before and after `--` to the arguments of an `Experiment` that differ between the verbs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every comparison."""
     add = parser.add_argument
-    add("--seeds", nargs="+", type=int, default=[5], help="one number: so many seeds, from 0; several: these seeds")
-    add("--out", type=Path, required=True, help="directory of the runs and of the report")
+    add("--seeds", nargs="+", type=int, default=[5], help="one number N: seeds 0 to N-1; several numbers: these seeds")
+    add("--out", type=Path, required=True, help="directory for the runs and the report")
     add(
         "--tune",
         nargs="+",
         action="append",
         default=[],
         metavar=("FLAG", "VALUE"),
-        help="try these values of a flag for each of them, choose on the validation split, report the test split; may "
-        "be given several times",
+        help="try these values of a flag, choose one for each arm on the validation split, and report the test split; "
+        "may be given several times",
     )
-    add("--tune_seeds", type=int, help="choose by the first so many seeds; default: all")
-    add("--jobs", type=int, default=1, help="runs at a time")
-    add("--launcher", default="", help="what starts each run, e.g. 'accelerate launch --num_processes 8'")
+    add("--tune_seeds", type=int, help="number of seeds for choosing these values; default: all")
+    add("--jobs", type=int, default=1, help="number of runs at a time")
+    add("--launcher", default="", help="command that starts each run, e.g. 'accelerate launch --num_processes 8'")
     add("--keep-going", **SWITCH, help="leave out runs that fail, instead of stopping")
 
 
 def split(argv: Sequence[str], parser: argparse.ArgumentParser, of_runs: str) -> tuple[argparse.Namespace, list[str]]:
-    """Parse what stands before `--`, and return it with what stands behind."""
+    """Parse the arguments before `--`, and return them with the arguments after it."""
     argv = expand_flags_file(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     args, unknown = parser.parse_known_args(argv[:cut])
     if unknown:
         of_runs = getattr(args, "command", of_runs)
-        parser.error(f"{unknown[0]} is no argument of this command. Those of abr {of_runs} stand behind --.")
+        parser.error(f"{unknown[0]} is not an argument of this command. Put flags of abr {of_runs} after --.")
     return args, list(argv[cut + 1 :])
 
 
 def compare(
     verb: str, of_runs: str, parser: argparse.ArgumentParser, asked: Asked, argv: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Run a comparison as its command line asks for, write the report, and return the data it is made of.
+    """Run the comparison of a command line, write the report, and return its data.
 
     Args:
         verb: The verb that compares.
-        of_runs: The verb that each run is.
-        parser: Has the arguments of its own.
-        asked: Returns `arms`, `flags`, `reference` and whatever else of an `Experiment` is special.
+        of_runs: The verb of each run.
+        parser: The parser for the arguments before `--`.
+        asked: Returns `arms`, `flags`, `reference` and other arguments of `Experiment`.
 
     Raises:
-        SystemExit: With one line, if it cannot be done, was interrupted, or left out runs that failed.
+        SystemExit: With one line, if there was an error or an interrupt, or if failed runs were left out.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     args, rest = split(given, parser, of_runs)
     of_runs = getattr(args, "command", of_runs)
-    with one_line_errors(ValueError, OSError, RunFailed, when_interrupted="the same command goes on"):
+    with one_line_errors(ValueError, OSError, RunFailed, when_interrupted="run the same command again to continue"):
         rest = expand_flags_file(rest)
         seeds = seeds_of(args.seeds)
         experiment = Experiment(
@@ -117,12 +117,12 @@ def compare(
 
 
 def check_arguments(module: str, arguments: list[list[str]], sender: Any) -> None:
-    """Parse these command lines as the module does, and send what the first of them asks for, or what is wrong.
+    """Parse these command lines as the module does, and send the settings of the first one, or a `ValueError`.
 
-    What it asks for is `device`, `devices` (how many GPUs), `max_passes`, `max_steps`, `epochs`. The module names the
-    dataclasses of its arguments in `ARGUMENTS`, the last one an `ABRConfig`.
+    The settings are `device`, `devices` (number of GPUs), `max_passes`, `max_steps` and `epochs`. The module must have
+    its argument dataclasses in `ARGUMENTS`; the last one must be an `ABRConfig`.
     """
-    import torch  # here, in the process that checks: a mistyped flag is to be answered at once
+    import torch  # imported only in the process that checks, so that mistyped flags are reported at once
 
     from .command_line import parse_arguments
 
@@ -144,7 +144,7 @@ def check_arguments(module: str, arguments: list[list[str]], sender: Any) -> Non
 
 
 def write_up(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
-    """Write everything that is made of the runs that are finished, if there are any."""
+    """Write the report and all other files made from finished runs, if there are any."""
     data = collect(experiment, argv)
     if data["runs"]:
         write_comparison(data, experiment.out)

@@ -1,6 +1,4 @@
-"""Which defaults of a run are not those of the scripts of transformers or of TRL: people expect these, and should be
-told.
-"""
+"""List the defaults of a run that differ from those of the scripts of transformers or TRL, which users may expect."""
 
 from __future__ import annotations
 
@@ -16,18 +14,18 @@ from ..records.flags import flags_file_in, given_flags, read_flags_file
 from ..training.config import ABRConfig
 
 THEIRS = {"use_lora": False, "skip_outliers": "none", "max_seq_length": 128}
-"""What their scripts do where ours have a flag, beside the defaults of `TrainingArguments`."""
+"""Behaviour of their scripts for our own flags, in addition to the defaults of `TrainingArguments`."""
 
 
 def describe_defaults(command: Sequence[str], args: TrainingArguments, others: Sequence[Any]) -> list[str]:
-    """Return a line on the defaults that make this run another than the same flags would make with their scripts.
+    """Return a line about the defaults of this run that differ from those of their scripts.
 
     Args:
-        command: The command as it is recorded.
-        others: Dataclasses of arguments beside those of the trainer.
+        command: The command in the form that runs record.
+        others: Dataclasses of arguments, without those of the trainer.
 
     Returns:
-        Nothing if there are none, or nothing is trained.
+        An empty list if there are none, or if nothing is trained.
     """
     if not args.do_train:
         return []
@@ -48,7 +46,7 @@ def describe_defaults(command: Sequence[str], args: TrainingArguments, others: S
 
 
 def _names_given(command: Sequence[str]) -> set[str]:
-    """Return the flags that stand in a command or in its file of flags, without their dashes."""
+    """Return the flags in a command and in its file of flags, without their dashes."""
     path, _ = flags_file_in(arguments_in(command))
     in_file = [] if path is None else read_flags_file(path)
     return {name[2:] for name in (*given_flags(in_file), *given_flags(command))}

@@ -1,12 +1,12 @@
-"""Evaluate a classifier that `abr classify` has trained: adapter or whole model, in a directory or on the Hub.
+"""Evaluate a classifier that `abr classify` trained: an adapter or a full model, in a directory or on the Hub.
 
     abr evaluate --adapter_name_or_path runs/reports
     abr evaluate --adapter_name_or_path runs/mrpc/checkpoint-459 --split validation
     abr evaluate --adapter_name_or_path me/mrpc --test_file mine.jsonl --output_file predictions.jsonl
     torchrun --nproc_per_node 8 -m abr_trainer evaluate --model_name_or_path runs/whole
 
-Task, prompt, length, quantisation and precision are those of the training, which `task.json` beside the weights tells;
-a flag wins over it. Files that were trained or tested on are not remembered: rows come from the Hub unless given.
+Task, prompt, length, quantisation and precision are taken from `task.json` next to the weights; flags override them.
+Data files of the training are not recorded: rows come from the Hub unless you give files.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from ..training.engines import leave_ranks
 from .command_line import parse_arguments
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, EvaluateArguments)
-"""What the command line is parsed into."""
+"""Dataclasses for the command line."""
 
 NAMES = ("--adapter_name_or_path", "--adapter", "--model_name_or_path")
-"""Flags that name what is evaluated."""
+"""Flags for the classifier to evaluate."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -52,17 +52,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def run(argv: list[str] | None) -> dict[str, float]:
     with (
         one_line_errors(
-            ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing kept"
+            ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing was written"
         ),
         tempfile.TemporaryDirectory() as scratch,
     ):
         told = recalled_flags(ARGUMENTS, argv, NAMES)
         model_args, data_args, eval_args = parse_arguments(ARGUMENTS, argv, told)
         if model_args.adapter_name_or_path is None and model_args.model_name_or_path == str(DEMO_MODEL):
-            raise ValueError(f"Give {NAMES[0]} or {NAMES[-1]}: what is to be evaluated.")
+            raise ValueError(f"Give the classifier to evaluate, as {NAMES[0]} or {NAMES[-1]}.")
         if model_args.ignore_mismatched_sizes:
             raise ValueError(
-                "--ignore_mismatched_sizes makes a new head, which must be trained before it is evaluated."
+                "--ignore_mismatched_sizes creates a new head, which must be trained before it is evaluated."
             )
         args = eval_args.as_training_arguments(scratch)
         with args.main_process_first(desc="preparing the data"):

@@ -1,13 +1,14 @@
-"""Merge an adapter into its base, and write a model that plain transformers loads, tokenizer included.
+"""Merge an adapter into its base model, and write a model with its tokenizer that plain transformers can load.
 
     abr export --adapter_name_or_path runs/wikitext --output_dir runs/whole
     abr export --adapter_name_or_path runs/pruned-lora --dataset_name demo --token_length 128 \
-        --output_dir runs/merged      # of a pruned base: zeros stay zero, which --keep_mask false prevents
+        --output_dir runs/merged      # a pruned base model keeps its zeros, unless --keep_mask false
 
-The base is what the adapter says it was trained on, unless --model_name_or_path names another copy. What was written
-is loaded again: its logits must be those of base and adapter. Given a text, the base, the base with the adapter beside
-it, and what was merged are measured by the same definition, see `abr perplexity`; --output_file holds the three.
-Classifiers of `abr classify` are exported, too: `abr evaluate --model_name_or_path` evaluates what was written.
+The base model is the one that the adapter records, unless --model_name_or_path gives another copy. The written model
+is loaded again to check that its logits are those of base model and adapter. If a text is given, the perplexity of the
+base model, the base model with the adapter, and the merged model is measured, see `abr perplexity`; --output_file
+contains all three. Classifiers of `abr classify` can be exported, too; evaluate them with `abr evaluate
+--model_name_or_path`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ from .command_line import parse_arguments
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     with one_line_errors(
-        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="look for --output_dir"
+        ValueError,
+        OSError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        when_interrupted="the model is complete if --output_dir exists",
     ):
         adapter = named_in(argv, FLAGS) or ""
         is_classifier = bool(adapter) and is_of_classifier(adapter)
@@ -50,14 +56,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
         check_mergeable(load, **labels)
         if source.is_given and is_classifier:
             raise ValueError(
-                f"{adapter} is an adapter of a classifier, which has no perplexity: export it without a text, and "
+                f"{adapter} is an adapter of a classifier, which has no perplexity. Export it without a text, and "
                 "evaluate it with abr evaluate --model_name_or_path."
             )
         if not source.is_given:
             refuse_without_text(source, arguments)
         state = PartialState(cpu=arguments.use_cpu)
         if state.num_processes > 1:
-            raise ValueError("Merging is the work of one process: start abr export without a launcher.")
+            raise ValueError("abr export uses only one process. Start it without a launcher.")
         base = replace(load, adapter_name_or_path=None)
         found: dict[str, dict[str, Any]] = {}
         if source.is_given:

@@ -1,4 +1,4 @@
-"""The pages of `abr VERB --help` and `--help-all`, and that of the documentation, from the flags as data."""
+"""Build the pages of `abr VERB --help` and `--help-all`, and of the flags in the documentation, from `flags.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 INDENT = 2
 COLUMN = 34
-"""Where the texts begin."""
+"""Column of the help texts."""
 
 NARROWEST, WIDEST = 80, 100
 
@@ -22,12 +22,12 @@ Flag = dict[str, Any]
 
 
 def help_page(verb: str, known: dict[str, Any], runs: str | None, whole: bool) -> str:
-    """Return what a verb does and which flags it takes.
+    """Return the help page of a verb.
 
     Args:
-        known: What `flags.json` holds.
-        runs: The verb whose flags stand behind `--`.
-        whole: Show all flags with all that is said of them, not just those that people use.
+        known: The content of `flags.json`.
+        runs: The verb whose flags come after `--`, if any.
+        whole: Show all flags with their full help, not only the common ones with their first sentence.
     """
     described = known["verbs"][verb]
     width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
@@ -55,15 +55,15 @@ def _usage(verb: str, described: dict[str, Any], runs: str | None) -> str:
 
 def _hints(verb: str, described: dict[str, Any], runs: str | None, whole: bool) -> Iterator[str]:
     if described["usual"] and not whole:
-        yield f"abr {verb} --help-all shows all flags. FILE.yaml holds flags without their dashes."
+        yield f"abr {verb} --help-all shows all flags. FILE.yaml contains flags without their dashes."
     if described["exact"]:
-        yield "A flag that is on or off takes true or false as well: --bf16, --bf16 true, --use_lora false."
+        yield "Boolean flags may be followed by true or false: --bf16, --bf16 true, --use_lora false."
     if runs:
         yield f"abr {runs} --help shows the flags of the runs."
 
 
 def _flags(described: dict[str, Any], known: dict[str, Any]) -> dict[str, Flag]:
-    """Return the flags by what they set; `--no_X` is told where `--X` is."""
+    """Return the flags by the argument that they set; `--no_X` is left out."""
     flags: dict[str, Flag] = {}
     trainer = known["trainer"] if described["takes_trainer"] else []
     for flag in itertools.chain(described["flags"], trainer):
@@ -91,7 +91,7 @@ def _lines(flag: Flag, width: int, whole: bool, short: str | None) -> list[str]:
     """Return the lines of one flag: its name, what it does, its default.
 
     Args:
-        short: What the short page says instead of the first sentence of its help.
+        short: Text for the short page instead of the first sentence of its help.
     """
     name = " ".join(filter(None, (flag["names"][0] if flag["names"] else flag["dest"], _value_of(flag))))
     said = re.sub(r"\s+", " ", flag.get("help", "")).strip()
@@ -105,7 +105,7 @@ def _lines(flag: Flag, width: int, whole: bool, short: str | None) -> list[str]:
 
 
 def _value_of(flag: Flag) -> str:
-    """Return what stands for the value of a flag: nothing for one that may stand alone."""
+    """Return the placeholder for the value of a flag; empty for a flag that needs no value."""
     if not flag["names"] or flag.get("nargs") == "?" or flag.get("action", "").startswith("store_"):
         return ""
     if "metavar" in flag:
@@ -130,7 +130,7 @@ def _first_sentence(said: str) -> str:
 
 
 def _default(flag: Flag, said: str, shown: str) -> list[str]:
-    """Return the default in brackets, unless it is said in what is shown."""
+    """Return the default in brackets, unless the text already contains it."""
     default = flag.get("default")
     if isinstance(default, bool):
         return ["[on]" if default else "[off]"]

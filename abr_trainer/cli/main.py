@@ -1,4 +1,4 @@
-"""The command `abr`: it finds the verb and calls its module. It imports neither torch nor transformers."""
+"""The command `abr`: find the verb and call its module. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .parsing import WRONG_USAGE
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """One of the things that `abr` does.
+    """A verb of `abr`.
 
     Attributes:
-        module: The module whose `main` does it.
+        module: The module whose `main` runs it.
         summary: What it does, in one line.
         example: A command that works when pasted.
         needs_torch: Whether the module imports PyTorch, which takes seconds.
@@ -60,12 +60,12 @@ VERBS = {
     ),
     "compare-prompts": Verb(
         "abr_trainer.cli.compare_prompts",
-        "compare what is written before each row of a classifier",
+        "compare prompts for a classifier: train with each and several seeds",
         "abr compare-prompts --prompts none perfect --seeds 5 --out runs/prompts -- --task_name mrpc",
     ),
     "report": Verb(
         "abr_trainer.cli.report",
-        "make the report of a run or of a comparison",
+        "write the report of a run or of a comparison",
         "abr report runs/demo",
     ),
     "why": Verb(
@@ -80,7 +80,7 @@ VERBS = {
     ),
     "perplexity": Verb(
         "abr_trainer.cli.perplexity",
-        "measure the perplexity of a model, by the definition that you name",
+        "measure the perplexity of a model by a named definition",
         "abr perplexity --dataset_name demo --token_length 128",
         needs_torch=True,
     ),
@@ -103,7 +103,7 @@ VERBS = {
     ),
     "evaluate": Verb(
         "abr_trainer.cli.evaluate",
-        "evaluate a classifier that was trained before",
+        "evaluate a trained classifier",
         "abr evaluate --adapter_name_or_path runs/reports",
         needs_torch=True,
     ),
@@ -111,10 +111,10 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what a command line asks for.
+    """Run a command line.
 
     Raises:
-        SystemExit: The verb is unknown (status 2), its work failed, or nobody reads what it prints.
+        SystemExit: The verb is unknown (status 2), it failed, or standard output is closed.
     """
     try:
         _do(argv)
@@ -126,16 +126,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _stdout_is_closed() -> bool:
-    """Tell whether nobody reads what is printed, as after `abr ... | head`; if so, what is left goes nowhere."""
+    """Tell whether the reader of standard output is gone, as in `abr ... | head`. If so, discard further output."""
     try:
         stdout = sys.stdout.fileno()
-    except OSError:  # it is no file
+    except OSError:  # it is not a file
         return False
     asked = select.poll()
     asked.register(stdout, select.POLLOUT)
     is_closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
     if is_closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes again when it exits
     return is_closed
 
 
@@ -146,7 +146,7 @@ def _do(argv: Sequence[str] | None) -> None:
     elif verb == "--version":
         print(f"abr {__version__}")
     elif verb in VERBS:
-        from .quick import check  # which may describe the verbs, and so import this module
+        from .quick import check  # imported here, because it imports this module
 
         check(verb, arguments)
         filter_noise()
@@ -160,7 +160,7 @@ def _do(argv: Sequence[str] | None) -> None:
 
 
 def overview() -> str:
-    """Return what `abr` shows: all verbs, on one screen."""
+    """Return the text that `abr` shows: all verbs, on one screen."""
     width = max(map(len, VERBS))
     return "\n".join(
         [
@@ -176,7 +176,7 @@ def overview() -> str:
 
 
 def refuse(verb: str) -> NoReturn:
-    """End the program: there is no such verb."""
+    """End the program with an error about an unknown verb."""
     if verb.startswith("-"):
         message = f"Give a verb before {verb}. `abr` lists the verbs."
     else:

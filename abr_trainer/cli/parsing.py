@@ -1,4 +1,4 @@
-"""What all parsers of command lines share, without torch and transformers."""
+"""Functions for all command line parsers. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 from .upstream import FALSE, TRUE, accepted
 
 WRONG_USAGE = 2
-"""Exit status."""
+"""Exit status for a wrong command line."""
 
 
 def prepared(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Let a parser raise `ValueError` where it would end the program, and return what it is to parse.
+    """Make a parser raise `ValueError` instead of ending the program, and return the arguments for it.
 
     Raises:
         ValueError: A flag is unknown.
@@ -23,44 +23,42 @@ def prepared(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
 
 
 def names_in(parser: ArgumentParser) -> list[str]:
-    """Return all flags that a parser knows."""
+    """Return all flags of a parser."""
     return [name for action in parser._actions for name in action.option_strings]
 
 
 def refuse_rest(rest: Sequence[str]) -> None:
-    """Refuse what a parser has left over.
+    """Refuse arguments that a parser did not use.
 
     Raises:
-        ValueError: It has left something over.
+        ValueError: There are any.
     """
     if rest:
-        raise ValueError(
-            f"{rest[0]} does not belong to a flag: flags begin with --, and those before it are complete."
-        )
+        raise ValueError(f"{rest[0]} does not belong to any flag. Flags begin with --.")
 
 
 def wanted_splits(args: Any) -> list[str]:
     """Return the splits that a run needs.
 
     Raises:
-        ValueError: It needs none.
+        ValueError: It has nothing to do.
     """
     work = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split, wanted in work.items() if wanted]
     if not splits:
-        raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+        raise ValueError("Nothing to do. Give --do_train, --do_eval or --do_predict.")
     return splits
 
 
 def boolean(text: str) -> bool:
-    """Return what a command line, or a file of flags, writes for true or false."""
+    """Parse true or false in a command line or a file of flags."""
     if text.lower() in (*TRUE, *FALSE):
         return text.lower() in TRUE
     raise ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
-"""How argparse takes a flag that is on or off, alone or with true or false behind it, as files of flags have it."""
+"""Options of argparse for a boolean flag, alone or with true or false after it, as in files of flags."""
 
 
 def _raise_value_error(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Measure the perplexity of a model by a named definition, and say all that defines the number.
+"""Measure the perplexity of a model by a named definition, and print all settings that define the number.
 
     abr perplexity --dataset_name demo --token_length 128
     abr perplexity --model_name_or_path huggyllama/llama-7b --dataset_name wikitext \
@@ -24,7 +24,7 @@ from .command_line import parse_arguments
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     with one_line_errors(
-        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing kept"
+        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing was written"
     ):
         load, source, arguments = parse_arguments((AdaptedArguments, TextArguments, MeasureArguments), argv)
         state = PartialState(cpu=arguments.use_cpu)

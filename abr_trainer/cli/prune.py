@@ -1,6 +1,6 @@
-"""Prune a model by magnitude into a directory of its own, and say how sparse it is.
+"""Prune a model by magnitude, write it to a new directory, and print its sparsity.
 
-abr prune --output_dir runs/pruned            # half of the demo model
+abr prune --output_dir runs/pruned            # half of the demo model's weights
 abr prune --model_name_or_path my/model --pattern 2:4 --output_dir runs/2of4
 """
 
@@ -16,7 +16,12 @@ from .command_line import parse_arguments
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     with one_line_errors(
-        ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="--output_dir was not made"
+        ValueError,
+        OSError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        when_interrupted="--output_dir was not written",
     ):
         load, arguments = parse_arguments((LoadArguments, PruneArguments), argv)
         pruned = prune_to(load, arguments)

@@ -1,4 +1,4 @@
-"""What is answered before torch and transformers are imported: help, mistyped flags, unknown rules, missing files."""
+"""Show help, and report mistyped flags, unknown rules and missing files, before importing torch and transformers."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ FLAGS_FILE = Path(__file__).with_name("flags.json")
 """Written by `describe.py`."""
 
 INPUTS = ("train_file", "validation_file", "test_file", "primer_file", "text_file")
-"""Flags that name a file to read."""
+"""Flags for a file to read."""
 
 MAY_BE_PATHS = (
     *("model_name_or_path", "adapter_name_or_path", "config_name", "tokenizer_name", "dataset_name", "chat_template"),
 )
-"""Flags that name something on the Hub or on this machine. A name that begins like a path is on this machine."""
+"""Flags for something on the Hub or on this machine. A name that begins like a path is on this machine."""
 
 OPTIONS = ("action", "choices", "const", "default", "metavar", "nargs", "required", "type")
-"""What data says of a flag as argparse does."""
+"""Options of argparse in `flags.json`."""
 
 OF_RUNS = {"compare": "train", "compare-prompts": "classify"}
-"""Verbs that start runs, and the verb whose flags they take behind `--`."""
+"""Verbs that start runs, and the verb whose flags they take after `--`."""
 
 
 def check(verb: str, argv: Sequence[str]) -> None:
-    """Answer a command line that needs no more than its words; else return.
+    """Show help, or report errors in a command line; else return.
 
-    It refuses nothing that the command itself would take: both use the same parsers, rules and checks. What it leaves
-    to the command is whatever needs a model, the data or the Hub.
+    It uses the same parsers, rules and checks as the command, so it refuses only what the command would refuse. It
+    leaves to the command all checks that need a model, the data or the Hub.
 
     Raises:
         SystemExit: Help was shown, or the command line is wrong (status 2).
@@ -64,13 +64,13 @@ def check(verb: str, argv: Sequence[str]) -> None:
 
 
 def _runs_of(verb: str, own: Sequence[str]) -> str | None:
-    """Return the verb whose flags stand behind `--`, if any do."""
+    """Return the verb whose flags come after `--`, if any."""
     named = given_flags(own).get("--command", [])
     return named[0] if verb == "compare" and named[:1] in (["train"], ["sft"]) else OF_RUNS.get(verb)
 
 
 def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any], is_alone: bool = True) -> None:
-    """Check flags, files and rule of one run.
+    """Check the flags, files and rule of one run.
 
     Args:
         is_alone: It is no run of a comparison, where some flags are for the rules of other runs.
@@ -89,7 +89,7 @@ def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any], is_alone: 
         if value and value.startswith(("/", "./", "../")) and not Path(value).exists():
             raise ValueError(f"--{name} {value} does not exist.")
     if hasattr(parsed, "directory") and not Path(parsed.directory).is_dir():
-        raise ValueError(f"{parsed.directory} is no directory.")
+        raise ValueError(f"{parsed.directory} is not a directory.")
     if getattr(parsed, "task_name", None):
         find_named("--task_name", parsed.task_name.lower(), BY_NAME)
     if hasattr(parsed, "prompt"):
@@ -103,10 +103,10 @@ def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any], is_alone: 
 
 
 def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], known: dict[str, Any]) -> None:
-    """Check what a comparison varies, and what all of its runs get.
+    """Check the flags of a comparison, and the flags of its runs.
 
     Raises:
-        ValueError: Something in it is wrong.
+        ValueError: One of them is wrong.
     """
     own = expand_flags_file(own)
     runs = _runs_of(verb, own) or verb
@@ -128,16 +128,16 @@ def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], know
 
 
 def _is_own(rule: str) -> bool:
-    """Tell whether a rule is of the user's own, `package.module:ClassName`, which may import anything."""
+    """Tell whether a rule is the user's own, `package.module:ClassName`, which may import anything."""
     return ":" in rule and rule.partition(":")[0] not in SCHEDULERS
 
 
 def _parse(verb: str, argv: Sequence[str], known: dict[str, Any]) -> Namespace | None:
-    """Parse a command line as its command will, as far as that can be told from here.
+    """Parse a command line as its command will, using only `flags.json`.
 
     Returns:
-        None if it has flags of a transformers that this data was not written for, or if another version of a package
-        whose flags it takes is installed.
+        None if that is not possible: `flags.json` was written for another version of transformers and there are flags
+        that it does not know, or another version of a package whose flags the verb takes is installed.
 
     Raises:
         ValueError: A flag is unknown or has a bad value.
@@ -166,7 +166,7 @@ def _parse(verb: str, argv: Sequence[str], known: dict[str, Any]) -> Namespace |
 
 
 def _parse_plain(verb: str, parser: ArgumentParser, argv: Sequence[str], known: dict[str, Any]) -> Namespace:
-    """Parse a command line of a verb whose command uses argparse, abbreviated flags and all."""
+    """Parse a command line of a verb that uses argparse directly, including abbreviated flags."""
     prepared(parser, [])
     parsed, rest = parser.parse_known_args(list(argv))
     if rest and rest[0].startswith("-"):
@@ -174,7 +174,7 @@ def _parse_plain(verb: str, parser: ArgumentParser, argv: Sequence[str], known: 
         runs = _runs_of(verb, argv) or verb
         of_runs = {name for each in (*known["verbs"][runs]["flags"], *known["trainer"]) for name in each["names"]}
         if runs != verb and flag in of_runs:
-            raise ValueError(f"{flag} is a flag of abr {runs}: it stands behind --.")
+            raise ValueError(f"{flag} is a flag of abr {runs}. Put it after --.")
         raise ValueError(unknown(flag, names_in(parser)))
     refuse_rest(rest)
     return parsed
@@ -188,16 +188,16 @@ def _version(package: str) -> str | None:
 
 
 def _lenient(flag: dict[str, Any]) -> dict[str, Any]:
-    """Return a flag that takes any value: what another version of transformers has for it is not known here."""
+    """Return a flag that takes any value, for a version of transformers whose options are not known."""
     return {"names": flag["names"], "dest": flag["dest"], "nargs": "*", "default": flag.get("default")}
 
 
 def _add(parser: ArgumentParser, flag: dict[str, Any]) -> None:
-    """Add an argument as `describe.py` has found it."""
+    """Add a flag of `flags.json` to a parser."""
     types: dict[str, Any] = {"int": int, "float": float, "bool": boolean}
     taken = ["action", "default"] if flag.get("action", "").startswith("store_") else OPTIONS
     options: dict[str, Any] = {name: flag[name] for name in taken if name in flag}
-    options.setdefault("default", None)  # that of a switch would be its opposite
+    options.setdefault("default", None)  # argparse's default for a switch is not None
     if isinstance(options.get("metavar"), list):
         options["metavar"] = tuple(options["metavar"])
     if "type" in options:

@@ -1,7 +1,7 @@
-"""Make the report of a run, finished or not, or of a comparison, from what lies in its directory.
+"""Write the report of a run, finished or not, or of a comparison, from the files in its directory.
 
-abr report runs/demo    # a page with pictures, in runs/demo/_report
-abr report runs/cmp     # report.html, report.md and plots/, from comparison.json alone
+abr report runs/demo    # writes runs/demo/_report/report.html and its plots
+abr report runs/cmp     # writes report.html, report.md and plots/, from comparison.json only
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def report_in(directory: Path) -> list[str]:
-    """Write the report of what a directory holds, and return lines that say what it shows and where it lies.
+    """Write the report of the run or comparison in a directory, and return lines with its result and its path.
 
     Raises:
-        ValueError: It is no directory, or holds neither a run nor a comparison.
+        ValueError: It is not a directory, or contains neither a run nor a comparison.
     """
     if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory.")
+        raise ValueError(f"{directory} is not a directory.")
     if (directory / COMPARISON).is_file():
         data = read_comparison(directory)
         write_report(report_on_comparison(data), directory)
         return list(summary_lines(data, directory))
     if not (directory / TRACE_NAME).is_file():
         raise ValueError(
-            f"{directory} holds neither a run (no {TRACE_NAME}) nor a finished part of a comparison (no {COMPARISON})."
+            f"{directory} contains neither a run (no {TRACE_NAME}) nor finished runs to compare (no {COMPARISON})."
         )
     folder = directory / REPORT_FOLDER
     write_report(report_on_run(directory), folder)

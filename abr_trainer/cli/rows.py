@@ -1,9 +1,9 @@
 """List the broken rows of a run, worst first, or write a file without them.
 
-abr rows runs/demo                                     # the rows that a run with --skip_rows dropped
-abr rows runs/demo --all --limit 50                    # all rows by their last loss, of a run with --rank_rows
+abr rows runs/demo                                     # rows that a run with --skip_rows dropped
+abr rows runs/demo --all --limit 50                    # all rows of a run with --rank_rows, by their last loss
 abr rows runs/demo --csv > broken.csv
-abr rows runs/demo --clean notes.jsonl clean.jsonl     # notes.jsonl without the rows that were dropped
+abr rows runs/demo --clean notes.jsonl clean.jsonl     # write notes.jsonl without the dropped rows to clean.jsonl
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from ..report.text import escaped, printable, share, shortened, terminal_width
 from ..report.why import read_trace
 
 MOST = 20
-"""Rows that are listed where nothing else is said."""
+"""Number of rows to list by default."""
 
 NAMED = 10
-"""Rows that a sentence names."""
+"""Most row numbers in a sentence."""
 
 COLUMNS = (
     *("run", "index", "source", "first_row", "last_row", "loss", "limit", "targets", "reason", "drops", "visits"),
@@ -49,22 +49,22 @@ COLUMNS = (
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser("abr rows", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", nargs="+", help="--output_dir of a run; of several, one is listed after the other")
+    parser.add_argument("run", nargs="+", help="--output_dir of one or more runs")
     parser.add_argument(
         "--all", action="store_true", help="rank all rows by their last loss, highest first; needs --rank_rows"
     )
-    parser.add_argument("--lowest", action="store_true", help="with --all: lowest first; text that repeats is there")
+    parser.add_argument("--lowest", action="store_true", help="with --all: lowest loss first, e.g. duplicated text")
     parser.add_argument(
-        "--limit", type=int, help=f"how many rows to show of each run; 0: all. Default: {MOST}, all as JSON or CSV"
+        "--limit", type=int, help=f"most rows to show of each run; 0: all. Default: {MOST}, or all for JSON and CSV"
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print all fields of each row as JSON")
-    form.add_argument("--csv", action="store_true", help="print all fields of each row as CSV, under a header")
+    form.add_argument("--csv", action="store_true", help="print all fields of each row as CSV, with a header")
     form.add_argument(
         "--clean",
         nargs=2,
         metavar=("FILE", "OUT"),
-        help="write FILE, which was trained on, without the dropped rows to OUT; the format stays",
+        help="write the training file FILE without the dropped rows to OUT, in the same format",
     )
     parser.add_argument("--overwrite", action="store_true", help="let --clean replace OUT if it exists")
     args = parser.parse_args(argv)
@@ -73,13 +73,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if args.limit is not None and args.limit < 0:
             raise ValueError(f"--limit must be at least 0, got {args.limit}.")
         if args.clean and args.all:
-            raise ValueError("--clean removes the rows that were dropped: it does not go with --all.")
+            raise ValueError("--clean removes the rows that were dropped, so it cannot be used with --all.")
         if args.clean and args.limit is not None:
-            raise ValueError("--clean removes all rows that were dropped: it does not go with --limit.")
+            raise ValueError("--clean removes all rows that were dropped, so it cannot be used with --limit.")
         if args.lowest and not args.all:
-            raise ValueError("--lowest goes with --all.")
+            raise ValueError("--lowest needs --all.")
         if args.overwrite and not args.clean:
-            raise ValueError("--overwrite goes with --clean FILE OUT.")
+            raise ValueError("--overwrite needs --clean FILE OUT.")
         found = [Found.of(directory, args.all, args.lowest) for directory in directories]
         if args.clean:
             file, out = map(Path, args.clean)
@@ -101,7 +101,7 @@ class Found:
     """The rows of a run, worst first.
 
     Attributes:
-        about: What to say of all of them.
+        about: A line about all of them.
     """
 
     directory: Path
@@ -110,18 +110,18 @@ class Found:
 
     @classmethod
     def of(cls, directory: Path, all_rows: bool, lowest_first: bool) -> Found:
-        """Find the rows that a run has dropped, or all that it has seen.
+        """Find the rows that a run dropped, or all rows that it saw.
 
         Raises:
-            ValueError: The directory holds no run, or the run has judged no rows.
+            ValueError: The directory contains no run, or the run had no rule for rows.
         """
         if not directory.is_dir():
-            raise ValueError(f"{directory} is no directory.")
+            raise ValueError(f"{directory} is not a directory.")
         trace, losses = read_trace(directory), read_row_losses(directory)
         dropped = broken_rows(directory)
         if all_rows:
             if losses is None:
-                raise ValueError(f"{directory} holds no {ROW_LOSSES_NAME}: --all needs a run with --rank_rows.")
+                raise ValueError(f"{directory} has no {ROW_LOSSES_NAME}. --all needs a run with --rank_rows.")
             described = [*read_described(directory), *dropped]
             rows, count = ranked_rows(losses, described, lowest_first=lowest_first), len(losses["visits"])
             first = "lowest" if lowest_first else "highest"
@@ -129,7 +129,7 @@ class Found:
             return cls(directory, rows, about)
         if not has_row_rule(directory):
             hint = " --all ranks its rows." if losses is not None else ""
-            raise ValueError(f"{directory} has judged no rows: it was trained without --skip_rows.{hint}")
+            raise ValueError(f"{directory} has no dropped rows: it was trained without --skip_rows.{hint}")
         judged, drops = rows_judged(trace), len(read_drops(directory))
         about = f"{judged:,} rows judged in {len(trace):,} batches, {drops:,} dropped ({share(drops, judged)})"
         if drops:
@@ -137,7 +137,7 @@ class Found:
         return cls(directory, dropped, about)
 
     def lines(self, limit: int | None, width: int) -> Iterator[str]:
-        """Yield what is shown on a terminal of that width."""
+        """Yield the lines to show on a terminal of that width."""
         yield f"{self.directory}: {self.about}"
         for row in self.rows[:limit]:
             yield ""
@@ -151,13 +151,13 @@ class Found:
 
 
 def fields_of(found: Found, row: RunRow) -> dict[str, Any]:
-    """Return all that is known of a row, by name."""
+    """Return all fields of a row, by name."""
     known = dataclasses.asdict(row) | {"run": str(found.directory), "drops": len(row.steps), "steps": list(row.steps)}
     return {name: known[name] for name in COLUMNS}
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as CSV, complete; in texts, characters that control a terminal become escapes."""
+    """Return rows as CSV, with full texts. Control characters in texts are escaped."""
     written = io.StringIO()
     writer = csv.DictWriter(written, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -168,34 +168,36 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return written.getvalue()
 
 
-# ---- Without the broken rows ----
+# ---- Removing the broken rows ----
 
 
 def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -> list[str]:
-    """Write a file without the rows that runs have dropped, and return lines that say what was done.
+    """Write a file without the rows that runs dropped, and return lines about the result.
 
     Raises:
-        ValueError: The file is none of theirs, or has changed; `out` is there already, or cannot be written.
+        ValueError: The runs did not use the file, or it has changed; `out` exists already, or cannot be written.
     """
     if not file.is_file():
-        raise ValueError(f"--clean {file} {'is a directory, and must be a file' if file.is_dir() else 'is missing'}.")
+        raise ValueError(f"--clean {file} {'is a directory, but must be a file' if file.is_dir() else 'is missing'}.")
     if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"--clean: {out} {'is a directory' if out.is_dir() else 'is in no directory that exists'}.")
+        raise ValueError(
+            f"--clean: {out} {'is a directory' if out.is_dir() else 'is in a directory that does not exist'}."
+        )
     if out.exists() and out.samefile(file):
-        raise ValueError(f"--clean would overwrite {file}, to which the numbers of the dropped rows refer.")
+        raise ValueError(f"--clean would overwrite {file}, but the numbers of the dropped rows refer to it.")
     if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: give another name, or --overwrite.")
+        raise ValueError(f"{out} exists. Give another name, or --overwrite.")
     removal = rows_to_remove(directories, file)
     if not removal.whole and not removal.partly and (unknown := removal.elsewhere[""]):
-        unsaid = f"Of {unknown:,} dropped rows it is not known where they come from, as with --packing"
-        raise ValueError(f"{unsaid}; none is known to be of {file}. abr rows shows their text.")
-    from ..data.cleaning import copy_without, has_empty_lines, texts_in  # slower to import than all else here
+        unsaid = f"The source of {unknown:,} dropped rows is not known, e.g. because of --packing"
+        raise ValueError(f"{unsaid}, and no other dropped row is from {file}. abr rows shows their text.")
+    from ..data.cleaning import copy_without, has_empty_lines, texts_in  # slow to import
 
     if len(removal.count_empty_lines) > 1 and has_empty_lines(file):
-        alike = "these runs do not count them alike" if len(directories) > 1 else f"{directories[0]} does not say so"
+        alike = "the runs differ in this" if len(directories) > 1 else f"{directories[0]} does not record it"
         raise ValueError(
-            f"{file} has empty lines. Whether these are rows is not clear: {alike}. Remove the rows that abr rows "
-            "lists by hand."
+            f"{file} has empty lines, and it is not known whether these count as rows: {alike}. Remove the rows that "
+            "abr rows lists by hand."
         )
     empty = True in removal.count_empty_lines
     is_newer = any(file.stat().st_mtime > begun for begun in _beginnings(directories))
@@ -203,29 +205,31 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
     if doubtful is not None:
         row, text = doubtful
         told = shortened(text, 60)
-        raise ValueError(f"{file} has changed since: its row {row:,} is not what was dropped there: {told}")
+        raise ValueError(f"{file} has changed since the run: its row {row:,} is not the row that was dropped: {told}")
     count = copy_without(file, out, removal.whole, empty)
     whole, partly = removal.whole, removal.partly
     removed = _named([f"{number:,}" for number in sorted(whole)])
     lines = [f"{out}: {file.name} without {len(whole):,} of its {count:,} rows{removed}"]
     if is_newer and not removal.texts:
-        lines.append(f"{file} was written after the run began: look whether these rows are still where they were.")
+        lines.append(
+            f"{file} was written after the run began. Check that it still has the same rows in the same order."
+        )
     if partly:
         most = sorted(partly, key=lambda number: (-partly[number], number))
-        stay = f"{len(partly):,} row{'s' * (len(partly) != 1)} may lie in dropped blocks only in part, and stay"
+        stay = f"Kept {len(partly):,} row{'s' * (len(partly) != 1)} that may be only partly in dropped blocks"
         numbers = _named([f"{number:,} ({partly[number]:,})" for number in most])
-        look = f"Look at them: abr rows {shlex.quote(str(directories[0]))}"
-        lines.append(f"{stay}; with the number of these blocks{numbers}. {look}")
+        look = f"To see them: abr rows {shlex.quote(str(directories[0]))}"
+        lines.append(f"{stay}, with the number of these blocks{numbers}. {look}")
     if removal.elsewhere:
         named = ", ".join(
-            f"{count:,} of {printable(source) or 'unknown place'}" for source, count in removal.elsewhere.items()
+            f"{count:,} from {printable(source) or 'unknown source'}" for source, count in removal.elsewhere.items()
         )
-        lines.append(f"Dropped rows that are not of {file.name}: {named}")
+        lines.append(f"Dropped rows that are not from {file.name}: {named}")
     return lines
 
 
 def _beginnings(directories: Sequence[Path]) -> Iterator[float]:
-    """Yield when each run that was started from the command line began."""
+    """Yield the start time of each run that was started from the command line."""
     records = (directory / PROVENANCE for directory in directories)
     return (record.stat().st_mtime for record in records if record.is_file())
 

@@ -1,4 +1,4 @@
-"""Fine-tune on chats or instructions with adaptive batch repetition, on TRL's SFTTrainer.
+"""Fine-tune on chats or instructions with adaptive batch repetition, using TRL's SFTTrainer.
 
     abr sft --dataset_name demo --chat_template alpaca --learning_rate 2e-3 --use_cpu \
         --do_train --do_eval --output_dir runs/chat
@@ -7,7 +7,7 @@
         --do_train --do_eval --output_dir runs/chat
     torchrun --nproc_per_node 8 -m abr_trainer sft config.yaml --packing
 
-Rows are messages, ShareGPT's conversations, prompts with completions, instructions with outputs, or texts.
+Rows may be messages, ShareGPT conversations, prompts with completions, instructions with outputs, or texts.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ OF_ABR: dict[str, Any] = {
     for name, known in ABRConfig.__dataclass_fields__.items()
     if name in ("eval_on_start", "eval_strategy", "report_to")
 }
-"""Fields of `ABRConfig` whose defaults give way to those of `TrainingArguments` in a class of TRL."""
+"""Fields of `ABRConfig` whose defaults TRL's class replaces by those of `TrainingArguments`."""
 
 
 @dataclass
 class SFTJobConfig(ABRSFTConfig):
-    """`ABRSFTConfig` with the defaults of our other trainings, and without what our flags say of data and model."""
+    """`ABRSFTConfig` with the defaults of our other verbs, and without TRL's fields for data and model."""
 
     eval_on_start: bool | None = OF_ABR["eval_on_start"]  # type: ignore[assignment]
     eval_strategy: str | None = OF_ABR["eval_strategy"]  # type: ignore[assignment]
@@ -71,15 +71,15 @@ class SFTJobConfig(ABRSFTConfig):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Compute in bf16: mixed precision. Default: true on a GPU that has it.",
-            "nargs": "?",  # as for a flag whose default is no None
+            "help": "Use bf16 mixed precision. Default: true on a GPU that supports it.",
+            "nargs": "?",  # HfArgumentParser sets it only for a flag whose default is not None
             "const": True,
         },
     )
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Need less memory: compute activations twice. Default: true, as in TRL.",
+            "help": "Save memory by computing activations twice. Default: true, as in TRL.",
             "nargs": "?",
             "const": True,
         },
@@ -99,14 +99,14 @@ class SFTJobConfig(ABRSFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        if self.activation_checkpointing is None:  # TRL sets it by the old name, of which transformers then warns
+        if self.activation_checkpointing is None:  # TRL sets the old name, for which transformers then warns
             self.activation_checkpointing = self.gradient_checkpointing
         self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
 
 
 ARGUMENTS = (ModelArguments, ChatArguments, GenerationArguments, SFTJobConfig)
-"""What the command line is parsed into."""
+"""Dataclasses for the command line."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -127,7 +127,7 @@ def train_and_evaluate(
     args: SFTJobConfig,
 ) -> dict[str, float]:
     with one_line_errors(ValueError):
-        if args.metric_for_best_model == "loss":  # of which an evaluation leaves out what is not finite
+        if args.metric_for_best_model == "loss":  # Trainer leaves NaN and infinite losses out of the evaluation loss
             args.metric_for_best_model = "perplexity"
         splits = wanted_splits(args)
         text_args.fit(args)
@@ -152,7 +152,7 @@ def train_and_evaluate(
                 )
                 for split, each in found.items()
             }
-        if args.packing:  # else all rows are cut already
+        if args.packing:  # otherwise all rows are already cut
             args.max_length = data_args.max_length
 
     def prompts(split: str, count: int | None) -> list[Prompt]:
@@ -164,7 +164,7 @@ def train_and_evaluate(
         trainer = ABRSFTTrainer(
             model=model,
             args=args,
-            train_dataset=next(iter(rows.values())).rows,  # where nothing is trained on, SFTTrainer wants one, too
+            train_dataset=next(iter(rows.values())).rows,  # SFTTrainer needs one even if there is no training
             eval_dataset=rows["validation"].rows if "validation" in rows else None,
             processing_class=tokenizer,
             callbacks=[PerplexityCallback("eval_perplexity", prints=False)],
@@ -189,14 +189,14 @@ def train_and_evaluate(
 def take_up_tokens(
     tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: ChatArguments, args: SFTJobConfig
 ) -> None:
-    """Give the tokenizer the chat template and the end-of-text token that flags name.
+    """Set the tokenizer's chat template and end-of-text token according to the flags.
 
     Raises:
-        ValueError: One of them cannot be.
+        ValueError: One of them is invalid.
     """
     if args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"--eos_token {args.eos_token} is no token of {tokenizer.name_or_path}.")
+            raise ValueError(f"--eos_token {args.eos_token} is not in the vocabulary of {tokenizer.name_or_path}.")
         tokenizer.eos_token = args.eos_token
     if data_args.chat_template is not None:
         options = {"trust_remote_code": model_args.trust_remote_code}
@@ -207,25 +207,25 @@ def take_up_tokens(
 def choose_targets(
     found: Mapping[str, ChatRows], data_args: ChatArguments, tokenizer: PreTrainedTokenizerBase
 ) -> Encoder:
-    """Say which tokens are learnt, where flags do not, and return what turns rows into tokens.
+    """Choose the targets if no flag does, and return the encoder for the rows.
 
     Raises:
-        ValueError: A flag asks for what the rows do not have.
+        ValueError: The rows do not have what a flag asks for.
     """
     first, *others = found.values()
     is_chat, has_prompts, origin = first.is_chat, first.has_prompts, first.loaded.origin
     for other in others:
         if (other.is_chat, other.has_prompts) != (is_chat, has_prompts):
             raise ValueError(
-                f"{origin} holds {first.kind}, and {other.loaded.origin} holds {other.kind}: other tokens would be "
-                "learnt than are measured. Give rows of the same kind."
+                f"{origin} holds {first.kind}, but {other.loaded.origin} holds {other.kind}, so training and "
+                "evaluation would have different targets. Give rows of the same kind."
             )
     if data_args.chat_template is not None and not is_chat:
         logger.warning(f"--chat_template {data_args.chat_template} is not used: {origin} holds {first.kind}.")
     if data_args.assistant_only_loss and not is_chat:
-        raise ValueError(f"--assistant_only_loss is for chats, and {origin} holds texts. Leave it out.")
+        raise ValueError(f"--assistant_only_loss is for chats, but {origin} holds texts. Leave it out.")
     if data_args.completion_only_loss and not has_prompts:
-        instead = "Of chats, --assistant_only_loss learns only the answers." if is_chat else "Leave it out."
+        instead = "For chats, use --assistant_only_loss instead." if is_chat else "Leave it out."
         raise ValueError(f"--completion_only_loss: {origin} has no prompts with completions. {instead}")
     variant = None
     if is_chat and tokenizer.chat_template and not marks_assistant(tokenizer.chat_template):
@@ -237,8 +237,8 @@ def choose_targets(
         data_args.completion_only_loss = has_prompts
     if data_args.assistant_only_loss and not tokenizer.is_fast:
         raise ValueError(
-            f"--assistant_only_loss needs a fast tokenizer, and that of {tokenizer.name_or_path} is slow: it does not "
-            "say where a token lies in the text. Give --assistant_only_loss false."
+            f"--assistant_only_loss needs a fast tokenizer, but that of {tokenizer.name_or_path} is slow and has no "
+            "token offsets. Give --assistant_only_loss false."
         )
     encoder = Encoder(
         tokenizer,
@@ -248,25 +248,25 @@ def choose_targets(
     )
     if encoder.assistant_only and encoder.is_marked and not learns_to_stop(tokenizer, encoder.template):
         logger.warning(
-            "The chat template does not mark the end of the assistant's turn as the assistant's: the model may not "
+            "The chat template does not mark the end of the assistant's turn as the assistant's, so the model may not "
             "learn to stop. Put it between {% generation %} and {% endgeneration %}."
         )
     return encoder
 
 
 def describe_chats(rows: Mapping[str, Tokenised], data_args: ChatArguments, is_chat: bool) -> list[str]:
-    """Return lines on which tokens of the rows are learnt, and how many rows were cut."""
+    """Return lines about the targets, and about rows that were cut."""
     split, first = next(iter(rows.items()))
     part = f"{first.targets:,} of the {first.tokens:,} {split} tokens ({share(first.targets, first.tokens)})"
     if data_args.assistant_only_loss:
-        what = "what the assistant writes"
+        what = "the assistant's tokens"
     elif data_args.completion_only_loss:
         what = "completions"
     elif is_chat:
-        what = "all that is written, the user's messages too (--assistant_only_loss: only the assistant's)"
+        what = "all tokens, including the user's messages (--assistant_only_loss: only the assistant's)"
     else:
         what = "all tokens"
-    lines = [f"learnt: {what}; {part}"]
+    lines = [f"targets: {what}; {part}"]
     lines += [
         f"cut: {each.cut:,} of the {len(each.rows):,} {split} rows are longer than --max_length {data_args.max_length}"
         for split, each in rows.items()

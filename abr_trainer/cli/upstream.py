@@ -1,4 +1,4 @@
-"""Flags of the scripts of transformers and TRL that users paste, and that are not flags here."""
+"""Flags of the scripts of transformers and TRL that users may paste, but that do not exist here."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 SAME_HERE = {
-    "keep_linebreaks": (True, "Line breaks of a text file are always kept: without them, give a .jsonl file."),
+    "keep_linebreaks": (True, "Line breaks of a text file are always kept. To leave them out, give a .jsonl file."),
     "low_cpu_mem_usage": (None, ""),
     "overwrite_cache": (None, ""),
     "pad_to_max_length": (
         False,
-        "Rows are padded to the longest of their batch, with the same results. Leave it out.",
+        "Rows are padded to the longest row of their batch, with the same results. Leave it out.",
     ),
     "save_safetensors": (True, "Weights are always saved as safetensors. Leave it out."),
     "use_bnb_nested_quant": (True, "4-bit weights are quantised twice. Leave it out."),
     "use_peft": (True, "Use --no_use_lora."),
     "use_fast_tokenizer": (True, "transformers 5 chooses the implementation of a tokenizer itself. Leave it out."),
 }
-"""Flags that are true or false and say what is done anyway: with which value (None: with either, the results are the
-same), and what to tell who gives the other one. They are accepted where a command has no flag of this name."""
+"""Boolean flags for fixed behaviour: the value that is accepted (None: both, because the results are the same), and
+the
+message for the other value. They are accepted if a command has no flag with this name."""
 
 LOGIN = "It could be written to logs and files. Set the environment variable HF_TOKEN, or run `hf auth login`."
 FROM_SCRATCH = (
@@ -33,14 +34,14 @@ PRECISION = "Use --bf16 or --fp16."
 COMPILE = "Use --torch_compile."
 
 INSTEAD: dict[str, str | tuple[str, ...]] = {
-    "cache_dir": "Set the environment variable HF_HOME: models and data are then cached below that directory.",
+    "cache_dir": "Set the environment variable HF_HOME to a directory in which to cache models and data.",
     "config_overrides": FROM_SCRATCH,
     "model_type": FROM_SCRATCH,
     "token": LOGIN,
     "use_auth_token": LOGIN,
     "push_to_hub_token": LOGIN,
     # of train, where it is a flag of classify
-    "ignore_mismatched_sizes": "A language model has no head that is made anew. Give a checkpoint of this model.",
+    "ignore_mismatched_sizes": "A language model never gets a new head. Give a checkpoint of this model.",
     "max_predict_samples": "Use --max_eval_samples, which also limits the test set.",
     "max_seq_length": ("Use --block_size.", "Use --max_length."),
     # of classify and of sft, where it is a flag of train
@@ -49,18 +50,18 @@ INSTEAD: dict[str, str | tuple[str, ...]] = {
     "validation_split_percentage": "Give --validation_file, or --do_eval false.",
     "preprocessing_num_workers": "Rows are tokenized by one process. Leave it out.",
     # of TRL's scripts
-    "bnb_4bit_quant_storage": "It follows from how the weights are sharded. Leave it out.",
+    "bnb_4bit_quant_storage": "It is chosen by how the weights are sharded. Leave it out.",
     "bnb_4bit_quant_type": "4-bit weights are nf4. Leave it out.",
     "dataset_kwargs": "Rows are always prepared. Leave it out.",
     "dataset_streaming": "Rows are read before training. Leave it out.",
     "datasets": "Give one data set, as --dataset_name or --train_file.",
     "lora_modules_to_save": PLAIN_LORA,
     "lora_target_parameters": PLAIN_LORA,
-    "lora_task_type": "It follows from the command. Leave it out.",
+    "lora_task_type": "The command sets it. Leave it out.",
     "model_init_kwargs": "Use --torch_dtype, --attn_implementation and --model_revision.",
-    "pad_token": "It is that of the tokenizer, or else the end-of-text token. Leave it out.",
+    "pad_token": "The tokenizer's pad token is used, or else its end-of-text token. Leave it out.",
     "test_split_size": "Use --validation_split_percentage.",
-    "truncation_mode": "What is longer than --max_length is cut at the end. Leave it out.",
+    "truncation_mode": "Rows longer than --max_length are cut at the end. Leave it out.",
     "use_dora": PLAIN_LORA,
     "use_rslora": PLAIN_LORA,
     # gone from TrainingArguments
@@ -77,27 +78,27 @@ INSTEAD: dict[str, str | tuple[str, ...]] = {
     "push_to_hub_model_id": "Use --hub_model_id.",
     "push_to_hub_organization": "Use --hub_model_id organization/name.",
     "torchdynamo": COMPILE,
-    "use_mps_device": "The device is found without it. Leave it out.",
-    "warmup_ratio": "Use --warmup_steps: below 1 it is a share of the run.",
+    "use_mps_device": "The device is found automatically. Leave it out.",
+    "warmup_ratio": "Use --warmup_steps: below 1, it is a share of the run.",
 }
-"""What to do instead of giving a flag, where a command has no flag of this name. Of several answers, the first that
-names a flag of the command.
+"""What to do instead of giving a flag, if a command has no flag with this name. If there are several answers, the
+first one with a flag of the command is used.
 """
 
 TRUE = ("yes", "true", "t", "y", "1")
 FALSE = ("no", "false", "f", "n", "0")
-"""How a command line writes them, as `HfArgumentParser` reads it."""
+"""Words for true and false that `HfArgumentParser` accepts."""
 
 
 def accepted(argv: Sequence[str], known: Collection[str]) -> list[str]:
     """Return a command line without the flags of `SAME_HERE`.
 
     Args:
-        known: Flags that the command has, with their dashes.
+        known: Flags of the command, with their dashes.
 
     Raises:
-        ValueError: A flag is unknown; the message says what to use instead, or which one may have been meant. It
-            never repeats a value, which may be a token.
+        ValueError: A flag is unknown; the message says what to use instead, or suggests a similar flag. It never
+            contains the value, which may be a secret token.
 
     >>> accepted(["--use_fast_tokenizer", "true", "--seed", "1", "--low-cpu-mem-usage"], ["--seed"])
     ['--seed', '1']
@@ -124,7 +125,7 @@ def accepted(argv: Sequence[str], known: Collection[str]) -> list[str]:
 
 
 def unknown(flag: str, known: Collection[str]) -> str:
-    """Return what to say of a flag that a command does not have."""
+    """Return the error message for a flag that a command does not have."""
     answers = INSTEAD.get(flag[2:].replace("-", "_"), ())
     answers = (answers,) if isinstance(answers, str) else answers
     if answers:

@@ -1,4 +1,4 @@
-"""Explain why a batch of a run was repeated or skipped: its losses, and what the rule saw.
+"""Explain why a batch of a run was repeated or skipped: its losses, and the numbers that the rule used.
 
 abr why runs/demo 37
 """
@@ -17,7 +17,7 @@ from ..report.why import explain_batch, wrapped
 def main(argv: Sequence[str] | None = None) -> list[str]:
     parser = argparse.ArgumentParser("abr why", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path, help="--output_dir of a run")
-    parser.add_argument("step", type=int, help="which batch: the number under `step` in the trace, from 1")
+    parser.add_argument("step", type=int, help="number of the batch, from 1: its `step` in the trace")
     args = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
         lines = explain_batch(args.directory, args.step)

@@ -1,4 +1,4 @@
-"""The arguments of a run: everything `TrainingArguments` takes, and which batches to repeat or skip."""
+"""The arguments of a run: those of `TrainingArguments`, and which batches to repeat or skip."""
 
 from __future__ import annotations
 
@@ -43,83 +43,82 @@ class ABRConfig(TrainingArguments):
         metadata={
             "help": "How often to train on each batch: baseline, fixed, random, abr, window, gain, replay, learnable, "
             "easy, or your own as module:Class. baseline: once. fixed: --max_repeats times, by default twice. random: "
-            "1 to --max_repeats times. abr: the more often the higher its first-pass loss, by --loss_threshold. "
-            "window: by the trend of the last losses. gain: as long as another pass gains more than a fresh batch "
-            "would. replay: hard batches once more, some batches later. learnable: a network learns it from the "
-            "losses that follow. easy: skips easy batches."
+            "1 to --max_repeats times. abr: more often for a higher first-pass loss, see --loss_threshold. "
+            "window: by the trend of the last losses. gain: while another pass gains more than a fresh batch. "
+            "replay: hard batches again, some batches later. learnable: a network learns it from later losses. "
+            "easy: once, but skip easy batches."
         },
     )
     repeat_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Parameters of the rule as JSON: '{\"max_repeats\": 3}'. They win over flags.",
+            "help": "Parameters of the rule as JSON: '{\"max_repeats\": 3}'. They override flags.",
             "metavar": "JSON",
         },
     )
     loss_threshold: float | str | None = field(
         default=None,
         metadata={
-            "help": "What abr takes for a high first-pass loss. A number: so many nats per target token buy an "
-            "update. q0.8: the highest fifth of the recent losses is repeated, of these the highest fifth once more, "
-            "and so on. s1.5: once more for each 1.5 robust standard deviations above their median. Default: 1.0."
+            "help": "Threshold of abr for the first-pass loss. A number, in nats per target token: the updates are "
+            "the loss divided by it, rounded down. q0.8: the highest 20% of the recent losses get two updates, the "
+            "highest 20% of these three, and so on. s1.5: one more update for each 1.5 robust standard deviations "
+            "above their median. Default: 1.0."
         },
     )
     max_repeats: int | None = field(
         default=None,
-        metadata={"help": "Most updates on one batch; fixed makes so many. Default: the rule's own."},
+        metadata={"help": "Most updates on one batch. For fixed, the number of updates. Default: the rule's own."},
     )
     repeat_until: float | None = field(
         default=None,
-        metadata={
-            "help": "Repeat until this share of the run is spent, e.g. 0.85, and train on each batch once after that."
-        },
+        metadata={"help": "Repeat until this share of the run is spent, e.g. 0.85. Then train on each batch once."},
     )
     skip_outliers: str = field(
         default="robust",
         metadata={
             "help": "Skip batches with outlying losses: robust, classic, none. The loss is that of the first pass. "
-            "robust: by median and MAD of the recent losses. classic: by their mean and standard deviation, the "
-            "published rule.",
+            "robust: by level and spread of recent losses that look good. classic: by mean and standard deviation of "
+            "all recent losses, as published.",
             "choices": [*sorted(OUTLIER_RULES), "none"],
         },
     )
     outlier_sigmas: float | None = field(
         default=None,
         metadata={
-            "help": "Spreads above the recent losses that make an outlier. Default: 4.0 (robust), 2.5 (classic)."
+            "help": "Number of spreads above the level from which a loss is an outlier. Default: 4.0 (robust), 2.5 "
+            "(classic)."
         },
     )
     outlier_window: int | None = field(
-        default=None, metadata={"help": "Number of recent losses that outliers are judged by. Default: 100."}
+        default=None, metadata={"help": "Number of recent losses for finding outliers. Default: 100."}
     )
     skip_grad_norm: float | None = field(
         default=None,
         metadata={
-            "help": "Skip batches whose gradient norm stands out by so many spreads, robust standard deviations of "
-            "the logarithm of the recent norms; try 6. Decided after the backward: a skip costs a whole pass. "
-            "Default: off."
+            "help": "Skip batches whose gradient norm is this many robust standard deviations above the recent norms, "
+            "on a log scale; try 6. A skip is decided after the backward pass and costs a full pass. Default: off."
         },
     )
     skip_rows: str = field(
         default="none",
         metadata={
-            "help": "Drop rows with outlying losses: robust or none. Or your own rule, as module:Class. The other "
-            "rows of the batch count as they would have. robust: by level and spread of the recent row losses of that "
-            "length. Costs no extra pass."
+            "help": "Drop rows with outlying losses: robust or none. Or your own rule, as module:Class. Other rows "
+            "keep their weights. robust: by level and spread of recent row losses of the same length. Costs no extra "
+            "pass."
         },
     )
     row_sigmas: float | None = field(
         default=None,
-        metadata={"help": "Spreads above the recent row losses at which a row is dropped. Default: 4.25 (robust)."},
+        metadata={"help": "Number of spreads above the level from which a row is dropped. Default: 4.25 (robust)."},
     )
     row_window: int | None = field(
-        default=None, metadata={"help": "Number of recent row losses that rows are judged by. Default: 256 (robust)."}
+        default=None, metadata={"help": "Number of recent row losses to compare with. Default: 256 (robust)."}
     )
     rank_rows: bool = field(
         default=False,
         metadata={
-            "help": "Keep the last first-pass loss of every row of the training set, to rank all of them. 12 bytes a "
-            "row. They are written to _row_losses.npz in --output_dir, for `abr rows`."
+            "help": "Keep the last first-pass loss of every training row, for `abr rows`, in _row_losses.npz in "
+            "--output_dir. Takes 12 bytes per row."
         },
     )
     max_consecutive_skips: int = field(
@@ -129,35 +128,33 @@ class ABRConfig(TrainingArguments):
     max_passes: int | None = field(
         default=None,
         metadata={
-            "help": "Compute budget, in forward-backward passes over a batch. Training ends when it is spent, over "
-            "as many epochs as that takes, and the learning rate follows the share of it that is spent. A skipped "
-            "batch costs its forward: 1/3 of a pass, 1/2 with a frozen base. Less than a pass can be left at the end."
+            "help": "Compute budget, in forward-backward passes over a batch. Training ends when it is spent, after "
+            "any number of epochs, and the learning rate follows the share that is spent. A skipped batch costs its "
+            "forward pass: 1/3 of a pass, or 1/2 with a frozen base model. Less than one pass may be left at the end."
         },
     )
     eval_passes: float | None = field(
         default=None,
         metadata={
-            "help": "Evaluate every so many passes; below 1, a share of --max_passes. Runs of equal "
-            "budget are then evaluated at equal compute, however often they repeat."
+            "help": "Evaluate every N passes; below 1, a share of --max_passes. Runs with the same budget are then "
+            "evaluated at the same compute."
         },
     )
     save_passes: float | None = field(
         default=None,
         metadata={
-            "help": "Save a checkpoint whenever so many more passes are spent, beside what --save_strategy says; "
-            "below 1, a share of --max_passes."
+            "help": "Save a checkpoint every N passes, in addition to --save_strategy; below 1, a share of "
+            "--max_passes."
         },
     )
     primer_batches: int = field(
         default=0,
-        metadata={"help": "Train on this many batches at the start once each, neither repeating nor skipping them."},
+        metadata={"help": "Train once on each of the first N batches, without repeats or skips."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run left in --output_dir."}
+        default=False, metadata={"help": "Delete the files of an earlier run in --output_dir."}
     )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many batches; below 1, a share of the run."}
-    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every N batches; below 1, a share of the run."})
     report_to: None | str | list[str] = field(  # noqa: RUF036  # HfArgumentParser takes the second type
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., all or none."}
     )
@@ -170,40 +167,40 @@ class ABRConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Set --learning_rate to --base_learning_rate x sqrt(batch) and --max_steps to --base_samples / "
-            "batch, where a batch is that of all devices and accumulated micro-batches: runs of other batch sizes "
-            "then see as many samples."
+            "batch, so that runs with different batch sizes see the same number of samples. batch is the number of "
+            "samples over all devices and accumulated micro-batches."
         },
     )
     base_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of a batch of one sample, for --scale_with_batch_size."}
+        default=None, metadata={"help": "Learning rate for a batch of one sample, for --scale_with_batch_size."}
     )
     base_samples: int | None = field(
-        default=None, metadata={"help": "Samples to train on, for --scale_with_batch_size."}
+        default=None, metadata={"help": "Number of samples to train on, for --scale_with_batch_size."}
     )
     eval_on_start: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Evaluate before the first batch, too. Default: where --do_train and --do_eval ask for both.",
-            "nargs": "?",  # as for a flag whose default is no None
+            "help": "Also evaluate before the first batch. Default: true with both --do_train and --do_eval.",
+            "nargs": "?",  # HfArgumentParser sets it only for a flag whose default is not None
             "const": True,
         },
     )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop after so many evaluations without a new best. It must be better by more than "
+            "help": "Stop after N evaluations without improvement. An improvement must exceed "
             "--early_stopping_threshold. The best checkpoint, by --metric_for_best_model, is loaded (default of the "
-            "commands: perplexity, or the first score of a task). Evaluates whenever --save_strategy saves, unless "
-            "told otherwise. Each new best is saved."
+            "commands: perplexity, or the first score of a task). By default evaluates when --save_strategy saves. "
+            "Each new best is saved."
         },
     )
     early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "By how much an evaluation must be better, in units of the metric."}
+        default=0.0, metadata={"help": "Least improvement for early stopping, in units of the metric."}
     )
 
     hub_base_model: str | None = field(
         default=None,
-        metadata={"help": "What the base model is called on the Hub, where --model_name_or_path is a directory."},
+        metadata={"help": "Id of the base model on the Hub, if --model_name_or_path is a directory."},
     )
 
     def __post_init__(self) -> None:
@@ -212,7 +209,7 @@ class ABRConfig(TrainingArguments):
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
         elif self.early_stopping_threshold:
-            raise ValueError("--early_stopping_threshold means nothing without --early_stopping_patience.")
+            raise ValueError("--early_stopping_threshold needs --early_stopping_patience.")
         if self.eval_strategy is None:
             evaluates_with_saves = self.load_best_model_at_end and self.save_strategy in ("steps", "epoch")
             by_default = "no" if self.eval_passes else self.save_strategy if evaluates_with_saves else "epoch"
@@ -227,7 +224,7 @@ class ABRConfig(TrainingArguments):
             self.resume_from_checkpoint = None
         if self.hub_token is not None:
             raise ValueError(
-                "--hub_token would be written to training_args.bin, in clear. "
+                "--hub_token would be written to training_args.bin in plain text. "
                 "Set the environment variable HF_TOKEN or run `hf auth login` instead."
             )
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
@@ -235,16 +232,16 @@ class ABRConfig(TrainingArguments):
         refuse_single_process_launch()
         self.plan()
         refuse_unread(vars(self))
-        self.load_best_model_at_end = False  # or each evaluation would have to fall on a checkpoint: we save each best
+        self.load_best_model_at_end = False  # Trainer would require a checkpoint at each evaluation; we save each best
         super().__post_init__()
         self.load_best_model_at_end = loads_best
         scale_with_batch_size(self)
 
     def plan(self) -> None:
-        """Check the fields, and lower `max_steps`, kept as `most_batches`, to what the budget can buy.
+        """Check the fields, and lower `max_steps` to the most batches in the budget; `most_batches` keeps its value.
 
         Raises:
-            ValueError: A field is out of range, or names no rule.
+            ValueError: A field is out of range, or a rule is unknown.
         """
         check_fields(self)
         self.most_batches = self.max_steps
@@ -265,7 +262,7 @@ class ABRConfig(TrainingArguments):
         refuse_unread({name: value for name, value in vars(self).items() if name not in left})
 
     def build_repeat_scheduler(self) -> RepeatScheduler:
-        """Return a new scheduler as the fields describe it, outlier skipping included.
+        """Return a new scheduler built from the fields, including outlier skipping.
 
         Raises:
             ValueError: A name is unknown, or a parameter out of range.
@@ -273,7 +270,7 @@ class ABRConfig(TrainingArguments):
         return build_rule(vars(self))
 
     def build_row_rule(self) -> RowRule | None:
-        """Return a new rule for rows as the fields describe it; None if no rows are to be dropped.
+        """Return a new row rule built from the fields; None if no rows are dropped.
 
         Raises:
             ValueError: A name is unknown, or a parameter out of range.
@@ -282,7 +279,7 @@ class ABRConfig(TrainingArguments):
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:
-    """Tell whether the backward recomputes activations, by the name that this version of transformers has for it."""
+    """Tell whether the backward pass recomputes activations, in any version of transformers."""
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
 
 

@@ -57,9 +57,9 @@ def test_prompts_go_by_directories_of_their_own_whatever_they_are_made_of():
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        (["none", "none"], {}, "--prompts none stands there twice"),
+        (["none", "none"], {}, "--prompts has none twice"),
         (["none"], {"reference": "perfect"}, "--reference perfect is none of --prompts"),
-        (["none"], {"tune": {"prompt": ["a", "b"]}, "tune_seeds": [0]}, "--tune: --prompt is not for the runs"),
+        (["none"], {"tune": {"prompt": ["a", "b"]}, "tune_seeds": [0]}, "--tune: --prompt cannot be set for the runs"),
         (["none"], {"tune": {"task_name": ["a", "b"]}, "tune_seeds": [0]}, "--tune: --task_name must be the same"),
     ],
 )
@@ -69,17 +69,17 @@ def test_a_comparison_that_cannot_be_is_refused_in_one_line(prompts, options, me
 
 
 def test_a_prompt_has_text():
-    with pytest.raises(ValueError, match="an empty prompt is called none"):
+    with pytest.raises(ValueError, match="Write none for no prompt"):
         prompt_arm(" ")
 
 
 def test_what_a_comparison_of_prompts_decides_is_refused_to_the_runs():
     for flag, instead in {"--prompt": "--prompts", "--seed": "--seeds", "--output_dir": "--out"}.items():
-        with pytest.raises(ValueError, match=f"{flag} is not for the runs to decide. Use {instead}"):
+        with pytest.raises(ValueError, match=f"{flag} cannot be set for the runs of a comparison. Use {instead}"):
             complete_prompt_flags([flag, "1"])
     with pytest.raises(ValueError, match="--do_train no: a comparison trains and evaluates every run"):
         complete_prompt_flags(["--do_train", "no"])
-    with pytest.raises(ValueError, match="group_by_length: the prompt changes lengths"):
+    with pytest.raises(ValueError, match="group_by_length cannot be used: a prompt changes the lengths"):
         complete_prompt_flags(["--train_sampling_strategy", "group_by_length"])
     complete_prompt_flags(["--repeat_scheduler", "abr", "--max_passes", "9"])
 

@@ -98,10 +98,10 @@ def test_help_is_a_page_and_help_all_is_everything(verb, monkeypatch):
 def test_a_page_tells_defaults_and_what_turns_a_flag_off(capsys):
     train, classify = (" ".join(answer(capsys, verb, "--help")[1].split()) for verb in ("train", "classify"))
     assert "--use_lora Train a LoRA adapter; --no_use_lora trains all weights [on]" in train
-    assert "--lora_alpha N Scale of the adapter: its output counts alpha / r times [32]" in train
-    assert "--lora_alpha N Scale of the adapter: its output counts alpha / r times [16]" in classify
+    assert "--lora_alpha N Scale of the adapter: its output is multiplied by alpha / r [32]" in train
+    assert "--lora_alpha N Scale of the adapter: its output is multiplied by alpha / r [16]" in classify
     assert "--learning_rate X Learning rate of the first batch after warm-up [5e-05]" in train
-    assert "--learning_rate X Learning rate of the first batch after warm-up [0.0003]" in classify
+    assert "--learning_rate X Highest learning rate, reached after warm-up [0.0003]" in classify
 
 
 def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
@@ -120,7 +120,7 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
         ("train", ["--do_train", "perhaps"], "'perhaps' is neither true nor false"),
         ("train", ["--save_strategy", "never"], "invalid choice: 'never'"),
         ("train", ["--output_dir"], "expected one argument"),
-        ("train", ["runs/mine", "--do_train"], "runs/mine does not belong to a flag"),
+        ("train", ["runs/mine", "--do_train"], "runs/mine does not belong to any flag"),
         ("train", ["--repeat_scheduler", "abt"], "Unknown repeat scheduler 'abt'. Did you mean 'abr'?"),
         (
             "train",
@@ -144,21 +144,25 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
         ("classify", ["--validation_file", "missing.csv"], "--validation_file missing.csv does not exist."),
         ("classify", ["--task_name", "mrcp"], "Unknown --task_name 'mrcp'. Did you mean 'mrpc'?"),
         ("classify", ["--prompt", "perfekt"], "--prompt perfekt: did you mean perfect?"),
-        ("train", [], "Nothing to do: give --do_train, --do_eval or --do_predict."),
+        ("train", [], "Nothing to do. Give --do_train, --do_eval or --do_predict."),
         ("classify", ["--block_size", "8"], "--block_size is not a flag here. Use --max_seq_length."),
         ("classify", ["--model_name_or_path", "./no/model"], "--model_name_or_path ./no/model does not exist."),
         ("train", ["--dataset_name", "/no/texts"], "--dataset_name /no/texts does not exist."),
         ("sft", ["--chat_template", "./no.jinja"], "--chat_template ./no.jinja does not exist."),
         ("sft", ["--config"], "--config takes a .yaml, .yml or .json file of flags, got nothing."),
         ("sft", ["--config", "missing.yaml"], "missing.yaml cannot be read"),
-        ("compare", ["--command", "sft", "--out", "x", "--max_length", "2"], "--max_length is a flag of abr sft: it"),
+        (
+            "compare",
+            ["--command", "sft", "--out", "x", "--max_length", "2"],
+            "--max_length is a flag of abr sft. Put it",
+        ),
         ("compare", ["--command", "classify", "--out", "x"], "argument --command: invalid choice: 'classify'"),
         (
             "compare",
             ["--command", "sft", "--out", "x", "--", *BUDGET, "--block_size", "2"],
             "--block_size is not a flag here. Use --max_length.",
         ),
-        ("push", ["no/run"], "no/run is no directory."),
+        ("push", ["no/run"], "no/run is not a directory."),
         ("perplexity", ["--text_file", "missing.txt"], "--text_file missing.txt does not exist."),
         ("perplexity", [*ON_DEMO, "--output_file", "no/where.json"], "--output_file no/where.json: its directory"),
         ("prune", [], "the following arguments are required: --output_dir"),
@@ -166,7 +170,7 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
         ("evaluate", ["--splitt", "test"], "Unknown flag --splitt. Did you mean --split?"),
         ("push", [], "the following arguments are required: directory"),
         ("compare", ["--out", "x", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
-        ("compare", ["--out", "x", "--max_passes", "2"], "--max_passes is a flag of abr train: it stands behind --."),
+        ("compare", ["--out", "x", "--max_passes", "2"], "--max_passes is a flag of abr train. Put it after --."),
         ("compare", ["--out", "x", "--sheds", "abr"], "Unknown flag --sheds."),
         ("compare", [*COMPARE, *ON_DEMO], "--match passes needs the budget of each run"),
         ("compare", [*COMPARE, *BUDGET, "--lerning_rate", "1"], "Did you mean --learning_rate?"),
@@ -177,7 +181,7 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
         (
             "compare-prompts",
             ["--prompts", "none", "--out", "x", "--", "--prompt", "a"],
-            "--prompt is not for the runs",
+            "--prompt cannot be set for the runs",
         ),
         ("compare-prompts", ["--prompts", "none", "--out", "x", "--", "--max_seq_len", "9"], "--max_seq_length?"),
     ],

@@ -33,7 +33,9 @@ def test_the_report_of_a_run_of_a_comparison_is_that_of_the_run(tmp_path):
     assert not (tmp_path / "report.md").exists()
 
 
-@pytest.mark.parametrize(("name", "message"), [("", "holds neither a run"), ("nowhere", "nowhere is no directory")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "contains neither a run"), ("nowhere", "nowhere is not a directory")]
+)
 def test_a_directory_of_something_else_is_refused_in_one_line(tmp_path, name, message):
     with pytest.raises(SystemExit, match=f"error: .*{message}") as caught:
         report.main([str(tmp_path / name)])

@@ -160,21 +160,24 @@ def test_it_needs_neither_torch_nor_transformers(run, notes, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere"], "nowhere is no directory"),
+        (["nowhere"], "nowhere is not a directory"),
         (["."], "holds no run"),
         (["run", "--limit", "-1"], "--limit must be at least 0, got -1"),
-        (["run", "--all", "--clean", "a", "b"], "does not go with --all"),
-        (["run", "--clean", "a", "b", "--limit", "3"], "does not go with --limit"),
-        (["run", "--overwrite"], "--overwrite goes with --clean"),
+        (["run", "--all", "--clean", "a", "b"], "cannot be used with --all"),
+        (["run", "--clean", "a", "b", "--limit", "3"], "cannot be used with --limit"),
+        (["run", "--overwrite"], "--overwrite needs --clean"),
         (["run", "--clean", "missing.jsonl", "out.jsonl"], "--clean missing.jsonl is missing"),
         (["run", "--clean", "run", "out.jsonl"], "--clean run is a directory"),
-        (["run", "--clean", "notes.jsonl", "no/out.jsonl"], "no/out.jsonl is in no directory that exists"),
+        (["run", "--clean", "notes.jsonl", "no/out.jsonl"], "no/out.jsonl is in a directory that does not exist"),
         (["run", "--clean", "notes.jsonl", "run"], "run is a directory"),
         (["run", "--clean", "notes.jsonl", "notes.jsonl"], "would overwrite notes.jsonl"),
         (["run", "--clean", "notes.jsonl", "notes.jsonl", "--overwrite"], "would overwrite notes.jsonl"),
-        (["run", "--clean", "notes.jsonl", "there.jsonl"], "there.jsonl exists: give another name, or --overwrite"),
+        (["run", "--clean", "notes.jsonl", "there.jsonl"], "there.jsonl exists. Give another name, or --overwrite"),
         (["run", "--clean", "there.jsonl", "out.jsonl"], "there.jsonl is none of the sources of run. They are notes"),
-        (["run", "--clean", "notes.jsonl", "out.csv"], "out.csv must be named as notes.jsonl is, .jsonl"),
+        (
+            ["run", "--clean", "notes.jsonl", "out.csv"],
+            "out.csv is a copy of notes.jsonl, so its name must end in .jsonl",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, notes, tmp_path, monkeypatch, argv, message):
@@ -251,7 +254,7 @@ def test_rows_of_other_files_stay(run, notes, tmp_path, capsys):
     drops += [drop(1, 2, 5, 9.0, "y", source=..., first_row=..., last_row=...)]
     mixed = write_run(tmp_path / "mixed", drops)
     assert lines_of(capsys, mixed, "--clean", notes, tmp_path / "clean.jsonl")[1:] == [
-        "Dropped rows that are not of notes.jsonl: 1 of more.csv, 1 of unknown place"
+        "Dropped rows that are not from notes.jsonl: 1 from more.csv, 1 from unknown source"
     ]
 
 
@@ -269,9 +272,7 @@ def test_a_file_that_was_trained_on_and_had_nothing_dropped_is_copied(run, notes
 def test_dropped_rows_of_unknown_place_cannot_be_removed(notes, tmp_path):
     run = write_run(tmp_path / "run", [drop(1, 0, 3, 9.0, "x", source=..., first_row=..., last_row=...)])
     record(run, "train", train_file=str(notes))
-    assert "Of 1 dropped rows it is not known where they come from" in refusal(
-        run, "--clean", notes, tmp_path / "o.jsonl"
-    )
+    assert "The source of 1 dropped rows is not known" in refusal(run, "--clean", notes, tmp_path / "o.jsonl")
 
 
 def test_of_two_files_of_one_name_the_one_that_is_given_is_cleaned(notes, tmp_path, capsys):
@@ -292,15 +293,20 @@ def test_a_file_that_has_changed_since_is_refused(run, notes, tmp_path):
     record(run, "sft")
     whole = notes.read_text().splitlines(keepends=True)
     notes.write_text("".join(whole[:5]))
-    assert "notes.jsonl has changed since: its row 8 is not what" in refusal(
+    assert "notes.jsonl has changed since the run: its row 8 is not the row" in refusal(
         run, "--clean", notes, tmp_path / "o.jsonl"
     )
     os.utime(notes, (1e9, 1e9))
-    assert "has changed since: its row 8" in refusal(run, "--clean", notes, tmp_path / "o.jsonl"), "if older than it"
+    assert "has changed since the run: its row 8" in refusal(run, "--clean", notes, tmp_path / "o.jsonl"), (
+        "if older than it"
+    )
     notes.write_text("".join(whole[1:]) + "{}\n" * 3)
     os.utime(notes, (3e9, 3e9))
     message = refusal(run, "--clean", notes, tmp_path / "o.jsonl")
-    assert "notes.jsonl has changed since: its row 3 is not what was dropped there: the cat of number 2" in message
+    assert (
+        "notes.jsonl has changed since the run: its row 3 is not the row that was dropped: the cat of number 2"
+        in message
+    )
     assert not (tmp_path / "o.jsonl").exists()
     notes.write_text("".join(whole))
     rows.main([str(run), "--clean", str(notes), str(tmp_path / "o.jsonl")])
@@ -337,7 +343,7 @@ def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_pa
     count = len(removed.split())
     assert first.endswith(f"notes.jsonl without {count} of its 12 rows{': ' * bool(count)}{removed}")
     assert more[0].startswith(f"{partly.count('(')} row")
-    assert f"blocks: {partly}. Look at them" in more[0]
+    assert f"blocks: {partly}. To see them" in more[0]
 
 
 def test_blocks_are_told_from_rows_without_a_command_as_well(notes, tmp_path, capsys):
@@ -366,10 +372,10 @@ def test_empty_lines_are_counted_as_the_command_of_the_run_counts_them(with_an_e
     lines_of(capsys, of_sentences, "--clean", notes, tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "clean.jsonl").read_bytes()
     both = refusal(of_chats, of_sentences, "--clean", notes, tmp_path / "both.jsonl")
-    assert "has empty lines. Whether these are rows is not clear: these runs do not count them alike" in both
+    assert "has empty lines, and it is not known whether these count as rows: the runs differ in this" in both
     (of_chats / "run.json").unlink()
     alone = refusal(of_chats, "--clean", notes, tmp_path / "both.jsonl")
-    assert f"{of_chats} does not say so" in alone
+    assert f"{of_chats} does not record it" in alone
 
 
 @pytest.mark.parametrize("names", ["train_file", "dataset_mix", "dataset_name", "source"])
@@ -387,7 +393,7 @@ def test_another_file_of_the_same_name_must_hold_the_same_rows(run, notes, tmp_p
     assert "without 2 of its 12 rows" in lines_of(capsys, run, "--clean", other, tmp_path / "same.jsonl")[0]
     other.write_text("".join(reversed(other.read_text().splitlines(keepends=True))))
     os.utime(other, (1e9, 1e9))
-    assert "its row 3 is not what was dropped" in refusal(run, "--clean", other, tmp_path / "out.jsonl")
+    assert "its row 3 is not the row that was dropped" in refusal(run, "--clean", other, tmp_path / "out.jsonl")
     short = write_run(tmp_path / "short", [drop(1, 0, 2, 5.0, "x", source=source)])
     (short / "run.json").write_bytes((run / "run.json").read_bytes())
     told = refusal(short, "--clean", other, tmp_path / "out.jsonl")
@@ -411,7 +417,7 @@ def test_a_file_of_chats_that_was_touched_is_the_same(tmp_path, capsys):
     os.utime(path, (3e9, 3e9))
     assert "without 2 of its 3 rows: 1, 3" in lines_of(capsys, run, "--clean", path, tmp_path / "out.jsonl")[0]
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats[1:] + chats[:1]))
-    assert "its row 1 is not what was dropped" in refusal(run, "--clean", path, tmp_path / "new.jsonl")
+    assert "its row 1 is not the row that was dropped" in refusal(run, "--clean", path, tmp_path / "new.jsonl")
 
 
 def test_chinese_is_compared_as_well(tmp_path, capsys):
@@ -421,7 +427,7 @@ def test_chinese_is_compared_as_well(tmp_path, capsys):
     run = write_run(tmp_path / "run", [drop(1, 0, 2, 5.0, said[2])])
     lines_of(capsys, run, "--clean", path, tmp_path / "out.jsonl")
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in reversed(said)))
-    assert "its row 3 is not what was dropped" in refusal(run, "--clean", path, tmp_path / "new.jsonl")
+    assert "its row 3 is not the row that was dropped" in refusal(run, "--clean", path, tmp_path / "new.jsonl")
 
 
 class ThePosition(RowRule):

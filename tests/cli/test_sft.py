@@ -111,12 +111,12 @@ def test_what_is_learnt_is_said_before_the_first_batch(tmp_path, capsys):
     run(tmp_path / "run", "--do_train", "--max_steps", "1", "--max_length", "40")
     told = " ".join(capsys.readouterr().out.split())
     assert "defaults here (in TRL's script): --use_lora true (false)" in told
-    assert re.search(r"data demo: \d\d rows to train on learnt", told)
-    assert re.search(r"learnt what the assistant writes; [\d,]+ of the [\d,]+ train tokens \(\d+\.\d\d %\)", told)
+    assert re.search(r"data demo: \d\d rows to train on targets", told)
+    assert re.search(r"targets the assistant's tokens; [\d,]+ of the [\d,]+ train tokens \(\d+\.\d %\)", told)
     assert re.search(r"cut \d+ of the \d+ train rows are longer than --max_length 40", told)
     run(tmp_path / "whole", "--do_eval", "--assistant_only_loss", "false")
     told = " ".join(capsys.readouterr().out.split())
-    assert "learnt all that is written, the user's messages too (--assistant_only_loss:" in told
+    assert "targets all tokens, including the user's messages (--assistant_only_loss:" in told
 
 
 CHATS = [
@@ -191,18 +191,18 @@ def test_other_shapes_are_trained_on(tmp_path, capsys, row, flags, learnt):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(8)))
     run(tmp_path / "run", "--do_train", "--train_file", str(path), "--max_steps", "1", *flags)
-    assert f"learnt {learnt}; " in " ".join(capsys.readouterr().out.split())
+    assert f"targets {learnt}; " in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
         ([{"messages": []}], [], "line 1 of --train_file FILE has no messages."),
-        ([{"label": 1}], [], "--train_file FILE holds nothing that abr sft can learn from: its columns are label."),
+        ([{"label": 1}], [], "--train_file FILE holds no data that abr sft can train on: its columns are label."),
         (
             [{"text": "a b"}],
             ["--assistant_only_loss"],
-            "--assistant_only_loss is for chats, and --train_file FILE holds",
+            "--assistant_only_loss is for chats, but --train_file FILE holds",
         ),
         (
             CHATS,
@@ -210,11 +210,11 @@ def test_other_shapes_are_trained_on(tmp_path, capsys, row, flags, learnt):
             "--completion_only_loss: --train_file FILE has no prompts with completions.",
         ),
         (CHATS, ["--max_length", "300"], "--max_length 300 exceeds the model's context of 256 tokens."),
-        (CHATS, ["--eos_token", "<stop>"], "--eos_token <stop> is no token of"),
+        (CHATS, ["--eos_token", "<stop>"], "--eos_token <stop> is not in the vocabulary of"),
         (CHATS, ["--chat_template", "alpacca"], "Unknown --chat_template 'alpacca'. Did you mean 'alpaca'?"),
         (CHATS, ["--do_predict"], "There is no test split. Give --test_file, or --do_predict false."),
-        (CHATS, ["--dataset_name", "c4"], "--dataset_name c4 is streamed, and abr sft reads no streams."),
-        (CHATS, ["--dataset_test_split", "x"], "--dataset_test_split means nothing without --dataset_name."),
+        (CHATS, ["--dataset_name", "c4"], "--dataset_name c4 is streamed, but abr sft cannot read streams."),
+        (CHATS, ["--dataset_test_split", "x"], "--dataset_test_split needs --dataset_name."),
     ],
 )
 def test_bad_arguments_and_rows_give_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, rows, flags, message):
@@ -232,7 +232,7 @@ def test_bad_arguments_and_rows_give_one_line_before_a_model_is_loaded(tmp_path,
     ("row", "kind"),
     [
         ({"text": "The fox ran."}, "texts"),
-        ({"prompt": "The fox", "completion": " ran."}, "prompts and completions that are texts"),
+        ({"prompt": "The fox", "completion": " ran."}, "prompts and completions as text"),
         ({"question": "Who ran?", "answer": "The fox."}, "prompts and answers of chats"),
     ],
 )
@@ -244,7 +244,7 @@ def test_one_split_does_not_change_what_is_learnt_of_another(tmp_path, row, kind
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "run", "--do_train", "--do_eval", *files)
     assert str(caught.value).startswith(
-        f"error: --train_file {train} holds chats, and --validation_file {validation} holds {kind}: "
+        f"error: --train_file {train} holds chats, but --validation_file {validation} holds {kind}: "
     )
     assert "\n" not in str(caught.value)
 
@@ -296,7 +296,7 @@ def test_a_pushed_adapter_says_what_it_has_learnt(hub, tmp_path):
     run(tmp_path / "run", "--do_train", "--do_eval", "--max_steps", "2", *flags)
     files = hub.repository("me/chat").files("main")
     card = files["README.md"].decode()
-    assert "- learnt, and measured: what the assistant writes" in card
+    assert "- targets of training and evaluation: the assistant's tokens" in card
     assert "- chat template: alpaca, saved with the tokenizer" in card
     assert "abr sft --chat_template alpaca" in card
     assert "using TRL" not in card.partition("## How it was trained")[0], "ours is the card, not that of TRL"
@@ -371,7 +371,7 @@ def test_packed_documents_are_listed_each_and_cannot_be_removed_from_a_file(tmp_
     capsys.readouterr()
     abr(["rows", str(tmp_path / "run"), "--json"])
     assert len(json.loads(capsys.readouterr().out)) == len({drop["text"] for drop in dropped}) > 1
-    with pytest.raises(SystemExit, match="it is not known where they come from, as with --packing"):
+    with pytest.raises(SystemExit, match="dropped rows is not known, e.g. because of --packing"):
         abr(["rows", str(tmp_path / "run"), "--clean", str(path), str(tmp_path / "clean.jsonl")])
 
 
@@ -386,7 +386,7 @@ def test_rules_are_compared_on_chats(tmp_path):
     provenance = json.loads(next(out.glob("runs/*/seed-0/run.json")).read_text())
     assert provenance["argv"][:2] == ["abr", "sft"]
     assert (out / "report.md").exists()
-    with pytest.raises(SystemExit, match="The runs in .* are of abr_trainer.cli.sft, and these of run_clm_abr"):
+    with pytest.raises(SystemExit, match="The runs in .* are of abr_trainer.cli.sft, but these are of run_clm_abr"):
         compare([*argv, "--", "--dataset_name", "demo", "--max_passes", "4", "--use_cpu"])
 
 

@@ -150,7 +150,7 @@ def test_evaluation_alone_needs_no_training_text(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "Nothing to do: give --do_train, --do_eval or --do_predict."),
+        ([], "Nothing to do. Give --do_train, --do_eval or --do_predict."),
         (["--do_train", "--repeat_scheduler", "abrr"], "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
         (["--do_train", "--loss_threshold", "0"], "`loss_threshold` must be positive, got 0."),
         (["--do_train", "--train_file", "missing.txt"], "--train_file missing.txt does not exist."),
@@ -158,10 +158,13 @@ def test_evaluation_alone_needs_no_training_text(tmp_path):
         (["--do_train", "--text_column", "body"], "--text_column body is not in --dataset_name demo."),
         (["--do_train", "--model_name_or_path", "no/where"], "--model_name_or_path no/where cannot be loaded"),
         (["--do_train", "--resume_from_checkpoint", "true"], "there is no complete checkpoint in"),
-        (["--do_train", "--streaming"], "A streamed data set has no epochs: give --max_steps or --max_passes."),
+        (
+            ["--do_train", "--streaming"],
+            "The length of a streamed data set is unknown. Give --max_steps or --max_passes.",
+        ),
         (
             ["--do_train", "--dataset_name", "c4"],
-            "A streamed data set has no epochs: give --max_steps or --max_passes.",
+            "The length of a streamed data set is unknown. Give --max_steps or --max_passes.",
         ),
         (["--do_train", "--skip_outliers", "sometimes"], "invalid choice: 'sometimes'"),
         (["--do_train", "--learning_rate", "abc"], "--learning_rate/--learning-rate: invalid float value: 'abc'"),

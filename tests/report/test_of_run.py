@@ -125,7 +125,7 @@ def test_the_page_is_written_where_no_push_takes_it_along(run):
     (page,) = report.main([str(directory)])
     assert page == str(directory / "_report" / "report.html")
     assert (directory / "_report" / "plots" / "batches.png").stat().st_size > 1000
-    with pytest.raises(SystemExit, match="error: .* holds neither a run .no abr_trace.jsonl. nor a finished part"):
+    with pytest.raises(SystemExit, match="error: .* contains neither a run .no abr_trace.jsonl. nor finished runs"):
         report.main([str(directory / "_report")])
 
 

@@ -177,7 +177,7 @@ def test_published_and_robust_rules_have_their_own_sigmas():
         (["--loss_threshold", "hard"], "`loss_threshold` must be nats such as 1.0, a quantile such as q0.8 or robust"),
         ([*ABR, "--loss_threshold", "q1.5"], "`loss_threshold` must be a quantile below 1, got q1.5."),
         (["--skip_grad_norm", "0"], "`skip_grad_norm` must be positive, got 0.0."),
-        (["--repeat_until", "1.5"], "`repeat_until` must lie between 0 and 1, got 1.5."),
+        (["--repeat_until", "1.5"], "`repeat_until` must be between 0 and 1, got 1.5."),
         (["--los_threshold", "1"], "Unknown flag --los_threshold. Did you mean --loss_threshold?"),
         (["--hub_token", "hf_secret"], "--hub_token would be written to training_args.bin"),
     ],
@@ -216,7 +216,7 @@ def test_a_file_holds_flags_and_the_command_line_wins(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n- b\n", "must hold a mapping"),
+        ("- a\n- b\n", "must contain a mapping"),
         ("a: [", "is not valid"),
         ("learning_rat: 1\n", "Unknown flag --learning_rat."),
     ],

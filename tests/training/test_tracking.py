@@ -372,7 +372,7 @@ def test_the_flags_of_passes_go_with_the_best_model(tmp_path):
 
 
 def test_early_stopping_without_patience_is_told():
-    with pytest.raises(SystemExit, match="--early_stopping_threshold means nothing without --early_stopping_patience"):
+    with pytest.raises(SystemExit, match="--early_stopping_threshold needs --early_stopping_patience"):
         run_clm_abr.main(["--do_train", "--early_stopping_threshold", "0.1", "--output_dir", "x"])
 
 
