@@ -342,7 +342,7 @@ def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_pa
     first, *more = lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")
     count = len(removed.split())
     assert first.endswith(f"notes.jsonl without {count} of its 12 rows{': ' * bool(count)}{removed}")
-    assert more[0].startswith(f"{partly.count('(')} row")
+    assert more[0].startswith(f"Kept {partly.count('(')} row")
     assert f"blocks: {partly}. To see them" in more[0]
 
 
