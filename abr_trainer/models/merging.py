@@ -48,7 +48,7 @@ class MergeArguments:
             "nargs": "?",  # so that it may be given without a value, like other boolean flags
             "const": True,
             "help": "Keep the zeros of the base model; false: a plain merge. Default: true if the base model is "
-            "sparse, i.e. if the adapter changes a matrix with more than 5% zeros.",
+            "sparse, i.e. if the adapter changes a matrix with more than 5%% zeros.",
         },
     )
 

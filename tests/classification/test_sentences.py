@@ -237,9 +237,7 @@ def test_scores_are_the_names_of_a_class_label(tmp_path):
 )
 def test_a_label_is_a_text_or_a_number(tmp_path, label, shown, options):
     rows = [{"sentence": "Rain.", "label": label}] * 2
-    line = bad(
-        tmp_path / "train.jsonl", f"must be a text or a number: row 1, column label of FILE is {shown}. See --l"
-    )
+    line = bad(tmp_path / "train.jsonl", f"must be text or a number: row 1, column label of FILE is {shown}. See --l")
     with pytest.raises(ValueError, match=re.escape(line)):
         load(tmp_path, rows, **options)
 
@@ -477,7 +475,7 @@ def test_bad_arguments_are_named(tmp_path, rows, options, line):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"There are no test rows: give --test_file."):
+    with pytest.raises(ValueError, match=r"There are no test rows. Give --test_file."):
         load(tmp_path, [PAIR], ["train", "test"], task_name="mrpc")
     (tmp_path / "train.txt").write_text("Rain fell.")
     with pytest.raises(ValueError, match=r"train.txt is not a table. It must be a file of the type .json, .jsonl"):
@@ -512,8 +510,8 @@ def test_tables_are_read_by_their_suffix_compressed_or_not(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("train.csv", b"sentence,label\nRain,1\ncaf\xe9,0\n", "line 3 of train.csv holds 0xe9, which is not UTF-8."),
-        ("train.jsonl", b'{"sentence": "caf\xe9", "label": 0}\n', "line 1 of train.jsonl holds 0xe9"),
+        ("train.csv", b"sentence,label\nRain,1\ncaf\xe9,0\n", "line 3 of train.csv has 0xe9, which is not UTF-8."),
+        ("train.jsonl", b'{"sentence": "caf\xe9", "label": 0}\n', "line 1 of train.jsonl has 0xe9"),
         ("train.csv", b"sentence,label\nRain, fell,1\nSnow, fell,0\n", "row 1 has more cells than the header."),
         ("train.csv", b"sentence,label\n", "is empty."),
         ("train.csv", gzipped(b"sentence,label\n"), "is not text but gzip: name it .gz."),
@@ -574,7 +572,7 @@ def test_a_file_wins_over_a_split_and_a_task_says_the_columns(tmp_path):
 
 def test_a_split_or_configuration_that_is_missing_is_named(tmp_path):
     name = data_set(tmp_path, train=MOODS)
-    with pytest.raises(ValueError, match=f"--dataset_name {name} has no test rows: give --test_file."):
+    with pytest.raises(ValueError, match=f"--dataset_name {name} has no test rows. Give --test_file."):
         load_sentences(SentenceArguments(dataset_name=name), ["test"])
     with pytest.raises(ValueError, match=f"--dataset_name {name} cannot be loaded: .*'other'"):
         load_sentences(SentenceArguments(dataset_name=name, dataset_config_name="other"), ["train"])

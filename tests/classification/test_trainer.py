@@ -573,7 +573,7 @@ def test_an_adapter_for_texts_is_no_classifier(finished, files, tmp_path):
         SystemExit, match="Give the classifier to evaluate, as --adapter_name_or_path or --model_name_or_path."
     ):
         evaluate.main(["--use_cpu"])
-    with pytest.raises(SystemExit, match=r"There are no test rows: give --test_file."):
+    with pytest.raises(SystemExit, match=r"There are no test rows. Give --test_file."):
         evaluate.main(["--adapter_name_or_path", str(output), "--use_cpu"])
 
 

@@ -332,7 +332,7 @@ def test_a_merge_keeps_the_zeros_of_experts_and_of_what_chooses_them(tmp_path, c
     assert sparsity_report(written)["all"]["2:4"] == 1
     # Biases of a layer may be zero, too; those of a stack have two dimensions.
     counted = sum(int(mask.sum()) for mask in zeros.values() if mask.dim() > 1)
-    assert f"; all {counted:,} zeros in " in capsys.readouterr().out
+    assert f"; the written model has all {counted:,} zeros in " in capsys.readouterr().out
     plain = export.main([*flags, "--keep_mask", "false", "--output_dir", str(tmp_path / "plain")])["merge"]
     assert plain["by_merging"] < 1e-5
     assert plain["sparsity"]["all"]["zeros"] < 0.5

@@ -156,9 +156,7 @@ class Stack(torch.nn.Module):
 )
 def test_experts_of_which_the_layout_is_not_known_are_refused_by_name(name, experts):
     model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8), name: experts})
-    with pytest.raises(
-        ValueError, match=rf"^{name} of Stack, of shape .* may hold experts, but it is not known which"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} of Stack, of shape .* may hold experts, but it is not known which"):
         prune(model, 0.5)
     assert nonzero_shares(model)["all"] == 1
 

@@ -207,7 +207,7 @@ def test_bad_input_is_told_in_one_line(flags, message):
 def test_an_empty_text_is_told(tmp_path, content):
     (tmp_path / "own.txt").write_text(content)
     message = error_of("--text_file", str(tmp_path / "own.txt"), "--use_cpu")
-    assert re.search("own.txt (is empty|holds no text)", message)
+    assert re.search("own.txt (is empty|contains no text)", message)
 
 
 @pytest.mark.parametrize("definition", ["token", "trainer", "hf-stride", "wanda", "wanda-lora"])
