@@ -61,8 +61,8 @@ class ABRConfig(TrainingArguments):
         metadata={
             "help": "Threshold of abr for the first-pass loss. A number, in nats per target token: the updates are "
             "the loss divided by it, rounded down. q0.8: the highest fifth of the recent losses get two updates, "
-            "the highest fifth of these three, and so on. s1.5: one more update for each 1.5 robust standard deviations "
-            "above their median. Default: 1.0."
+            "the highest fifth of these three, and so on. s1.5: one more update for each 1.5 robust standard "
+            "deviations above their median. Default: 1.0."
         },
     )
     max_repeats: int | None = field(
