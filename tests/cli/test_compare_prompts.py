@@ -58,7 +58,7 @@ def test_prompts_go_by_directories_of_their_own_whatever_they_are_made_of():
     ("prompts", "options", "message"),
     [
         (["none", "none"], {}, "--prompts has none twice"),
-        (["none"], {"reference": "perfect"}, "--reference perfect is none of --prompts"),
+        (["none"], {"reference": "perfect"}, "--reference perfect must be one of --prompts"),
         (["none"], {"tune": {"prompt": ["a", "b"]}, "tune_seeds": [0]}, "--tune: --prompt cannot be set for the runs"),
         (["none"], {"tune": {"task_name": ["a", "b"]}, "tune_seeds": [0]}, "--tune: --task_name must be the same"),
     ],
@@ -77,7 +77,7 @@ def test_what_a_comparison_of_prompts_decides_is_refused_to_the_runs():
     for flag, instead in {"--prompt": "--prompts", "--seed": "--seeds", "--output_dir": "--out"}.items():
         with pytest.raises(ValueError, match=f"{flag} cannot be set for the runs of a comparison. Use {instead}"):
             complete_prompt_flags([flag, "1"])
-    with pytest.raises(ValueError, match="--do_train no: a comparison trains and evaluates every run"):
+    with pytest.raises(ValueError, match="--do_train no cannot be used: a comparison trains and evaluates every run"):
         complete_prompt_flags(["--do_train", "no"])
     with pytest.raises(ValueError, match="group_by_length cannot be used: a prompt changes the lengths"):
         complete_prompt_flags(["--train_sampling_strategy", "group_by_length"])

@@ -164,4 +164,4 @@ def test_the_slurm_script_says_how_it_is_started():
         check=False,
     )
     assert done.returncode != 0
-    assert "start this with sbatch" in done.stderr
+    assert "with sbatch, so that Slurm" in done.stderr

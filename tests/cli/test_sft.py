@@ -244,7 +244,7 @@ def test_one_split_does_not_change_what_is_learnt_of_another(tmp_path, row, kind
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "run", "--do_train", "--do_eval", *files)
     assert str(caught.value).startswith(
-        f"error: --train_file {train} holds chats, but --validation_file {validation} holds {kind}: "
+        f"error: --train_file {train} holds chats, but --validation_file {validation} holds {kind}, so "
     )
     assert "\n" not in str(caught.value)
 

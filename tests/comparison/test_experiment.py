@@ -90,7 +90,9 @@ def test_what_a_comparison_decides_is_refused_to_the_runs():
         complete_flags(["--max_passes", "9", "--max_steps", "3"], "passes", 10)
     with pytest.raises(ValueError, match="--max_passes cannot be used with --match batches"):
         complete_flags(["--max-passes", "9"], "batches", 10)
-    with pytest.raises(ValueError, match="--do_eval False: a comparison trains and evaluates every run"):
+    with pytest.raises(
+        ValueError, match="--do_eval False cannot be used: a comparison trains and evaluates every run"
+    ):
         complete_flags(["--max_passes", "9", "--do_eval", "False"], "passes", 10)
 
 
@@ -131,10 +133,10 @@ def test_an_arm_may_stop_early_and_a_seed_may_have_data_of_its_own():
     ("options", "message"),
     [
         ({"arms": [parse_arm("abr"), parse_arm("abr")]}, "--schedulers has abr twice"),
-        ({"reference": "fixed:2"}, "--reference fixed:2 is none of --schedulers"),
+        ({"reference": "fixed:2"}, "--reference fixed:2 must be one of --schedulers"),
         (
             {"arms": [parse_arm("baseline:max_passes=19")]},
-            "--schedulers baseline:max_passes=19: --max_passes 19 is not",
+            "--schedulers baseline:max_passes=19: --max_passes 19 must be",
         ),
         (
             {"arms": [parse_arm("baseline:max_passes=9")], "match": "batches", "flags": ["--max_steps", "9"]},
