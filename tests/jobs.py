@@ -279,11 +279,18 @@ class AboveTheLast(RowRule):
 
     def __init__(self) -> None:
         self.state = {"mean": 1e9, "rows": 0, "dropped": 0}
+        self.asked = set()
+
+    def beside(self, rows):
+        self.asked |= {(row.batch, row.position, row.micro_batch) for row in rows}
+        return self
 
     def decide(self, row):
         return row.loss <= 1.02 * self.state["mean"]
 
     def observe(self, rows, kept):
+        assert self.asked <= {(row.batch, row.position, row.micro_batch) for row in rows}
+        self.asked = set()
         self.state = {
             "mean": sum(row.loss for row in rows) / len(rows),
             "rows": self.state["rows"] + len(rows),

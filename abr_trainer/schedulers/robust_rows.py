@@ -15,6 +15,9 @@ from .rows import Row, RowRule
 LEAST_ROWS = 16
 """Number of rows to remember before any is dropped, and least number of rows for the level at a time."""
 
+MANY_ROWS = 256
+"""Remembered rows from which on a row is judged by these alone, not also by the rows beside it."""
+
 REFITS = 8
 """Fit again once the number of new rows is this fraction (1/8) of the remembered ones."""
 
@@ -129,7 +132,7 @@ class RobustRows(RowRule):
     If fewer than one in 128 of the remembered rows stands out, the data look clean, and the limit is half as far again
     from the level. This keeps most of the odd rows of clean data.
 
-    While fewer than `window` rows are remembered, the rows of a micro-batch count among them when it is judged. So
+    While fewer than 256 rows are remembered, the rows of a micro-batch count among them when it is judged. So
     broken rows are found from the first batch on, although losses fall fast there.
 
     No row is dropped before 16 rows are known, or while fewer than two thirds of the remembered rows look good,
@@ -165,8 +168,10 @@ class RobustRows(RowRule):
         self.history = deque(maxlen=self.window)
 
     def beside(self, rows: Sequence[Row]) -> RobustRows:
+        if len(self.history) >= min(self.window, MANY_ROWS) or not rows:
+            return self
         known = [*self.history, *map(remembered, rows)]
-        if len(self.history) >= self.window or len(known) < LEAST_ROWS or not rows:
+        if len(known) < LEAST_ROWS:
             return self
         judge = copy.copy(self)
         judge.fit = fitted(known, self.sigmas)
@@ -233,7 +238,7 @@ class RobustRows(RowRule):
                 {length: Estimate(*level) for length, *level in levels},
                 state["spread"],
                 state["shortness"],
-                state["caution"],
+                state.get("caution", 1.0),
             )
         )
 

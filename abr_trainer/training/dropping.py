@@ -87,7 +87,7 @@ class RowGate:
     """
 
     def __init__(
-        self, rule: RowRule | None, seam: Seam, rank: int, longest: int, ranking: RowRanking | None = None
+        self, rule: RowRule | None, seam: Seam, rank: int, ranks: int, longest: int, ranking: RowRanking | None = None
     ) -> None:
         self.rule = rule
         self.ranking = ranking
@@ -96,7 +96,7 @@ class RowGate:
         self.longest = longest
         self._judges: list[RowRule | None] = []
         self._seam = seam
-        self._rank = rank
+        self._rank, self._ranks = rank, ranks
         self._batch = 0
         self._asks = True
 
@@ -142,7 +142,7 @@ class RowGate:
     def _judge(self, losses: Sequence[float], targets: Sequence[int], are_documents: bool) -> Judged:
         first = self._rank * self.longest + sum(len(each.losses) for each in self.judged)
         pairs = zip(losses, targets, strict=True)
-        number = len(self.judged)
+        number = self._over_all_ranks(len(self.judged))
         rows = [Row(loss, count, self._batch, first + i, number) for i, (loss, count) in enumerate(pairs)]
         judge = None
         if self.rule is not None and self._asks:
@@ -151,6 +151,10 @@ class RowGate:
         judged = Judged(list(losses), list(targets), [self._keeps(judge, row) for row in rows], are_documents)
         self.judged.append(judged)
         return judged
+
+    def _over_all_ranks(self, micro_batch: int) -> int:
+        """Return the number of a micro-batch of this rank among those of the batch."""
+        return micro_batch * self._ranks + self._rank
 
     def _keeps(self, judge: RowRule | None, row: Row) -> bool:
         if not row.targets or self.rule is None:
@@ -176,7 +180,7 @@ class RowGate:
 
     def lists(self, indices: Sequence[Tensor | None]) -> list[list[float]]:
         """Return what ranks tell each other of their rows: losses, targets, whether they are kept, indices, and the
-        number of their micro-batch on their rank.
+        number of their micro-batch.
 
         Args:
             indices: Of the rows of each micro-batch in the training set, where they are known.
@@ -189,7 +193,7 @@ class RowGate:
             [float(value) for each in self.judged for value in getattr(each, name)]
             for name in ("losses", "targets", "keep")
         )
-        numbers = [float(number) for number, each in enumerate(self.judged) for _ in each.losses]
+        numbers = [float(self._over_all_ranks(i)) for i, each in enumerate(self.judged) for _ in each.losses]
         return [losses, targets, keep, [float(index) for index in self.indices], numbers]
 
     def describe_dropped(self, calls: Sequence[Call], rows: BatchRows) -> list[DroppedRow]:
@@ -201,11 +205,12 @@ class RowGate:
         """
         dropped: list[DroppedRow] = []
         first, number = self._rank * rows.of_a_rank, 0
-        for call, judged, judge in zip(calls, self.judged, self._judges, strict=True):
+        parts = zip(calls, self.judged, self._judges, strict=True)
+        for micro_batch, (call, judged, judge) in enumerate(parts):
             tokens = [] if all(judged.keep) else tokens_of_rows(call.inputs, len(judged.keep))
             for i, (loss, targets, keep) in enumerate(zip(judged.losses, judged.targets, judged.keep, strict=True)):
                 if not keep:
-                    row = Row(loss, targets, self._batch, first + number)
+                    row = Row(loss, targets, self._batch, first + number, self._over_all_ranks(micro_batch))
                     limit = judge.evidence(row).get("limit") if judge is not None and math.isfinite(loss) else None
                     dropped.append(DroppedRow(row.position, self.indices[number], loss, limit, targets, tokens[i]))
                 number += 1
@@ -234,16 +239,15 @@ def row_gate(trainer: Any, rule: RowRule | None) -> RowGate:
     args = trainer.args
     ranking = RowRanking.of(trainer)
     longest = trainer._train_batch_size * args.gradient_accumulation_steps
-    return RowGate(rule, find_seam(trainer), args.process_index, longest, ranking)
+    return RowGate(rule, find_seam(trainer), args.process_index, args.world_size, longest, ranking)
 
 
 def batch_rows(lists: list[list[float]], ranks: int) -> BatchRows:
     """Return the rows of a batch from what all ranks have told of theirs."""
     losses, targets, keep, indices, numbers = lists
     counts, flags = [int(n) for n in targets], [bool(k) for k in keep]
-    of_a_rank = len(losses) // ranks
-    micro_batches = [int(number) * ranks + i // max(1, of_a_rank) for i, number in enumerate(numbers)]
-    return BatchRows(losses, counts, flags, [int(i) for i in indices], micro_batches, of_a_rank)
+    places = [int(i) for i in indices]
+    return BatchRows(losses, counts, flags, places, [int(number) for number in numbers], len(losses) // ranks)
 
 
 def without_broken(calls: Sequence[Call], judged: Sequence[Judged]) -> list[Call] | None:
