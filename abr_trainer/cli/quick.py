@@ -14,7 +14,8 @@ from ..comparison.arms import parse_arm
 from ..data.tasks import BY_NAME, find_prompt
 from ..records.errors import find_named, one_line, refuse_missing_directory, refuse_missing_files
 from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, given_flags, parse_tuning
-from ..schedulers import SCHEDULERS, build_rule, refuse_unread
+from ..schedulers import SCHEDULERS, build_rule
+from ..schedulers.registry import refuse_unread
 from .help_page import help_page
 from .parsing import WRONG_USAGE, boolean, names_in, prepared, refuse_rest, seeds_of, wanted_splits
 from .upstream import unknown

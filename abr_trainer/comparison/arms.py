@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..records.flags import given_flags
-from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler, why_unread
+from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler
+from ..schedulers.registry import why_unread
 
 
 @dataclass(frozen=True)

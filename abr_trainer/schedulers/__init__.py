@@ -12,7 +12,6 @@ from .learnable import LearnableScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
 from .registry import (
     OUTLIER_RULES,
-    PARAMETERS,
     ROW_RULES,
     RULE_FIELDS,
     SCHEDULERS,
@@ -22,8 +21,6 @@ from .registry import (
     get_outlier_rule,
     get_repeat_scheduler,
     reads_flag,
-    refuse_unread,
-    why_unread,
 )
 from .robust_rows import RobustRows
 from .rows import Row, RowRule
@@ -34,7 +31,6 @@ from .window import WindowScheduler
 
 __all__ = [
     "OUTLIER_RULES",
-    "PARAMETERS",
     "ROW_RULES",
     "RULE_FIELDS",
     "SCHEDULERS",
@@ -64,6 +60,4 @@ __all__ = [
     "get_outlier_rule",
     "get_repeat_scheduler",
     "reads_flag",
-    "refuse_unread",
-    "why_unread",
 ]

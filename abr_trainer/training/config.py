@@ -8,16 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..schedulers import (
-    OUTLIER_RULES,
-    PARAMETERS,
-    RULE_FIELDS,
-    RepeatScheduler,
-    RowRule,
-    build_row_rule,
-    build_rule,
-    refuse_unread,
-)
+from ..schedulers import OUTLIER_RULES, RULE_FIELDS, RepeatScheduler, RowRule, build_row_rule, build_rule
+from ..schedulers.registry import PARAMETERS, refuse_unread
 from .plan import CHEAPEST_BATCH, check_fields, refuse_best_without_saves, scale_with_batch_size
 from .support import refuse_single_process_launch
 

@@ -29,7 +29,7 @@ def test_the_report_of_a_run_of_a_comparison_is_that_of_the_run(tmp_path):
     batch |= {"progress": 0.0, "learning_rate": 1e-3, "seconds": 0.1, "memory": 2**30}
     (run / "abr_trace.jsonl").write_text(json.dumps(batch) + "\n")
     assert report.main([str(run)]) == [str(run / "_report" / "report.html")]
-    assert "1 batches for 1 passes" in (run / "_report" / "report.md").read_text()
+    assert "- batches: **1**" in (run / "_report" / "report.md").read_text()
     assert not (tmp_path / "report.md").exists()
 
 
