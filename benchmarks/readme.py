@@ -194,7 +194,7 @@ def photograph_comparison() -> Path:
         raise SystemExit("error: the picture of the page needs chromium, which is not installed.")
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "page.png"
-        size = ["--window-size=1000,720", "--force-device-scale-factor=1.5", f"--user-data-dir={folder}/profile"]
+        size = ["--window-size=1000,708", "--force-device-scale-factor=1.5", f"--user-data-dir={folder}/profile"]
         command = [browser, *CHROMIUM, *size, f"--screenshot={picture}", PAGE.as_uri()]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         return save(Image.open(picture), "comparison.png")
