@@ -176,7 +176,7 @@ def draw_worth() -> Path:
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_color(RULE)
     note = "LLaMA of 0.26M parameters with LoRA on WikiText-2; five seeds; lines are 95 % intervals. "
-    note += "At 0 %, exactly the broken data were left out by hand."
+    note += "In the first two, 0 % is a run without the broken data."
     figure.text(0.02, 0.03, note, fontsize=7, color=INK)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.8, bottom=0.19, wspace=0.12)
     written = io.BytesIO()
