@@ -22,6 +22,7 @@ pytest.importorskip("myst_parser")
 import abr_trainer.cli
 from abr_trainer import ABRConfig, ABRTrainer, Observation
 from abr_trainer.data.demo import DEMO_MODEL
+from abr_trainer.report.verdicts import BADGES, verdicts
 from tests.conftest import QUIET, ROOT, tiny_llama, token_rows
 from tests.docs.prose import sentences
 from tests.report.browser import chromium, show
@@ -204,6 +205,30 @@ def test_the_verdict_on_a_rule_is_what_was_measured(page):
     changes |= set(re.findall(r"[+-]\d+\.\d %", said))
     assert changes
     assert {change for change in changes if change not in read("measure/effectiveness")} == set()
+
+
+def test_every_page_gives_the_same_figures_for_broken_rows_and_batches():
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *map(read, ("index", "rules/index", "rules/skipping"))]
+    texts.append(read("rules/rows"))
+    rows = [found for text in texts for found in re.findall(r"drops(?:\]\[rows\])? \[?(\d+ to \d+) % of", text)]
+    batches = [
+        found for text in texts for found in re.findall(r"skip(?:s|ped)\s+(\S+) % of (?:them|(?:the )?broken)", text)
+    ]
+    assert (len(rows), len(set(rows))) == (3, 1)
+    assert (len(batches), set(batches)) == (3, {"98.5"})
+    assert "98.5 % (842 of 855)" in read("rules/skipping")
+
+
+def test_the_verdicts_of_a_comparison_are_those_that_the_program_gives():
+    page = read("measure/compare")
+    quoted = (
+        re.search(r"<!-- output: compare -->\n```text\n(.*?)```", page, re.S)[1].replace("\n    ", " ").splitlines()
+    )
+    data = json.loads((DOCS / "compare" / "stories260k-wikitext2" / "comparison.json").read_text(encoding="utf-8"))
+    given = [notice.plain for notice in verdicts(data, [arm for arm in data["arms"] if arm["seeds"]])]
+    assert len(quoted) == 5
+    assert [line for line in quoted if line not in (*given, "...")] == []
+    assert [word for word in ("better", "worse", "no verdict", *BADGES.values()) if f"**{word}**" not in page] == []
 
 
 VERDICT = re.compile(r"(\d+\.\d) %\s+(better|worse)")
