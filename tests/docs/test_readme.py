@@ -130,7 +130,7 @@ def test_the_file_of_flags_has_12_lines_and_is_read(tmp_path):
     (tmp_path / "run.yaml").write_text(flags)
     (tmp_path / "notes.txt").write_text("A fox.\n")
     own = str(tmp_path / "notes.txt")
-    model, data, _, args = parse_arguments(
+    model, data, *_, args = parse_arguments(
         ARGUMENTS, [str(tmp_path / "run.yaml"), "--train_file", own, "--max_passes", "500", "--use_cpu"]
     )
     assert model.model_name_or_path == yaml.safe_load(flags)["model_name_or_path"]
