@@ -163,7 +163,10 @@ class RunScreen(TrainerCallback):
 
 
 class _Bar:
-    """A line at the bottom of a terminal for what is under way. What is printed meanwhile stands above it."""
+    """A line at the bottom of a terminal for what is under way. What is printed meanwhile stands above it.
+
+    A stream that does not go to a terminal is left alone.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -205,10 +208,19 @@ class _Bar:
             BarColumn(bar_width=30),
             TextColumn("{task.fields[done]}/{task.total:,.0f} {task.fields[unit]}  {task.fields[left]}"),
         )
-        self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
         before = sys.stderr
+        self._progress = Progress(
+            *columns,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=_is_terminal(sys.stdout),
+            redirect_stderr=_is_terminal(before),
+        )
         self._progress.start()
         self._console.show_cursor(True)  # or a run that is killed would leave the terminal without one
+        if sys.stderr is before:
+            return
         for handler in [*logging.root.handlers, *logging.getLogger("transformers").handlers]:
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 self._streams.append((handler, handler.setStream(sys.stderr)))
@@ -220,6 +232,11 @@ class _Bar:
             handler.setStream(stream)
         self._progress.stop()
         self._progress, self._tasks, self._streams = None, {}, []
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Tell whether a stream goes to a terminal. It may be None, or an object of somebody else."""
+    return bool(getattr(stream, "isatty", lambda: False)())
 
 
 def show_on(trainer: Any, screen: RunScreen) -> None:

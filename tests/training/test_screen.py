@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import os
+import pty
 import re
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +87,7 @@ def test_warnings_stand_above_the_bar_and_go_their_usual_way_afterwards(build, m
             logging.getLogger("transformers.trainer").warning(f"said of batch {outcome.observation.batch}")
 
     stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", stderr)
     handlers = transformers_logging._get_library_root_logger().handlers
     (handler,) = [each for each in handlers if type(each) is logging.StreamHandler]
@@ -113,6 +118,51 @@ def test_only_the_main_process_shows_anything(build, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     trainer.train()
     assert capsys.readouterr().out == ""
+
+
+SHOWS_A_BAR = """
+import logging, sys
+from types import SimpleNamespace
+from abr_trainer.training.log_table import Score
+from abr_trainer.training.screen import RunScreen
+from transformers.utils import logging as transformers_logging
+
+screen = RunScreen(Score())
+state = SimpleNamespace(is_world_process_zero=True, max_steps=10, global_step=5, epoch=0.0, log_history=[])
+screen.on_train_begin(SimpleNamespace(), state, None)
+screen.on_log(None, state, None, logs={"loss": 1.25, "learning_rate": 1e-3})
+print("printed")
+print("complained", file=sys.stderr)
+transformers_logging.get_logger("transformers.trainer").warning("warned")
+screen.close()
+transformers_logging.get_logger("transformers.trainer").warning("warned afterwards")
+"""
+
+
+@pytest.mark.parametrize("redirected", ["stdout", "stderr"])
+def test_a_stream_that_goes_to_a_file_stays_there_where_the_other_is_a_terminal(tmp_path, redirected):
+    ours, terminal = pty.openpty()
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        streams = {"stdout": terminal, "stderr": terminal, redirected: file}
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        environment = {name: value for name, value in environment.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+        done = subprocess.Popen([sys.executable, "-c", SHOWS_A_BAR], env=environment, **streams)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # how a pseudo-terminal ends
+        while part := os.read(ours, 4096):
+            seen += part
+    os.close(ours)
+    assert done.wait(timeout=60) == 0
+    told, on_screen = path.read_text(), plain(seen.decode())
+    assert "\x1b" not in told
+    assert "━" in on_screen, "a bar"
+    lines = {"stdout": ["1.250", "printed"], "stderr": ["complained", "warned", "warned afterwards"]}
+    for stream, texts in lines.items():
+        for text in texts:
+            assert (text in told) == (stream == redirected)
+            assert (text in on_screen) == (stream != redirected)
 
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])
