@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 PROMPT_TOKENS = 32
@@ -65,7 +66,8 @@ def prompts_in(
         count: None for all rows.
         context: How many tokens the model can attend to.
     """
-    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+    is_stream = isinstance(rows, IterableDataset)  # it has `__getitem__`, which raises
+    if not is_stream and hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
         chosen: Iterator[Any] = (rows[index] for index in spread(len(rows), count))
     else:
         chosen = itertools.islice(iter(rows), count)

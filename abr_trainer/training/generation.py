@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel, gather_object
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..data.context import context_of
 from ..data.prompts import Prompt, written
 from ..models.loading import shards_weights
 from ..models.unwrapping import without_adapter
@@ -61,25 +62,46 @@ def continue_prompts(
 ) -> dict[int, str]:
     """Return greedy continuations by the indices of their prompts: those of each `ranks`-th batch, from `rank` on.
 
-    The batches are the same however many ranks share them, and so is what is written to the last letter.
+    The batches are the same however many ranks share them, and so is what is written to the last letter. All prompts
+    of a batch are continued equally far, so none stands beside others that would take it past the model's context.
 
     Args:
         model: Not wrapped by DDP.
         batch_size: Prompts at a time. The shortest come first, so that little is padding.
         most: Tokens that are added at most, beside what each prompt allows.
     """
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].ids), index))
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    allowed = [min(prompt.most, most or prompt.most) for prompt in prompts]
+    batches = _batches(
+        [len(prompt.ids) for prompt in prompts], allowed, batch_size, context_of(without_adapter(model).config)
+    )
     ends = _ends(model, tokenizer)
     found: dict[int, str] = {}
     with _writing(model):
         for batch in batches[rank::ranks]:
-            allowed = [min(prompts[index].most, most or prompts[index].most) for index in batch]
-            added = _generate(model, tokenizer, [prompts[index].ids for index in batch], max(allowed), ends)
-            for index, ids, limit in zip(batch, added, allowed, strict=True):
+            furthest = max(allowed[index] for index in batch)
+            added = _generate(model, tokenizer, [prompts[index].ids for index in batch], furthest, ends)
+            for index, ids in zip(batch, added, strict=True):
                 end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-                found[index] = written(tokenizer, prompts[index].ids, ids[: min(end, limit)])
+                found[index] = written(tokenizer, prompts[index].ids, ids[: min(end, allowed[index])])
     return found
+
+
+def _batches(lengths: Sequence[int], allowed: Sequence[int], size: int, context: int | None) -> list[list[int]]:
+    """Return indices of prompts in batches, the shortest first.
+
+    >>> _batches([9, 2, 3], allowed=[3, 8, 8], size=8, context=12)
+    [[1, 2], [0]]
+    """
+    batches: list[list[int]] = []
+    furthest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        furthest = max(furthest, allowed[index])
+        is_too_long = context is not None and lengths[index] + furthest > context
+        if not batches or len(batches[-1]) == size or is_too_long:
+            batches.append([])
+            furthest = allowed[index]
+        batches[-1].append(index)
+    return batches
 
 
 def continue_over_ranks(

@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    set_seed,
+)
 
 from abr_trainer.data.demo import DEMO_MODEL, demo_texts
 from abr_trainer.data.prompts import Prompt, prompts_in, written
 from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import load_config, load_model, load_tokenizer
 from abr_trainer.training.generation import continue_prompts, why_not
-from tests.conftest import token_rows
+from tests.conftest import Stream, token_rows
 
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
 SOME = 10
@@ -133,6 +141,23 @@ def test_a_text_ends_with_each_token_that_ends_texts_and_at_its_limit():
     assert len(short) < len(ended)
 
 
+def opt():
+    set_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    options = {"vocab_size": len(TOKENIZER), "eos_token_id": TOKENIZER.eos_token_id, "word_embed_proj_dim": 16}
+    return OPTForCausalLM(OPTConfig(max_position_embeddings=64, init_std=0.5, **sizes, **options))
+
+
+@pytest.mark.parametrize("make", [gpt2, opt])
+def test_a_long_prompt_is_not_taken_past_the_context_by_a_short_one(make):
+    model = make()
+    ends = [Prompt([5 + length] * length, "", "", most) for length, most in ((60, 4), (8, 32), (50, 14), (9, 32))]
+    found = continue_prompts(model, TOKENIZER, ends, batch_size=8)
+    assert found == {index: by_hand(model, prompt) for index, prompt in enumerate(ends)}
+    shares = [continue_prompts(model, TOKENIZER, ends, 8, rank=rank, ranks=2) for rank in range(2)]
+    assert {index: text for share in shares for index, text in share.items()} == found
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 9])
 def test_ranks_share_the_batches_and_write_what_one_writes(ranks):
     model, prompts = demo(), prompts_of()
@@ -174,6 +199,13 @@ def test_the_prompt_of_an_answer_is_all_before_the_last_answer():
     assert prompts_in([{**masked, "labels": [other] * 16}], TOKENIZER) == []
 
 
+class SizedStream(Stream):
+    """Rows that are counted, and still read one after the other."""
+
+    def __len__(self):
+        return len(self.rows)
+
+
 def test_prompts_are_spread_over_a_data_set_and_are_the_first_of_a_stream():
     rows = [{key: value.tolist() for key, value in row.items()} for row in token_rows(9)]
     firsts = [prompt.ids[0] for prompt in prompts_in(rows, TOKENIZER, 3)]
@@ -182,6 +214,10 @@ def test_prompts_are_spread_over_a_data_set_and_are_the_first_of_a_stream():
         row["input_ids"][0] for row in rows[:3]
     ]
     assert len(prompts_in(rows, TOKENIZER, 99)) == 9
+    stream = SizedStream(rows)
+    assert [list(prompt.ids) for prompt in prompts_in(stream, TOKENIZER, 3)] == [
+        list(prompt.ids) for prompt in prompts_in(iter(rows), TOKENIZER, 3)
+    ]
 
 
 def test_a_continuation_keeps_the_blank_it_begins_with_and_survives_half_a_letter():
