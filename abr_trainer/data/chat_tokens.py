@@ -200,13 +200,28 @@ class Encoder:
             yield whole[: _common(self.tokenizer(example.prompt)[TOKENS], whole)], example.prompt, example.text
 
     def _asked_in_chat(self, chat: Chat, where: Where) -> Iterator[tuple[list[int], str, str]]:
-        """Yield tokens, text and answer for each answer, from the last one back: as a user of the model asks."""
+        """Yield tokens, text and answer for each answer, from the last one back: as a user of the model asks.
+
+        Answers that the chat template refuses to ask for are left out.
+
+        Raises:
+            BadRow: It refuses all of them.
+        """
+        refused, is_accepted = None, False
         for number in range(len(chat.messages) - 1, max(chat.given, 1) - 1, -1):
             message, before = chat.messages[number], chat.messages[:number]
             if message["role"] == "assistant" and message["content"].strip():
                 options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
                 text = "\n".join(f"{each['role']}: {each['content']}" for each in before)
-                yield self._apply(chat, before, where, **options)[TOKENS], text, message["content"]
+                try:
+                    ids = self._apply(chat, before, where, **options)[TOKENS]
+                except BadRow as error:
+                    refused = error
+                    continue
+                is_accepted = True
+                yield ids, text, message["content"]
+        if refused is not None and not is_accepted:
+            raise refused
 
     def _chat(self, chat: Chat, where: Where) -> Encoded:
         if self.assistant_only:
@@ -391,17 +406,30 @@ def prompts_of_chats(
 
     Args:
         length: Tokens that prompt and answer may have.
+
+    Raises:
+        BadRow: The chat template refuses all prompts. If it refuses some, a warning says so.
     """
     loaded, shape = found.loaded, found.shape
     if shape is None or shape.kind == "text":
         return prompts_in(rows.rows, encoder.tokenizer, count, length)
-    column, prompts = loaded.column, []
+    column, prompts, refused = loaded.column, [], []
     kept = rows.rows[ROW][:]
     for index in (kept[place] for place in spread(len(kept), count)):
         [row] = _read(loaded, {name: [value] for name, value in loaded.rows[index].items()}, [index])
         example = read_row(row or {}, shape, column.where(index), not column.is_json)
-        prompts.append(encoder.prompt(example, column.where(index), length) if example is not None else None)
-    return [prompt for prompt in prompts if prompt is not None]
+        try:
+            prompt = encoder.prompt(example, column.where(index), length) if example is not None else None
+        except BadRow as error:
+            refused.append(error)
+            continue
+        if prompt is not None:
+            prompts.append(prompt)
+    if refused and not prompts:
+        raise refused[0]
+    if refused:
+        logger.warning(f"{len(refused)} rows of {loaded.origin} are not continued: {refused[0]}")
+    return prompts
 
 
 def _say_what_is_left_out(

@@ -19,7 +19,7 @@ from ..data.context import context_of
 from ..data.prompts import NEW_TOKENS, Prompt, prompts_in
 from ..models.unwrapping import without_adapter
 from ..records.errors import one_line, refuse_below
-from ..records.files import SAMPLES_NAME, cut_lines, read_lines, step_of
+from ..records.files import SAMPLES_NAME, TRAINER_STATE, cut_lines, read_json, read_lines, step_of
 from ..report.text import printable
 from .evaluation import same_random_numbers
 from .generation import continue_prompts, why_not
@@ -36,6 +36,8 @@ logger = logging.get_logger(__name__)
 
 BY_DEFAULT = 3
 """Prompts of a run from the command line."""
+
+NONE = "No samples: "
 
 LONG = 20.0
 """Seconds from which on samples are taken for a burden."""
@@ -70,6 +72,7 @@ class GenerationArguments:
     )
 
     def __post_init__(self) -> None:
+        self.are_samples_asked_for = self.sample_prompts is not None
         refuse_below(self, {"sample_prompts": 0})
         refuse_missing_packages(self.generation_metrics)
 
@@ -92,7 +95,8 @@ def follow_text(trainer: Any, arguments: GenerationArguments, prompts: MakePromp
     """Let a trainer sample and measure what its model writes, as these flags ask for.
 
     Raises:
-        ValueError: Metrics are asked for, and the model cannot write here, or there is nothing to continue.
+        ValueError: Metrics are asked for, and the model cannot write here, or there is nothing to continue. For
+            samples that nobody asked for, the latter is a warning.
     """
     args, refused = trainer.args, why_not(trainer.model)
     if arguments.generation_metrics:
@@ -115,7 +119,27 @@ def follow_text(trainer: Any, arguments: GenerationArguments, prompts: MakePromp
         if refused and trainer.is_world_process_zero():
             logger.warning(f"No --sample_prompts: {refused}.")
         if not refused:
-            trainer.add_callback(SampleCallback(trainer, prompts("validation", arguments.sample_prompts)))
+            try:
+                sampler = SampleCallback(trainer, prompts("validation", arguments.sample_prompts))
+            except ValueError as error:
+                if arguments.are_samples_asked_for:
+                    raise
+                if trainer.is_world_process_zero():
+                    logger.warning(f"{'' if str(error).startswith(NONE) else NONE}{error}")
+            else:
+                trainer.add_callback(sampler)
+
+
+def are_sampled(trainer: Any) -> bool:
+    """Tell whether samples of what a trainer's model writes are made."""
+    return any(isinstance(each, SampleCallback) for each in trainer.callback_handler.callbacks)
+
+
+def cut_samples(args: Any, checkpoint: str) -> None:
+    """Remove the samples of batches after a checkpoint, from which a run goes on, whether or not it makes more."""
+    path, state = Path(args.output_dir, SAMPLES_NAME), read_json(Path(checkpoint, TRAINER_STATE))
+    if args.process_index == 0 and state is not None and path.is_file():
+        cut_lines(path, state["global_step"])
 
 
 def _scores(trainer: Any, metrics: Sequence[str], prompts: Sequence[Prompt]) -> TextScores:
@@ -142,13 +166,13 @@ class SampleCallback(TrainerCallback):
 
     def __init__(self, trainer: Any, prompts: Sequence[Prompt] | int = BY_DEFAULT) -> None:
         if refused := why_not(trainer.model):
-            raise ValueError(f"No samples: {refused}.")
+            raise ValueError(f"{NONE}{refused}.")
         if not hasattr(trainer.processing_class, "decode"):
-            raise ValueError("No samples: the trainer needs a tokenizer as its `processing_class`.")
+            raise ValueError(f"{NONE}the trainer needs a tokenizer as its `processing_class`.")
         self._trainer = trainer
         self._prompts = _prompts_of(trainer, prompts) if isinstance(prompts, int) else list(prompts)
         if not self._prompts:
-            raise ValueError("No samples: the evaluation set has nothing to continue.")
+            raise ValueError(f"{NONE}the evaluation set has nothing to continue.")
         self._groups: dict[int, list[dict[str, Any]]] | None = None
         self._last: int | None = None
         self._has_ended = self._has_warned = False
@@ -161,7 +185,9 @@ class SampleCallback(TrainerCallback):
         cut_lines(path, state.global_step)
         self._groups = {}
         for line in read_lines(path):
-            self._groups.setdefault(line["step"], []).append(line)
+            group = self._groups.setdefault(line["step"], [])
+            if all(line["sample"] != each["sample"] for each in group):  # those of the kept model may stand twice
+                group.append(line)
             self._last = line["step"]
         if state.global_step == 0:
             self._sample(args, state)
@@ -241,7 +267,7 @@ def _prompts_of(trainer: Any, count: int) -> list[Prompt]:
     rows = trainer.eval_dataset
     rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
     if rows is None:
-        raise ValueError("No samples: the trainer has no `eval_dataset` to take prompts from.")
+        raise ValueError(f"{NONE}the trainer has no `eval_dataset` to take prompts from.")
     config = without_adapter(trainer.model).config
     with same_random_numbers():  # rows may be made when they are read
         return prompts_in(rows, trainer.processing_class, count, context_of(config))

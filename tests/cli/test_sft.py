@@ -26,7 +26,7 @@ from abr_trainer.data.chat_tokens import Encoder, load_chats, prompts_of_chats, 
 from abr_trainer.data.demo import DEMO_MODEL, demo_chats
 from abr_trainer.data.templates import ALPACA
 from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
-from abr_trainer.records.errors import MissingPackage
+from abr_trainer.records.errors import BadRow, MissingPackage
 from abr_trainer.records.files import read_lines
 from abr_trainer.report.samples import read_samples
 from abr_trainer.schedulers import RowRule
@@ -435,11 +435,11 @@ def test_a_run_samples_answers_to_what_a_user_asks(finished):
     assert len(samples) == 3
 
 
-def prompts_for(rows, tmp_path, length=256, **flags):
+def prompts_for(rows, tmp_path, length=256, template=ALPACA, **flags):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = ALPACA
+    tokenizer.chat_template = template
     arguments = ChatArguments(validation_file=str(path), max_length=length)
     found = load_chats(arguments, ["validation"])["validation"]
     encoder = Encoder(tokenizer, **flags)
@@ -483,3 +483,21 @@ def test_prompts_of_questions_of_completions_and_of_texts(tmp_path):
     [prompt], _ = prompts_for([{"text": text}], tmp_path)
     assert len(prompt.ids) == 32
     assert text.startswith(prompt.text + prompt.reference)
+
+
+def test_answers_that_a_template_refuses_to_ask_for_are_passed_over(tmp_path, caplog):
+    def chat(*roles):
+        return {"messages": [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)]}
+
+    def answers(refused):
+        refusal = "{% if add_generation_prompt and " + refused + " %}{{ raise_exception('no') }}{% endif %}"
+        prompts, _ = prompts_for(rows, tmp_path, template=ALPACA + refusal)
+        return [prompt.reference for prompt in prompts]
+
+    rows = [chat("system", "user", "assistant"), chat("user", "assistant", "user", "assistant")]
+    assert answers("messages[-1]['content'] == 'user 2'") == ["assistant 2", "assistant 1"]
+    assert "are not continued" not in caplog.text
+    assert answers("messages[-1]['content'] == 'user 1'") == ["assistant 3"]
+    assert re.search(r"1 rows of .* are not continued: line 1 .*not accepted by the chat template: no", caplog.text)
+    with pytest.raises(BadRow, match=r"line 1.*is not accepted by the chat template: no"):
+        answers("true")
