@@ -22,6 +22,7 @@ from ..training.evaluation import NoSuchMetric
 from ..training.log_table import Score
 from ..training.readiness import check_disk, mend_generation_config, telling_of_a_full_disk
 from ..training.row_seams import RowsUnsupported
+from ..training.samples import are_sampled, cut_samples
 from ..training.screen import RunScreen, show_on
 from ..training.signals import NoAccuracy
 from ..training.summary import cost_lines, kept_line, kept_step, perplexity_lines
@@ -113,6 +114,7 @@ def _carry_out(
             show_header(header(trainer, recorded, [*described, *defaults], checkpoint))
         if checkpoint is not None:
             set_aside_later_checkpoints(args, checkpoint)
+            cut_samples(args, checkpoint)
         if args.do_train:
             results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
             if not trainer.has_trained:  # what was measured when it was
@@ -141,16 +143,16 @@ def _carry_out(
 
 
 def show_results(trainer: ABRTrainer, results: dict[str, float], score: Score) -> None:
-    """Print the perplexities that a run has reached, and what it cost."""
+    """Print what a run has reached, and what it cost, and samples if it made some."""
     if not trainer.is_world_process_zero():
         return
     output_dir = Path(str(trainer.args.output_dir))
     if trainer.args.do_train:
         show_history(output_dir, kept_step(trainer.args, trainer.state))
-    show_end(trainer, perplexity_lines(trainer.state.log_history, trainer.ledger, results, score))
-    lines = text_score_lines(trainer.state.log_history, results)
-    lines += sample_lines(output_dir) if trainer.args.do_train else []
-    if lines:
+    log = trainer.state.log_history
+    reached = [*perplexity_lines(log, trainer.ledger, results, score), *text_score_lines(log, results)]
+    show_end(trainer, sorted(reached, key=lambda line: line.startswith("test ")))  # all of a split stand together
+    if are_sampled(trainer) and (lines := sample_lines(output_dir)):
         print(*lines, sep="\n")
 
 

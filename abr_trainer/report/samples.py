@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..records.files import SAMPLES_NAME, read_lines
+from ..records.files import PROVENANCE, SAMPLES_NAME, TRAINER_STATE, read_json, read_lines, step_of
 from .figure import Excerpts, Section
 from .text import printable
 
@@ -15,11 +15,14 @@ NOTHING = "(nothing)"
 WIDEST = 120
 """Columns of a terminal that are used."""
 
+NAME, LEAST_ROOM = 12, 8
+"""Columns of the name of a text, and of a text in a terminal that is narrower than both."""
+
 MOST_SHOWN = 3
 """Prompts that the terminal shows, of four lines each."""
 
 Samples = dict[int, list[dict[str, Any]]]
-"""By the number of the prompt: a line for each evaluation, in order, that of the model that was kept last."""
+"""By the number of the prompt: a line for each evaluation, in order; that of the model that was kept is the last."""
 
 
 def read_samples(directory: Path) -> Samples:
@@ -33,7 +36,7 @@ def read_samples(directory: Path) -> Samples:
 
 def sample_sections(directory: Path) -> list[Section]:
     """Return the section of the page of a run, or nothing if it has no samples."""
-    samples = read_samples(directory)
+    samples, kept = read_samples(directory), _kept_step(directory)
     if not samples:
         return []
     blocks: list[str | Excerpts] = [
@@ -42,15 +45,25 @@ def sample_sections(directory: Path) -> list[Section]:
         "nothing."
     ]
     for number, lines in samples.items():
-        first, kept = lines[0], lines[-1]
+        first, last = lines[0], lines[-1]
         items = [(f"Prompt {number}", first["prompt"])]
-        items += [(_named(first), first["continuation"])] if first["step"] != kept["step"] else []
-        items += [(_named(kept, is_kept=True), kept["continuation"]), ("In the text", kept["reference"])]
+        items += [(_named(first), first["continuation"])] if first["step"] != last["step"] else []
+        items += [(_named(last, last["step"] == kept), last["continuation"]), ("In the text", last["reference"])]
         shown = len(items)
-        between = {line["step"]: line for line in lines if line["step"] not in (first["step"], kept["step"])}
+        between = {line["step"]: line for line in lines if line["step"] not in (first["step"], last["step"])}
         items += [(_named(line), line["continuation"]) for line in between.values()]
         blocks.append(Excerpts(tuple((said, printable(text) or NOTHING) for said, text in items), open=shown))
     return [Section(f"Samples ({len(samples)})", tuple(blocks))]
+
+
+def _kept_step(directory: Path) -> int | None:
+    """Return after how many batches the weights were saved that a run has kept; None if it is not finished."""
+    state = read_json(directory / TRAINER_STATE)
+    if state is None:
+        return None
+    arguments = (read_json(directory / PROVENANCE) or {}).get("arguments", {})
+    best = state.get("best_model_checkpoint") if arguments.get("load_best_model_at_end") else None
+    return step_of(Path(best)) if best else int(state["global_step"])
 
 
 def _named(line: dict[str, Any], is_kept: bool = False) -> str:
@@ -67,7 +80,7 @@ def sample_lines(directory: Path, width: int | None = None) -> list[str]:
     Args:
         width: Columns; default: those of the terminal, at most 120.
     """
-    samples = read_samples(directory)
+    samples, kept = read_samples(directory), _kept_step(directory)
     if not samples:
         return []
     width = width or min(shutil.get_terminal_size().columns, WIDEST)
@@ -76,13 +89,14 @@ def sample_lines(directory: Path, width: int | None = None) -> list[str]:
     if len(samples) > MOST_SHOWN:
         lines[0] += f"; {MOST_SHOWN} of {len(samples)}, all are in {SAMPLES_NAME}"
     for number, told in list(samples.items())[:MOST_SHOWN]:
-        first, kept = told[0], told[-1]
+        first, last = told[0], told[-1]
         lines.append(_line(f"{number} prompt", first["prompt"], width, ends=True))
-        if first["step"] != kept["step"]:
+        if first["step"] != last["step"]:
             lines.append(_line(f"  {'before' if first['step'] == 0 else 'at first'}", first["continuation"], width))
-        lines.append(_line("  after" if kept["step"] else "  before", kept["continuation"], width))
-        lines.append(_line("  in text", kept["reference"], width))
-    return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
+        after = "after" if last["step"] == kept else f"batch {last['step']}"
+        lines.append(_line(f"  {after if last['step'] else 'before'}", last["continuation"], width))
+        lines.append(_line("  in text", last["reference"], width))
+    return [_cut(line, width) for line in lines]
 
 
 def _line(name: str, text: str, width: int, ends: bool = False) -> str:
@@ -91,13 +105,20 @@ def _line(name: str, text: str, width: int, ends: bool = False) -> str:
     Args:
         ends: Keep the end of the text, not its beginning.
     """
-    from rich.cells import cell_len, set_cell_size  # here: the page needs no rich
+    from rich.cells import cell_len  # here: the page needs no rich
 
-    text, room = printable(text) or NOTHING, width - 12
+    text, room = printable(text) or NOTHING, max(width - NAME, LEAST_ROOM)
     if cell_len(text) > room and ends:
         while cell_len(text) > room - 3:
             text = text[max(1, (cell_len(text) - room + 3) // 2) :]
         text = f"...{text.lstrip()}"
-    elif cell_len(text) > room:
-        text = f"{set_cell_size(text, room - 3).rstrip()}..."
-    return f"{name:<12}{text}"
+    return f"{name:<{NAME}}{_cut(text, room)}"
+
+
+def _cut(text: str, width: int) -> str:
+    """Return the beginning of a text that is wider than so many columns, with three dots where there is room."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= width:
+        return text
+    return f"{set_cell_size(text, width - 3).rstrip()}..." if width > 3 else set_cell_size(text, width)

@@ -23,8 +23,9 @@ from transformers import (
 
 import run_clm_abr
 from abr_trainer.data.demo import DEMO_MODEL
-from abr_trainer.data.prompts import Prompt
+from abr_trainer.data.prompts import Prompt, prompts_in
 from abr_trainer.hub.repository import Target, stage
+from abr_trainer.records.errors import BadRow
 from abr_trainer.records.files import SAMPLES_NAME, read_lines
 from abr_trainer.records.flags import complete_flags
 from abr_trainer.report.figure import Report
@@ -34,7 +35,7 @@ from abr_trainer.report.page import render_page
 from abr_trainer.report.samples import read_samples, sample_lines, sample_sections
 from abr_trainer.report.text import escaped
 from abr_trainer.training.generation import continue_prompts
-from abr_trainer.training.samples import SampleCallback, as_markdown
+from abr_trainer.training.samples import GenerationArguments, SampleCallback, are_sampled, as_markdown, follow_text
 from tests.conftest import RUN, Stream, token_rows, weights
 from tests.report.dropped import HOSTILE_TEXT
 
@@ -124,9 +125,19 @@ def test_the_last_lines_are_of_the_model_that_was_kept(build):
     prompts = [Prompt(HELD_OUT[i]["input_ids"][:6].tolist(), "", "", 6) for i in (0, 2)]
     kept = continue_prompts(trainer.model, TOKENIZER, prompts, 8)
     assert [line["continuation"] for line in lines[-2:]] == list(kept.values())
-    assert f"The model that was kept, after batch {best}" in render_markdown(
-        Report("run", (), tuple(sample_sections(Path(trainer.args.output_dir))))
-    )
+    directory, said = Path(trainer.args.output_dir), f"The model that was kept, after batch {best}"
+    assert "The model that was kept" not in page_of(directory), "the run is not finished"
+    trainer.save_state()
+    assert said in page_of(directory)
+    again = sampled(build, f"{directory}/checkpoint-{best}", metric_for_best_model="perplexity", **options)
+    assert again.state.global_step == 18
+    lines = lines_of(again)
+    assert [line["step"] for line in lines if line["step"] > best][::2] == list(range(best + 6, 19, 6))
+    assert all(lines.count(line) <= 2 for line in lines), "none are added to those that stood there"
+
+
+def page_of(directory):
+    return render_markdown(Report("run", (), tuple(sample_sections(directory))))
 
 
 def test_a_model_that_cannot_write_costs_the_samples_and_not_the_run(build, caplog, monkeypatch):
@@ -256,6 +267,38 @@ def test_a_run_without_evaluation_has_none_and_says_nothing(tmp_path, capsys):
     assert not (tmp_path / "run" / SAMPLES_NAME).exists()
 
 
+def test_a_run_that_goes_back_without_samples_keeps_none_of_later_batches(tmp_path, capsys):
+    flags = [*RUN, "--save_strategy", "steps", "--save_steps", "1", "--output_dir", str(tmp_path / "run")]
+    run_clm_abr.main([*flags, "--max_steps", "3", "--sample_prompts", "1"])
+    assert "\nsamples " in capsys.readouterr().out
+    resumed = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1")]
+    run_clm_abr.main([*flags, "--max_steps", "2", *resumed])
+    assert "\nsamples " not in capsys.readouterr().out
+    assert [line["step"] for line in read_samples(tmp_path / "run")[1]] == [0]
+    assert "The model that was kept" not in page_of(tmp_path / "run")
+
+
+def test_a_trainer_whose_default_samples_cannot_be_is_warned_and_trains(build, caplog):
+    own = {"processing_class": TOKENIZER, "eval_dataset": HELD_OUT}
+    trainer = build(model=adapted(), data=ROWS, trainer_options=own, do_train=True, do_eval=True)
+    nothing, refusal = "the evaluation set has nothing to continue.", "row 3 is not accepted by the chat template: no"
+
+    def refuse(split, count):
+        raise BadRow(refusal)
+
+    for prompts, reason in ((lambda split, count: [], nothing), (refuse, refusal)):
+        caplog.clear()
+        unasked, asked = GenerationArguments(), GenerationArguments(sample_prompts=2)
+        unasked.fit(trainer.args)
+        follow_text(trainer, unasked, prompts)
+        assert [record.getMessage() for record in caplog.records] == [f"No samples: {reason}"]
+        assert not are_sampled(trainer)
+        with pytest.raises(ValueError, match=reason):
+            follow_text(trainer, asked, prompts)
+    follow_text(trainer, unasked, lambda split, count: prompts_in(HELD_OUT, TOKENIZER, count))
+    assert are_sampled(trainer)
+
+
 def test_three_samples_of_a_quick_run_take_less_than_a_few_seconds(finished):
     directory, _ = finished
     assert sum(line["seconds"] for lines in read_samples(directory).values() for line in lines) < 10
@@ -294,6 +337,15 @@ def test_no_text_harms_a_terminal(tmp_path, text, width):
     assert all(escaped(line) == line and "\n" not in line for line in lines)
     assert all(cell_len(line) <= width for line in lines)
     assert all(line[12:].strip() for line in lines)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_narrow_terminal_gets_lines_too(tmp_path, text):
+    directory = write_samples(tmp_path / "run", [text] * 2)
+    for width in range(1, 21):
+        lines = sample_lines(directory, width)
+        assert len(lines) == 9
+        assert all(cell_len(line) <= width for line in lines)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
