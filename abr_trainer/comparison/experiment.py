@@ -39,6 +39,9 @@ from .scores import SCORES, SPLITS, Score, main_metric, metrics_in, score_of
 
 EXPERIMENT = "experiment.json"
 
+CHANGE_NO_TRAINING = {"--sample_prompts"}
+"""Flags in which a finished run may differ: an earlier version did not add them."""
+
 Check = Callable[[str, list[list[str]], Any], None]
 """Takes a module, command lines, and the end of a pipe to send the result to."""
 
@@ -91,7 +94,8 @@ class Run:
         if provenance is None:
             return None
         before, now = given_flags(_own_arguments(arguments_in(provenance["argv"]))), given_flags(self.argv)
-        differing = [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]
+        flags = [flag for flag in {**before, **now} if flag not in CHANGE_NO_TRAINING]
+        differing = [flag for flag in flags if before.get(flag) != now.get(flag)]
         if changed := [flag for flag in differing if self.arm.reads(flag[2:], self.argv)]:
             each = [f"{flag}: {_values(before.get(flag))} -> {_values(now.get(flag))}" for flag in changed[:3]]
             raise ValueError(

@@ -402,6 +402,14 @@ def test_a_directory_stays_locked_while_a_launched_run_outlives_its_comparison(t
         pass
 
 
+def test_a_run_of_a_version_that_did_not_turn_samples_off_is_the_same_run(tmp_path):
+    arms = [parse_arm("abr")]
+    first = Experiment(**{**EXPERIMENT, "out": tmp_path, "flags": ["--use_cpu"]}, arms=arms)
+    leave_run(first.final_runs(arms)[0])
+    again = Experiment(**{**EXPERIMENT, "out": tmp_path, "flags": ["--use_cpu", "--sample_prompts", "0"]}, arms=arms)
+    assert again.final_runs(arms)[0].results()
+
+
 def test_the_same_flags_in_another_order_are_the_same_run(tmp_path):
     arms = [parse_arm("abr")]
     first = Experiment(**{**EXPERIMENT, "out": tmp_path, "flags": ["--use_cpu", "--lora_r", "4"]}, arms=arms)
