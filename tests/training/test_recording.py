@@ -26,7 +26,8 @@ def abr(**fields):
 
 
 def why(directory, step):
-    return "\n".join(why_verb.main([str(directory), str(step)]))
+    """Return what `abr why` says, without its line breaks."""
+    return " ".join(" ".join(why_verb.main([str(directory), str(step)])).split())
 
 
 def test_a_python_run_says_what_made_it(train):
