@@ -16,8 +16,10 @@ from transformers.trainer_utils import has_length
 
 from .. import __version__
 from ..data.demo import DEMO_MODEL
+from ..data.identity import are_blocks
 from ..models.unwrapping import without_adapter
-from ..schedulers import ConstantScheduler, GradNormSkip, OutlierSkip, RepeatUntil
+from ..schedulers import ConstantScheduler, GradNormSkip, OutlierSkip, RepeatUntil, RobustRows, RowRule
+from ..training.identity import wants_row_indices
 from ..training.log_table import PLAIN_WIDTH
 
 LABEL = 11
@@ -117,12 +119,31 @@ def _rules(trainer: Any) -> list[str]:
         rule = inner
     is_constant = isinstance(rule, ConstantScheduler)
     does = f"{counted(rule.repeats, 'update')} on each batch" if is_constant else _parameters(rule)
-    dropped = "none are dropped" if trainer.row_rule is None else f"drops outliers by {trainer.row_rule!r}"
     return [
         f"rule: {trainer.args.repeat_scheduler}, {does}{ends}",
         f"outliers: {'; '.join(skips) or 'no batch is skipped for its loss'}",
-        f"rows: {dropped}",
+        f"rows: {_row_rule(trainer.row_rule)}{_blocks(trainer)}",
     ]
+
+
+def _row_rule(rule: RowRule | None) -> str:
+    """Return which rows a rule drops, in words if it is ours."""
+    if rule is None:
+        return "none are dropped"
+    if not isinstance(rule, RobustRows):
+        return f"drops rows by {rule!r}"
+    among = f" among the last {rule.window:,} rows" if rule.window != RobustRows.window else ""
+    low = f", or below {rule.low:g} of that loss" if rule.low else ""
+    return f"robust, drops a row whose loss is {rule.sigmas:g} spreads above the usual loss of its length{among}{low}"
+
+
+def _blocks(trainer: Any) -> str:
+    """Return what to know if rows are judged or ranked, and are blocks of tokens; else nothing."""
+    if not wants_row_indices(trainer) or not are_blocks(trainer.train_dataset):
+        return ""
+    length = _length(trainer.train_dataset)
+    of = f" of {counted(length, 'token')}" if length else ""
+    return f". Rows are blocks{of}; abr sft judges each row of the file by itself"
 
 
 def _skips(rule: Any) -> str:

@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from ..records.errors import one_line_errors
 from ..records.files import PROVENANCE, ROW_LOSSES_NAME
 from ..report.cleaning import doubtful_row, rows_to_remove
 from ..report.rows import (
+    CUT_TO_BLOCKS,
+    JUDGED_ALONE,
     RunRow,
     broken_rows,
     has_row_rule,
@@ -32,14 +35,14 @@ from ..report.rows import (
     read_row_losses,
     rows_judged,
 )
-from ..report.text import escaped, printable, share, shortened, terminal_width
+from ..report.text import escaped, number, printable, share, shortened, terminal_width
 from ..report.why import read_trace
 
 MOST = 20
 """Number of rows to list by default."""
 
 NAMED = 10
-"""Most row numbers in a sentence."""
+"""Most row numbers in a sentence; all are named where nothing else lists them."""
 
 COLUMNS = (
     *("run", "index", "source", "first_row", "last_row", "loss", "limit", "targets", "reason", "drops", "visits"),
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         found = [Found.of(directory, args.all, args.lowest) for directory in directories]
         if args.clean:
             file, out = map(Path, args.clean)
-            print(*clean(directories, file, out, args.overwrite), sep="\n")
+            print(*clean(directories, file, out, args.overwrite, terminal_width()), sep="\n")
             return []
         limit = MOST if args.limit is None and not (args.json or args.csv) else args.limit or None
         rows = [fields_of(each, row) for each in found for row in each.rows[:limit]]
@@ -139,11 +142,14 @@ class Found:
     def lines(self, limit: int | None, width: int) -> Iterator[str]:
         """Yield the lines to show on a terminal of that width."""
         yield f"{self.directory}: {self.about}"
+        if any(row.is_block for row in self.rows):
+            yield from textwrap.wrap(f"{CUT_TO_BLOCKS} One block can hold good and broken text. {JUDGED_ALONE}", width)
         for row in self.rows[:limit]:
             yield ""
             yield row.place
-            for text in (f"{row.numbers}; {row.fate}", printable(row.text)):
-                yield from textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+            text = f"{printable(row.text)} ..." if row.left_out else printable(row.text)
+            for part in (f"{row.numbers}; {row.fate}", text, row.left_out):
+                yield from textwrap.wrap(part, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
         left = 0 if limit is None else len(self.rows) - limit
         if left > 0:
             yield ""
@@ -171,8 +177,11 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 # ---- Removing the broken rows ----
 
 
-def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -> list[str]:
+def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool, width: int) -> list[str]:
     """Write a file without the rows that runs dropped, and return lines about the result.
+
+    Args:
+        width: Columns at which long lines are wrapped.
 
     Raises:
         ValueError: The runs did not use the file, or it has changed; `out` exists already, or cannot be written.
@@ -208,18 +217,22 @@ def clean(directories: Sequence[Path], file: Path, out: Path, overwrite: bool) -
         raise ValueError(f"{file} has changed since the run: its row {row:,} is not the row that was dropped: {told}")
     count = copy_without(file, out, removal.whole, empty)
     whole, partly = removal.whole, removal.partly
-    removed = _named([f"{number:,}" for number in sorted(whole)])
+    removed = _named([f"{number:,}" for number in sorted(whole)], None if removal.has_blocks else NAMED)
     lines = [f"{out}: {file.name} without {len(whole):,} of its {count:,} rows{removed}"]
     if is_newer and not removal.texts:
         lines.append(
             f"{file} was written after the run began. Check that it still has the same rows in the same order."
         )
+    if removal.has_blocks and (whole or partly):
+        neighbours = "Removed rows may include good neighbours of broken ones. " if whole else ""
+        lines += textwrap.wrap(f"{CUT_TO_BLOCKS} {neighbours}{JUDGED_ALONE}", width)
     if partly:
-        most = sorted(partly, key=lambda number: (-partly[number], number))
+        most = sorted(partly, key=lambda number: (-partly[number], -removal.highest[number], number))
         stay = f"Kept {len(partly):,} row{'s' * (len(partly) != 1)} that may be only partly in dropped blocks"
-        numbers = _named([f"{number:,} ({partly[number]:,})" for number in most])
-        look = f"To see them: abr rows {shlex.quote(str(directories[0]))}"
-        lines.append(f"{stay}, with the number of these blocks{numbers}. {look}")
+        numbers = [f"{number:,} ({partly[number]:,}, {_loss(removal.highest[number])})" for number in most]
+        told = f"{stay}, the most suspicious first, with the number of these blocks and their highest loss"
+        lines += textwrap.wrap(f"{told}{_named(numbers, None)}.", width)
+        lines.append(f"To see these blocks: abr rows {shlex.quote(str(directories[0]))}")
     if removal.elsewhere:
         named = ", ".join(
             f"{count:,} from {printable(source) or 'unknown source'}" for source, count in removal.elsewhere.items()
@@ -234,5 +247,11 @@ def _beginnings(directories: Sequence[Path]) -> Iterator[float]:
     return (record.stat().st_mtime for record in records if record.is_file())
 
 
-def _named(rows: Sequence[str]) -> str:
-    return f": {', '.join(rows[:NAMED])}{', ...' * (len(rows) > NAMED)}" if rows else ""
+def _loss(loss: float) -> str:
+    return number(loss) if math.isfinite(loss) else "not finite"
+
+
+def _named(rows: Sequence[str], most: int | None) -> str:
+    """Return these rows after a colon, the first `most` of them; None: all."""
+    left_out = most is not None and len(rows) > most
+    return f": {', '.join(rows[:most])}{', ...' * left_out}" if rows else ""

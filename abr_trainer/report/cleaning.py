@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -35,6 +36,8 @@ class Removal:
         whole: Rows to remove, from 1.
         partly: Rows of which a dropped block holds only a part, or perhaps only a part: they stay. By row, how many
             dropped blocks hold something of it.
+        highest: The highest loss of these blocks, by row; infinite if one is not finite.
+        has_blocks: Whether what was dropped are blocks of tokens.
         elsewhere: How many dropped rows are of other files or data sets, by name; "" for those of unknown place.
         texts: Rows to remove, each with the beginning of its text, where a run knew it and it says enough.
         count_empty_lines: Whether an empty line of JSON lines is a row for these runs; both if they differ.
@@ -42,6 +45,8 @@ class Removal:
 
     whole: set[int] = field(default_factory=set)
     partly: Counter[int] = field(default_factory=Counter)
+    highest: dict[int, float] = field(default_factory=dict)
+    has_blocks: bool = False
     elsewhere: Counter[str] = field(default_factory=Counter)
     texts: list[tuple[int, str]] = field(default_factory=list)
     count_empty_lines: set[bool] = field(default_factory=set)
@@ -73,7 +78,12 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
         texts: list[tuple[int, str]] = []
         if any(row.is_block or not row.is_one_row for row in of_file):
             removal.count_empty_lines.add(True)
+            removal.has_blocks = True
             whole, touched = _inside_blocks(of_file)
+            for block in of_file:
+                loss = math.inf if block.loss is None else block.loss
+                for number in _rows_of(block):
+                    removal.highest[number] = max(loss, removal.highest.get(number, -math.inf))
         else:
             removal.count_empty_lines |= _count_empty_lines(provenance.get("argv", ())) if of_file else set()
             whole, touched = {row.first_row for row in of_file if row.first_row is not None}, Counter()
@@ -142,6 +152,12 @@ def _other_than(file: Path, source: str | None, inputs: Iterable[str]) -> Path |
     return there[0] if there and not any(path.samefile(file) for path in there) else None
 
 
+def _rows_of(block: RunRow) -> range:
+    """Return the rows of the file that a block is known to hold something of."""
+    first = block.first_row or 0
+    return range(first, (block.last_row or first) + 1)
+
+
 def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], Counter[int]]:
     """Return the rows that lie in dropped blocks entirely, and how many blocks hold something of each row.
 
@@ -153,9 +169,9 @@ def _inside_blocks(blocks: Iterable[RunRow]) -> tuple[set[int], Counter[int]]:
     before: RunRow | None = None
     start = 0
     for block in sorted(blocks, key=lambda block: -1 if block.index is None else block.index):
-        first = block.first_row or 0
-        last = block.last_row or first
-        touched.update(range(first, last + 1))
+        rows = _rows_of(block)
+        first, last = rows[0], rows[-1]
+        touched.update(rows)
         goes_on = (
             before is not None
             and None not in (before.index, block.index)

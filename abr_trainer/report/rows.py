@@ -18,6 +18,10 @@ from .text import number, printable
 
 UNKNOWN_PLACE = "a row of unknown place"
 
+CUT_TO_BLOCKS = "The run joined the rows of the file, cut them into blocks of tokens, and judged these blocks."
+
+JUDGED_ALONE = "abr sft on the same file judges each row of the file by itself."
+
 
 @dataclass(frozen=True)
 class RunRow:
@@ -35,6 +39,7 @@ class RunRow:
         steps: The batches in which it was dropped.
         visits: How often the run passed over it.
         text: The beginning of the row, decoded, or its first tokens.
+        tokens: How many tokens of the row were stored; 0 if none were.
     """
 
     index: int | None = None
@@ -49,6 +54,7 @@ class RunRow:
     steps: tuple[int, ...] = ()
     visits: int | None = None
     text: str = ""
+    tokens: int = 0
 
     @property
     def place(self) -> str:
@@ -75,6 +81,13 @@ class RunRow:
         parts += [f"limit {number(self.limit)}"] if self.limit is not None else []
         parts += [f"{self.targets:,} target{'s' * (self.targets != 1)}"] if self.targets is not None else []
         return ", ".join(parts)
+
+    @property
+    def left_out(self) -> str:
+        """What to say if the run stored only the beginning of the row; empty if it stored all, or may have."""
+        if self.targets is None or not 0 < self.tokens <= self.targets:  # the first token is no target
+            return ""
+        return f"The run stored the first {self.tokens:,} of more than {self.targets:,} tokens."
 
     @property
     def fate(self) -> str:
@@ -165,6 +178,7 @@ def row_of(drops: Sequence[Mapping[str, Any]], visits: Mapping[int, int] | None 
         steps=tuple(drop["step"] for drop in drops),
         visits=None if visits is None or index is None else visits.get(index),
         text=text_of(worst),
+        tokens=len(worst.get("input_ids") or ()),
     )
 
 
@@ -185,7 +199,11 @@ def read_described(directory: Path) -> list[RunRow]:
     """Return the rows of which a run with `--rank_rows` says what they say and where they come from."""
     path = directory / RANKED_NAME
     return [
-        RunRow(line["index"], line.get("source"), line.get("first_row"), line.get("last_row"), text=text_of(line))
+        RunRow(
+            **{name: line.get(name) for name in ("index", "source", "first_row", "last_row")},
+            is_block=line.get("is_block", False),
+            text=text_of(line),
+        )
         for line in (read_lines(path) if path.is_file() else ())
     ]
 

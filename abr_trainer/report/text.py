@@ -120,6 +120,19 @@ def shortened(text: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 3].rstrip() + "..."
 
 
+def both_ends(text: str, width: int) -> str:
+    """Return the beginning and the end of a text from a data set on one line, escaped.
+
+    >>> both_ends("one two three four five", 16), both_ends("one two", 16)
+    ('one tw ... five', 'one two')
+    """
+    line, gap = printable(text), " ... "
+    if len(line) <= width:
+        return line
+    end = (width - len(gap)) // 2
+    return f"{line[: width - len(gap) - end].rstrip()}{gap}{line[-end:].lstrip()}"
+
+
 def spans(text: str) -> list[tuple[bool, str]]:
     """Split into `(is code, text)`: what stands between two backticks is code. White space is collapsed.
 

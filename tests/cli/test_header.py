@@ -10,6 +10,7 @@ from rich.console import Console
 
 import run_clm_abr
 from abr_trainer.cli import header
+from abr_trainer.schedulers import RobustRows, RowRule
 from tests.conftest import RUN
 
 
@@ -34,11 +35,42 @@ def test_the_header_says_model_data_batch_rules_budget_and_output(capsys, tmp_pa
     assert told["rule"] == "fixed, 2 updates on each batch, until 0.5 of the run is spent"
     assert "robust, skips a batch whose loss is 4 spreads above the last 100" in lines
     assert "gradient norm is 6 spreads above" in " ".join(lines.split())
-    assert told["rows"].startswith("drops outliers by RobustRows(sigmas=4.25")
+    said = " ".join(lines.split())
+    assert "rows robust, drops a row whose loss is 4.25 spreads above the usual loss of its length. Rows are" in said
+    assert "Rows are blocks of 64 tokens; abr sft judges each row of the file by itself" in said
     assert told["budget"] == "4 passes, at most 3 batches"
     assert told["output"] == str(tmp_path / "run")
     assert "Before training" in rest
     assert all(len(line) <= 100 for line in lines.splitlines() if str(tmp_path) not in line)
+
+
+class EveryOther(RowRule):
+    """Drop every other row."""
+
+    def decide(self, row):
+        return row.position % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        ([], "none are dropped"),
+        (["--rank_rows"], "none are dropped. Rows are blocks of 64 tokens; abr sft judges each row of the file by"),
+        (["--skip_rows", f"{__name__}:EveryOther"], "drops rows by EveryOther(). Rows are blocks of 64 tokens; abr"),
+    ],
+)
+def test_the_header_says_that_rows_are_blocks_where_rows_are_judged(capsys, tmp_path, flags, rows):
+    told, lines, _ = told_by(capsys, tmp_path, "--max_steps", "1", *flags)
+    assert told["rows"].startswith(rows)
+    assert ("abr sft" in lines) == bool(flags)
+
+
+def test_the_parameters_of_the_row_rule_are_said_in_words():
+    assert header._row_rule(RobustRows()).endswith("4.25 spreads above the usual loss of its length")
+    assert header._row_rule(RobustRows(sigmas=5, window=512, low=0.2)) == (
+        "robust, drops a row whose loss is 5 spreads above the usual loss of its length among the last 512 rows, or "
+        "below 0.2 of that loss"
+    )
 
 
 def test_epochs_are_counted_in_batches_as_trainer_counts_them(capsys, tmp_path):

@@ -203,12 +203,14 @@ def test_a_real_run_names_the_broken_rows_of_its_file(trained, tmp_path, capsys)
     inside = [row["first_row"] for row in found if row["first_row"] == row["last_row"] in broken]
     assert set(inside) == set(broken)
     assert all(row["visits"] == row["drops"] == 1 for row in found)
-    first, said = lines_of(capsys, run, "--clean", path, tmp_path / "clean.jsonl")
+    first, *said = lines_of(capsys, run, "--clean", path, tmp_path / "clean.jsonl")
     removed = [int(number) for number in re.findall(r"\d+", first.partition(" of its 120 rows")[2])]
-    named = [int(number) for number in re.findall(r"(\d+) \(\d+\)", said)]
+    named = [int(number) for number in re.findall(r"(\d+) \(\d+, [\d.]+\)", " ".join(said))]
     assert sorted(removed + named[: 5 - len(removed)]) == broken, "of these most blocks were dropped"
+    assert "blocks of tokens, and judged these blocks" in " ".join(lines_of(capsys, run)[1:4])
     top = lines_of(capsys, run, "--all", "--limit", "5")
-    assert top[2].startswith("notes.jsonl, row")
+    assert "blocks of tokens, and judged these blocks" in " ".join(top[1:4])
+    assert top[top.index("") + 1].startswith("notes.jsonl, row")
     for step in {row["steps"][0] for row in found}:
         told = "\n".join(explain_batch(run, step))
         assert "has changed since" not in told
@@ -339,11 +341,56 @@ def test_only_rows_that_lie_in_dropped_blocks_for_sure_are_removed(notes, tmp_pa
     run = write_run(tmp_path / "run", blocks(*spans, first=40))
     record(run, "train", train_file=str(notes))
     os.utime(notes, (1e9, 1e9))
-    first, *more = lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")
+    first, *more, look = lines_of(capsys, run, "--clean", notes, tmp_path / "clean.jsonl")
     count = len(removed.split())
     assert first.endswith(f"notes.jsonl without {count} of its 12 rows{': ' * bool(count)}{removed}")
-    assert more[0].startswith(f"Kept {partly.count('(')} row")
-    assert f"blocks: {partly}. To see them" in more[0]
+    told = " ".join(more)
+    assert ("Removed rows may include good neighbours" in told) == bool(count)
+    assert "abr sft on the same file judges each row of the file by itself." in told
+    assert f"Kept {partly.count('(')} row" in told
+    named = partly.replace(")", ", 5)")
+    assert told.endswith(f"with the number of these blocks and their highest loss: {named}.")
+    assert look == f"To see these blocks: abr rows {run}"
+
+
+def test_all_rows_that_may_be_broken_are_named_by_blocks_and_then_by_loss(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"text": "x"}\n' * 99)
+    os.utime(path, (1e9, 1e9))
+    losses = [3.5, 9.25, None, *(4.0 + i for i in range(12))]
+    place = {"is_block": True}
+    drops = [
+        drop(1, i, 10 * i, loss, "x", **place, first_row=2 * i + 1, last_row=2 * i + 2)
+        for i, loss in enumerate(losses)
+    ]
+    drops += [drop(2, 0, 400, 3.25, "x", **place, first_row=90, last_row=90)]
+    drops += [drop(2, 1, 402, 3.25, "x", **place, first_row=90, last_row=90)]
+    run = write_run(tmp_path / "run", drops, rows=99)
+    record(run, "train", train_file=str(path))
+    lines = lines_of(capsys, run, "--clean", path, tmp_path / "clean.jsonl")
+    assert max(map(len, lines[1:-1])) <= 60
+    named = re.findall(r"(\d+) \((\d+), ([^)]+)\)", " ".join(lines[1:]))
+    assert len(named) == 2 * len(losses) + 1, "none is left out"
+    assert named[:4] == [("90", "2", "3.25"), ("5", "1", "not finite"), ("6", "1", "not finite"), ("29", "1", "15")]
+    assert named[-1] == ("2", "1", "3.5")
+
+
+def test_all_rows_that_were_removed_with_blocks_are_named(tmp_path, capsys):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"text": "x"}\n' * 40)
+    os.utime(path, (1e9, 1e9))
+    run = write_run(tmp_path / "run", blocks((3, 30)))
+    record(run, "train", train_file=str(path))
+    first, *_ = lines_of(capsys, run, "--clean", path, tmp_path / "clean.jsonl")
+    assert first.endswith(f"without 26 of its 40 rows: {', '.join(map(str, range(4, 30)))}")
+
+
+def test_a_row_of_which_only_the_beginning_is_stored_says_so(tmp_path, capsys):
+    drops = [drop(1, 0, 0, 5.0, "the whole row"), drop(1, 1, 1, 6.0, "good text", targets=511, input_ids=[3] * 256)]
+    shown = lines_of(capsys, write_run(tmp_path / "run", drops))
+    assert shown[4:6] == ["    good text ...", "    The run stored the first 256 of more than 511 tokens."]
+    assert shown[-1] == "    the whole row"
 
 
 def test_blocks_are_told_from_rows_without_a_command_as_well(notes, tmp_path, capsys):

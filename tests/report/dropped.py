@@ -17,7 +17,7 @@ def drop(step: int, position: int, index: int, loss: float | None, text: Any, /,
     """What a run writes of a row that it drops from a batch: row `index + 1` of notes.jsonl."""
     place = {"index": index, "source": "notes.jsonl", "first_row": index + 1, "last_row": index + 1}
     reason = {"reason": "non-finite"} if loss is None else {"reason": "outlier", "limit": 3.0}
-    known = {"step": step, "position": position, "loss": loss, "targets": 12, "input_ids": [3, 4], "text": text}
+    known = {"step": step, "position": position, "loss": loss, "targets": 12, "input_ids": [3] * 13, "text": text}
     return {name: value for name, value in (known | place | reason | more).items() if value is not ...}
 
 
