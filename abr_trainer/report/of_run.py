@@ -12,9 +12,9 @@ from ..records.files import PROVENANCE, RESULTS, TRAINER_STATE, last_state, read
 from ..schedulers.recorded import name_of_rule
 from .figure import Commands, Excerpts, Facts, Figure, Fold, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
-from .rows import RunRow, broken_rows, has_row_rule, rows_judged
+from .rows import CUT_TO_BLOCKS, JUDGED_ALONE, RunRow, broken_rows, has_row_rule, rows_judged
 from .samples import sample_sections
-from .text import amount, number, share, shortened
+from .text import amount, both_ends, number, share, shortened
 from .why import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 
 MOST_POINTS = 1500
@@ -51,25 +51,36 @@ def report_on_run(directory: Path) -> Report:
     curve = evaluations(directory, trace, results)
     skipped = [batch for batch in trace if batch["repeats"] == 0]
     judged, dropped = rows_judged(trace), broken_rows(directory)
-    lead: list[str | Notice | Facts] = []
+    lead: list[str | Notice | Facts] = found(dropped)
     if "train_passes" not in results:
         lead.append(Notice("warning", "The run is not finished: this is how far it has come.", "not finished"))
     lead += [*progress(curve), facts(trace, results)]
+    left_out = [(skipped, Section(f"Skipped batches ({len(skipped):,})", skips(directory, skipped)))]
+    if has_row_rule(directory):
+        rows = Section(f"Broken rows ({len(dropped):,})", broken(directory, dropped, judged))
+        left_out.insert(0, (dropped, rows))
     sections = [
         Section("Perplexity", perplexity(curve)),
+        *(section for some, section in left_out if some),
         *sample_sections(directory),
         Section("Batches", batches(trace)),
-        Section(f"Skipped batches ({len(skipped):,})", skips(directory, skipped)),
-        *(
-            [Section(f"Broken rows ({len(dropped):,})", broken(directory, dropped, judged))]
-            if has_row_rule(directory)
-            else []
-        ),
-        Section("Learning rate and memory", (learning_rate(trace), memory(trace))),
+        *(section for some, section in left_out if not some),
+        Section("Learning rate and memory", tuple(map(unless_constant, (learning_rate(trace), memory(trace))))),
         Section("Costs", (ledger(trace, results),)),
         Section("How to repeat it", how(directory)),
     ]
     return Report(f"Run {directory.resolve().name}", tuple(lead), tuple(sections))
+
+
+def found(dropped: list[RunRow]) -> list[str | Notice | Facts]:
+    """Say how many rows were dropped, if any were."""
+    if not dropped:
+        return []
+    steps = [step for row in dropped for step in row.steps]
+    rows = f"{len(dropped):,} row{'s were' if len(dropped) > 1 else ' was'} dropped"
+    batches = f"{len(set(steps)):,} batch{'es' * (len(set(steps)) > 1)}"
+    times = f", {len(steps):,} times in all" if len(steps) > len(dropped) else ""
+    return [Notice("warning", f"{rows} in {batches}{times}.", "broken rows")]
 
 
 def evaluations(directory: Path, trace: list[dict[str, Any]], results: dict[str, Any]) -> list[list[Any]]:
@@ -156,29 +167,44 @@ def batches(trace: list[dict[str, Any]]) -> tuple[Any, ...]:
             "first-pass loss, nats per token",
             points_by_fate(trace),
         ),
-        Figure(
-            "repeats_over_time",
-            "Updates and skips in the course of training",
-            "Mean updates on a batch, and the share of batches skipped, in equal parts of the run.",
-            "lines",
-            "passes spent",
-            "mean over the batches",
-            tuple(
-                Series(name, x=_column(by_time, "passes"), y=_column(by_time, key))
-                for name, key in (("updates/batch", "repeats"), ("share skipped", "skipped"))
-            ),
-        ),
-        Figure(
-            "repeats_over_loss",
-            "Updates against first-pass loss",
-            "Mean updates on batches of about this loss, with the fewest and the most. A skip counts as 0.",
-            "lines",
-            "first-pass loss, nats per token",
-            "updates/batch",
-            (_banded("updates/batch", by_loss, "loss"),),
-            range_label="fewest to most",
-        ),
     ]
+    if len(updates := {updates_of(batch) for batch in trace if batch["repeats"]}) > 1:
+        figures.append(
+            Figure(
+                "repeats_over_time",
+                "Updates in the course of training",
+                "Mean updates on a batch, in equal parts of the run. A skip counts as 0.",
+                "lines",
+                "passes spent",
+                "updates/batch",
+                (Series("updates/batch", x=_column(by_time, "passes"), y=_column(by_time, "repeats")),),
+            )
+        )
+    if skips_some := any(batch["repeats"] == 0 for batch in trace):
+        figures.append(
+            Figure(
+                "skips_over_time",
+                "Skips in the course of training",
+                "Share of the batches that were skipped, in equal parts of the run.",
+                "lines",
+                "passes spent",
+                "share of batches skipped",
+                (Series("share skipped", x=_column(by_time, "passes"), y=_column(by_time, "skipped")),),
+            )
+        )
+    if len({batch["repeats"] for batch in trace}) > 1:
+        figures.append(
+            Figure(
+                "repeats_over_loss",
+                "Updates against first-pass loss",
+                "Mean updates on batches of about this loss, with the fewest and the most. A skip counts as 0.",
+                "lines",
+                "first-pass loss, nats per token",
+                "updates/batch",
+                (_banded("updates/batch", by_loss, "loss"),),
+                range_label="fewest to most",
+            )
+        )
     if by_pass:
         figures.append(
             Figure(
@@ -193,7 +219,23 @@ def batches(trace: list[dict[str, Any]]) -> tuple[Any, ...]:
                 range_label="quartiles",
             )
         )
-    return tuple(figures)
+    return (*figures, *always(updates, skips_some))
+
+
+def always(updates: set[int], skips_some: bool) -> list[str]:
+    """Say in a sentence what no figure is needed for, because it was the same for all batches.
+
+    Args:
+        updates: The numbers of updates that batches got which were not skipped.
+    """
+    said = []
+    if len(updates) == 1:
+        (count,) = updates
+        which = "Each batch that was not skipped" if skips_some else "Each batch"
+        said.append(f"{which} got {count} update{'s' * (count != 1)}.")
+    if not skips_some:
+        said.append("No batch was skipped.")
+    return [" ".join(said)] if said else []
 
 
 def _banded(name: str, points: list[dict[str, float]], x: str) -> Series:
@@ -253,11 +295,26 @@ def broken(directory: Path, dropped: list[RunRow], judged: int) -> tuple[Any, ..
     if not dropped:
         return (said,)
     items = tuple(
-        (f"{row.place}: {row.numbers}; {row.fate}", shortened(row.text, MOST_LETTERS)) for row in dropped[:MOST_ROWS]
+        (
+            f"{row.place}: {row.numbers}; {row.fate}. {row.left_out}".removesuffix(". "),
+            both_ends(row.text, MOST_LETTERS),
+        )
+        for row in dropped[:MOST_ROWS]
     )
     listed = f"`abr rows {shlex.quote(str(directory))}` lists them, and `--clean FILE OUT` writes a file without them."
     notes = [f"The worst {MOST_ROWS} of {len(dropped):,}."] if len(dropped) > MOST_ROWS else []
+    if any(row.is_block for row in dropped):
+        notes.append(f"{CUT_TO_BLOCKS} One block can hold good and broken text. {JUDGED_ALONE}")
     return (f"{said} A row that was dropped more than once is shown once. {listed}", *notes, Excerpts(items))
+
+
+def unless_constant(figure: Figure) -> Figure | str:
+    """Return a figure of one line, or a sentence if the line is level."""
+    (line,) = figure.series
+    if len(set(line.y)) > 1:
+        return figure
+    unit = "" if figure.y_label == figure.title.lower() else f" {figure.y_label}"
+    return f"{figure.title}: {number(line.y[0])}{unit}, the same throughout."
 
 
 def learning_rate(trace: list[dict[str, Any]]) -> Figure:

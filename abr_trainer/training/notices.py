@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..records.commands import command, pasted
 from ..report.rows import row_of
-from ..report.text import number, shortened
+from ..report.text import both_ends, number
 from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from .deciding import NO_ROOM
@@ -29,7 +29,7 @@ EVERY = 100
 WIDTH = 100
 """Characters of a line, where that leaves enough of a text."""
 
-EXCERPT = range(24, 60)
+EXCERPT = range(18, 60)
 """Characters of a text: at least, and below."""
 
 
@@ -57,7 +57,7 @@ class Notices:
             self.rows += 1
             if self.rows <= FIRST:
                 row = row_of([drop])
-                lines.append(_with_excerpt(f"Batch {step} drops {row.place}; {row.numbers}", row.text))
+                lines.append(_with_excerpt(f"Dropped in batch {step}: {row.place}; {row.numbers}", row.text))
                 lines += _how_to_see_why(self.rows, directory, step)
             lines += self._summary(self.rows, f"rows dropped so far, the last from batch {step}", "rows", directory)
         return lines
@@ -112,11 +112,11 @@ def _why_skipped(reason: str, loss: float, limit: float | None) -> str:
 
 
 def _with_excerpt(said: str, text: str) -> str:
-    """Return a sentence, and as much of a text as the line has room for."""
+    """Return a sentence, and as much of both ends of a text as the line has room for."""
     if not text.strip():
         return f"{said}."
     room = min(max(WIDTH - len(said) - len('; "".'), EXCERPT.start), EXCERPT.stop)
-    return f'{said}; "{shortened(text, room)}".'
+    return f'{said}; "{both_ends(text, room)}".'
 
 
 def _how_to_see_why(count: int, directory: Path | None, step: int) -> list[str]:

@@ -201,6 +201,43 @@ def test_the_report_shows_ten_rows_and_folds_the_others(tmp_path):
     assert markdown.count("word word") * 2 <= 13 * 90 == markdown.count("word")
 
 
+def test_the_page_begins_with_the_rows_that_were_dropped(tmp_path):
+    drops = [drop(1, 0, 2, 5.0, "a"), drop(1, 1, 3, 6.0, "b"), drop(4, 0, 2, 4.0, "a")]
+    report = report_on_run(write_run(tmp_path / "run", drops))
+    assert report.lead[0].badge == "broken rows"
+    assert report.lead[0].text == "2 rows were dropped in 2 batches, 3 times in all."
+    headings = [each.heading for each in report.sections]
+    assert headings[:3] == ["Perplexity", "Broken rows (2)", "Batches"]
+    one = report_on_run(write_run(tmp_path / "one", [drop(2, 0, 2, 5.0, "a")]))
+    assert one.lead[0].text == "1 row was dropped in 1 batch."
+    most = report_on_run(write_run(tmp_path / "most", [drop(2, i, i, 5.0, "a") for i in range(3)]))
+    assert [each.heading for each in most.sections][1:3] == ["Broken rows (3)", "Skipped batches (1)"]
+    none = report_on_run(write_run(tmp_path / "none", []))
+    assert not any(getattr(block, "badge", "") == "broken rows" for block in none.lead)
+
+
+def test_what_is_constant_is_said_and_not_drawn(tmp_path):
+    report = report_on_run(write_run(tmp_path / "even", []))
+    assert [figure.name for figure in report.figures] == ["batches"]
+    said = [block for each in report.sections for block in each.blocks if isinstance(block, str)]
+    assert "Each batch got 1 update. No batch was skipped." in said
+    assert {"Learning rate: 0.001, the same throughout.", "Memory: 1 GiB, the same throughout."} <= set(said)
+    skipping = report_on_run(write_run(tmp_path / "skips", [drop(2, i, i, 5.0, "a") for i in range(3)]))
+    assert [figure.name for figure in skipping.figures] == ["batches", "skips_over_time", "repeats_over_loss"]
+    said = [block for each in skipping.sections for block in each.blocks if isinstance(block, str)]
+    assert "Each batch that was not skipped got 1 update." in said
+
+
+def test_the_page_says_that_rows_are_blocks_and_shows_both_ends_of_a_text(tmp_path):
+    text = "good " * 400 + "br0k3n"
+    run = write_run(tmp_path, [drop(1, 0, 2, 5.0, text, is_block=True, last_row=9, targets=511, input_ids=[3] * 256)])
+    *said, excerpts = section(report_on_run(run)).blocks
+    assert "cut them into blocks of tokens" in " ".join(said)
+    ((about, shown),) = excerpts.items
+    assert about.endswith("(batch 1). The run stored the first 256 of more than 511 tokens.")
+    assert re.fullmatch(r"(good )*\w* \.\.\. .*good br0k3n", shown)
+
+
 def test_very_many_rows_are_not_all_on_the_page(tmp_path):
     run = write_run(tmp_path, [drop(1, i, i, 5.0 + i, "x") for i in range(250)], batches=1, rows=600)
     *_, excerpts = section(report_on_run(run)).blocks
