@@ -55,7 +55,7 @@ def test_what_is_unknown_of_a_row_is_left_out():
 def test_a_text_without_spaces_is_cut_as_well():
     han = "\u6f22"
     line, _ = Notices().note_rows(RUN, 2, [DROP | {"text": han * 500}])
-    assert f'"{han * 7} ... {han * 6}"' in line
+    assert f'"{han * 7} ... {han * 7}"' in line
 
 
 def test_a_line_fits_into_a_hundred_columns():
