@@ -15,6 +15,7 @@ from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
 from ..records.files import read_json
 from ..report.samples import sample_lines
+from ..schedulers.base import BadDecision
 from ..training.callbacks import last_evaluation
 from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig
@@ -105,7 +106,9 @@ def _carry_out(
             trainer.check_checkpoint(checkpoint)
     with (
         replacing_previous_run(args),
-        one_line_errors(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint, RowsUnsupported),
+        one_line_errors(
+            *(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint, RowsUnsupported, BadDecision)
+        ),
     ):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)

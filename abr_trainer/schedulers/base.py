@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,16 @@ NO_TARGETS = "no targets"
 
 TOO_FEW_ROWS = "rows"
 """Reason for skipping a batch of which more than half of the rows were dropped."""
+
+
+class BadDecision(TypeError, ValueError):
+    """A rule has returned what it must not return; the message names its class."""
+
+    def __init__(self, rule: object, method: str, returned: object, must: str) -> None:
+        kind = type(rule)
+        super().__init__(
+            f"{method} of {kind.__module__}.{kind.__qualname__} returned {returned!r}. It must return {must}."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +181,7 @@ class WrappedScheduler(RepeatScheduler):
         self.wants = self.wants | self.inner.wants
 
     def decide(self, observation: Observation) -> int:
-        return self.inner.decide(observation)
+        return decided_by(self.inner, observation)
 
     def goes_on(self, observation: Observation, losses: Sequence[float], accuracy: float | None) -> bool:
         return self.inner.goes_on(observation, losses, accuracy)
@@ -200,6 +211,22 @@ class WrappedScheduler(RepeatScheduler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.inner.load_state_dict(state["inner"])
+
+
+def decided_by(rule: RepeatScheduler, observation: Observation) -> int:
+    """Return what a rule decides.
+
+    Raises:
+        BadDecision: It returns no number of repeats.
+    """
+    decided = rule.decide(observation)
+    try:
+        repeats = operator.index(decided)
+    except TypeError:
+        raise BadDecision(rule, "decide", decided, "an integer") from None
+    if repeats < 0:
+        raise BadDecision(rule, "decide", decided, "0 (skip) or more")
+    return repeats
 
 
 def check_least(rule: RepeatScheduler, **least: int) -> None:

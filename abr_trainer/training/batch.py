@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..schedulers import Outcome
-from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
+from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS, BadDecision
 from .config import setting
 from .deciding import AGAIN, NO_ROOM, NON_FINITE, Decision, decide, look_at_gradient
 from .dropped_rows import DroppedRow, excerpts, with_text
@@ -272,10 +272,8 @@ class Batch:
         replayed: list[tuple[int, float]] = []
         for index in rule.replay(decision.observation):
             if index not in run.held:
-                raise ValueError(
-                    f"replay of {rule} must return batches that it held, by index from 0; got {index!r}. To hold "
-                    'any, it must have "inputs" in `wants`.'
-                )
+                must = 'batches that it held, by index from 0; to hold any, it must have "inputs" in `wants`'
+                raise BadDecision(rule, "replay", index, must)
             if run.budget.left < 1:
                 break
             passes.update()

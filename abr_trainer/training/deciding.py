@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from typing import Any
 
 from ..schedulers import Observation
+from ..schedulers.base import decided_by
 from .config import setting
 from .passes import Passes
 from .signals import accuracy_of, gradient_norm
@@ -54,13 +54,7 @@ def _choose(trainer: Any, observation: Observation) -> tuple[int, str]:
     elif observation.batch < setting(trainer.args, "primer_batches"):
         repeats, reason = 1, "primer"
     else:
-        decided = rule.decide(observation)
-        try:
-            repeats = operator.index(decided)
-        except TypeError:
-            raise TypeError(f"decide of {rule} must return an integer, got {decided!r}.") from None
-        if repeats < 0:
-            raise ValueError(f"decide of {rule} must return 0 (skip) or more, got {repeats}.")
+        repeats = decided_by(rule, observation)
         reason = rule.explain(observation)
     return (int(left), BUDGET) if repeats > left else (repeats, reason)
 

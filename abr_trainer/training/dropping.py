@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.identity import UNKNOWN
 from ..perplexity.windows import IGNORE_INDEX
 from ..schedulers import Row, RowRule
+from ..schedulers.base import BadDecision
 from .dropped_rows import DroppedRow, tokens_of_rows
 from .held import Call
 from .ranking import RowRanking
@@ -163,7 +164,7 @@ class RowGate:
             return math.isfinite(row.loss)
         keeps = judge.decide(row)
         if not isinstance(keeps, bool | np.bool_):
-            raise TypeError(f"decide of {self.rule} must return whether to train on a row, got {keeps!r}.")
+            raise BadDecision(self.rule, "decide", keeps, "True to train on the row, or False to drop it")
         return bool(keeps)
 
     def check_judged(self, trainer: Any, calls: Sequence[Call]) -> None:

@@ -20,6 +20,7 @@ from abr_trainer.data.blocks import load_blocks
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 from abr_trainer.records.files import read_lines
+from abr_trainer.schedulers import RepeatScheduler, RowRule
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]
@@ -50,6 +51,34 @@ def test_a_rule_that_cannot_see_the_accuracy_ends_the_run_with_one_line(tmp_path
     monkeypatch.setattr(run_clm_abr, "load_model", load_without_logits)
     with pytest.raises(SystemExit, match=r"^error: The --repeat_scheduler looks at the token accuracy, but") as caught:
         run(tmp_path / "run", "--do_train", "--max_steps", "1", "--repeat_scheduler", "gain")
+    assert "\n" not in str(caught.value)
+
+
+class Half(RepeatScheduler):
+    """Ask for a part of an update."""
+
+    def decide(self, observation):
+        return 0.87
+
+
+class Forgets(RowRule):
+    """Decide nothing about a row."""
+
+    def decide(self, row):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repeat_scheduler", f"{__name__}:Half", "--repeat_until", "0.5"], "Half returned 0.87. It must return an"),
+        (["--skip_rows", f"{__name__}:Forgets"], "Forgets returned None. It must return True to train on the row"),
+    ],
+)
+def test_a_rule_of_ones_own_that_decides_nonsense_ends_the_run_with_one_line(tmp_path, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", "--do_train", "--max_steps", "1", *flags)
+    assert str(caught.value).startswith(f"error: decide of {__name__}.{message}")
     assert "\n" not in str(caught.value)
 
 

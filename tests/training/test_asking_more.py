@@ -211,7 +211,7 @@ def test_a_batch_that_is_not_held_cannot_be_replayed(build):
         def held(self):
             return ()
 
-    with pytest.raises(ValueError, match="must return batches that it held, by index from 0; got 0"):
+    with pytest.raises(ValueError, match=r"Wrong returned 0\. It must return batches that it held, by index from 0"):
         build(repeat_scheduler=Wrong(1)).train()
 
 

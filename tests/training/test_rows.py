@@ -619,7 +619,7 @@ class Forgetful(RowRule):
 
 
 def test_a_rule_must_say_whether_to_train_on_a_row(build):
-    with pytest.raises(TypeError, match="must return whether to train on a row, got None"):
+    with pytest.raises(TypeError, match="Forgetful returned None. It must return True to train on"):
         build(trainer_options={"row_rule": Forgetful()}).train()
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records.files import read_lines
 from abr_trainer.report.why import explain_batch
-from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RobustRows, ThresholdScheduler
+from abr_trainer.schedulers import ConstantScheduler, RepeatUntil, RobustOutlierSkip, RobustRows, ThresholdScheduler
 from abr_trainer.training.trainer import TooManySkips
 from tests.conftest import (
     ScaledMixin,
@@ -741,12 +741,14 @@ def test_a_lower_perplexity_is_better_unless_told_otherwise():
 
 
 @pytest.mark.parametrize(
-    ("decision", "error", "message"),
-    [(1.5, TypeError, "decide of Scripted.. must return an integer, got 1.5"), (-1, ValueError, "got -1")],
+    ("decision", "must"),
+    [(0.87, "an integer"), (None, "an integer"), ("2", "an integer"), (-1, r"0 \(skip\) or more")],
 )
-def test_a_decision_that_is_no_count_is_refused(build, decision, error, message):
-    with pytest.raises(error, match=message):
-        build(repeat_scheduler=Scripted(decision)).train()
+@pytest.mark.parametrize("wrapped", [lambda rule: rule, RobustOutlierSkip, RepeatUntil])
+def test_a_decision_that_is_no_count_is_refused_and_the_rule_is_named(build, decision, must, wrapped):
+    message = rf"^decide of {Scripted.__module__}.Scripted returned {decision!r}. It must return {must}.$"
+    with pytest.raises(TypeError, match=message):
+        build(repeat_scheduler=wrapped(Scripted(decision))).train()
 
 
 def test_a_retry_after_running_out_of_memory_starts_clean(train):
