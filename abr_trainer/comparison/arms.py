@@ -107,7 +107,7 @@ def parse_arm(text: str) -> Arm:
     ['--repeat_scheduler_kwargs', '{"loss_threshold": 2.0}', '--skip_outliers', 'none']
     """
     pieces = text.split(":")
-    is_own = len(pieces) > 1 and pieces[0] not in SCHEDULERS
+    is_own = len(pieces) > 1 and pieces[0] not in SCHEDULERS and pieces[1].isidentifier()
     rule, settings = ":".join(pieces[: 1 + is_own]), ":".join(pieces[1 + is_own :])
     takes = [] if rule == "baseline" else list(inspect.signature(find_repeat_scheduler(rule)).parameters)
     parameters: dict[str, Any] = {}

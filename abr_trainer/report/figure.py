@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,10 +128,13 @@ class Notice:
     badge: str = ""
     detail: str = ""
 
-    @property
-    def plain(self) -> str:
-        """All of it in one line, for a terminal."""
-        return " ".join(filter(None, (f"{self.badge}:" if self.badge else "", self.text, self.detail)))
+    def plain(self, width: int) -> list[str]:
+        """Return it as lines of a terminal, the numbers on lines of their own."""
+        said = f"{self.badge}: {self.text}" if self.badge else self.text
+        return [
+            *textwrap.wrap(said, width),
+            *textwrap.wrap(self.detail, width, initial_indent="    ", subsequent_indent="    "),
+        ]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ def final_figure(arms: list[dict[str, Any]], metric: str, varied: str) -> Figure
     return Figure(
         "final",
         f"{sentence_case(words_for(metric))} at the end",
-        f"Mean over seeds with its 95 % t interval, and each seed. {better_side(metric)} is better. The scatter "
-        f"between seeds is shared by all {varied}s: the next figure removes it.",
+        f"Mean over seeds with its 95 % t interval, and each seed. {better_side(metric)} is better. All "
+        f"{varied}s have the same seeds, and part of the variation is due to these. The next figure leaves it out.",
         "intervals",
         words_for(metric),
         varied,
@@ -69,7 +69,8 @@ def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str, v
         "difference",
         f"Difference in {words_for(metric)} to {quoted(reference)}",
         "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). "
-        f"{better_side(metric)} of 0 is better than {quoted(reference)}; an interval that includes 0 cannot tell.",
+        f"{better_side(metric)} of 0 is better than {quoted(reference)}. If the interval includes 0, the difference may be "
+        "chance.",
         "intervals",
         f"{words_for(metric)} minus that of {quoted(reference)}",
         varied,
@@ -151,8 +152,8 @@ def curves(arms: list[dict[str, Any]]) -> Figure:
     return Figure(
         "curves",
         "Validation perplexity against compute",
-        "Mean over seeds and one standard deviation around it. Points above the "
-        "same number of passes have spent the same.",
+        "Mean over seeds and one standard deviation around it. At the same number of passes, "
+        "all schedulers have spent the same compute.",
         "lines",
         "passes spent",
         words_for("eval_perplexity"),

@@ -139,8 +139,8 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
         ),
         tuple(rows),
         (
-            "The verdict rests on the 95 % t interval of the differences, seed by seed: an interval that includes 0 "
-            "cannot tell.",
+            "The verdict rests on the 95 % t interval of the differences, seed by seed. If the interval includes 0, the "
+            "difference may be chance.",
             *([] if score.in_logs else [UNITS]),
         ),
         tuple(i for i, arm in enumerate(arms) if arm["name"] == data["reference"]),
@@ -172,7 +172,7 @@ def more_numbers(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Tabl
         tuple(rows),
         (
             "The bootstrap of few seeds is too narrow: the verdict rests on the t interval. Detectable is the "
-            "difference that seeds which scatter like these would show in four of five cases.",
+            "true difference that this many seeds, if they vary as much as these do, find with 80 % power.",
         ),
     )
     return (*([scores] if len(metrics) > 1 else []), sure)

@@ -55,10 +55,10 @@ def report_on_run(directory: Path) -> Report:
     if "train_passes" not in results:
         lead.append(Notice("warning", "The run is not finished: this is how far it has come.", "not finished"))
     lead += [*progress(curve), facts(trace, results)]
-    left_out = [(skipped, Section(f"Skipped batches ({len(skipped):,})", skips(directory, skipped)))]
+    left_out = [(bool(skipped), Section(f"Skipped batches ({len(skipped):,})", skips(directory, skipped)))]
     if has_row_rule(directory):
         rows = Section(f"Broken rows ({len(dropped):,})", broken(directory, dropped, judged))
-        left_out.insert(0, (dropped, rows))
+        left_out.insert(0, (bool(dropped), rows))
     sections = [
         Section("Perplexity", perplexity(curve)),
         *(section for some, section in left_out if some),

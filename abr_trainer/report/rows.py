@@ -200,7 +200,7 @@ def read_described(directory: Path) -> list[RunRow]:
     path = directory / RANKED_NAME
     return [
         RunRow(
-            **{name: line.get(name) for name in ("index", "source", "first_row", "last_row")},
+            *(line.get(name) for name in ("index", "source", "first_row", "last_row")),
             is_block=line.get("is_block", False),
             text=text_of(line),
         )

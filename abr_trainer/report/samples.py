@@ -85,7 +85,7 @@ def sample_lines(directory: Path, width: int | None = None) -> list[str]:
         return []
     width = width or min(shutil.get_terminal_size().columns, WIDEST)
     seconds = sum(line["seconds"] for lines in samples.values() for line in lines)
-    lines = [f"samples     the most likely continuations, made in {seconds:.1f} s in all"]
+    lines = [f"samples     what the model writes after a prompt; all samples of the run took {seconds:.1f} s"]
     if len(samples) > MOST_SHOWN:
         lines[0] += f"; {MOST_SHOWN} of {len(samples)}, all are in {SAMPLES_NAME}"
     for number, told in list(samples.items())[:MOST_SHOWN]:

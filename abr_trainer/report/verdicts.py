@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ..comparison.arms import quoted
 from ..comparison.scores import Score, score_of, words_for
 from .figure import Kind, Notice
-from .text import DASH, fixed, number, share
+from .text import DASH, fixed, number, share, terminal_width
 
 PROTOCOLS = {
     "passes": "All runs had the same compute, {passes} passes (forward-backwards over a batch), over which the "
@@ -245,22 +246,23 @@ def detail_of(found: dict[str, Any], score: Score, words: str) -> str:
     text = ", ".join(parts) + "."
     if words == "no evidence":
         in_percent = f" ({percent(found['detectable'], found).lstrip('+')})" if score.in_logs else ""
-        text += (
-            f" A true difference of {number(found['detectable'], 3)}{in_percent} would be found in four of five cases."
-        )
+        text += f" A true difference of {number(found['detectable'], 3)}{in_percent} would be found with 80 % power."
     return text
 
 
 def summary_lines(data: dict[str, Any], out: Path) -> list[str]:
-    """Return the verdicts and where the report lies, for the terminal."""
-    arms = [arm for arm in data["arms"] if arm["seeds"]]
-    return [
-        "",
+    """Return the verdicts and where the report lies, wrapped for the terminal."""
+    arms, width = [arm for arm in data["arms"] if arm["seeds"]], terminal_width()
+    before = [
         *([describe_protocol(data)] if what_varies(data) == "scheduler" and data["match"] == "batches" else []),
         *circumstances(data, arms),
         *(f"warning: {text}" for text in shortcomings(data)),
-        *(notice.plain for notice in verdicts(data, arms)),
-        *caution(data, arms),
+    ]
+    return [
+        "",
+        *(line for text in before for line in textwrap.wrap(text, width, break_long_words=False)),
+        *(line for notice in verdicts(data, arms) for line in notice.plain(width)),
+        *(line for text in caution(data, arms) for line in textwrap.wrap(text, width)),
         *(f"{what:<11} {out / name}" for what, name in FILES.items() if (out / name).exists()),
     ]
 

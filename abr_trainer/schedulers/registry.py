@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..records.errors import find_named
@@ -181,17 +185,57 @@ def _row_rule_reads(name: str, flag: str) -> bool:
 
 
 def import_class(path: str, base: type[Any]) -> Any:
+    """Return the class at `module:ClassName`, also if the module is in the current directory.
+
+    Raises:
+        ValueError: There is none, or it is not a subclass of `base`.
+    """
     what = "row rule" if base is RowRule else "repeat scheduler"
     module_name, _, class_name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `abr` finds modules that are installed only
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"Cannot import {what} {path!r}: {error}.") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:  # it is somebody else's code
+        raise ValueError(f"Cannot import {what} {path!r}: {_why_not(module_name, class_name, base, error)}") from error
+    if not hasattr(module, class_name):
+        rules = _rules_in(module, base, class_name)
+        raise ValueError(f"Cannot import {what} {path!r}: {module_name} has no {class_name!r}. {rules}")
+    found = getattr(module, class_name)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ValueError(f"{path!r} is not a {base.__name__} subclass.")
+        raise ValueError(f"{path!r} is not a {base.__name__} subclass. {_rules_in(module, base, class_name)}")
     return found
+
+
+def _why_not(module_name: str, class_name: str, base: type[Any], error: Exception) -> str:
+    """Return why a module cannot be imported, and what to do."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is None or not f"{module_name}.".startswith(f"{missing}."):
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        is_known = isinstance(error, ImportError | SyntaxError | ValueError)
+        place = "" if is_known else f" ({Path(frame.filename).name}, line {frame.lineno})"
+        return f"{type(error).__name__}: {error}{place}."
+    if module_name.endswith(".py"):
+        return f"Give a module, not a file: {module_name.removesuffix('.py').replace('/', '.')}:{class_name}."
+    known: Iterable[str] = ROW_RULES if base is RowRule else SCHEDULERS
+    close = difflib.get_close_matches(module_name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"There is no module {missing!r} in {os.getcwd()} or among the installed packages.{hint}"
+
+
+def _rules_in(module: ModuleType, base: type[Any], class_name: str) -> str:
+    """Return which rules a module has: its own, or else those that it imports."""
+    rules = {
+        name: kind
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, base) and not inspect.isabstract(kind)
+    }
+    own = [name for name, kind in rules.items() if kind.__module__ == module.__name__] or list(rules)
+    if not own:
+        return f"It has no {base.__name__} subclass."
+    close = difflib.get_close_matches(class_name, own, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Its {base.__name__} subclasses: {', '.join(own)}.{hint}"
 
 
 def build_rule(settings: Mapping[str, Any]) -> RepeatScheduler:

@@ -287,7 +287,7 @@ def show_history(directory: Path, kept: int | None = None, console: Console | No
                 "" if each.loss is None else f"{each.loss:.3f}",
                 f"{held / 1e6:,.0f}",
                 f"{peak / 1e6:,.0f}",
-                "kept" if each.step == kept else "",
+                "(kept)" if each.step == kept else "",
             ]
         )
     end_table(console, ("", "perplexity", "change", "train loss", "memory, MB", "peak, MB", ""), rows)

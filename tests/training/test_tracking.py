@@ -155,7 +155,7 @@ def test_the_table_is_plain_where_there_is_no_terminal(train, terminal):
     assert ("\x1b[" in text) == terminal
     for name in ("Before training", "Epoch 1", "Epoch 2", "Epoch 3", "train loss"):
         assert name in text
-    assert [line.split()[:2] for line in text.splitlines() if line.rstrip().endswith("kept")] == [["Epoch", "2"]]
+    assert [line.split()[:2] for line in text.splitlines() if line.rstrip().endswith("(kept)")] == [["Epoch", "2"]]
 
 
 def test_a_history_of_an_earlier_version_is_read_and_gone_on_with(train, capsys):
@@ -184,7 +184,7 @@ def test_a_long_history_is_cut_and_what_was_kept_is_in_it(tmp_path, capsys):
     show_history(tmp_path, kept=7)
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert [line[:8].strip() for line in lines[1:4]] == ["Before t", "Step 7", "Step 40"]
-    assert lines[2].endswith("kept")
+    assert lines[2].endswith("(kept)")
     assert lines[-1] == f"38 more in {tmp_path / HISTORY_NAME}"
 
 
@@ -222,7 +222,7 @@ def test_the_script_tracks_by_default_and_stops_early(tmp_path, capsys, caplog):
     assert len(values) == best + 3 < 31, "two more after the best, and no more"
     assert results["eval_perplexity"] == pytest.approx(values[best], rel=1e-6), "the best was loaded"
     assert re.search(rf"^ +0 +0\.0 +{values[0]:.2f} +Before training$", shown, flags=re.MULTILINE)
-    kept = [line.split() for line in shown.splitlines() if line.rstrip().endswith("kept")]
+    kept = [line.split() for line in shown.splitlines() if line.rstrip().endswith("(kept)")]
     assert [line[:3] for line in kept] == [["Epoch", f"{best}", f"{values[best]:.2f}"]]
     assert f"evaluation  perplexity {values[0]:.2f} before, {values[best]:.2f} after" in shown
     assert f"kept        the model after {3 * best} of {3 * (len(values) - 1)} batches: the best checkpoint" in shown
