@@ -69,8 +69,8 @@ def difference_figure(arms: list[dict[str, Any]], metric: str, reference: str, v
         "difference",
         f"Difference in {words_for(metric)} to {quoted(reference)}",
         "Mean over paired seeds, each seed, the 95 % t interval (thin) and that of the bootstrap (thick). "
-        f"{better_side(metric)} of 0 is better than {quoted(reference)}. If the interval includes 0, the difference may be "
-        "chance.",
+        f"{better_side(metric)} of 0 is better than {quoted(reference)}. If the interval includes 0, the "
+        "difference may be chance.",
         "intervals",
         f"{words_for(metric)} minus that of {quoted(reference)}",
         varied,

@@ -139,8 +139,8 @@ def result_table(data: dict[str, Any], arms: list[dict[str, Any]]) -> Table:
         ),
         tuple(rows),
         (
-            "The verdict rests on the 95 % t interval of the differences, seed by seed. If the interval includes 0, the "
-            "difference may be chance.",
+            "The verdict rests on the 95 % t interval of the differences, seed by seed. If the interval includes 0, "
+            "the difference may be chance.",
             *([] if score.in_logs else [UNITS]),
         ),
         tuple(i for i, arm in enumerate(arms) if arm["name"] == data["reference"]),

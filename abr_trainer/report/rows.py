@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..records.files import DROPPED_NAME, RANKED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, read_lines
+from ..schedulers.robust_rows import RobustRows
 from ..schedulers.rows import Row, RowRule
 from .text import number, printable
 
@@ -265,7 +266,7 @@ def explain_rows(
         for before, rows in batches.items():
             if before < step:
                 rule.observe(rows, [(before, row.position) not in dropped for row in rows])
-        lines.append(f"{'the row rule':<24} {rule!r}")
+        lines.append(f"{'row rule':<24} {rule!r}")
     judged = {row.position: row for row in batches.get(step, ())}
     for position, drop in sorted(own.items()):
         row = judged.get(position)
@@ -289,13 +290,23 @@ def read_judged_rows(directory: Path) -> dict[int, list[Row]]:
     }
 
 
+def _meaning(rule: RowRule, name: str, value: float) -> str:
+    """Return what a number of ours means that its name does not say."""
+    if name != "caution" or not isinstance(rule, RobustRows):
+        return ""
+    if value == 1:
+        return ": some rows stand out, so the limit is not moved"
+    return f": hardly a row stands out, so the limit is {value:g} times as far from the level"
+
+
 def _explain_drop(rule: RowRule | None, dropped: RunRow, position: int, judged: Row | None) -> list[str]:
     lines = [f"{f'dropped: row {position + 1}':<24} {dropped.numbers}"]
     lines.append(f"{'  it is':<24} {dropped.place}")
     if dropped.reason == "non-finite" or dropped.loss is None:
         lines.append(f"{'  why':<24} its loss is not a finite number: it is dropped, whatever the rule")
     elif rule is not None and judged is not None:
-        lines += [f"  {name:<22} {value:.6g}" for name, value in rule.evidence(judged).items()]
+        numbers = rule.evidence(judged)
+        lines += [f"  {name:<22} {value:.6g}{_meaning(rule, name, value)}" for name, value in numbers.items()]
         if rule.decide(judged):
             lines.append(f"{'  it asks for':<24} training on the row: the code of the rule has changed since")
     return [*lines, f"{'  text':<24} {printable(dropped.text)}"]

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
-from ..schedulers import Observation, Outcome, RepeatScheduler
+from ..schedulers import GradNormSkip, Observation, Outcome, OutlierSkip, RepeatScheduler, RepeatUntil
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.recorded import row_rule_of_run, rule_of_run
 from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
@@ -49,6 +49,13 @@ BECAUSE = {
 """Why, by the reason that the trace gives; in braces what the rule weighed. Numbers say the rest."""
 
 RANKED = "its loss, {loss:.4g}, is above {share of them below:.0%} of the last {losses remembered} losses"
+
+RULES_AROUND: dict[type[RepeatScheduler], str] = {
+    OutlierSkip: "outlier rule",
+    GradNormSkip: "gradient rule",
+    RepeatUntil: "end of repeats",
+}
+"""What rules around others are called."""
 
 LABEL = 25
 """Columns before a value."""
@@ -182,7 +189,7 @@ def explain_rule(rule: RepeatScheduler, trace: list[dict[str, Any]], batch: dict
             rule.observe(outcome_of(before))
     observation = outcome_of(batch).observation
     lines = [f"{'the rule':<24} {rule!r}"]
-    lines += [f"  {name:<22} {value:.6g}" for name, value in rule.evidence(observation).items()]
+    lines += _numbers_of_rules(rule, observation)
     decided = rule.decide(observation)
     if decided != batch["repeats"]:
         why = "the budget left no more" if batch["reason"] == "budget" else "the code of the rule has changed since"
@@ -190,6 +197,25 @@ def explain_rule(rule: RepeatScheduler, trace: list[dict[str, Any]], batch: dict
             why = "it was not to go on after the last pass, or its code has changed since"
         lines.append(f"{'it asks for':<24} {decided}, and {batch['repeats']} were made: {why}")
     return lines
+
+
+def _numbers_of_rules(rule: RepeatScheduler, observation: Observation) -> list[str]:
+    """Return what each rule goes by, under its name; of a rule that does not tell, its parameters."""
+    lines = []
+    while True:
+        inner = getattr(rule, "inner", None)
+        numbers = dict(rule.evidence(observation))
+        of_inner = {} if inner is None else inner.evidence(observation)
+        own = [f"  {name:<22} {value:.6g}" for name, value in numbers.items() if name not in of_inner]
+        if not numbers and inner is None:
+            simple = {name: value for name, value in vars(rule).items() if isinstance(value, bool | int | float | str)}
+            own = [f"  {name:<22} {value}" for name, value in simple.items() if not name.startswith("_")]
+        if own:
+            label = next((name for kind, name in RULES_AROUND.items() if isinstance(rule, kind)), "repeat rule")
+            lines += [f"{label:<24} {type(rule).__name__}", *own]
+        if inner is None:
+            return lines
+        rule = inner
 
 
 def outcome_of(batch: dict[str, Any]) -> Outcome:

@@ -20,7 +20,7 @@ from abr_trainer.report.of_run import progress, report_on_run
 from abr_trainer.report.page import render_page
 from abr_trainer.report.text import number
 from abr_trainer.report.why import explain_batch, explain_rule, read_skipped, sentence_on, wrapped
-from abr_trainer.schedulers import ReplayScheduler
+from abr_trainer.schedulers import RepeatScheduler, RepeatUntil, ReplayScheduler, RobustOutlierSkip
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +262,27 @@ class StopsAfterTwo(ReplayScheduler):
 
     def goes_on(self, observation, losses, accuracy):
         return len(losses) < 2
+
+
+class Half(RepeatScheduler):
+    """Train twice on batches above a loss, without evidence."""
+
+    def __init__(self, above=2.5):
+        self.above = above
+
+    def decide(self, observation):
+        return 1 + (observation.loss > self.above)
+
+
+def test_each_number_stands_under_the_rule_that_it_is_of(run):
+    _, trace = run
+    batch = next(batch for batch in trace if batch["step"] == 20)
+    lines = explain_rule(RobustOutlierSkip(RepeatUntil(Half(), until=0.5)), trace, batch)
+    labels = [line for line in lines if line.startswith(("outlier rule", "end of repeats", "repeat rule"))]
+    assert [line.split()[-1] for line in labels] == ["RobustOutlierSkip", "RepeatUntil", "Half"]
+    assert lines.index(labels[0]) < lines.index(next(line for line in lines if "outlier above" in line))
+    after = lines[lines.index(labels[2]) + 1]
+    assert after == f"  {'above':<22} 2.5", "a rule without evidence shows its parameters"
 
 
 def test_repeats_that_were_ended_early_and_replays_are_explained(train):

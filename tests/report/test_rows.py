@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -13,15 +13,18 @@ from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_run import report_on_run
 from abr_trainer.report.page import render_page
 from abr_trainer.report.rows import (
+    _explain_drop,
     broken_rows,
     explain_rows,
     ranked_rows,
     read_drops,
     read_judged_rows,
     read_row_losses,
+    row_of,
 )
 from abr_trainer.report.why import explain_batch, read_trace
-from abr_trainer.schedulers.rows import RowRule
+from abr_trainer.schedulers.robust_rows import RobustRows
+from abr_trainer.schedulers.rows import Row, RowRule
 from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
 from tests.report.test_rendering import Page
 
@@ -158,6 +161,17 @@ def test_the_rule_is_shown_all_batches_before_and_asked_for_its_numbers(tmp_path
     assert "has changed since" not in text
     third = explain_rows(AboveTheMean(), trace[2], drops, rows)
     assert third == [f"{'rows':<24} 4 judged, 0 dropped"]
+
+
+@pytest.mark.parametrize(
+    ("caution", "meaning"), [(1.5, "hardly a row stands out, so the limit is 1.5 times"), (1.0, "some")]
+)
+def test_caution_is_explained_in_words(caution, meaning):
+    rule = RobustRows()
+    rule.observe([Row(2.0 + i % 7 / 50, 12, 0, i) for i in range(64)], [True] * 64)
+    rule.fit = replace(rule.fit, caution=caution)
+    lines = _explain_drop(rule, row_of([drop(1, 0, 1, 9.0, "x")]), 0, Row(9.0, 12, 1, 0))
+    assert any(line.startswith(f"  {'caution':<22} {caution:g}: {meaning}") for line in lines)
 
 
 def test_a_rule_that_decides_otherwise_now_is_told(tmp_path):
