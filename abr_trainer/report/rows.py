@@ -201,7 +201,10 @@ def read_described(directory: Path) -> list[RunRow]:
     path = directory / RANKED_NAME
     return [
         RunRow(
-            *(line.get(name) for name in ("index", "source", "first_row", "last_row")),
+            line["index"],
+            line.get("source"),
+            line.get("first_row"),
+            line.get("last_row"),
             is_block=line.get("is_block", False),
             text=text_of(line),
         )

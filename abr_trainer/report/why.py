@@ -50,11 +50,11 @@ BECAUSE = {
 
 RANKED = "its loss, {loss:.4g}, is above {share of them below:.0%} of the last {losses remembered} losses"
 
-RULES_AROUND: dict[type[RepeatScheduler], str] = {
-    OutlierSkip: "outlier rule",
-    GradNormSkip: "gradient rule",
-    RepeatUntil: "end of repeats",
-}
+RULES_AROUND: tuple[tuple[Any, str], ...] = (
+    (OutlierSkip, "outlier rule"),
+    (GradNormSkip, "gradient rule"),
+    (RepeatUntil, "end of repeats"),
+)
 """What rules around others are called."""
 
 LABEL = 25
@@ -211,7 +211,7 @@ def _numbers_of_rules(rule: RepeatScheduler, observation: Observation) -> list[s
             simple = {name: value for name, value in vars(rule).items() if isinstance(value, bool | int | float | str)}
             own = [f"  {name:<22} {value}" for name, value in simple.items() if not name.startswith("_")]
         if own:
-            label = next((name for kind, name in RULES_AROUND.items() if isinstance(rule, kind)), "repeat rule")
+            label = next((name for kind, name in RULES_AROUND if isinstance(rule, kind)), "repeat rule")
             lines += [f"{label:<24} {type(rule).__name__}", *own]
         if inner is None:
             return lines

@@ -9,7 +9,7 @@ import pytest
 from abr_trainer.comparison.collecting import read_comparison
 from abr_trainer.comparison.statistics import paired, verdict
 from abr_trainer.report.of_comparison import report_on_comparison
-from abr_trainer.report.verdicts import verdicts
+from abr_trainer.report.verdicts import summary_lines, verdicts
 from tests.report.test_examples import EXAMPLES
 
 METRIC = "test_perplexity"
@@ -70,6 +70,17 @@ def test_several_arms_are_answered_first(arms, expected):
     assert first[:2] == expected[:2]
     assert expected[2] in first[2]
     assert len(rest) == len(arms)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("width", [60, 100])
+def test_verdicts_are_wrapped_and_their_numbers_have_lines_of_their_own(monkeypatch, tmp_path, path, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = summary_lines(read_comparison(path), tmp_path)
+    assert max(map(len, lines)) <= width
+    numbers = [line for line in lines if "Difference " in line and "interval" in " ".join(lines)]
+    assert numbers
+    assert all(line.startswith("    Difference ") for line in numbers)
 
 
 def test_what_took_more_compute_has_won_nothing():
