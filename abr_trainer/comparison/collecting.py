@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..records.commands import commands_in
 from ..records.files import COMPARISON, CONFIGS, PROVENANCE, TRACE_NAME, read_json, read_lines, write_whole
 from ..records.flags import BUDGET, given_flags
 from .arms import Arm, quoted
@@ -55,7 +56,7 @@ def read_run(run: Run, results: dict[str, float], root: Path, metric: str = "eva
         "tuned": dict(run.tuned),
         "directory": str(run.directory.relative_to(root)),
         "argv": provenance["argv"],
-        "resumed": len(provenance.get("resumed", [])),
+        "resumed": len(commands_in(provenance)) - 1,
         **{name: provenance[name] for name in ("versions", "git", "machine")},
         **({"prompt": provenance.get("arguments", {}).get("prompt_text")} if run.varied == "prompt" else {}),
         "metrics": {name: finite(results[name]) for name in metrics_in(results, run.varied)},

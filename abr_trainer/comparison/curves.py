@@ -41,21 +41,26 @@ def learning_curve(
     results: dict[str, float],
     metric: str = "eval_perplexity",
     clock: str = "passes",
+    kept: int | None = None,
 ) -> Curve:
     """Return the evaluations of a run: those in the state of its trainer, and what it has reached in the end.
 
     Args:
         metric: Of the evaluations.
         clock: What to have them over: "passes" or "epoch".
+        kept: The step of the model that a finished run has kept: its evaluation is the last point where the results
+            hold none.
     """
     spent = {0: 0.0, **{batch["step"]: batch[clock] for batch in batches}}
     log = (read_json(directory / TRAINER_STATE) or {"log_history": []})["log_history"]
     if clock == "epoch":
         spent |= {logs["step"]: logs["epoch"] for logs in log if "epoch" in logs}
     curve = {spent[logs["step"]]: finite(logs[metric]) for logs in log if metric in logs and logs["step"] in spent}
-    if metric in results and "train_passes" in results:
+    of_kept = [logs[metric] for logs in log if metric in logs and logs["step"] == kept]
+    reached = results.get(metric, of_kept[-1] if of_kept else None)
+    if reached is not None and "train_passes" in results:
         end = results["train_passes"] if clock == "passes" else max(spent.values())
-        curve[end] = finite(results[metric])
+        curve[end] = finite(reached)
     return [[at, value] for at, value in sorted(curve.items())]
 
 

@@ -15,7 +15,7 @@ from ..comparison.scores import OF_CLASSIFIERS
 from ..data.corpora import find_corpus, parse_mix
 from ..data.tasks import BY_NAME, DEMO, GLUE, TASKS, ask
 from ..perplexity.definitions import DEFINITIONS, Definition
-from ..records.commands import pasted
+from ..records.commands import commands_in, pasted
 from ..records.files import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
 from .card_merging import MARKER
 from .local_names import is_id, is_on_the_hub, local_path
@@ -329,7 +329,7 @@ def sections(
             + " | ".join(shown)
             + " |"
         )
-    commands = [provenance["argv"], *provenance.get("resumed", [])] if "argv" in provenance else []
+    commands = commands_in(provenance)
     if commands:
         lines = "\n".join(pasted(masked(argv)) for argv in commands)
         yield f"```bash\n{lines}\n```"

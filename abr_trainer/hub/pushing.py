@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -244,15 +246,22 @@ class HubMixin(_AnyTrainer):
         """Write our card, which says what the run has spent, where Trainer, or TRL at each checkpoint, writes its own.
 
         Args:
-            args: As those of the trainer; not needed.
+            args: As those of the trainer that is mixed in, in its order.
             card: As for `push_to_hub`.
         """
         if not self._pushes_itself:
             super().create_model_card(*args, **card)
             return
-        self._told = {**self._told, **card}
+        self._told = {**self._told, **self._arguments_of_card(args), **card}
         if not self.is_in_train:  # TRL asks for a card with each checkpoint, beside which there is no model yet
             self.write_card()
+
+    def _arguments_of_card(self, given: Sequence[Any]) -> dict[str, Any]:
+        """Return positional arguments of `create_model_card` by the names that the trainer gives them."""
+        if not given:
+            return {}
+        bound = inspect.signature(super().create_model_card).bind_partial(*given)
+        return dict(bound.arguments)
 
     def write_card(self, before: bytes | None = None) -> None:
         """Write `README.md` of the output directory, if a model that this trainer has trained is there.
@@ -265,16 +274,17 @@ class HubMixin(_AnyTrainer):
             return
         if before is None and (run / CARD).is_file():
             before = (run / CARD).read_bytes()
-        self.write_summary()
-        base = base_on_the_hub(self._told.get("finetuned_from") or self._name_of_base(), self._hub_base_model)
-        name = self.hub_model_id if self.args.push_to_hub else None
-        target = Target(name or run.as_posix(), base=base)
         try:
+            self.write_summary()
+            base = base_on_the_hub(self._told.get("finetuned_from") or self._name_of_base(), self._hub_base_model)
+            name = self.hub_model_id if self.args.push_to_hub else None
+            target = Target(name or run.as_posix(), base=base)
             write_local_card(run, target, None if before is None else before.decode())
-        except (ValueError, OSError) as error:  # the model is saved: a card must never end a run
-            if before is not None:
-                write_whole(run / CARD, before)
+        except Exception as error:  # the model is saved: a card must never end a run
             logger.warning(f"{run / CARD} is left as it was: {one_line(error)}")
+            if before is not None:
+                with contextlib.suppress(OSError):  # a full disk, of which the warning tells
+                    write_whole(run / CARD, before)
 
     def write_summary(self, **card: Any) -> None:
         """Write `abr_summary.json`: the rule, its cost, its results, and entries for the card of a later push.

@@ -275,7 +275,7 @@ def draw_run(run: Path, folder: Path) -> None:
     """Draw the plots of a run, if it has a trace."""
     # Imported here, because plotting modules are slow to import and the trainer imports this module.
     from ..report.figure import Report, Section
-    from ..report.of_run import batches, evaluations, perplexity
+    from ..report.of_run import batches, evaluations, perplexity, results_of
     from ..report.pictures import save_pictures
     from ..report.why import read_trace
 
@@ -283,7 +283,7 @@ def draw_run(run: Path, folder: Path) -> None:
     if not trace:
         return
     try:
-        curve = evaluations(run, trace, read_json(run / RESULTS) or {})
+        curve = evaluations(run, trace, results_of(run))
         blocks = (*(perplexity(curve) if len(curve) > 1 else ()), *batches(trace)[:1])
         pictures = save_pictures(Report("", (), (Section("", blocks),)), folder)
     except Exception as error:  # a problem with the trace must not prevent the push

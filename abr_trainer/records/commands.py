@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 PROGRAM = "abr"
 
@@ -14,6 +15,12 @@ PACKAGE = "abr_trainer"
 def command(verb: str, arguments: Sequence[str]) -> list[str]:
     """Return the words of a command in the form that runs record."""
     return [PROGRAM, verb, *arguments]
+
+
+def commands_in(provenance: Mapping[str, Any]) -> list[list[str]]:
+    """Return the command of a run, and those that resumed it; none of a run from Python."""
+    resumed = [each for each in provenance.get("resumed", ()) if isinstance(each, list)]  # beside it: other rules
+    return [provenance["argv"], *resumed] if "argv" in provenance else []
 
 
 def arguments_in(recorded: Sequence[str]) -> list[str]:

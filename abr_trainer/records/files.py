@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 PROVENANCE = "run.json"
+FINISHED = "finished"
+"""Where `run.json` of a run from Python holds what it has spent and which model it has kept; None until its end."""
+
 RESULTS = "all_results.json"
 TRAINER_STATE = "trainer_state.json"
 COMPARISON = "comparison.json"

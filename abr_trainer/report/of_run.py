@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import Any
 
 from ..comparison.curves import learning_curve, over_loss, over_passes, over_time
-from ..records.commands import pasted
-from ..records.files import PROVENANCE, RESULTS, TRAINER_STATE, last_state, read_json, updates_of
-from ..schedulers.recorded import name_of_rule
+from ..records.commands import commands_in, pasted
+from ..records.files import FINISHED, PROVENANCE, RESULTS, TRAINER_STATE, last_state, read_json, updates_of
+from ..schedulers.recorded import name_of_rule, parts_of
 from .figure import Commands, Excerpts, Facts, Figure, Fold, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
 from .rows import CUT_TO_BLOCKS, JUDGED_ALONE, RunRow, broken_rows, has_row_rule, rows_judged
@@ -47,7 +48,7 @@ def report_on_run(directory: Path) -> Report:
     trace = read_trace(directory)
     if not trace:
         raise ValueError(f"{directory} holds no batch yet: there is nothing to report.")
-    results = read_json(directory / RESULTS) or {}
+    results = results_of(directory)
     curve = evaluations(directory, trace, results)
     skipped = [batch for batch in trace if batch["repeats"] == 0]
     judged, dropped = rows_judged(trace), broken_rows(directory)
@@ -83,10 +84,22 @@ def found(dropped: list[RunRow]) -> list[str | Notice | Facts]:
     return [Notice("warning", f"{rows} in {batches}{times}.", "broken rows")]
 
 
+def results_of(directory: Path) -> dict[str, Any]:
+    """Return what a finished run has spent and reached; of one that is at work, `train_passes` is missing."""
+    saved, provenance = read_json(directory / RESULTS) or {}, read_provenance(directory) or {}
+    if FINISHED not in provenance:
+        return saved
+    totals = (provenance[FINISHED] or {"totals": {}})["totals"]
+    # A program may have saved its results, those of an earlier run in this directory too.
+    is_of_this_run = bool(totals) and saved.get("train_runtime") == totals.get("train_runtime")
+    return {**(saved if is_of_this_run else {}), **totals}
+
+
 def evaluations(directory: Path, trace: list[dict[str, Any]], results: dict[str, Any]) -> list[list[Any]]:
     """Return `[passes, perplexity]` for each evaluation so far: of a run at work, those up to its last checkpoint."""
     at = directory if (directory / TRAINER_STATE).is_file() else last_state(directory)
-    return [] if at is None else learning_curve(Path(at), trace, results)
+    kept = ((read_provenance(directory) or {}).get(FINISHED) or {}).get("kept_step")
+    return [] if at is None else learning_curve(Path(at), trace, results, kept=kept)
 
 
 def progress(curve: list[list[Any]]) -> list[Notice]:
@@ -356,18 +369,29 @@ def ledger(trace: list[dict[str, Any]], results: dict[str, Any]) -> Table:
     return Table("What the run has spent", ("what", "spent"), tuple(rows))
 
 
+def other_rules(provenance: dict[str, Any]) -> list[str]:
+    """Say under which other rules a run was resumed."""
+    parts = parts_of(provenance)
+    return [
+        f"Resumed after batch {part['step']:,} under `{name_of_rule(part)}`."
+        for before, part in itertools.pairwise(parts)
+        if name_of_rule(before) != name_of_rule(part)
+    ]
+
+
 def how(directory: Path) -> tuple[Any, ...]:
     provenance = read_provenance(directory)
     if provenance is None:
         return (f"{PROVENANCE} is missing: the directory does not tell how.",)
     if "argv" not in provenance:
         said = f"A Python program started the run. Its rule: `{name_of_rule(provenance)}`."
-        return (said, machine_table([provenance]))
-    commands = [provenance["argv"], *provenance.get("resumed", [])]
+        return (said, *other_rules(provenance), machine_table([provenance]))
+    commands = commands_in(provenance)
     return (
         Commands(
             "The command:" if len(commands) == 1 else "The command, and those that resumed it:",
             tuple(map(pasted, commands)),
         ),
+        *other_rules(provenance),
         Fold("Machine, versions and commit", (machine_table([provenance]),)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
 from ..schedulers import GradNormSkip, Observation, Outcome, OutlierSkip, RepeatScheduler, RepeatUntil
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
-from ..schedulers.recorded import row_rule_of_run, rule_of_run
+from ..schedulers.recorded import name_of_row_rule, name_of_rule, part_at, row_rule_of_run, rule_of_run
 from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
 from .text import amount
 
@@ -103,25 +103,29 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     lines.append(f"{'decided by':<24} {batch['reason']}")
     provenance = read_provenance(directory)
     evidence: dict[str, float] = {}
+    part: Mapping[str, Any]
     if batch["reason"] not in WITHOUT_THE_RULE and provenance is None:
         lines.append(f"{'':<24} {PROVENANCE} is missing: the parameters of the rule are unknown")
     elif batch["reason"] not in WITHOUT_THE_RULE and provenance is not None:
         try:
-            rule = rule_of_run(provenance)
+            part, begun = part_at(provenance, step, name_of_rule)
+            rule = rule_of_run(part)
         except ValueError as error:
             lines.append(f"{'the rule':<24} {error}")
         else:
-            lines += explain_rule(rule, trace, batch)
+            lines += explain_rule(rule, [each for each in trace if each["step"] > begun], batch)
             evidence = dict(rule.evidence(outcome_of(batch).observation))
     lines = [sentence_on(batch, evidence), "", *lines]
     if again := batch.get("replayed"):
         named = ", ".join(f"{earlier['step']} (loss {earlier['loss']:.4f})" for earlier in again if earlier["loss"])
         lines.append(f"{'trained on after it':<24} batch {named}, once more")
     if "rows" in batch and has_row_rule(directory):
+        part, begun = ({}, 0) if provenance is None else part_at(provenance, step, name_of_row_rule)
         row_rule = None
         with contextlib.suppress(ValueError):  # it cannot be made again: what it dropped is known all the same
-            row_rule = None if provenance is None else row_rule_of_run(provenance)
-        lines += explain_rows(row_rule, batch, read_drops(directory), read_judged_rows(directory))
+            row_rule = row_rule_of_run(part) if part else None
+        judged = {before: rows for before, rows in read_judged_rows(directory).items() if before > begun}
+        lines += explain_rows(row_rule, batch, read_drops(directory), judged)
     texts = read_skipped(directory).get(step, [])
     return [*lines, *(f"{'text' if i == 0 else '':<24} {text}" for i, text in enumerate(texts))]
 

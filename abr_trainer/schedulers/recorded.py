@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .base import RepeatScheduler
@@ -36,6 +36,56 @@ def name_of_rule(provenance: Mapping[str, Any]) -> str:
         return str(record["name"]) if record is not None else repr(build_rule(provenance["arguments"]))
     except ValueError:
         return str(provenance["arguments"]["repeat_scheduler"])
+
+
+def name_of_row_rule(provenance: Mapping[str, Any]) -> str:
+    """Return what the row rule of a run is called, with its parameters as far as they are known."""
+    record = provenance.get(INSTANCES, {}).get("row_rule")
+    try:
+        return str(record["name"]) if record is not None else repr(build_row_rule(provenance["arguments"]))
+    except ValueError:
+        return str(provenance["arguments"]["skip_rows"])
+
+
+def parts_of(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the beginning of a run, and where it was resumed under another rule: `arguments` and `instances` of each.
+
+    `step` is that of the checkpoint. `resumed` also holds the commands that resumed a run.
+    """
+    return [provenance, *(each for each in provenance.get("resumed", ()) if isinstance(each, Mapping))]
+
+
+def part_at(
+    provenance: Mapping[str, Any], step: int, name: Callable[[Mapping[str, Any]], str]
+) -> tuple[Mapping[str, Any], int]:
+    """Return the part of `run.json` under which a batch was trained on, and the step after which its rule began.
+
+    Args:
+        name: `name_of_rule` or `name_of_row_rule`: a part may change one of them alone, and the other goes on.
+    """
+    first, *later = parts_of(provenance)
+    found, begun = first, 0
+    for part in later:
+        if part["step"] < step and name(part) != name(found):
+            found, begun = part, part["step"]
+    return found, begun
+
+
+def resumed_under(provenance: Mapping[str, Any], rules: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Return `run.json` of a run that goes on from a step, with its rules if they are others than before.
+
+    Args:
+        rules: `arguments` and `instances` of the trainer that goes on.
+    """
+    # What was recorded of batches after the checkpoint is void, as they are.
+    resumed = [each for each in provenance.get("resumed", ()) if not isinstance(each, Mapping) or each["step"] < step]
+    kept = {**provenance, "resumed": resumed}
+    last = parts_of(kept)[-1]
+    if "arguments" in last and any(name(last) != name(rules) for name in (name_of_rule, name_of_row_rule)):
+        resumed.append({"step": step, **rules})
+    if not resumed:
+        del kept["resumed"]
+    return kept
 
 
 def row_rule_of_run(provenance: Mapping[str, Any]) -> RowRule | None:

@@ -31,7 +31,10 @@ class RunTensorBoardCallback(TensorBoardCallback):
 
 
 def replace_tensorboard(handler: CallbackHandler) -> None:
-    """Put ours where the one of transformers is, unless it was given a writer of its own."""
-    for index, callback in enumerate(handler.callbacks):
+    """Make ours of that of transformers, unless it was given a writer of its own.
+
+    It stays the same object: a program that has passed it can find it, and remove it.
+    """
+    for callback in handler.callbacks:
         if type(callback) is TensorBoardCallback and callback.tb_writer is None:
-            handler.callbacks[index] = RunTensorBoardCallback()  # type: ignore[no-untyped-call]
+            callback.__class__ = RunTensorBoardCallback

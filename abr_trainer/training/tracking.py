@@ -292,6 +292,5 @@ def show_history(directory: Path, kept: int | None = None, console: Console | No
         )
     end_table(console, ("", "perplexity", "change", "train loss", "memory, MB", "peak, MB", ""), rows)
     if len(shown) < len(history):
-        console.print(
-            f"{len(history) - len(shown)} more in {directory / HISTORY_NAME}", highlight=False, soft_wrap=True
-        )
+        more = f"{len(history) - len(shown)} more in {directory / HISTORY_NAME}"
+        console.print(more, highlight=False, markup=False, soft_wrap=True)  # a path may have brackets

@@ -36,7 +36,7 @@ from .loss_scale import has_own_loss
 from .passes import Passes
 from .primer import Primer
 from .readiness import mend_generation_config
-from .recording import record_run
+from .recording import record_end, record_run
 from .remarks import remark_on
 from .resume import ResumeMixin
 from .run import Run
@@ -192,7 +192,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if not self._is_active:
             return position
         self._trace.directory, self._trace.has_rows = Path(self._get_output_dir(trial)), self.row_rule is not None
-        if self.is_world_process_zero() and not self.is_recorded:
+        if self.is_world_process_zero():
             record_run(self, self._trace.directory, is_resumed=checkpoint is not None)
         self._rows_without_targets.warn_at_start(self)
         if self._run.budget.passes is not None:
@@ -262,7 +262,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self._run.remark = remark_on(self.repeat_scheduler, Path(self.args.output_dir))
             if self.remark is not None:
                 logger.warning(self.remark)
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        if self._is_active and self.is_world_process_zero() and not self.is_recorded:
+            record_end(self, self._trace.directory or Path(self.args.output_dir), output.metrics)
+        return output
 
     # ---- One batch ----
 

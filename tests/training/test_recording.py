@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig
 from abr_trainer.cli import report as report_verb
 from abr_trainer.cli import rows as rows_verb
 from abr_trainer.cli import why as why_verb
 from abr_trainer.records.files import read_lines
-from abr_trainer.schedulers import RobustOutlierSkip, RobustRows, ThresholdScheduler
+from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RobustRows, ThresholdScheduler
 from tests.conftest import Scripted, token_rows
 
 
@@ -26,7 +26,7 @@ def abr(**fields):
 
 
 def why(directory, step):
-    """Return what `abr why` says, without its line breaks."""
+    """Return what `abr why` says, without its line breaks, which depend on the terminal."""
     return " ".join(" ".join(why_verb.main([str(directory), str(step)])).split())
 
 
@@ -97,7 +97,8 @@ def test_a_resumed_run_keeps_its_record_and_a_new_one_replaces_it(train):
     begun = {**provenance_in(run), "argv": ["abr", "train", "--do_train"]}
     (run / "run.json").write_text(json.dumps(begun))
     train(**options, resume_from_checkpoint=str(run / "checkpoint-3"))
-    assert provenance_in(run) == begun
+    resumed = provenance_in(run)
+    assert {**resumed, "finished": None} == {**begun, "finished": None}
     train(config_cls=abr(loss_threshold=2.5))
     assert provenance_in(run)["arguments"]["loss_threshold"] == 2.5
     assert "argv" not in provenance_in(run), "or the command of another run would stand for this one"
@@ -107,3 +108,101 @@ def test_no_token_is_recorded(train):
     trainer = train(config_cls=TrainingArguments, repeat_scheduler=ThresholdScheduler(), hub_token="hf_secret_of_mine")
     assert "hf_secret" not in Path(trainer.args.output_dir, "run.json").read_text()
     assert provenance_in(trainer.args.output_dir)["arguments"]["use_cpu"] is True
+
+
+def page_of(run):
+    report_verb.main([str(run)])
+    return Path(run, "_report", "report.md").read_text()
+
+
+class Ruin(TrainerCallback):
+    """Raise the learning rate without measure after the second batch."""
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step >= 2:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = 0.2
+
+
+def test_the_page_of_a_finished_python_run_tells_of_the_model_that_it_has_kept(train):
+    options = {
+        "config_cls": abr(),
+        "data": token_rows(16),
+        "learning_rate": 1e-3,
+        "trainer_options": {"callbacks": [Ruin()], "eval_dataset": token_rows(4)},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 6,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "perplexity",
+        "eval_on_start": True,
+    }
+    trainer = train(**options)
+    run = Path(trainer.args.output_dir)
+    measured = {logs["step"]: logs["eval_perplexity"] for logs in trainer.state.log_history if "eval_loss" in logs}
+    assert measured[6] > measured[0] > measured[2], "or this tests nothing"
+    assert provenance_in(run)["finished"]["kept_step"] == 2
+    page = page_of(run)
+    assert "is not finished" not in page
+    assert "made the model worse" not in page
+    assert f"to {measured[2]:.2f} at the end" in page
+    ended = provenance_in(run)["finished"]["totals"]
+    assert ended["train_passes"] == float(trainer.ledger.passes)
+    (run / "all_results.json").write_text(json.dumps({**ended, "test_perplexity": 12.5}))
+    assert "test perplexity" in page_of(run)
+
+
+def test_a_python_run_at_work_is_not_finished_whatever_an_earlier_one_has_left(train):
+    run = Path(train(config_cls=abr(), max_steps=2).args.output_dir)
+    (run / "all_results.json").write_text(json.dumps(provenance_in(run)["finished"]["totals"]))
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(config_cls=abr(), max_steps=2, trainer_options={"callbacks": [Fails()]})
+    assert provenance_in(run)["finished"] is None
+    train(config_cls=abr(), max_steps=2)
+    assert "is not finished" not in page_of(run)
+    (run / "run.json").write_text(json.dumps({**provenance_in(run), "finished": None}))
+    assert "is not finished" in page_of(run)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_why_explains_a_batch_by_the_rule_under_which_the_run_was_resumed(train, given):
+    def under(repeats):
+        fields = {"repeat_scheduler": "fixed", "max_repeats": repeats, "skip_outliers": "none"}
+        config = lambda **others: ABRConfig(**others, **fields)  # noqa: E731
+        return {"repeat_scheduler": ConstantScheduler(repeats)} if given else {"config_cls": config}
+
+    options = {"data": token_rows(16), "save_strategy": "steps", "save_steps": 2}
+    run = Path(train(**options, **under(1), max_steps=4).args.output_dir)
+    train(**options, **under(2), max_steps=6, resume_from_checkpoint=str(run / "checkpoint-4"))
+    train(**options, **under(2), max_steps=8, resume_from_checkpoint=str(run / "checkpoint-6"))
+    assert [each["step"] for each in provenance_in(run)["resumed"]] == [4]
+    for step, repeats in ((1, 1), (4, 1), (5, 2), (8, 2)):
+        text = why(run, step)
+        assert f"ConstantScheduler(repeats={repeats})" in text, step
+        assert "has changed since" not in text, step
+    assert "Resumed after batch 4 under `" in page_of(run)
+    train(**options, **under(3), max_steps=4, resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert [each["step"] for each in provenance_in(run)["resumed"]] == [2]
+    assert "ConstantScheduler(repeats=3)" in why(run, 4)
+
+
+def test_a_rule_that_goes_on_keeps_its_history_where_only_that_for_rows_changes(train):
+    rule = {"repeat_scheduler": "abr", "loss_threshold": "q0.8"}
+    options = {"data": token_rows(48), "save_strategy": "steps", "save_steps": 12, "learning_rate": 1e-3}
+    run = Path(train(**options, config_cls=abr(**rule), max_steps=12).args.output_dir)
+    train(
+        **options,
+        config_cls=abr(**rule, skip_rows="robust"),
+        max_steps=24,
+        resume_from_checkpoint=str(run / "checkpoint-12"),
+    )
+    assert [each["step"] for each in provenance_in(run)["resumed"]] == [12]
+    for step in range(1, 25):
+        assert "has changed since" not in why(run, step), step

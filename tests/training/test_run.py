@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from abr_trainer import ABRConfig
-from abr_trainer.schedulers import Observation, Outcome
+from abr_trainer.schedulers import ConstantScheduler, Observation, Outcome
 from abr_trainer.schedulers.base import NO_TARGETS
 from abr_trainer.training.run import Run
 from tests.conftest import Scripted, token_rows
@@ -97,3 +97,16 @@ def test_a_resumed_run_is_judged_whole_and_one_with_nothing_to_say_is_silent(tra
     assert train(repeat_scheduler=Scripted(1, 2, 1), data=token_rows(24)).remark is None
     assert train(config_cls=ABRConfig, data=token_rows(24)).remark is None  # the baseline
     assert not caplog.records
+
+
+class Silent(ConstantScheduler):
+    def remark(self, outcomes):
+        raise KeyError("nothing to say")
+
+
+def test_a_rule_whose_remark_fails_does_not_end_a_run_that_has_ended_well(train, caplog):
+    trainer = train(repeat_scheduler=Silent(2), data=token_rows(8))
+    assert trainer.remark is None
+    assert "train_passes" in trainer.state.log_history[-1]
+    (said,) = [record.getMessage() for record in caplog.records if "Silent" in record.getMessage()]
+    assert said == "Silent has no remark on the run: KeyError: 'nothing to say'"
