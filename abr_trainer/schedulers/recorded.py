@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .base import RepeatScheduler
@@ -107,9 +108,27 @@ def record_of(rule: RepeatScheduler | RowRule) -> dict[str, Any]:
     >>> from abr_trainer.schedulers import ConstantScheduler
     >>> record_of(ConstantScheduler(2))["class"], record_of(ConstantScheduler(2))["parameters"]
     ('abr_trainer.schedulers.constant:ConstantScheduler', {'repeats': 2})
+
+    Raises:
+        TypeError: What it has seen is not JSON.
     """
     state = rule.state_dict()
+    with must_be_json(repr(rule)):
+        json.dumps(state)
     return _made_of(rule) | ({"state": state} if state else {})
+
+
+@contextlib.contextmanager
+def must_be_json(rule: str) -> Iterator[None]:
+    """Name the rule in the error of a `json.dumps` of its state.
+
+    Raises:
+        TypeError: The state is not JSON.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"The state_dict of {rule} is not JSON: {error}.") from error
 
 
 def _made_of(rule: RepeatScheduler | RowRule) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..records.files import ABR_STATE_NAME, CHECKPOINT_PREFIX, TRAINER_STATE, read_json, write_whole
+from ..schedulers.recorded import must_be_json
 from .callbacks import LogWindow
 from .checkpoints import (
     UnfitCheckpoint,
@@ -115,10 +116,8 @@ class ResumeMixin(_AnyTrainer):
                 "last_logged": self._globalstep_last_logged,
             },
         }
-        try:
+        with must_be_json(self._scheduler_description):
             return json.dumps(state, allow_nan=False, indent=2) + "\n"
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"The state_dict of {self._scheduler_description} is not JSON: {error}.") from error
 
     def _batch_size(self) -> dict[str, int]:
         """Return what a batch is made of."""
@@ -230,10 +229,8 @@ class ResumeMixin(_AnyTrainer):
 
     def _row_rule_state(self) -> dict[str, Any]:
         state = {"description": self._row_rule_description, "state": self.row_rule.state_dict()}
-        try:
+        with must_be_json(self._row_rule_description):
             json.dumps(state, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"The state_dict of {self._row_rule_description} is not JSON: {error}.") from error
         return state
 
     @property

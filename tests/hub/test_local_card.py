@@ -120,3 +120,22 @@ def test_a_command_that_pushes_nothing_leaves_our_card_with_what_was_measured_in
     assert measured["perplexity (token), test, final"] == pytest.approx(results["test_perplexity"], rel=1e-5)
     assert "abr train --dataset_name demo" in card
     assert TEMPLATE not in card
+
+
+def test_positional_arguments_of_the_card_are_told_too(trained):
+    trained.save_model()
+    trained.create_model_card("en", "mit", ["cats"])
+    data = ModelCard(card_of(trained)).data
+    assert (data.language, data.license) == ("en", "mit")
+    assert "cats" in data.tags
+
+
+def test_a_summary_that_fails_leaves_the_card_and_the_run(trained, caplog):
+    trained.save_model()
+    card = card_of(trained)
+    summary = Path(trained.args.output_dir, "abr_summary.json")
+    summary.unlink()
+    summary.mkdir()  # nothing can be written there
+    trained.create_model_card(language="en")
+    assert card_of(trained) == card
+    assert "README.md is left as it was" in caplog.text

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from abr_trainer import ABRConfig
 from abr_trainer.cli import report as report_verb
@@ -14,6 +15,7 @@ from abr_trainer.cli import rows as rows_verb
 from abr_trainer.cli import why as why_verb
 from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RobustRows, ThresholdScheduler
+from abr_trainer.training.tensorboard import RunTensorBoardCallback
 from tests.conftest import Scripted, token_rows
 
 
@@ -206,3 +208,27 @@ def test_a_rule_that_goes_on_keeps_its_history_where_only_that_for_rows_changes(
     assert [each["step"] for each in provenance_in(run)["resumed"]] == [12]
     for step in range(1, 25):
         assert "has changed since" not in why(run, step), step
+
+
+class Pairs(ConstantScheduler):
+    """A rule that remembers by keys that JSON does not have."""
+
+    def state_dict(self):
+        return {(0, 1): 2.5}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_state_that_is_not_json_is_refused_before_the_first_batch_with_the_name_of_its_rule(train):
+    with pytest.raises(TypeError, match=r"The state_dict of Pairs\(repeats=1\) is not JSON: keys must be str"):
+        train(repeat_scheduler=Pairs())
+
+
+def test_a_tensorboard_callback_of_the_users_own_stays_the_one_that_was_given(build):
+    mine = TensorBoardCallback()
+    trainer = build(trainer_options={"callbacks": [mine]})
+    assert mine in trainer.callback_handler.callbacks
+    assert isinstance(mine, RunTensorBoardCallback)
+    trainer.remove_callback(mine)
+    assert not any(isinstance(each, TensorBoardCallback) for each in trainer.callback_handler.callbacks)
