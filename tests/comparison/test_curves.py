@@ -63,6 +63,18 @@ def test_a_perplexity_beyond_all_bounds_is_that_of_a_run_that_diverged(tmp_path)
     assert learning_curve(tmp_path, [], results) == [[9.0, None]]
 
 
+def test_a_curve_without_a_result_ends_with_the_evaluation_of_the_model_that_was_kept(tmp_path):
+    log = [{"step": step, "eval_perplexity": value} for step, value in ((0, 8.0), (2, 7.5), (4, 900.0))]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    batches = [{"step": step, "passes": 2.0 * step} for step in range(1, 5)]
+    totals = {"train_passes": 8.0}
+    assert learning_curve(tmp_path, batches, totals, kept=2) == [[0.0, 8.0], [4.0, 7.5], [8.0, 7.5]]
+    assert learning_curve(tmp_path, batches, totals, kept=3)[-1] == [8.0, 900.0], "it was not evaluated"
+    assert learning_curve(tmp_path, batches, {}, kept=2)[-1] == [8.0, 900.0], "the run is not finished"
+    reached = {**totals, "eval_perplexity": 7.4}
+    assert learning_curve(tmp_path, batches, reached, kept=2)[-1] == [8.0, 7.4]
+
+
 def test_runs_that_end_within_a_pass_of_each_other_have_spent_the_same():
     (point,) = relative_curve({0: [[20, 3.0]]}, {0: [[0, 10.0], [19.5, 2.0]]})
     assert point["mean"] == pytest.approx(50)

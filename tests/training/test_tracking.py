@@ -173,6 +173,8 @@ def test_a_history_of_an_earlier_version_is_read_and_gone_on_with(train, capsys)
 
 
 def test_a_long_history_is_cut_and_what_was_kept_is_in_it(tmp_path, capsys):
+    tmp_path = tmp_path / "exp[abc]"  # which is markup to rich
+    tmp_path.mkdir()
     memory = {"process": {"before": 0, "consumed": 0, "peak": 0}}
     entries = [{"name": f"Step {i}", "step": i, "epoch": 0.0, "perplexity": 9.0, "loss": 1.0} for i in range(60)]
     told = {
