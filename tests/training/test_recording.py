@@ -12,8 +12,8 @@ from transformers.integrations import TensorBoardCallback
 from abr_trainer import ABRConfig
 from abr_trainer.cli import report as report_verb
 from abr_trainer.cli import rows as rows_verb
-from abr_trainer.cli import why as why_verb
 from abr_trainer.records.files import read_lines
+from abr_trainer.report.why import explain_batch
 from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RobustRows, ThresholdScheduler
 from abr_trainer.training.tensorboard import RunTensorBoardCallback
 from tests.conftest import Scripted, token_rows
@@ -28,8 +28,8 @@ def abr(**fields):
 
 
 def why(directory, step):
-    """Return what `abr why` says, without its line breaks, which depend on the terminal."""
-    return " ".join(" ".join(why_verb.main([str(directory), str(step)])).split())
+    """Return what `abr why` says, before it is broken into the lines of a terminal."""
+    return "\n".join(explain_batch(Path(directory), step))
 
 
 def test_a_python_run_says_what_made_it(train):
