@@ -303,7 +303,7 @@ class HubMixin(_AnyTrainer):
             "perplexity": self._perplexities((read_json(run / HISTORY_NAME) or {}).get("metric", "eval_perplexity")),
             "arguments": {name: plain(getattr(self.args, name, None)) for name in SUMMARISED},
             "model": type(without_adapter(self.accelerator.unwrap_model(self.model))).__name__,
-            "versions": versions_of_packages(),
+            "versions": dict(versions_of_packages()),
             "card": {
                 "language": card.get("language"),
                 "license": card.get("license"),

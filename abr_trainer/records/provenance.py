@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -18,7 +19,7 @@ def versions_and_machine(device: str, threads: int, processes: int) -> dict[str,
         threads: Threads of torch in each process.
     """
     return {
-        "versions": versions_of_packages(),
+        "versions": dict(versions_of_packages()),
         "git": _git_commit(),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
@@ -30,12 +31,14 @@ def versions_and_machine(device: str, threads: int, processes: int) -> dict[str,
     }
 
 
+@functools.cache  # metadata of packages take long to parse
 def versions_of_packages() -> dict[str, str]:
     packages = ("abr_trainer", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
     versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
     return {"python": platform.python_version(), **versions}
 
 
+@functools.cache  # of the code that this process has imported
 def _git_commit() -> str | None:
     """Return the commit of this checkout, with "-dirty" if it was changed; None without git or outside a checkout."""
     root = Path(__file__).resolve().parents[2]
