@@ -167,7 +167,7 @@ def draw_worth() -> Path:
             axes.barh(place, bar.percent, 0.34, color=colour)
             axes.errorbar(bar.percent, place, xerr=reach, fmt="none", ecolor=INK, lw=0.9)
             axes.text(0.3, place + 0.27, bar.name, color=INK, fontsize=8.5)
-            number = f"{bar.percent:+.1f} %".replace("-", "\N{MINUS SIGN}")
+            number = f"{round(bar.percent, 1) or 0:+.1f} %".replace("-", "\N{MINUS SIGN}").replace("+0.0", "0.0")
             axes.text(20, place + 0.27, number, color=colour, fontsize=9, weight="bold", ha="right")
         axes.set(xlim=(-1.2, 20), ylim=(0.6, 3.7), yticks=[], xticks=[0, 5, 10, 15, 20])
         axes.axvline(0, color=INK, lw=0.9)
