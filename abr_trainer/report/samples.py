@@ -63,7 +63,7 @@ def _kept_step(directory: Path) -> int | None:
         return None
     arguments = (read_json(directory / PROVENANCE) or {}).get("arguments", {})
     best = state.get("best_model_checkpoint") if arguments.get("load_best_model_at_end") else None
-    return step_of(Path(best)) if best else int(state["global_step"])
+    return step_of(Path(best)) if best else int(state.get("global_step", 0))
 
 
 def _named(line: dict[str, Any], is_kept: bool = False) -> str:

@@ -41,6 +41,7 @@ def measured(path):
     return {name: found for name, found in rows.items() if not {"left_out", "failed"} & found.keys()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_measurement_goes_on_where_it_was_and_the_page_shows_every_row(benchmark, tmp_path):
     path = tmp_path / "gpu.json"

@@ -255,6 +255,7 @@ def sentence_files(directory):
     return flags
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_prompts_are_compared_from_the_command_line_to_the_report(tmp_path):
     out = tmp_path / "out"

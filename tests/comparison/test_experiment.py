@@ -25,7 +25,7 @@ from abr_trainer.comparison.collecting import COSTS, collect, tuning_of
 from abr_trainer.comparison.experiment import Experiment, RunFailed, error_in
 from abr_trainer.comparison.progress import share_done
 from abr_trainer.data.demo import demo_texts
-from abr_trainer.records.files import last_complete_checkpoint, read_lines
+from abr_trainer.records.files import read_lines
 from abr_trainer.records.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison
@@ -596,7 +596,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, quick, 
         directory = out / "runs" / "baseline" / "seed-0"  # after its first checkpoint ten batches are still to come
         command = [sys.executable, "-m", "abr_trainer", "compare", *options, "--out", str(out), "--", *quick]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while process.poll() is None and not last_complete_checkpoint(directory):
+        while process.poll() is None and not list(directory.glob("checkpoint-*/trainer_state.json")):
             if (directory / "all_results.json").exists():
                 break
             time.sleep(0.02)

@@ -258,6 +258,7 @@ def test_a_share_that_cannot_be_is_told(tmp_path, flags, message):
         prune_verb.main([*flags, "--output_dir", str(tmp_path / "pruned")])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_recipe_recovers_a_pruned_model_and_makes_nothing_twice(tmp_path):
     out = tmp_path / "sparse"
