@@ -121,11 +121,11 @@ def _check_comparison(verb: str, own: Sequence[str], behind: Sequence[str], know
         rest = complete_prompt_flags(rest)
     for name, values in parse_tuning(args.tune if args is not None else []).items():
         added += [[f"--{name}", value] for value in values]
+    seeds = [0] if args is None else seeds_of(args.seeds)
     for flags in added:
-        argv = [*rest, *flags]
-        of_seeds = args is not None and any("{seed}" in part for part in argv)
-        for seed in seeds_of(args.seeds) if args is not None and of_seeds else [0]:
-            _check_run(runs, [part.replace("{seed}", str(seed)) for part in argv], known, is_alone=False)
+        each = (tuple(part.replace("{seed}", str(seed)) for part in (*rest, *flags)) for seed in seeds)
+        for argv in dict.fromkeys(each):  # most comparisons give the same flags to all seeds
+            _check_run(runs, argv, known, is_alone=False)
 
 
 def _is_own(rule: str) -> bool:

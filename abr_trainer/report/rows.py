@@ -271,12 +271,14 @@ def explain_rows(
                 rule.observe(rows, [(before, row.position) not in dropped for row in rows])
         lines.append(f"{'row rule':<24} {rule!r}")
     judged = {row.position: row for row in batches.get(step, ())}
+    parts: dict[int, list[Row]] = {}
+    for row in judged.values():
+        parts.setdefault(row.micro_batch, []).append(row)
+    judges = {part: None if rule is None else rule.beside(rows) for part, rows in parts.items()}
     for position, drop in sorted(own.items()):
-        row = judged.get(position)
-        judge = rule
-        if rule is not None and row is not None:
-            judge = rule.beside([other for other in judged.values() if other.micro_batch == row.micro_batch])
-        lines += _explain_drop(judge, row_of([drop]), position, row)
+        seen = judged.get(position)
+        judge = None if seen is None else judges[seen.micro_batch]
+        lines += _explain_drop(judge, row_of([drop]), position, seen)
     return lines
 
 

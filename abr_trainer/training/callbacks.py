@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -207,6 +207,11 @@ def _seldom(outcome: Outcome) -> dict[str, Any]:
 
 def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
+
+
+def is_training_log(logs: Mapping[str, float] | None) -> bool:
+    """Tell whether Trainer logs the batches since the last log: not an evaluation, and not the totals of the run."""
+    return logs is not None and {"loss", "learning_rate"} <= logs.keys()
 
 
 class ABRProgressCallback(ProgressCallback):

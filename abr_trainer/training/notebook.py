@@ -9,7 +9,7 @@ from transformers.utils.notebook import NotebookProgressCallback, NotebookTraini
 
 from ..perplexity.windows import perplexity_of
 from ..schedulers import Outcome
-from .callbacks import LogWindow
+from .callbacks import LogWindow, is_training_log
 from .ledger import ComputeLedger
 from .log_table import shown_passes, shown_score
 
@@ -47,7 +47,7 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
         """Leave it to `on_outcome`, which knows what the batch has cost."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_tracker is None or not {"loss", "learning_rate"} <= (logs or {}).keys():
+        if self.training_tracker is None or not is_training_log(logs):
             return
         window, self._window = self._window, LogWindow()
         values = {"Training loss": f"{logs['loss']:.3f}"}

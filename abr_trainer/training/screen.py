@@ -14,9 +14,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ..schedulers import Outcome
-from .callbacks import LogWindow
+from .callbacks import LogWindow, is_training_log
 from .ledger import ComputeLedger
 from .log_table import PLAIN_WIDTH, LogTable, Score, log_columns, shown_duration, shown_passes, shown_score
+from .summary import measured_before
 from .tracking import name_of
 
 REFRESH = 0.1
@@ -73,7 +74,7 @@ class RunScreen(TrainerCallback):
             self._bar.move("training", self._done(state), f"{self._time_left(state)} left")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._table is None or not {"loss", "learning_rate"} <= (logs or {}).keys():
+        if self._table is None or not is_training_log(logs):
             return
         window, ledger = self._window, self._ledger
         tokens, seconds = ledger.tokens - self._logged[0], ledger.seconds - self._logged[1]
@@ -103,8 +104,7 @@ class RunScreen(TrainerCallback):
         value = (metrics or {}).get(self._score.key)
         if self._table is None or value is None:
             return
-        first = next((logs for logs in state.log_history if self._score.key in logs), {"step": 0})
-        before = first.get(self._score.key) if first["step"] == 0 < state.global_step else None
+        before = measured_before(state.log_history, self._score.key) if state.global_step else None
         told = self._score.remark(metrics, before)
         self._print_titles()
         score = {"score": shown_score(value, self._score.digits)}

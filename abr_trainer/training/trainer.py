@@ -22,7 +22,7 @@ from ..hub.pushing import HubMixin, Pushes
 from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
 from .budget import put_on_budget_clock
-from .callbacks import ABRProgressCallback, TraceCallback
+from .callbacks import ABRProgressCallback, TraceCallback, is_training_log
 from .config import ABRConfig, checkpoints_activations, refuse_fields_beside, setting
 from .dropped_rows import write_ranked
 from .dropping import row_gate
@@ -321,7 +321,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     # ---- Logs and checkpoints ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._is_active and {"loss", "learning_rate"} <= logs.keys() and self._run.window.batches:
+        if self._is_active and is_training_log(logs) and self._run.window.batches:
             self._run.complete_log(logs, self._loss_is_of_tokens)
         elif self._is_active and "train_runtime" in logs:
             if not self.has_trained:
