@@ -15,6 +15,7 @@ _HOMES = {
     "ABRConfig": "training.config",
     "ABRMixin": "training.trainer",
     "ABRTrainer": "training.trainer",
+    "BatchTimes": "schedulers",
     "ClassicOutlierSkip": "schedulers",
     "ComputeLedger": "training.ledger",
     "ConstantScheduler": "schedulers",
@@ -32,6 +33,7 @@ _HOMES = {
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
+    from .schedulers import BatchTimes as BatchTimes
     from .schedulers import ClassicOutlierSkip as ClassicOutlierSkip
     from .schedulers import ConstantScheduler as ConstantScheduler
     from .schedulers import Observation as Observation

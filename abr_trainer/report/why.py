@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
-from ..schedulers import GradNormSkip, Observation, Outcome, OutlierSkip, RepeatScheduler, RepeatUntil
+from ..schedulers import BatchTimes, GradNormSkip, Observation, Outcome, OutlierSkip, RepeatScheduler, RepeatUntil
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.recorded import name_of_row_rule, name_of_rule, part_at, row_rule_of_run, rule_of_run
 from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
@@ -226,13 +226,30 @@ def outcome_of(batch: dict[str, Any]) -> Outcome:
     """Return what the scheduler was told of this batch of a trace."""
     losses = tuple(math.nan if loss is None else loss for loss in batch["losses"])
     observation = Observation(
-        batch["step"] - 1, losses[0], batch["progress"], batch.get("accuracy"), batch.get("grad_norm")
+        batch["step"] - 1,
+        losses[0],
+        batch["progress"],
+        batch.get("accuracy"),
+        batch.get("grad_norm"),
+        _times_of(batch),
     )
     replayed = tuple(
         (earlier["step"] - 1, math.nan if earlier["loss"] is None else earlier["loss"])
         for earlier in batch.get("replayed", ())
     )
     return Outcome(observation, batch["repeats"], losses, batch["reason"], replayed)
+
+
+def _times_of(batch: dict[str, Any]) -> BatchTimes | None:
+    """Return how long a batch took, if its rule was told that."""
+    if "pass_seconds" not in batch:
+        return None
+    return BatchTimes(
+        batch["waiting_seconds"],
+        batch.get("generating_seconds", 0.0),
+        batch["working_seconds"],
+        batch["pass_seconds"],
+    )
 
 
 def read_skipped(directory: Path) -> dict[int, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Observation, Outcome, RepeatScheduler, WrappedScheduler
+from .base import BatchTimes, Observation, Outcome, RepeatScheduler, WrappedScheduler
 from .constant import ConstantScheduler
 from .deferred import ReplayScheduler
 from .easy import EasySkip
@@ -34,6 +34,7 @@ __all__ = [
     "ROW_RULES",
     "RULE_FIELDS",
     "SCHEDULERS",
+    "BatchTimes",
     "ClassicOutlierSkip",
     "ConstantScheduler",
     "EasySkip",

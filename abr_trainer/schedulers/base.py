@@ -29,6 +29,25 @@ class BadDecision(TypeError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class BatchTimes:
+    """Times of one batch, in seconds, on which all ranks agree.
+
+    Attributes:
+        waiting: Longest wait of a rank for the data of this batch.
+        generating: Longest time of a rank for generating this batch.
+        working: Longest time of a rank between the arrival of the batch before and the wait for this one, during which
+            worker processes of the loader have gone on loading. 0 if it has none.
+        one_pass: Shortest time of a rank for one pass, averaged over the passes since the decision about the batch
+            before. None if there were none.
+    """
+
+    waiting: float
+    generating: float
+    working: float
+    one_pass: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What a scheduler may look at: one batch, after the first pass over it.
 
@@ -40,6 +59,8 @@ class Observation:
             unless the rule `wants` it, and for a batch without targets. A run that cannot measure it is refused.
         grad_norm: Norm of the gradient of the first pass, before clipping. None unless the rule `wants` it, and before
             the backward pass.
+        times: How long the data of the batch took, and a pass. None unless the rule `wants` "times". Clocks differ
+            from run to run: a rule that reads this is not reproducible.
     """
 
     batch: int
@@ -47,6 +68,7 @@ class Observation:
     progress: float
     accuracy: float | None = None
     grad_norm: float | None = None
+    times: BatchTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +120,9 @@ class RepeatScheduler(ABC):
 
     reason: ClassVar[str] = "scheduler"
     wants: frozenset[str] = frozenset()
-    """What the rule needs in addition to the loss: "accuracy", "grad_norm", "inputs".
+    """What the rule needs in addition to the loss: "accuracy", "grad_norm", "times", "inputs".
 
-    The first two are in `observation`. With "grad_norm", `decide` is called twice: before the backward pass without
+    The first three are in `observation`. With "grad_norm", `decide` is called twice: before the backward pass without
     the norm, and after it with the norm. A skip after the backward pass costs a full pass. With "inputs" the trainer
     calls `held`.
     """

@@ -173,8 +173,15 @@ class Batch:
         hits = summed(self._hits)
         cured, lists, longest = self._own_rows(trainer, run.rows)
         agreed = run.consensus.begin_mean(
-            trainer, self._calls, losses, *tallied, *costs, cured is None, *hits, lists=lists, longest=longest
+            trainer,
+            self._calls,
+            losses,
+            *(*tallied, *costs, cured is None, *hits),
+            greatest=run.clock.measured(),
+            lists=lists,
+            longest=longest,
         )()
+        run.times = run.clock.agree(agreed.greatest)
         targets, empty_rows, rows, tokens, forward_flops, extra_forwards, incurable, *hits = agreed.sums
         run.ledger.extra_forwards = Fraction(int(extra_forwards), trainer.args.world_size * len(self._calls))
         trainer._rows_without_targets.count(int(empty_rows), int(rows))
@@ -309,6 +316,7 @@ class Batch:
                     ledger=trainer.ledger,
                     learning_rate=self._decision.learning_rate,
                     seconds=seconds,
+                    times=trainer._run.times,
                     memory=memory_of_batch(trainer.args.device),
                     excerpts=self._excerpts,
                     rows=self.rows,

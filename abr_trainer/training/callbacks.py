@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..data.identity import UNKNOWN
 from ..perplexity.windows import perplexity_of
 from ..records.files import DROPPED_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
-from ..schedulers import Outcome
+from ..schedulers import BatchTimes, Outcome
 from .dropped_rows import DroppedRow
 from .dropping import BatchRows
 from .ledger import ComputeLedger
@@ -85,6 +85,7 @@ class ABRCallback(TrainerCallback):
         ledger: ComputeLedger,
         learning_rate: float,
         seconds: float,
+        times: BatchTimes,
         memory: int,
         excerpts: list[list[int]],
         rows: BatchRows | None = None,
@@ -97,7 +98,8 @@ class ABRCallback(TrainerCallback):
             outcome: What the scheduler saw, and what was done.
             ledger: What the run has spent, this batch included.
             learning_rate: The rate of the first update on the batch.
-            seconds: Wall-clock time of the batch.
+            seconds: Wall-clock time of the batch, waiting included.
+            times: How long its data took, and a pass.
             memory: Bytes: on a GPU the most that was allocated so far, elsewhere what the process holds.
             excerpts: The first tokens of each row of a skipped batch, of all ranks; nothing for other batches.
             rows: Under a row rule, the rows of the batch, of all ranks.
@@ -144,6 +146,7 @@ class TraceCallback(ABRCallback):
         ledger: ComputeLedger,
         learning_rate: float,
         seconds: float,
+        times: BatchTimes,
         memory: int,
         excerpts: list[list[int]],
         rows: BatchRows | None = None,
@@ -165,8 +168,9 @@ class TraceCallback(ABRCallback):
             "reason": outcome.reason,
             "learning_rate": learning_rate,
             "seconds": seconds,
+            "waiting_seconds": times.waiting,
             "memory": memory,
-            **_seldom(outcome),
+            **_seldom(outcome, times),
         }
         self._append(TRACE_NAME, line)
         if outcome.skipped:
@@ -193,13 +197,17 @@ class TraceCallback(ABRCallback):
             self._files[name].flush()
 
 
-def _seldom(outcome: Outcome) -> dict[str, Any]:
+def _seldom(outcome: Outcome, times: BatchTimes) -> dict[str, Any]:
     """Return what the trace tells of a batch under rules that ask for it, or replay."""
     seen = outcome.observation
     told: dict[str, Any] = {"accuracy": seen.accuracy, "grad_norm": seen.grad_norm}
+    if seen.times is not None:
+        told |= {"working_seconds": seen.times.working, "pass_seconds": seen.times.one_pass}
     told = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
     if outcome.replayed:
         told["replayed"] = [{"step": batch + 1, "loss": _finite(loss)} for batch, loss in outcome.replayed]
+    if times.generating:
+        told["generating_seconds"] = times.generating
     if outcome.rows:
         told |= {"rows": outcome.rows, "rows_dropped": outcome.rows_dropped}
     return told

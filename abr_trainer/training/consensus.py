@@ -28,11 +28,13 @@ class Agreed(NamedTuple):
     Attributes:
         mean: Mean loss per target.
         sums: Of the other numbers.
+        greatest: The greatest of each number that was asked for so, over ranks.
         lists: Each list, of all ranks in rank order. Of several ranks, each is filled up with zeros to one length.
     """
 
     mean: float
     sums: list[float]
+    greatest: list[float]
     lists: list[list[float]]
 
 
@@ -63,6 +65,7 @@ class Consensus:
         calls: list[Call],
         losses: list[Tensor],
         *others: Tensor | float,
+        greatest: Sequence[float] = (),
         lists: Sequence[Sequence[float]] = (),
         longest: int = 0,
     ) -> Callable[[], Agreed]:
@@ -71,7 +74,8 @@ class Consensus:
         Args:
             calls: The micro-batches of this rank.
             losses: What `training_step` returned for each of them.
-            others: More numbers of this rank.
+            others: More numbers of this rank, to be summed.
+            greatest: Numbers of this rank of which the greatest counts.
             lists: Lists of numbers of this rank: as many lists on each rank, and of one length on a rank.
             longest: So long a list travels with the others. If a rank has a longer one, all ranks exchange once more.
 
@@ -80,20 +84,22 @@ class Consensus:
         """
         loss, weight = weighted_loss(trainer, self.loss_scale, losses, calls, calls[0].items_in_batch)
         length = len(lists[0]) if lists else 0
-        scalars = (loss, weight, *others, length)
+        scalars = (loss, weight, *others, *greatest, length)
+        end = len(scalars) - 1 - len(greatest)
         read = self._begin_gather(scalars, _padded(lists, longest) if self._args.world_size > 1 else ())
 
         def agreed() -> Agreed:
             of_ranks = read()
-            total, weights, *sums, _ = (sum(row[i] for row in of_ranks) for i in range(len(scalars)))
+            total, weights, *sums = (sum(row[i] for row in of_ranks) for i in range(end))
+            most = [max(row[i] for row in of_ranks) for i in range(end, end + len(greatest))]
             mean = total / weights if weights else math.nan
             if self._args.world_size == 1:
-                return Agreed(mean, sums, [list(each) for each in lists])
+                return Agreed(mean, sums, most, [list(each) for each in lists])
             size, padded = longest, [row[len(scalars) :] for row in of_ranks]
             if (needed := int(max(row[len(scalars) - 1] for row in of_ranks))) > longest:
                 size, padded = needed, self._begin_gather((), _padded(lists, needed))()
             joined = [[n for row in padded for n in row[i * size : (i + 1) * size]] for i in range(len(lists))]
-            return Agreed(mean, sums, joined)
+            return Agreed(mean, sums, most, joined)
 
         return agreed
 

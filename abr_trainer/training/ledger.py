@@ -42,7 +42,12 @@ class ComputeLedger:
         updates: Optimizer steps, those among them that a gradient scaler rejects.
         tokens: Tokens that went through a forward, padding included.
         flops: Floating-point operations of the model, without embeddings.
-        seconds: Wall-clock time in batches: evaluation, logging and checkpoints are left out.
+        seconds: Wall-clock time in batches, waiting for their data and generating it included. Evaluation, logging and
+            checkpoints are left out.
+        waiting_seconds: Of these, the wait for the data: the longest of all ranks for each batch.
+        generating_seconds: Of these, the time for generating the data, where a trainer does that.
+        evaluation_seconds: Wall-clock time in evaluations.
+        saving_seconds: Wall-clock time in saving checkpoints. A resumed run does not know that of its checkpoint.
         rows: Rows that a row rule has judged.
         rows_dropped: How many of them were not trained on, in whatever batch. That saves nothing.
     """
@@ -58,6 +63,10 @@ class ComputeLedger:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    generating_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    saving_seconds: float = 0.0
     rows: int = 0
     rows_dropped: int = 0
 
@@ -103,6 +112,8 @@ class ComputeLedger:
         del numbers["share"], numbers["extra_forwards"]
         if not self.rows:
             del numbers["rows"], numbers["rows_dropped"]
+        if not self.generating_seconds:
+            del numbers["generating_seconds"]
         return numbers
 
     def table(self) -> list[tuple[str, str, str]]:

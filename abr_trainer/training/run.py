@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..perplexity.windows import perplexity_of
-from ..schedulers import Outcome
+from ..schedulers import BatchTimes, Outcome
 from ..schedulers.base import NO_TARGETS
 from .budget import Budget
 from .callbacks import LogWindow
+from .clock import Clock
 from .consensus import Consensus
 from .dropping import RowGate
 from .held import HeldBatch
@@ -27,6 +28,8 @@ class Run:
         ledger: What was spent.
         budget: What may be spent.
         consensus: How ranks agree.
+        clock: How long the batch under way takes, on this rank.
+        times: How long it took, as far as it is decided, by all ranks.
         window: The batches since the last log.
         extra_forwards: Forwards of the batch under way on this rank, beside one for each micro-batch.
         held: Batches to train on again later, by index.
@@ -44,6 +47,8 @@ class Run:
         self.ledger = ComputeLedger()
         self.budget = Budget(args, self.ledger)
         self.consensus = Consensus(args, accelerator)
+        self.clock = Clock()
+        self.times = BatchTimes(0.0, 0.0, 0.0, None)
         self.window = LogWindow()
         self.extra_forwards = 0
         self.held: dict[int, HeldBatch] = {}
@@ -60,6 +65,9 @@ class Run:
         """Count a finished batch."""
         self.batches_in_epoch += 1
         self.ledger.close_batch(outcome.updates, seconds, outcome.rows, outcome.rows_dropped)
+        self.ledger.waiting_seconds += self.times.waiting
+        self.ledger.generating_seconds += self.times.generating
+        self.clock.finish(passes=len(outcome.losses) + len(outcome.replayed))
         self.window.observe(outcome)
         if outcome.skipped:
             loss = NO_TARGETS if outcome.reason == NO_TARGETS else f"{outcome.observation.loss:.4g}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if not self._is_active:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batch, self._is_drawn = Batch(), True
-        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        works_on = getattr(self.callback_handler.train_dataloader, "num_workers", 0) > 0
+        with self._run.clock.drawing(works_on) as waits:
+            timed = waits.timed(epoch_iterator)
+            batch_samples, num_items_in_batch = super().get_batch_samples(timed, num_batches, device)
         if len(batch_samples) < num_batches:
             # A data set without length ended in the middle of a batch. Trainer would leave its gradients to the next.
             if batch_samples and self.state.global_step == 0:
@@ -329,13 +333,21 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             logs.update({f"train_{name}": value for name, value in self.ledger.summary().items()})
         super().log(logs, *args, **kwargs)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        metrics = super()._evaluate(*args, **kwargs)
+        self.ledger.evaluation_seconds += time.perf_counter() - start
+        return metrics
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._is_active and self._run.saved_at == self.state.global_step:
             # The epoch has ended since, with an evaluation. A push may have linked the files: they are made anew.
             if self.args.should_save:
                 shutil.rmtree(self._checkpoint_folder(trial), ignore_errors=True)
             self.accelerator.wait_for_everyone()
+        start = time.perf_counter()
         super()._save_checkpoint(model, trial)
+        self.ledger.saving_seconds += time.perf_counter() - start
         self._run.saved_at = self.state.global_step
 
     def _checkpoint_folder(self, trial: Any) -> Path:

@@ -1,0 +1,127 @@
+"""Where the time of a run goes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from abr_trainer import RepeatScheduler
+from tests.conftest import Scripted, Stream, token_rows
+
+WAIT = 0.03
+
+
+class Slow(torch.utils.data.Dataset):
+    """Rows that take their time."""
+
+    def __init__(self, rows, seconds=WAIT):
+        self.rows, self.seconds = rows, seconds
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return self.rows[index]
+
+
+class Timed(RepeatScheduler):
+    """Three updates a batch, and it remembers the times."""
+
+    wants = frozenset({"times"})
+
+    def __init__(self, repeats=1):
+        self.repeats, self.times = repeats, []
+
+    def decide(self, observation):
+        return self.repeats
+
+    def observe(self, outcome):
+        self.times.append(outcome.observation.times)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_wait_for_data_is_counted_whole(train, accumulation):
+    start = time.perf_counter()
+    ledger = train(data=Slow(token_rows(12)), gradient_accumulation_steps=accumulation).ledger
+    assert 12 * WAIT <= ledger.waiting_seconds <= ledger.seconds <= time.perf_counter() - start
+
+
+def test_the_wait_for_a_stream_is_counted(train):
+    class SlowStream(Stream):
+        def __iter__(self):
+            for row in self.rows:
+                time.sleep(WAIT)
+                yield row
+
+    ledger = train(data=SlowStream(token_rows(12)), max_steps=6).ledger
+    assert ledger.waiting_seconds >= 12 * WAIT
+
+
+def test_a_fast_loader_is_not_waited_for(train):
+    ledger = train(data=token_rows(40)).ledger
+    assert ledger.waiting_seconds < 0.5 * ledger.seconds
+
+
+def test_a_pass_is_timed_without_the_wait(train):
+    rule = Timed(repeats=3)
+    train(data=Slow(token_rows(12), seconds=0.3), repeat_scheduler=rule)
+    assert rule.times[0].one_pass is None
+    assert all(times.one_pass < 0.3 for times in rule.times[1:])
+    assert all(times.waiting >= 0.6 for times in rule.times[:-1])
+    assert rule.times[-1].waiting < 0.3  # accelerate looks one batch ahead
+    assert all(times.working == 0 for times in rule.times)  # nothing is loaded beside the training
+
+
+def test_what_happens_between_two_batches_is_no_part_of_a_pass(train):
+    class SlowLog(Timed):
+        def observe(self, outcome):
+            super().observe(outcome)
+
+    from transformers import TrainerCallback
+
+    class Sleeps(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            time.sleep(0.3)
+
+    rule = SlowLog(repeats=1)
+    train(repeat_scheduler=rule, logging_steps=1, trainer_options={"callbacks": [Sleeps()]})
+    assert all(times.one_pass < 0.3 for times in rule.times[1:])
+
+
+def test_nothing_is_known_of_a_pass_after_a_skip(train):
+    class SkipsFirst(Timed):
+        def decide(self, observation):
+            return 0 if observation.batch == 0 else 1
+
+    rule = SkipsFirst()
+    train(repeat_scheduler=rule)
+    assert rule.times[1].one_pass is not None  # the forward of the skipped batch is one
+
+
+def test_workers_load_while_the_model_trains(train):
+    rule = Timed(repeats=4)
+    train(data=token_rows(12), repeat_scheduler=rule, dataloader_num_workers=1)
+    assert rule.times[0].working == 0
+    assert all(times.working > 0 for times in rule.times[1:])
+
+
+def test_evaluation_and_saving_have_their_own_time(train):
+    trainer = train(
+        trainer_options={"eval_dataset": Slow(token_rows(4))}, eval_strategy="epoch", save_strategy="epoch"
+    )
+    assert trainer.ledger.evaluation_seconds >= 4 * WAIT
+    assert trainer.ledger.saving_seconds > 0
+    assert trainer.ledger.seconds < trainer.ledger.evaluation_seconds + 60
+
+
+def test_a_resumed_run_goes_on_counting(train, tmp_path):
+    data = Slow(token_rows(12))
+    train(data=data, save_strategy="steps", save_steps=4, max_steps=4, repeat_scheduler=Scripted(1))
+    before = 8 * WAIT
+    ledger = train(
+        data=data, resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"), repeat_scheduler=Scripted(1)
+    ).ledger
+    assert ledger.waiting_seconds >= before + 4 * WAIT
