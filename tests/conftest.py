@@ -266,6 +266,11 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+def without_seconds(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The numbers, without what a clock put among them."""
+    return {name: value for name, value in numbers.items() if not name.endswith("seconds")}
+
+
 def log_without_times(trainer: Any) -> list[dict[str, float]]:
     """The log, without what a clock put into it."""
     timed = ("runtime", "per_second", "seconds", "preparation_time")

@@ -56,7 +56,7 @@ from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.generation import continue_over_ranks
 from abr_trainer.training.identity import source_of, taken_out
 from abr_trainer.training.text_scores import PACKAGES, TextScores
-from tests.conftest import QUIET, VOCABULARY, Stream, broken_row, tiny_llama, token_rows, weights
+from tests.conftest import QUIET, VOCABULARY, Stream, broken_row, tiny_llama, token_rows, weights, without_seconds
 
 
 class KillAfter(TrainerCallback):
@@ -404,7 +404,7 @@ def numbers_of(trainer: Any) -> dict[str, Any]:
     measured = ("loss", "perplexity", "target_tokens", "windows_nll")
     numbers |= {f"eval_{name}": metrics.get(f"eval_{name}") for name in measured}
     if isinstance(trainer, ABRTrainer):
-        numbers["ledger"] = {key: value for key, value in trainer.ledger.state_dict().items() if key != "seconds"}
+        numbers["ledger"] = without_seconds(trainer.ledger.state_dict())
         numbers["history"] = trainer.repeat_scheduler.state_dict().get("history")
         if trainer.row_rule is not None:
             numbers["row rule"] = trainer.row_rule.state_dict()

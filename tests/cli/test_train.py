@@ -103,7 +103,7 @@ def test_hard_batches_were_repeated_and_the_trace_adds_up(finished):
     assert sum(batch["repeats"] for batch in trace) == results["train_updates"]
     assert max(batch["repeats"] for batch in trace) > 1
     keys = {"step", "epoch", "progress", "passes", "loss", "losses", "repeats", "reason"}
-    keys |= {"learning_rate", "seconds", "memory"}
+    keys |= {"learning_rate", "seconds", "waiting_seconds", "memory"}
     assert all(set(batch) == keys for batch in trace)
 
 

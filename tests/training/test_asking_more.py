@@ -16,7 +16,16 @@ from transformers import Trainer, TrainingArguments, set_seed
 from abr_trainer import ABRTrainer
 from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import ConstantScheduler, RepeatScheduler, ReplayScheduler, RobustOutlierSkip
-from tests.conftest import ScaledMixin, Scripted, broken_row, tiny_llama, token_rows, trained_by_hand, weights
+from tests.conftest import (
+    ScaledMixin,
+    Scripted,
+    broken_row,
+    tiny_llama,
+    token_rows,
+    trained_by_hand,
+    weights,
+    without_seconds,
+)
 from tests.jobs import build_model
 
 BY_HAND = {"weight_decay": 0.0, "optim": "adamw_torch"}
@@ -191,7 +200,7 @@ def test_replays_go_on_after_a_resume(train, tmp_path):
         **options,
     )
     assert torch.equal(weights(resumed.model), weights(whole.model))
-    assert resumed.ledger.state_dict() | {"seconds": 0} == whole.ledger.state_dict() | {"seconds": 0}
+    assert without_seconds(resumed.ledger.state_dict()) == without_seconds(whole.ledger.state_dict())
     assert resumed.ledger.updates > resumed.ledger.batches
 
 
