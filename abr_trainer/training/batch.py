@@ -45,6 +45,7 @@ from .notices import say_what_is_left_out
 from .passes import Passes, before_backward, counted_once
 from .signals import Hits, summed
 from .targets import first_target, tally
+from .waiting import say_if_waiting
 
 
 class Batch:
@@ -302,6 +303,7 @@ class Batch:
         trainer.accelerator.gradient_state._set_sync_gradients(True)  # a skip has switched it off, for the process
         trainer._run.count(outcome, seconds)
         say_what_is_left_out(trainer, outcome, self._dropped, self._excerpts)
+        say_if_waiting(trainer)
         trainer.repeat_scheduler.observe(outcome)
         if trainer._run.rows is not None and self.rows is not None:
             trainer._run.rows.observe(self.rows)

@@ -35,9 +35,13 @@ class LogWindow:
     losses: float = 0.0
     rows: int = 0
     rows_dropped: int = 0
+    waiting_seconds: float = 0.0
+    generating_seconds: float = 0.0
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: Outcome, times: BatchTimes) -> None:
         loss = outcome.observation.loss
+        self.waiting_seconds += times.waiting
+        self.generating_seconds += times.generating
         self.batches += 1
         self.updates += outcome.updates
         self.skipped += outcome.skipped
@@ -66,6 +70,8 @@ class LogWindow:
             "skipped": self.skipped / self.batches,
             "passes": float(ledger.passes),
             "updates": ledger.updates,
+            "waiting_seconds": self.waiting_seconds,
+            **({"generating_seconds": self.generating_seconds} if self.generating_seconds else {}),
             **({"rows_dropped": self.rows_dropped} if self.rows else {}),
         }
 

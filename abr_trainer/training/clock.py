@@ -27,6 +27,7 @@ class Clock:
         self._arrived_at: float | None = None
         self._finished_at: float | None = None
         self._passes = 0
+        self._lapped_at = time.perf_counter()
 
     @contextlib.contextmanager
     def drawing(self, loader_works_on: bool) -> Iterator[_Waits]:
@@ -68,6 +69,11 @@ class Clock:
     def finish(self, passes: int) -> None:
         """Note that a batch is finished, after so many passes."""
         self._passes, self._finished_at = passes, time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last call, or since the clock was made."""
+        before, self._lapped_at = self._lapped_at, time.perf_counter()
+        return self._lapped_at - before
 
 
 class _Waits:

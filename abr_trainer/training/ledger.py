@@ -7,6 +7,8 @@ from fractions import Fraction
 from html import escape
 from typing import Any
 
+from ..report.times import parts_of_time
+
 FRACTIONS = ("share", "extra_forwards", "passes")
 """The fields of the ledger that are exact fractions; JSON gets them as text."""
 
@@ -48,6 +50,8 @@ class ComputeLedger:
         generating_seconds: Of these, the time for generating the data, where a trainer does that.
         evaluation_seconds: Wall-clock time in evaluations.
         saving_seconds: Wall-clock time in saving checkpoints. A resumed run does not know that of its checkpoint.
+        total_seconds: Wall-clock time since training began, in batches or not. That of the killed part of a resumed
+            run counts up to its checkpoint.
         rows: Rows that a row rule has judged.
         rows_dropped: How many of them were not trained on, in whatever batch. That saves nothing.
     """
@@ -67,6 +71,7 @@ class ComputeLedger:
     generating_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     saving_seconds: float = 0.0
+    total_seconds: float = 0.0
     rows: int = 0
     rows_dropped: int = 0
 
@@ -120,6 +125,7 @@ class ComputeLedger:
         """Return the ledger for people: what was counted, how much, and as what share."""
         skipped = f"{self.skips / self.batches:.1%} of the batches" if self.skips else ""
         dropped = f"{self.rows_dropped / self.rows:.2%} of {self.rows:,} rows" if self.rows else ""
+        total, parts = parts_of_time(asdict(self))
         return [
             ("batches", f"{self.batches:,}", ""),
             ("skipped", f"{self.skips:,}", skipped),
@@ -130,6 +136,14 @@ class ComputeLedger:
             ("tokens", f"{self.tokens:,}", ""),
             ("FLOPs", f"{self.flops:.3g}", ""),
             ("seconds", f"{self.seconds:,.1f}", ""),
+            *(
+                (
+                    "in passes" if name == "passes" else name,
+                    f"{seconds:,.1f}",
+                    f"{seconds / total:.1%} of {total:,.1f} s",
+                )
+                for name, seconds in parts[: len(parts) if len(parts) > 1 else 0]
+            ),
         ]
 
     def __str__(self) -> str:

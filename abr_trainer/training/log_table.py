@@ -63,7 +63,9 @@ class Score:
         return f"{shown_change(metrics[self.key], before)} since before training"
 
 
-def log_columns(score: Score, most_steps: int, most_passes: float, judges_rows: bool) -> dict[str, Column]:
+def log_columns(
+    score: Score, most_steps: int, most_passes: float, judges_rows: bool, waits: bool = False
+) -> dict[str, Column]:
     """Return the columns of a run, by name.
 
     Args:
@@ -71,8 +73,10 @@ def log_columns(score: Score, most_steps: int, most_passes: float, judges_rows: 
         most_steps: The last step that there can be.
         most_passes: The most passes that can be spent.
         judges_rows: Whether rows are dropped by a rule.
+        waits: Whether the run waits for its data.
     """
     dropped = {"rows_dropped": Column("rows dropped", "dropped", 6)} if judges_rows else {}
+    waiting = {"waiting": Column("waiting", "waiting", 5)} if waits else {}
     return {
         "step": Column("step", "step", len(f"{most_steps:,}")),
         "passes": Column("passes", "passes", len(shown_passes(most_passes))),
@@ -83,6 +87,7 @@ def log_columns(score: Score, most_steps: int, most_passes: float, judges_rows: 
         **dropped,
         "learning_rate": Column("learning rate", "rate", 8, may_go=True),
         "speed": Column("tokens/s", "tokens/s", 8, may_go=True),
+        **waiting,
         "left": Column("time left", "left", 7),
     }
 
@@ -166,6 +171,15 @@ def shown_change(now: float, before: float) -> str:
     """
     changed = now / before - 1 if before else math.nan
     return f"{100 * changed:+.1f} %" if math.isfinite(changed) else DASH
+
+
+def shown_share(share: float) -> str:
+    """Write a share in whole percent.
+
+    >>> shown_share(0.348)
+    '35 %'
+    """
+    return f"{100 * share:.0f} %"
 
 
 def shown_duration(seconds: float) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
 from ..perplexity.windows import perplexity_of
-from ..schedulers import Outcome
+from ..report.times import SHOWN_WAITING, share_waited
+from ..schedulers import BatchTimes, Outcome
 from .callbacks import LogWindow, is_training_log
 from .ledger import ComputeLedger
-from .log_table import shown_passes, shown_score
+from .log_table import shown_passes, shown_score, shown_share
+from .waiting import Waiting
 
 
 class ABRNotebookProgressCallback(NotebookProgressCallback):
@@ -26,21 +28,33 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
     def __init__(self, shows_perplexity: bool = True, judges_rows: bool = False) -> None:
         super().__init__()
         self._shows_perplexity, self._judges_rows = shows_perplexity, judges_rows
-        self._ledger, self._window = ComputeLedger(), LogWindow()
+        self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
+        self._seconds, self._shows_waiting = 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._budget = getattr(args, "max_passes", None)
-        self._ledger, self._window = ComputeLedger(), LogWindow()
+        self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
+        self._seconds, self._shows_waiting = 0.0, False
         perplexity = ["Perplexity"] if self._shows_perplexity else []
         dropped = ["Rows dropped"] if self._judges_rows else []
         columns = ["Step", "Passes", "Training loss", *perplexity, "Updates/batch", "Skipped", *dropped]
         self.training_tracker = _Tracker(self._budget or state.max_steps, columns)
 
     def on_outcome(
-        self, args: Any, state: Any, control: Any, outcome: Outcome, ledger: ComputeLedger, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        outcome: Outcome,
+        ledger: ComputeLedger,
+        seconds: float,
+        times: BatchTimes,
+        **kwargs: Any,
     ) -> None:
         self._ledger = ledger
-        self._window.observe(outcome)
+        self._window.observe(outcome, times)
+        self._waiting.observe(seconds, times.waiting)
+        self._seconds += seconds
         self._show(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -50,6 +64,7 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
         if self.training_tracker is None or not is_training_log(logs):
             return
         window, self._window = self._window, LogWindow()
+        seconds, self._seconds = self._seconds, 0.0
         values = {"Training loss": f"{logs['loss']:.3f}"}
         if self._shows_perplexity:
             values["Perplexity"] = shown_score(perplexity_of(window.mean_loss))
@@ -57,6 +72,9 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
         values |= {"Skipped": str(window.skipped), "Rows dropped": str(window.rows_dropped)}
         if not self._judges_rows:
             del values["Rows dropped"]
+        self._shows_waiting = self._shows_waiting or self._waiting.exceeds(SHOWN_WAITING)
+        if self._shows_waiting:
+            values["Waiting"] = shown_share(share_waited(window.waiting_seconds, seconds))
         self._write(state, values)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:

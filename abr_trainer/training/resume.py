@@ -28,6 +28,7 @@ from .held import load_held, save_held
 from .primer import Primer
 from .ranking import RowRanking
 from .tracking import evaluations_without_gain
+from .waiting import Waiting
 
 logger = logging.get_logger(__name__)
 
@@ -98,6 +99,7 @@ class ResumeMixin(_AnyTrainer):
     def _repetition_state(self) -> str:
         """Return what a resumed run needs, as strict JSON."""
         primer_has_just_ended = self.state.global_step == Primer.of(self).batches
+        self._run.count_time()
         state = {
             "format": 1,
             "ledger": self.ledger.state_dict(),
@@ -108,6 +110,7 @@ class ResumeMixin(_AnyTrainer):
             **({} if self.row_rule is None else {"row_rule": self._row_rule_state()}),
             "skips_in_a_row": self._run.skips_in_a_row,
             "notices": self._run.notices.state_dict(),
+            "waiting": self._run.waiting.state_dict(),
             "batch": self._batch_size(),
             "batches_in_epoch": 0 if primer_has_just_ended else self._run.batches_in_epoch,
             "log": {
@@ -214,6 +217,7 @@ class ResumeMixin(_AnyTrainer):
         else:
             logger.warning(f"The checkpoint was written under {saved}; {now} starts with an empty history.")
         self._run.notices.load_state_dict(state.get("notices", {}))
+        self._run.waiting = Waiting(**state.get("waiting", {}))
         self._load_rows(checkpoint, state.get("row_rule"))
         log = state["log"]
         if self.repeat_scheduler.held():

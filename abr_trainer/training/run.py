@@ -17,6 +17,7 @@ from .dropping import RowGate
 from .held import HeldBatch
 from .ledger import ComputeLedger
 from .notices import Notices
+from .waiting import Waiting
 
 
 class Run:
@@ -35,6 +36,7 @@ class Run:
         held: Batches to train on again later, by index.
         rows: What decides which rows are dropped; None if none are.
         notices: What is said of dropped rows and skipped batches.
+        waiting: How much of the time was a wait for data, and whether that was said.
         skips_in_a_row: The last batches, as long as they were skipped: index, and loss or reason.
         non_finite_batches: Batches whose loss was not finite, or that had no targets.
         batches_in_epoch: Batches finished in this epoch.
@@ -54,6 +56,7 @@ class Run:
         self.held: dict[int, HeldBatch] = {}
         self.rows: RowGate | None = None
         self.notices = Notices()
+        self.waiting = Waiting()
         self.skips_in_a_row: list[tuple[int, str]] = []
         self.non_finite_batches = 0
         self.batches_in_epoch = 0
@@ -68,12 +71,18 @@ class Run:
         self.ledger.waiting_seconds += self.times.waiting
         self.ledger.generating_seconds += self.times.generating
         self.clock.finish(passes=len(outcome.losses) + len(outcome.replayed))
-        self.window.observe(outcome)
+        self.window.observe(outcome, self.times)
+        self.waiting.observe(seconds, self.times.waiting)
+        self.count_time()
         if outcome.skipped:
             loss = NO_TARGETS if outcome.reason == NO_TARGETS else f"{outcome.observation.loss:.4g}"
             self.skips_in_a_row.append((outcome.observation.batch, loss))
         else:
             self.skips_in_a_row.clear()
+
+    def count_time(self) -> None:
+        """Let the ledger count the wall-clock time up to now."""
+        self.ledger.total_seconds += self.clock.lap()
 
     def explain_skips(self, limit: int, checkpoint: Path) -> str:
         """Return why the run ends: too many batches in a row were skipped."""

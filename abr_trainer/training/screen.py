@@ -13,12 +13,23 @@ from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..schedulers import Outcome
+from ..report.times import SHOWN_WAITING, share_waited
+from ..schedulers import BatchTimes, Outcome
 from .callbacks import LogWindow, is_training_log
 from .ledger import ComputeLedger
-from .log_table import PLAIN_WIDTH, LogTable, Score, log_columns, shown_duration, shown_passes, shown_score
+from .log_table import (
+    PLAIN_WIDTH,
+    LogTable,
+    Score,
+    log_columns,
+    shown_duration,
+    shown_passes,
+    shown_score,
+    shown_share,
+)
 from .summary import measured_before
 from .tracking import name_of
+from .waiting import Waiting
 
 REFRESH = 0.1
 """Seconds between two pictures of the bar. There is no thread that draws it: data loaders fork."""
@@ -44,8 +55,9 @@ class RunScreen(TrainerCallback):
         self._bar = _Bar(bar_console) if shows_bar and bar_console.is_terminal else None
         self._table: LogTable | None = None
         self._budget: int | None = None
-        self._ledger, self._window = ComputeLedger(), LogWindow()
-        self._logged = (0, 0.0)
+        self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
+        self._logged = (0, 0.0, 0.0)
+        self._shows_waiting = False
         self._clock: tuple[float, float] | None = None
 
     # ---- Events ----
@@ -54,31 +66,42 @@ class RunScreen(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._budget = getattr(args, "max_passes", None)
-        self._ledger, self._window, self._logged, self._clock = ComputeLedger(), LogWindow(), (0, 0.0), None
+        self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
+        self._logged, self._shows_waiting, self._clock = (0, 0.0, 0.0), False, None
         most = self._budget or state.max_steps
-        passes = self._budget or 10 * state.max_steps  # a rule may repeat each batch
-        columns = log_columns(self._score, state.max_steps, passes, self._judges_rows)
-        self._table = LogTable(columns, self.console.width if self.console.is_terminal else PLAIN_WIDTH)
+        self._table = self._new_table(state)
         self._print("")
         if self._bar is not None:
             self._bar.begin("training", most, "passes" if self._budget else "batches")
 
     def on_outcome(
-        self, args: Any, state: Any, control: Any, outcome: Outcome, ledger: ComputeLedger, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        outcome: Outcome,
+        ledger: ComputeLedger,
+        seconds: float,
+        times: BatchTimes,
+        **kwargs: Any,
     ) -> None:
         self._ledger = ledger
-        self._window.observe(outcome)
+        self._window.observe(outcome, times)
+        self._waiting.observe(seconds, times.waiting)
         if self._clock is None:  # not earlier: the first batch is slow, and a resumed run has spent something already
-            self._clock, self._logged = (time.monotonic(), self._done(state)), (ledger.tokens, ledger.seconds)
+            self._clock, self._logged = (time.monotonic(), self._done(state)), self._spent()
         if self._table is not None and self._bar is not None:
             self._bar.move("training", self._done(state), f"{self._time_left(state)} left")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._table is None or not is_training_log(logs):
             return
-        window, ledger = self._window, self._ledger
-        tokens, seconds = ledger.tokens - self._logged[0], ledger.seconds - self._logged[1]
-        self._window, self._logged = LogWindow(), (ledger.tokens, ledger.seconds)
+        window = self._window
+        tokens, seconds, waiting = (now - before for now, before in zip(self._spent(), self._logged, strict=True))
+        self._window, self._logged = LogWindow(), self._spent()
+        if not self._shows_waiting and self._waiting.exceeds(SHOWN_WAITING):
+            self._shows_waiting = True  # from here to the end: a column that came and went could not be read
+            self._table = self._new_table(state)
         values = {
             **self._position(state),
             "loss": f"{logs['loss']:.3f}",
@@ -87,6 +110,7 @@ class RunScreen(TrainerCallback):
             "rows_dropped": f"{window.rows_dropped:,}",
             "learning_rate": f"{logs['learning_rate']:.2e}",
             "speed": f"{tokens / seconds:,.0f}" if seconds else "",
+            "waiting": shown_share(share_waited(waiting, seconds)),
             "left": self._time_left(state),
         }
         self._print_titles()
@@ -125,6 +149,9 @@ class RunScreen(TrainerCallback):
     def _position(self, state: Any) -> dict[str, str]:
         return {"step": f"{state.global_step:,}", "passes": shown_passes(float(self._ledger.passes))}
 
+    def _spent(self) -> tuple[int, float, float]:
+        return self._ledger.tokens, self._ledger.seconds, self._ledger.waiting_seconds
+
     def _done(self, state: Any) -> float:
         """Return how far the run is, in passes where these are bounded, else in batches."""
         return float(self._ledger.passes) if self._budget else state.global_step
@@ -141,6 +168,11 @@ class RunScreen(TrainerCallback):
         return shown_duration((time.monotonic() - begun) * max(rest, 0.0) / (done - at)) if done > at else ""
 
     # ---- Lines ----
+
+    def _new_table(self, state: Any) -> LogTable:
+        passes = self._budget or 10 * state.max_steps  # a rule may repeat each batch
+        columns = log_columns(self._score, state.max_steps, passes, self._judges_rows, self._shows_waiting)
+        return LogTable(columns, self.console.width if self.console.is_terminal else PLAIN_WIDTH)
 
     def _print_titles(self) -> None:
         if self._table is not None and (titles := self._table.titles()):

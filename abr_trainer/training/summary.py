@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..records.files import ROW_LOSSES_NAME, TRACE_NAME, step_of
 from ..report.rows import has_row_rule
 from ..report.text import share
+from ..report.times import parts_of_time
 from .ledger import ComputeLedger
-from .log_table import Score, shown_change, shown_passes, shown_score
+from .log_table import PLAIN_WIDTH, Score, shown_change, shown_passes, shown_score, shown_share
 
 Logs = Sequence[Mapping[str, float]]
 
@@ -82,6 +85,17 @@ def kept_line(args: Any, state: Any, ledger: ComputeLedger) -> list[str]:
     return [f"kept        the model after {kept:,} of {state.global_step:,} batches: the best checkpoint"]
 
 
+def time_lines(ledger: ComputeLedger) -> list[str]:
+    """Return where the time of the training went, where it went into more than passes."""
+    total, parts = parts_of_time(asdict(ledger))
+    if len(parts) < 2:
+        return []
+    solid = "\N{NO-BREAK SPACE}"  # a line ends between two parts only
+    said = (f"{name} {seconds:,.1f} s ({shown_share(seconds / total)})" for name, seconds in parts)
+    text = "time        " + ", ".join(part.replace(" ", solid) for part in said)
+    return [line.replace(solid, " ") for line in textwrap.wrap(text, PLAIN_WIDTH, subsequent_indent=" " * 12)]
+
+
 def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
     """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates."""
     if not ledger.batches:
@@ -96,6 +110,7 @@ def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
         *([f"ranked      {abr_rows} --all"] if (output_dir / ROW_LOSSES_NAME).is_file() else []),
         f"cost        {shown_passes(float(ledger.passes)).removesuffix('.0')} passes, {ledger.updates:,} updates, "
         f"{ledger.tokens:,} tokens, {ledger.flops:.3g} FLOPs, {ledger.seconds:,.1f} s",
+        *time_lines(ledger),
         f"model       {output_dir}",
         f"trace       {output_dir / TRACE_NAME}",
         *(f"TensorBoard tensorboard --logdir {shlex.quote(str(logs))}" for logs in output_dir.glob("runs")),

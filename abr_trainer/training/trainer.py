@@ -243,6 +243,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self._is_active:
+            self._run.count_time()
             self._rows_without_targets.warn_at_end(self)
             if self._ranking is not None and self.is_world_process_zero():
                 self._ranking.warn_if_empty()

@@ -70,6 +70,23 @@ def test_a_ledger_is_printed_as_a_small_table_and_its_repr_tells_all():
     assert eval(repr(ledger)) == ledger  # `Fraction` and `ComputeLedger` are imported here
 
 
+def test_a_ledger_tells_where_the_time_went_as_far_as_that_is_much():
+    times = dict(seconds=80.0, waiting_seconds=20.0, evaluation_seconds=15.0, saving_seconds=0.4, total_seconds=100.0)
+    assert str(ComputeLedger(batches=4, **times)).splitlines()[-5:] == [
+        "seconds           80.0",
+        "in passes         60.0  60.0% of 100.0 s",
+        "waiting for data  20.0  20.0% of 100.0 s",
+        "evaluation        15.0  15.0% of 100.0 s",
+        "rest               4.6  4.6% of 100.0 s",
+    ]
+    generated = ComputeLedger(batches=4, seconds=10.0, generating_seconds=9.0)
+    assert str(generated).splitlines()[-2:] == [
+        "in passes       1.0  10.0% of 10.0 s",
+        "generating      9.0  90.0% of 10.0 s",
+    ]
+    assert str(ComputeLedger(batches=4, seconds=10.0)).splitlines()[-1].startswith("seconds"), "all of it in passes"
+
+
 def test_a_ledger_of_a_run_that_judged_rows_counts_those_dropped():
     ledger = ComputeLedger(batches=2, rows=1600, rows_dropped=12)
     assert "rows dropped     12  0.75% of 1,600 rows" in str(ledger).splitlines()
@@ -78,7 +95,8 @@ def test_a_ledger_of_a_run_that_judged_rows_counts_those_dropped():
 
 
 def test_a_notebook_shows_a_ledger_as_the_same_table():
-    ledger = ComputeLedger(batches=4, skips=1, rows=8, rows_dropped=1)
+    ledger = ComputeLedger(batches=4, skips=1, rows=8, rows_dropped=1, seconds=3.0, waiting_seconds=1.0)
+    assert ("waiting for data", "1.0", "33.3% of 3.0 s") in ledger.table()
     cells = [cell for row in ledger.table() for cell in row]
     root = ElementTree.fromstring(ledger._repr_html_())
     assert [cell.text or "" for cell in root.iter("td")] == cells

@@ -16,23 +16,27 @@ NUMBERS = {
     "rows_dropped": "1,234",
     "learning_rate": "1.70e-03",
     "speed": "123,456",
+    "waiting": "100 %",
     "left": "12:34:56",
 }
 
 
-def table(width, judges_rows=True):
-    return LogTable(log_columns(Score(), 12_345, 23_456, judges_rows), width)
+def table(width, judges_rows=True, waits=False):
+    return LogTable(log_columns(Score(), 12_345, 23_456, judges_rows, waits), width)
 
 
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("judges_rows", [False, True])
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
-def test_titles_and_numbers_fit_and_end_in_the_same_columns(width, judges_rows):
-    log = table(width, judges_rows)
+def test_titles_and_numbers_fit_and_end_in_the_same_columns(width, judges_rows, waits):
+    log = table(width, judges_rows, waits)
     titles, line = log.titles(), log.line(NUMBERS)
     assert len(line) <= len(titles) <= width or len(titles) <= len(line) <= width
     for title, number in (("step", "12,345"), ("passes", "23,456.7"), ("perplexity", "99,999.99")):
         assert titles.index(title) + len(title) == line.index(number) + len(number)
     assert ("dropped" in titles) == judges_rows
+    assert ("waiting" in titles) == waits
+    assert (" 100 %" in line) == waits
     assert "upd" in titles
     assert "skipped" in titles
     assert "left" in titles, "what people read first is never left out"

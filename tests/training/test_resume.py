@@ -48,6 +48,8 @@ def trace_of(directory):
 def state_of(checkpoint):
     state = json.loads(Path(checkpoint, "abr_state.json").read_text())
     state["ledger"] = without_seconds(state["ledger"])
+    state["log"]["window"] = without_seconds(state["log"]["window"])
+    del state["waiting"]  # of the clock, and without the first batch of each start
     return state
 
 

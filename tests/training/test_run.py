@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from abr_trainer import ABRConfig
-from abr_trainer.schedulers import ConstantScheduler, Observation, Outcome
+from abr_trainer.schedulers import BatchTimes, ConstantScheduler, Observation, Outcome
 from abr_trainer.schedulers.base import NO_TARGETS
+from abr_trainer.training.callbacks import LogWindow
 from abr_trainer.training.run import Run
 from tests.conftest import Scripted, token_rows
 
@@ -43,13 +46,34 @@ def test_skips_in_a_row_are_counted_until_a_batch_is_trained_on(run):
 
 
 def test_a_log_tells_of_the_batches_since_the_last_one(run):
+    run.times = BatchTimes(waiting=0.25, generating=0.0, working=0.0, one_pass=None)
     run.count(outcome(0, 2.0, repeats=3), seconds=1.0)
     run.count(outcome(1, math.nan, repeats=0), seconds=1.0)
     logs = {"loss": 1.0}  # Trainer's mean, to which the second batch gave 0
     run.complete_log(logs, loss_is_of_tokens=True)
     expected = {"loss": 2.0, "perplexity": math.exp(2.0), "repeats": 1.5, "skipped": 0.5, "passes": 0.0, "updates": 3}
-    assert logs == pytest.approx(expected)
+    assert logs == pytest.approx({**expected, "waiting_seconds": 0.5})
     assert run.window.batches == 0
+    assert run.window.waiting_seconds == 0.0
+
+
+def test_what_was_generated_is_logged_where_something_was(run):
+    run.times = BatchTimes(waiting=0.25, generating=0.5, working=0.0, one_pass=None)
+    run.count(outcome(0, 2.0, repeats=1), seconds=1.0)
+    restored = LogWindow(**json.loads(json.dumps(run.window.state_dict())))
+    logs = restored.logs(run.ledger)
+    assert (logs["waiting_seconds"], logs["generating_seconds"]) == (0.25, 0.5), "after a resume too"
+
+
+def test_the_time_of_a_run_is_counted_whole(run):
+    start = time.perf_counter()
+    for batch in range(2):
+        time.sleep(0.01)
+        run.count(outcome(batch, 2.0, repeats=1), seconds=0.001)
+    time.sleep(0.01)
+    run.count_time()
+    assert 0.03 <= run.ledger.total_seconds <= time.perf_counter() - start + 1.0
+    assert run.ledger.seconds == 0.002
 
 
 def test_the_mean_loss_of_a_run_leaves_out_what_is_not_finite(run):

@@ -10,16 +10,18 @@ import pty
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from abr_trainer.schedulers import BatchTimes, Observation, Outcome
 from abr_trainer.training.ledger import ComputeLedger
 from abr_trainer.training.log_table import Score
 from abr_trainer.training.screen import RunScreen, show_on
-from abr_trainer.training.summary import kept_line, perplexity_lines, worse
+from abr_trainer.training.summary import kept_line, perplexity_lines, time_lines, worse
 from tests.conftest import Scripted, token_rows
 
 EVALUATED = {"trainer_options": {"eval_dataset": token_rows(4, seed=9)}, "eval_strategy": "epoch"}
@@ -174,7 +176,68 @@ def test_what_trainer_shows_is_replaced(build, disable_tqdm):
     assert sum(isinstance(each, RunScreen) for each in kinds) == 1
 
 
+def seen(screen, batches, waiting):
+    """What a screen shows of batches of a second, with a log every ten: `waiting(batch)` seconds are a wait."""
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=batches, global_step=0, epoch=0.0, log_history=[])
+    screen.on_train_begin(SimpleNamespace(), state, None)
+    ledger = ComputeLedger()
+    for batch in range(batches):
+        times = BatchTimes(waiting(batch), 0.0, 0.0, None)
+        ledger.close_batch(1, seconds=1.0)
+        ledger.waiting_seconds += times.waiting
+        ledger.tokens += 64
+        ledger.passes += 1
+        state.global_step += 1
+        outcome = Outcome(Observation(batch, 2.0, progress=0.0), 1, (2.0,))
+        screen.on_outcome(None, state, None, outcome=outcome, ledger=ledger, seconds=1.0, times=times)
+        if state.global_step % 10 == 0:
+            screen.on_log(None, state, None, logs={"loss": 2.0, "learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_wait_gets_a_column_once_there_is_one_and_keeps_it(width):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, _environ={})
+    seen(RunScreen(Score(), shows_bar=False, console=console), 120, lambda batch: 0.25 if 30 <= batch < 60 else 0.0)
+    lines = [line for line in plain(file.getvalue()).splitlines() if line]
+    assert all(len(line) <= width for line in lines)
+    titles = [number for number, line in enumerate(lines) if "step" in line]
+    assert titles == [0, 4], "above the 4th log, of batches 31 to 40, and not again"
+    assert "waiting" not in lines[0]
+    assert "waiting" in lines[4]
+    end = lines[4].index("waiting") + len("waiting")
+    assert [line[end - 5 : end].strip() for line in lines[5:]] == [*["25 %"] * 3, *["0 %"] * 6]
+
+
+def test_a_run_that_hardly_waits_has_no_column_for_it(capsys):
+    slow_start = [20.0, *[0.04] * 119]  # a start-up of 20 seconds, and 4 %
+    seen(RunScreen(Score(), shows_bar=False), 120, slow_start.__getitem__)
+    told = capsys.readouterr().out
+    assert "waiting" not in told
+    assert told.count("step") == 1
+
+
 # ---- The end ----
+
+
+def test_the_end_tells_where_the_time_went():
+    times = dict(seconds=43.0, evaluation_seconds=5.125, saving_seconds=1.25, total_seconds=50.0)
+    assert time_lines(ComputeLedger(batches=4, **times)) == [
+        "time        passes 43.0 s (86 %), evaluation 5.1 s (10 %), saving 1.2 s (2 %), rest 0.6 s (1 %)"
+    ]
+
+
+def test_the_end_tells_nothing_of_times_that_are_small():
+    times = dict(seconds=99.4, evaluation_seconds=0.4, saving_seconds=0.1, total_seconds=100.0)
+    assert time_lines(ComputeLedger(batches=4, **times)) == [], "passes alone, which stand in the line above"
+
+
+def test_a_line_on_the_time_that_is_too_long_goes_on_below_its_beginning():
+    times = dict(seconds=20_000.0, waiting_seconds=4_000.0, generating_seconds=9_000.0, evaluation_seconds=2_000.0)
+    assert time_lines(ComputeLedger(batches=4, saving_seconds=1_000.0, total_seconds=24_000.0, **times)) == [
+        "time        passes 7,000.0 s (29 %), waiting for data 4,000.0 s (17 %), generating 9,000.0 s (38 %),",
+        "            evaluation 2,000.0 s (8 %), saving 1,000.0 s (4 %), rest 1,000.0 s (4 %)",
+    ]
 
 
 def test_the_end_compares_the_model_that_was_kept_with_the_one_before():
