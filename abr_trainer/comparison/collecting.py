@@ -32,6 +32,9 @@ from .statistics import mean_interval, paired, verdict
 
 COSTS = ("passes", "updates", "batches", "skips", "repeats", "tokens", "flops", "seconds")
 
+LATER_COSTS = ("waiting_seconds",)
+"""Those that runs of earlier versions have not counted."""
+
 SAME_LOSS = 1e-3
 """Relative difference up to which the first loss of two runs is that of the same weights on the same data."""
 
@@ -60,7 +63,11 @@ def read_run(run: Run, results: dict[str, float], root: Path, metric: str = "eva
         **{name: provenance[name] for name in ("versions", "git", "machine")},
         **({"prompt": provenance.get("arguments", {}).get("prompt_text")} if run.varied == "prompt" else {}),
         "metrics": {name: finite(results[name]) for name in metrics_in(results, run.varied)},
-        "cost": {name: results[f"train_{name}"] for name in COSTS},
+        "cost": {
+            name: results[f"train_{name}"]
+            for name in (*COSTS, *LATER_COSTS)
+            if name in COSTS or f"train_{name}" in results
+        },
         "curve": learning_curve(run.directory, batches, results, metric, CLOCKS[run.varied]),
         "first_loss": batches[0]["loss"] if batches else None,
         "batches": batches,
@@ -106,7 +113,8 @@ def summarise_arm(
             else "no verdict: tuning is not finished",
         }
     if runs:
-        summary["cost"] = {name: statistics.fmean(run["cost"][name] for run in runs) for name in COSTS}
+        counted = [name for name in (*COSTS, *LATER_COSTS) if all(name in run["cost"] for run in runs)]
+        summary["cost"] = {name: statistics.fmean(run["cost"][name] for run in runs) for name in counted}
     return summary
 
 

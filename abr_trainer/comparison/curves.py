@@ -179,19 +179,23 @@ def interpolate(curve: Curve, grid: list[float], score: Score = PERPLEXITY) -> C
 
 def over_time(batches: list[dict[str, Any]], end: float) -> list[dict[str, float]]:
     """Return mean repeats and the share of skipped batches in equal parts of the passes up to `end`."""
-    bins: list[list[dict[str, Any]]] = [[] for _ in range(BINS)]
-    for batch in batches:
-        bins[min(BINS - 1, int(batch["passes"] / end * BINS))].append(batch)
     return [
         {
-            "passes": (i + 0.5) * end / BINS,
+            "passes": passes,
             "repeats": statistics.fmean(updates_of(batch) for batch in part),
             "skipped": statistics.fmean(batch["repeats"] == 0 for batch in part),
             "batches": len(part),
         }
-        for i, part in enumerate(bins)
-        if part
+        for passes, part in equal_parts(batches, end)
     ]
+
+
+def equal_parts(batches: list[dict[str, Any]], end: float) -> list[tuple[float, list[dict[str, Any]]]]:
+    """Return the batches in equal parts of the passes up to `end`, each with its middle; without empty ones."""
+    bins: list[list[dict[str, Any]]] = [[] for _ in range(BINS)]
+    for batch in batches:
+        bins[min(BINS - 1, int(batch["passes"] / end * BINS))].append(batch)
+    return [((i + 0.5) * end / BINS, part) for i, part in enumerate(bins) if part]
 
 
 def over_loss(batches: list[dict[str, Any]], least: float, most: float) -> list[dict[str, float]]:

@@ -12,7 +12,8 @@ from ..comparison.scores import metrics_in, score_of, sentence_case, words_for
 from ..records.commands import pasted
 from .figure import Commands, Figure, Fold, Notice, Report, Section, Series, Table
 from .figures_of_comparison import behaviour, difference_figure, final_figure, on_the_way
-from .text import DASH, amount, decimals, fixed, number
+from .text import DASH, amount, decimals, fixed, number, share
+from .times import SHOWN_WAITING, share_waited
 from .verdicts import (
     badge_of,
     caution,
@@ -38,6 +39,8 @@ TITLES = {
 }
 
 UNITS = "Differences are in units of the score: +0.01 of an accuracy is one row in a hundred more."
+
+WAITING = "Waiting is the share of these seconds in which a run waited for its data. It depends on the machine, too."
 
 COST_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "passes": ("passes", amount),
@@ -188,16 +191,40 @@ def interval(found: dict[str, Any], kind: str, places: int | None = None) -> str
     return f"{signed(found[f'{kind}_low'], places)} to {signed(found[f'{kind}_high'], places)}"
 
 
+def waits(arms: list[dict[str, Any]]) -> bool:
+    """Tell whether an arm waited for its data for so long that the report has to show it."""
+    return any(_waited(arm["cost"]) > SHOWN_WAITING for arm in arms)
+
+
+def _waited(cost: dict[str, float]) -> float:
+    return share_waited(cost.get("waiting_seconds", 0.0), cost["seconds"])
+
+
+def costs_of(cost: dict[str, float], with_waiting: bool) -> tuple[str, ...]:
+    """Return the cells of what an arm or a run has spent."""
+    cells = [form(cost[key]) for key, (_, form) in COST_COLUMNS.items()]
+    if with_waiting:
+        cells.append(share(_waited(cost), 1.0) if "waiting_seconds" in cost else DASH)
+    return tuple(cells)
+
+
+def cost_headings(with_waiting: bool) -> tuple[str, ...]:
+    """Return what stands above these cells."""
+    return (*(heading for heading, _ in COST_COLUMNS.values()), *(["waiting"] if with_waiting else []))
+
+
 def cost_table(arms: list[dict[str, Any]], jobs: int, varied: str) -> Table:
+    with_waiting = waits(arms)
     shared = f"; with --jobs {jobs}, up to {jobs} runs share that machine" if jobs > 1 else ""
     return Table(
         "Mean over seeds of what a run has spent",
-        (varied, *(heading for heading, _ in COST_COLUMNS.values())),
-        tuple((arm["name"], *(form(arm["cost"][key]) for key, (_, form) in COST_COLUMNS.items())) for arm in arms),
+        (varied, *cost_headings(with_waiting)),
+        tuple((arm["name"], *costs_of(arm["cost"], with_waiting)) for arm in arms),
         (
             "A pass is a forward-backward over a batch; a skip costs its forward. Tokens are those of all forwards. "
             "Seconds are those of batches alone, without evaluation, logging and checkpoints, on the machine named "
             f"below{shared}.",
+            *([WAITING] if with_waiting else []),
             *(["The prompt is part of each row: a longer one is more tokens and more FLOPs."] * (varied == "prompt")),
         ),
     )
@@ -281,13 +308,14 @@ def run_tables(data: dict[str, Any]) -> tuple[Table, Table]:
     varied = what_varies(data)
     metrics = metrics_in((name for run in data["runs"] for name in run["metrics"]), varied)
     columns = (f"{varied}, seed", *map(words_for, metrics), "directory")
+    with_waiting = waits([arm for arm in data["arms"] if arm["seeds"]])
     reached_by, spent_by = [], []
     for run in data["runs"]:
         name = f"{run['arm']}, seed {run['seed']}"
         scores = (number(run["metrics"].get(metric), 6) for metric in metrics)
         reached_by.append((name, *scores, run["directory"]))
-        spent_by.append((name, *(form(run["cost"][key]) for key, (_, form) in COST_COLUMNS.items())))
-    headings = (f"{varied}, seed", *(heading for heading, _ in COST_COLUMNS.values()))
+        spent_by.append((name, *costs_of(run["cost"], with_waiting)))
+    headings = (f"{varied}, seed", *cost_headings(with_waiting))
     return (
         Table("What every run has reached", columns, tuple(reached_by)),
         Table("What every run has spent", headings, tuple(spent_by)),

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..comparison.curves import learning_curve, over_loss, over_passes, over_time
+from ..comparison.curves import equal_parts, learning_curve, over_loss, over_passes, over_time
 from ..records.commands import commands_in, pasted
 from ..records.files import FINISHED, PROVENANCE, RESULTS, TRAINER_STATE, last_state, read_json, updates_of
 from ..schedulers.recorded import name_of_rule, parts_of
@@ -16,6 +16,7 @@ from .of_comparison import COST_COLUMNS, machine_table
 from .rows import CUT_TO_BLOCKS, JUDGED_ALONE, RunRow, broken_rows, has_row_rule, rows_judged
 from .samples import sample_sections
 from .text import amount, both_ends, number, share, shortened
+from .times import SHOWN_WAITING, parts_of_time, share_waited
 from .why import describe_repeats, read_provenance, read_skipped, read_trace, without_loss
 
 MOST_POINTS = 1500
@@ -37,6 +38,12 @@ MOST_ROWS = 200
 """Broken rows that are listed."""
 
 GIB = 2**30
+
+OF_TRAINING = (
+    "By the wall-clock, from the start of training to its end. Passes are the time in batches, apart from the wait for "
+    "their data and generating it. What is not above 0.5 % is left out."
+)
+OF_BATCHES = "Evaluation and saving are counted at the end of the run."
 
 
 def report_on_run(directory: Path) -> Report:
@@ -67,6 +74,7 @@ def report_on_run(directory: Path) -> Report:
         Section("Batches", batches(trace)),
         *(section for some, section in left_out if not some),
         Section("Learning rate and memory", tuple(map(unless_constant, (learning_rate(trace), memory(trace))))),
+        *([Section("Where the time went", blocks)] if (blocks := times(trace, results)) else []),
         Section("Costs", (ledger(trace, results),)),
         Section("How to repeat it", how(directory)),
     ]
@@ -351,6 +359,48 @@ def _over_passes(name: str, title: str, description: str, y: str, trace: list[di
         "passes spent",
         y,
         (Series(y, x=_column(thinned, "passes"), y=_column(thinned, key)),),
+    )
+
+
+def times(trace: list[dict[str, Any]], results: dict[str, Any]) -> tuple[Any, ...]:
+    """Say where the time went; nothing of a run that was begun by an earlier version, which did not tell."""
+    if not all("waiting_seconds" in batch for batch in trace):
+        return ()
+    is_finished = "train_total_seconds" in results
+    of_batches = {
+        name: sum(batch.get(name, 0.0) for batch in trace)
+        for name in ("seconds", "waiting_seconds", "generating_seconds")
+    }
+    total, parts = parts_of_time(
+        {name.removeprefix("train_"): value for name, value in results.items() if name.endswith("_seconds")}
+        if is_finished
+        else of_batches
+    )
+    rows = tuple((name, f"{seconds:,.1f}", share(seconds, total)) for name, seconds in parts)
+    table = Table(
+        f"{total:,.1f} seconds of {'training' if is_finished else 'batches so far'}",
+        ("what", "seconds", "share"),
+        rows,
+        (OF_TRAINING if is_finished else OF_BATCHES,),
+    )
+    waited = share_waited(of_batches["waiting_seconds"], of_batches["seconds"])
+    return (table, *([waiting(trace)] if waited > SHOWN_WAITING else []))
+
+
+def waiting(trace: list[dict[str, Any]]) -> Figure:
+    parts = equal_parts(trace, trace[-1]["passes"])
+    waited = (
+        share_waited(*(sum(batch[name] for batch in part) for name in ("waiting_seconds", "seconds")))
+        for _, part in parts
+    )
+    return Figure(
+        "waiting",
+        "Waiting for data in the course of training",
+        "Share of the time in batches that was a wait for their data, in equal parts of the run.",
+        "lines",
+        "passes spent",
+        "share of the time",
+        (Series("share of the time", x=tuple(passes for passes, _ in parts), y=tuple(waited)),),
     )
 
 

@@ -12,8 +12,11 @@ SHOWN_WAITING = 0.05
 
 
 def share_waited(waiting: float, seconds: float) -> float:
-    """Return which share of the time in batches was a wait for their data."""
-    return waiting / seconds if seconds else 0.0
+    """Return which share of the time in batches was a wait for their data: at most 1.
+
+    Of several processes, the wait is that of the slowest, and the time that of the main one.
+    """
+    return min(1.0, waiting / seconds) if seconds else 0.0
 
 
 def parts_of_time(spent: Mapping[str, float]) -> tuple[float, list[tuple[str, float]]]:

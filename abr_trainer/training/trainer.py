@@ -337,7 +337,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         metrics = super()._evaluate(*args, **kwargs)
-        self.ledger.evaluation_seconds += time.perf_counter() - start
+        if self._is_active:
+            self.ledger.evaluation_seconds += time.perf_counter() - start
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -348,7 +349,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             self.accelerator.wait_for_everyone()
         start = time.perf_counter()
         super()._save_checkpoint(model, trial)
-        self.ledger.saving_seconds += time.perf_counter() - start
+        if self._is_active:
+            self.ledger.saving_seconds += time.perf_counter() - start
         self._run.saved_at = self.state.global_step
 
     def _checkpoint_folder(self, trial: Any) -> Path:

@@ -42,3 +42,23 @@ def write_losses(directory: Path, loss: list[float], visits: list[int]) -> None:
     """Write what a run with `--rank_rows` keeps of each row."""
     arrays = {"loss": np.array(loss, np.float32), "visits": np.array(visits, np.int32)}
     np.savez(directory / "_row_losses.npz", step=np.arange(len(loss), dtype=np.int32), **arrays)
+
+
+def write_slow_run(directory: Path, batches: int = 60, waits: float = 0.4, **totals: float) -> Path:
+    """Write a run of batches of a second, without drops, of which so much is a wait in its second half.
+
+    Args:
+        totals: What a finished run has spent beside them; a run at work has none.
+    """
+    write_run(directory, [], batches)
+    path = directory / "abr_trace.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line |= {"seconds": 1.0, "waiting_seconds": waits if line["step"] > batches / 2 else 0.0}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if totals:
+        spent = dict.fromkeys(("passes", "flops", "updates", "batches", "tokens"), float(batches))
+        spent |= {"skips": 0, "repeats": 1.0, "seconds": float(batches), "waiting_seconds": waits * batches / 2}
+        results = {f"train_{name}": value for name, value in (spent | totals).items()}
+        (directory / "all_results.json").write_text(json.dumps(results))
+    return directory

@@ -18,9 +18,10 @@ from abr_trainer.records.files import SKIPPED_NAME, read_lines, updates_of
 from abr_trainer.report.figure import Excerpts
 from abr_trainer.report.of_run import progress, report_on_run
 from abr_trainer.report.page import render_page
-from abr_trainer.report.text import number
+from abr_trainer.report.text import number, share
 from abr_trainer.report.why import explain_batch, explain_rule, read_skipped, sentence_on, wrapped
 from abr_trainer.schedulers import RepeatScheduler, RepeatUntil, ReplayScheduler, RobustOutlierSkip
+from tests.report.dropped import write_slow_run
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,67 @@ def test_the_page_shows_what_happened(run):
     assert after < before
     verdict, facts = report.lead
     assert (verdict.kind, verdict.badge) == ("good", "better")
-    share = 100 * (after / before - 1)
-    moved = f"{number(before)} before training to {number(after)} at the end ({share:+.1f} %)"
+    change = 100 * (after / before - 1)
+    moved = f"{number(before)} before training to {number(after)} at the end ({change:+.1f} %)"
     assert verdict.text == f"Validation perplexity fell from {moved}."
     assert ("batches", str(len(trace))) in facts.items
+
+
+def times_of(directory):
+    """The section on the time: its table and its figures."""
+    sections = [section for section in report_on_run(directory).sections if section.heading == "Where the time went"]
+    return sections[0].blocks if sections else None
+
+
+def test_the_page_says_where_the_time_of_a_run_went(run):
+    directory, trace = run
+    table = times_of(directory)[0]
+    results = json.loads((directory / "all_results.json").read_text())
+    total = results["train_total_seconds"]
+    assert sum(batch["seconds"] for batch in trace) == pytest.approx(results["train_seconds"])
+    known = [results[f"train_{name}_seconds"] for name in ("evaluation", "saving")]
+    assert results["train_seconds"] + sum(known) <= total <= results["train_runtime"] + 1
+    assert table.caption == f"{total:,.1f} seconds of training"
+    rows = {what: (seconds, share) for what, seconds, share in table.rows}
+    assert rows["evaluation"][0] == f"{results['train_evaluation_seconds']:,.1f}"
+    in_passes = results["train_seconds"] - results["train_waiting_seconds"]
+    assert rows["passes"] == (f"{in_passes:,.1f}", share(in_passes, total))
+
+
+def test_the_page_of_a_run_that_waits_shows_when_it_did(tmp_path):
+    run = write_slow_run(tmp_path, evaluation_seconds=20.0, saving_seconds=0.3, total_seconds=100.0)
+    table, figure = times_of(run)
+    assert table.rows == (
+        ("passes", "48.0", "48.0 %"),
+        ("waiting for data", "12.0", "12.0 %"),
+        ("evaluation", "20.0", "20.0 %"),
+        ("rest", "19.7", "19.7 %"),
+    )
+    (line,) = figure.series
+    assert line.x == pytest.approx([1.5 + 3 * i for i in range(20)])
+    # A part of 3 passes begins with the batch that is finished there: the 11th with number 30, which did not wait.
+    assert line.y == pytest.approx([*[0.0] * 10, 0.8 / 3, *[0.4] * 9])
+
+
+def test_the_time_of_a_run_at_work_is_that_of_its_batches(tmp_path):
+    table, figure = times_of(write_slow_run(tmp_path))
+    assert table.caption == "60.0 seconds of batches so far"
+    assert table.rows == (("passes", "48.0", "80.0 %"), ("waiting for data", "12.0", "20.0 %"))
+    assert figure.name == "waiting"
+
+
+def test_the_page_of_a_run_that_hardly_waits_has_no_figure_of_it(tmp_path):
+    (table,) = times_of(write_slow_run(tmp_path, waits=0.08))
+    assert table.rows[1] == ("waiting for data", "2.4", "4.0 %")
+
+
+def test_the_page_of_a_run_of_which_not_all_waits_are_known_says_nothing_of_time(tmp_path):
+    run = write_slow_run(tmp_path, total_seconds=100.0)
+    path = run / "abr_trace.jsonl"
+    first, *others = path.read_text().splitlines()
+    earlier = {name: value for name, value in json.loads(first).items() if name != "waiting_seconds"}
+    path.write_text("\n".join([json.dumps(earlier), *others]) + "\n")
+    assert times_of(run) is None
 
 
 def test_a_run_that_made_the_model_worse_says_so():

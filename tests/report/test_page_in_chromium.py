@@ -10,7 +10,7 @@ from abr_trainer.report.of_run import report_on_run
 from abr_trainer.report.page import render_page
 from abr_trainer.report.text import number
 from tests.report.browser import CONTRASTS, chromium, show
-from tests.report.dropped import drop, write_run
+from tests.report.dropped import drop, write_run, write_slow_run
 from tests.report.sample import HOSTILE, hostile_report, odd_report, sample_report
 from tests.report.test_examples import EXAMPLES
 
@@ -36,6 +36,7 @@ def pages(tmp_path_factory):
         "hostile": hostile_report(),
         "odd": odd_report(),
         "run": report_on_run(write_run(folder / "data", drops)),
+        "slow": report_on_run(write_slow_run(folder / "slow data", evaluation_seconds=20.0, total_seconds=100.0)),
         **{path.name: report_on_comparison(read_comparison(path)) for path in EXAMPLES},
     }
     for name, report in reports.items():
@@ -72,7 +73,9 @@ def test_the_page_never_scrolls_sideways(look_at, size, name):
 
 
 @pytest.mark.parametrize("size", [PHONE, TABLET, SCREEN, WIDE], ids=["phone", "tablet", "screen", "wide"])
-@pytest.mark.parametrize(("name", "scheme"), [("run", "dark"), *((path.name, "light") for path in EXAMPLES[::2])])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("run", "dark"), ("slow", "dark"), *((path.name, "light") for path in EXAMPLES[::2])]
+)
 def test_nothing_on_a_real_page_is_wider_than_what_it_is_in(look_at, name, size, scheme):
     page = look_at(name, size, scheme)
     assert page.execute_script(TOO_WIDE) == []
@@ -119,6 +122,20 @@ def test_every_figure_is_drawn_and_none_of_its_text_is_cut_off(look_at, size):
               return box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1;
             }).map((text) => text.textContent);"""
         assert page.execute_script(cut_off, svg) == []
+
+
+@pytest.mark.parametrize("size", [PHONE, SCREEN], ids=["phone", "screen"])
+def test_where_the_time_went_is_read_at_a_glance(look_at, size):
+    page = look_at("slow", size)
+    (section,) = [
+        each
+        for each in page.find_elements("css selector", "section")
+        if each.find_element("css selector", "h2").text == "Where the time went"
+    ]
+    assert section.find_elements("css selector", "#waiting .drawing > svg[role=img] [aria-label=dot] > *")
+    table = section.find_element("css selector", "table")
+    rows = [" ".join(row.text.split()) for row in table.find_elements("css selector", "tbody tr")]
+    assert any("waiting for data" in row and "12.0" in row and "12.0 %" in row for row in rows), rows
 
 
 def test_charts_are_drawn_anew_when_the_window_changes(look_at):
