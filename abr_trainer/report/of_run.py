@@ -40,7 +40,7 @@ MOST_ROWS = 200
 GIB = 2**30
 
 OF_TRAINING = (
-    "By the wall-clock, from the start of training to its end. Passes are the time in batches, apart from the wait for "
+    "By the wall-clock, from the start of training to its end. Passes are the time in batches, apart from waiting for "
     "their data and generating it. What is not above 0.5 % is left out."
 )
 OF_BATCHES = "Evaluation and saving are counted at the end of the run."

@@ -91,7 +91,8 @@ def time_lines(ledger: ComputeLedger) -> list[str]:
     if len(parts) < 2:
         return []
     solid = "\N{NO-BREAK SPACE}"  # a line ends between two parts only
-    said = (f"{name} {seconds:,.1f} s ({shown_share(seconds / total)})" for name, seconds in parts)
+    short = {"waiting for data": "waiting"}
+    said = (f"{short.get(name, name)} {seconds:,.1f} s ({shown_share(seconds / total)})" for name, seconds in parts)
     text = "time        " + ", ".join(part.replace(" ", solid) for part in said)
     return [line.replace(solid, " ") for line in textwrap.wrap(text, PLAIN_WIDTH, subsequent_indent=" " * 12)]
 

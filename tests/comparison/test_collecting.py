@@ -33,6 +33,17 @@ def test_differences_are_paired_by_seed_and_runs_that_diverged_are_no_pair():
     assert entry["mean"] == pytest.approx(29 / 3)
 
 
+def test_the_wait_of_an_arm_is_known_where_all_its_runs_have_counted_it():
+    def waited(*seconds):
+        runs = [run(seed, 9.0) for seed in range(len(seconds))]
+        for each, wait in zip(runs, seconds, strict=True):
+            each["cost"] |= {} if wait is None else {"waiting_seconds": wait}
+        return summarise_arm(runs, runs, ["test_perplexity"], planned=len(runs))["cost"].get("waiting_seconds")
+
+    assert waited(1.0, 2.0) == 1.5
+    assert waited(1.0, None) is None
+
+
 def test_what_speaks_against_a_comparison_is_said():
     same = {"git": "a", "versions": {"torch": "1"}, "machine": {"device": "cpu"}}
     runs = [run(0, 1.0, **same), run(0, 1.0, **same), run(1, 1.1, **same)]

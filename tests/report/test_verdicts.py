@@ -99,3 +99,43 @@ def test_counts_are_written_as_counts_and_means_of_counts_with_a_decimal():
     (costs,) = next(section.blocks for section in report.sections if section.heading == "Costs")
     cells = dict(zip(costs.columns, costs.rows[0], strict=True))
     assert (cells["passes"], cells["skips"], cells["batches"]) == ("378", "2", "377.6")
+
+
+def costs(data):
+    """The table of costs of each arm, and that of each run."""
+    sections = {section.heading: section.blocks for section in report_on_comparison(data).sections}
+    (of_arms,) = sections["Costs"]
+    folds = [block for block in sections["How to repeat it"] if hasattr(block, "summary")]
+    of_runs = [table for fold in folds for table in fold.blocks if getattr(table, "caption", "") == SPENT]
+    return of_arms, of_runs[0]
+
+
+SPENT = "What every run has spent"
+
+
+def waiting(data, share):
+    """The same comparison, whose second arm waited for this share of its time."""
+    changed = copy.deepcopy(data)
+    name = changed["arms"][1]["name"]
+    for each in changed["arms"]:
+        each["cost"]["waiting_seconds"] = each["cost"]["seconds"] * (share if each["name"] == name else 0.02)
+    for each in changed["runs"]:
+        each["cost"]["waiting_seconds"] = each["cost"]["seconds"] * (share if each["arm"] == name else 0.02)
+    return changed
+
+
+def test_waiting_has_a_column_where_an_arm_waited_for_more_than_a_twentieth_of_its_time():
+    data = read_comparison(EXAMPLES[0])
+    for table in costs(waiting(data, 0.25)):
+        assert table.columns[-1] == "waiting"
+        assert {row[-1] for row in table.rows} == {"2.0 %", "25.0 %"}
+        assert all(len(row) == len(table.columns) for row in table.rows)
+    for unchanged in (data, waiting(data, 0.04)):
+        assert all("waiting" not in table.columns for table in costs(unchanged))
+
+
+def test_runs_of_an_earlier_version_among_others_have_a_dash_for_their_wait():
+    data = waiting(read_comparison(EXAMPLES[0]), 0.25)
+    del data["arms"][0]["cost"]["waiting_seconds"]
+    of_arms, _ = costs(data)
+    assert [row[-1] for row in of_arms.rows][:2] == ["\N{EM DASH}", "25.0 %"]

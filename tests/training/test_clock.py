@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from abr_trainer import RepeatScheduler
 from tests.conftest import Scripted, Stream, token_rows
@@ -125,3 +126,29 @@ def test_a_resumed_run_goes_on_counting(train, tmp_path):
         data=data, resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"), repeat_scheduler=Scripted(1)
     ).ledger
     assert ledger.waiting_seconds >= before + 4 * WAIT
+
+
+def test_plain_arguments_leave_the_ledger_empty(train, build):
+    trainer = train(
+        config_cls=TrainingArguments,
+        trainer_options={"eval_dataset": token_rows(4)},
+        eval_strategy="epoch",
+        save_strategy="epoch",
+    )
+    assert trainer.ledger == build(config_cls=TrainingArguments).ledger
+
+
+def test_the_parts_of_a_resumed_run_are_those_of_both_its_parts(train, tmp_path):
+    options = {
+        "data": Slow(token_rows(12)),
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "repeat_scheduler": Scripted(1),
+    }
+    before = train(max_steps=4, **options).ledger
+    time.sleep(0.5)
+    start = time.perf_counter()
+    ledger = train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"), **options).ledger
+    took = time.perf_counter() - start
+    assert before.seconds < ledger.total_seconds <= before.total_seconds + took, "not what lies between them"
+    assert ledger.seconds + ledger.evaluation_seconds + ledger.saving_seconds <= ledger.total_seconds

@@ -235,7 +235,7 @@ def test_the_end_tells_nothing_of_times_that_are_small():
 def test_a_line_on_the_time_that_is_too_long_goes_on_below_its_beginning():
     times = dict(seconds=20_000.0, waiting_seconds=4_000.0, generating_seconds=9_000.0, evaluation_seconds=2_000.0)
     assert time_lines(ComputeLedger(batches=4, saving_seconds=1_000.0, total_seconds=24_000.0, **times)) == [
-        "time        passes 7,000.0 s (29 %), waiting for data 4,000.0 s (17 %), generating 9,000.0 s (38 %),",
+        "time        passes 7,000.0 s (29 %), waiting 4,000.0 s (17 %), generating 9,000.0 s (38 %),",
         "            evaluation 2,000.0 s (8 %), saving 1,000.0 s (4 %), rest 1,000.0 s (4 %)",
     ]
 
