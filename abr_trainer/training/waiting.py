@@ -104,4 +104,9 @@ def _most_workers(dataset: Any) -> float:
     """Return how many workers can share the loading. A stream has to be split for that: each worker of one that is
     not would read all of it, and rows would come more than once.
     """
-    return getattr(dataset, "num_shards", 1) if isinstance(dataset, IterableDataset) else math.inf
+    if not isinstance(dataset, IterableDataset):
+        return math.inf
+    try:
+        return max(1, int(dataset.num_shards))  # type: ignore[attr-defined]
+    except Exception:  # the code of users; training goes on without that advice
+        return 1

@@ -9,7 +9,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from abr_trainer.training.notebook import ABRNotebookProgressCallback
 from tests.conftest import ON_CPU, ROOT
+from tests.training.test_screen import seen
 
 pytestmark = pytest.mark.slow
 
@@ -96,3 +98,12 @@ def test_the_notebook_of_stock_trainer_is_left_alone(cells):
 def test_an_evaluation_after_the_end_is_shown(cells):
     _, rows, _ = cells[6]
     assert "Validation Loss" in rows[-2] or "Validation loss" in rows[-2]
+
+
+def test_a_wait_gets_a_column_once_there_is_one(capsys):
+    notebook = ABRNotebookProgressCallback()
+    seen(notebook, 60, lambda batch: 0.25 if batch >= 30 else 0.0)
+    titles, *rows = notebook.training_tracker.inner_table
+    at = titles.index("Waiting")
+    # 2.5 of 39 seconds after the first batch are more than 5 %.
+    assert [row[at] for row in rows] == ["", "", "", "25 %", "25 %", "25 %"]

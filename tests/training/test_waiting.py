@@ -61,6 +61,14 @@ class Sharded(IterableDataset):
         return iter(())
 
 
+class Unsplit(Sharded):
+    """A stream that cannot say how it is split."""
+
+    @property
+    def num_shards(self):
+        raise NotImplementedError
+
+
 def advised(share, data=(), rule=None, **arguments):
     arguments = {"dataloader_num_workers": 0, "dataloader_prefetch_factor": None, **arguments}
     return advice(
@@ -85,6 +93,7 @@ def test_a_stream_is_read_by_no_more_workers_than_can_share_it():
     assert "--dataloader_num_workers 1." in advised(0.7, Stream([])), "two would give each row twice"
     assert "--dataloader_num_workers 3." in advised(0.7, Sharded())
     assert "--dataloader_num_workers 4." in advised(0.9, Sharded())
+    assert "--dataloader_num_workers 1." in advised(0.7, Unsplit())
     only_ahead = advised(0.7, Stream([]), dataloader_num_workers=1)
     assert only_ahead.startswith("To load further ahead: --dataloader_prefetch_factor above 2.")
 
