@@ -434,15 +434,55 @@ def without_compiled_communication() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+GENERATED = ("GRPO", "GRPO of TRL")
+
+
+def train_rollouts(output_dir: str, name: str) -> Any:
+    """Generate rows on each rank, and make two updates on them: by a rule, or as TRL does."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    from abr_trainer.integrations.trl import ABRGRPOConfig, ABRGRPOTrainer
+
+    def even_tokens(completion_ids: Any, **_: Any) -> list[float]:
+        return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+    trainer_cls, config_cls, own = {
+        "GRPO": (ABRGRPOTrainer, ABRGRPOConfig, {"max_steps": 3, "max_repeats": 2}),
+        "GRPO of TRL": (GRPOTrainer, GRPOConfig, {"max_steps": 6, "num_iterations": 2}),
+    }[name]
+    options = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "beta": 0.0}
+    options |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no"}
+    trainer = trainer_cls(
+        model=tiny_llama(vocab_size=2048),
+        args=config_cls(output_dir=output_dir, bf16=False, gradient_accumulation_steps=2, **own, **options, **QUIET),
+        reward_funcs=even_tokens,
+        train_dataset=Dataset.from_list(
+            [{"prompt": text} for text in ("The fox", "A bear", "She said", "It was")] * 6
+        ),
+        processing_class=load_tokenizer(ModelArguments()),
+    )
+    trainer.train()
+    return trainer
+
+
+def numbers_of_rollouts(trainer: Any) -> dict[str, Any]:
+    """What ranks must agree on."""
+    rewards = [logs["reward"] for logs in trainer.state.log_history if "reward" in logs]
+    rule = getattr(trainer, "repeat_scheduler", None)
+    return {"reward": rewards, "rule": rule and rule.state_dict()}
+
+
 def engines(output_dir: str, *names: str) -> None:
     """Run scenarios one after the other in this rank; write the weights and numbers of each."""
     for name in names:
         directory = Path(output_dir, name)
         directory.mkdir(exist_ok=True)
-        trainer = train_scenario(str(directory), name)
+        is_generated = name in GENERATED
+        trainer = (train_rollouts if is_generated else train_scenario)(str(directory), name)
         rank = trainer.args.process_index
         sharded = sum(isinstance(parameter, DTensor) for parameter in trainer.model_wrapped.parameters())
-        numbers = {**numbers_of(trainer), "engine": type(trainer.model_wrapped).__name__, "sharded": sharded}
+        numbers = (numbers_of_rollouts if is_generated else numbers_of)(trainer)
+        numbers |= {"engine": type(trainer.model_wrapped).__name__, "sharded": sharded}
         torch.save(whole_weights(trainer), directory / f"weights-{rank}.pt")
         Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
         forget_engine(trainer)

@@ -1,11 +1,12 @@
 """Adaptive batch repetition in TRL's supervised fine-tuning: `pip install "abr-trainer[trl]"`.
 
-For other offline trainers of TRL (DPO, KTO, reward) use the mixin: `class Mine(ABRMixin, trl.DPOTrainer)`.
+`ABRGRPOTrainer` and `ABRRLOOTrainer` make several updates on what they have generated. For other offline trainers of
+TRL (DPO, KTO, reward) use the mixin: `class Mine(ABRMixin, trl.DPOTrainer)`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..records.errors import MissingPackage
 
 try:
-    from trl import SFTConfig, SFTTrainer
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
     from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
 except ImportError as error:
     raise MissingPackage('This needs TRL: pip install "abr-trainer[trl]".') from error
@@ -71,3 +72,34 @@ class ABRSFTTrainer(ABRMixin, SFTTrainer):
         tokens = count_targets(inputs, first_target(self))
         self._token_perplexity.add(loss.double()[None] * tokens, torch.as_tensor(tokens)[None])
         return loss, logits, labels
+
+
+_FIELDS = ABRConfig.__dataclass_fields__
+
+
+@dataclass
+class ABRGRPOConfig(GRPOConfig, ABRConfig):
+    """`GRPOConfig` with the fields of `ABRConfig`; the rule is "kl", and no batch is skipped for its loss."""
+
+    repeat_scheduler: str = field(default="kl", metadata=dict(_FIELDS["repeat_scheduler"].metadata))
+    skip_outliers: str = field(default="none", metadata=dict(_FIELDS["skip_outliers"].metadata))
+
+
+@dataclass
+class ABRRLOOConfig(RLOOConfig, ABRConfig):
+    """`RLOOConfig` with the fields of `ABRConfig`; the rule is "kl", and no batch is skipped for its loss."""
+
+    repeat_scheduler: str = field(default="kl", metadata=dict(_FIELDS["repeat_scheduler"].metadata))
+    skip_outliers: str = field(default="none", metadata=dict(_FIELDS["skip_outliers"].metadata))
+
+
+class ABRGRPOTrainer(ABRMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` that makes several updates on a generated batch, while the policy stays close enough.
+
+    A repeat is one more pass over the same rows, with the ratio to the probabilities of the first pass. Metrics count
+    first passes. One repeat is `GRPOTrainer`, to the last bit.
+    """
+
+
+class ABRRLOOTrainer(ABRMixin, RLOOTrainer):
+    """`trl.RLOOTrainer` that makes several updates on a generated batch, as `ABRGRPOTrainer` does."""

@@ -13,7 +13,16 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
-from ..schedulers import BatchTimes, GradNormSkip, Observation, Outcome, OutlierSkip, RepeatScheduler, RepeatUntil
+from ..schedulers import (
+    BatchTimes,
+    GradNormSkip,
+    Observation,
+    Outcome,
+    OutlierSkip,
+    PolicyDrift,
+    RepeatScheduler,
+    RepeatUntil,
+)
 from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.recorded import name_of_row_rule, name_of_rule, part_at, row_rule_of_run, rule_of_run
 from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
@@ -232,12 +241,17 @@ def outcome_of(batch: dict[str, Any]) -> Outcome:
         batch.get("accuracy"),
         batch.get("grad_norm"),
         _times_of(batch),
+        batch.get("advantage"),
     )
     replayed = tuple(
         (earlier["step"] - 1, math.nan if earlier["loss"] is None else earlier["loss"])
         for earlier in batch.get("replayed", ())
     )
-    return Outcome(observation, batch["repeats"], losses, batch["reason"], replayed)
+    drifts = tuple(
+        PolicyDrift(**{name: math.nan if value is None else value for name, value in drift.items()})
+        for drift in batch.get("policy", ())
+    )
+    return Outcome(observation, batch["repeats"], losses, batch["reason"], replayed, drifts=drifts)
 
 
 def _times_of(batch: dict[str, Any]) -> BatchTimes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import BatchTimes, Observation, Outcome, RepeatScheduler, WrappedScheduler
+from .base import BatchTimes, Observation, Outcome, PolicyDrift, RepeatScheduler, WrappedScheduler
 from .constant import ConstantScheduler
 from .deferred import ReplayScheduler
 from .easy import EasySkip
@@ -10,6 +10,7 @@ from .gain import GainScheduler
 from .gradients import GradNormSkip
 from .learnable import LearnableScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
+from .policy import KLScheduler
 from .registry import (
     OUTLIER_RULES,
     ROW_RULES,
@@ -40,10 +41,12 @@ __all__ = [
     "EasySkip",
     "GainScheduler",
     "GradNormSkip",
+    "KLScheduler",
     "LearnableScheduler",
     "Observation",
     "Outcome",
     "OutlierSkip",
+    "PolicyDrift",
     "RepeatScheduler",
     "RepeatUntil",
     "ReplayScheduler",

@@ -18,6 +18,14 @@ TOO_FEW_ROWS = "rows"
 """Reason for skipping a batch of which more than half of the rows were dropped."""
 
 
+NO_ADVANTAGE = "no advantage"
+"""Reason for skipping a generated batch from which nothing can be learned: all rewards of each group are equal."""
+
+
+OFF_POLICY = "off policy"
+"""Why a generated batch gets fewer repeats than allowed: at the last pass the policy had moved too far."""
+
+
 class BadDecision(TypeError, ValueError):
     """A rule has returned what it must not return; the message names its class."""
 
@@ -48,6 +56,25 @@ class BatchTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyDrift:
+    """How far the policy has moved, over the generated tokens of a batch and all ranks, when a pass is made.
+
+    The ratio of a token is its probability now, divided by that under the policy that generated it. Before the first
+    update on a batch it is 1, if the batch was generated just before.
+
+    Attributes:
+        kl: Estimated divergence of the policy now from the one that generated, in nats per token: the mean of
+            ratio - 1 - log(ratio) (k3 of http://joschu.net/blog/kl-approx.html). It is never negative.
+        clip_fraction: Share of the tokens that the loss clips, in [0, 1].
+        ess: Effective sample size as a share of the tokens, in (0, 1]: (sum of ratios)^2 / (tokens x sum of squares).
+    """
+
+    kl: float
+    clip_fraction: float
+    ess: float
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What a scheduler may look at: one batch, after the first pass over it.
 
@@ -61,6 +88,8 @@ class Observation:
             the backward pass.
         times: How long the data of the batch took, and a pass. None unless the rule `wants` "times". Clocks differ
             from run to run: a rule that reads this is not reproducible.
+        advantage: Mean absolute advantage of the rows of a generated batch, over all ranks. None unless the rule
+            `wants` "policy", or where the gradient is 0 without advantages neither: a KL penalty, an entropy bonus.
     """
 
     batch: int
@@ -69,6 +98,7 @@ class Observation:
     accuracy: float | None = None
     grad_norm: float | None = None
     times: BatchTimes | None = None
+    advantage: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +114,7 @@ class Outcome:
         replayed: Index of each earlier batch that was trained on again after this one, and the loss of that pass.
         rows: Number of rows that a row rule has judged, over all ranks.
         rows_dropped: Number of these rows that were not trained on.
+        drifts: Of a generated batch, how far the policy had moved at each pass; as long as `losses`.
     """
 
     observation: Observation
@@ -93,6 +124,7 @@ class Outcome:
     replayed: tuple[tuple[int, float], ...] = ()
     rows: int = 0
     rows_dropped: int = 0
+    drifts: tuple[PolicyDrift, ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -120,11 +152,12 @@ class RepeatScheduler(ABC):
 
     reason: ClassVar[str] = "scheduler"
     wants: frozenset[str] = frozenset()
-    """What the rule needs in addition to the loss: "accuracy", "grad_norm", "times", "inputs".
+    """What the rule needs in addition to the loss: "accuracy", "grad_norm", "times", "policy",
+    "inputs".
 
     The first three are in `observation`. With "grad_norm", `decide` is called twice: before the backward pass without
-    the norm, and after it with the norm. A skip after the backward pass costs a full pass. With "inputs" the trainer
-    calls `held`.
+    the norm, and after it with the norm. A skip after the backward pass costs a full pass. With "policy" the trainer
+    calls `may_repeat` and `may_update`; it must be one that generates its data. With "inputs" it calls `held`.
     """
 
     def __repr__(self) -> str:
@@ -143,6 +176,26 @@ class RepeatScheduler(ABC):
         Args:
             losses: Losses of the passes so far, as in `Outcome`.
             accuracy: Accuracy of the last pass, as in `Observation`.
+        """
+        return True
+
+    def may_repeat(self, observation: Observation, drifts: Sequence[PolicyDrift]) -> bool:
+        """Tell whether to make another pass over a generated batch, given how far the policy has moved.
+
+        Called after each pass, the first among them, as long as `decide` allows another one.
+
+        Args:
+            drifts: Of the passes so far, as in `Outcome`.
+        """
+        return True
+
+    def may_update(self, observation: Observation, drifts: Sequence[PolicyDrift]) -> bool:
+        """Tell whether to make an update of the last pass over a generated batch.
+
+        Called after each pass from the second on. If not, the repeats end with the update before.
+
+        Args:
+            drifts: Of the passes so far, as in `Outcome`.
         """
         return True
 
@@ -207,6 +260,12 @@ class WrappedScheduler(RepeatScheduler):
 
     def goes_on(self, observation: Observation, losses: Sequence[float], accuracy: float | None) -> bool:
         return self.inner.goes_on(observation, losses, accuracy)
+
+    def may_repeat(self, observation: Observation, drifts: Sequence[PolicyDrift]) -> bool:
+        return self.inner.may_repeat(observation, drifts)
+
+    def may_update(self, observation: Observation, drifts: Sequence[PolicyDrift]) -> bool:
+        return self.inner.may_update(observation, drifts)
 
     def replay(self, observation: Observation) -> Sequence[int]:
         return self.inner.replay(observation)

@@ -24,6 +24,7 @@ from .gain import GainScheduler
 from .gradients import GradNormSkip
 from .learnable import LearnableScheduler
 from .outliers import ClassicOutlierSkip, OutlierSkip, RobustOutlierSkip
+from .policy import KLScheduler
 from .robust_rows import RobustRows
 from .rows import RowRule
 from .tail import RepeatUntil
@@ -64,6 +65,7 @@ SCHEDULERS: dict[str, type[RepeatScheduler]] = {
     "easy": EasySkip,
     "fixed": ConstantScheduler,
     "gain": GainScheduler,
+    "kl": KLScheduler,
     "learnable": LearnableScheduler,
     "random": UniformScheduler,
     "replay": ReplayScheduler,

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..schedulers import Outcome
-from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS, BadDecision
+from ..schedulers.base import NO_TARGETS, OFF_POLICY, TOO_FEW_ROWS, BadDecision
 from .config import setting
 from .deciding import AGAIN, NO_ROOM, NON_FINITE, Decision, decide, look_at_gradient
 from .dropped_rows import DroppedRow, excerpts, with_text
@@ -42,7 +42,8 @@ from .held import Call, HeldBatch, check_holdable
 from .identity import taken_out
 from .memory import memory_of_batch
 from .notices import say_what_is_left_out
-from .passes import Passes, before_backward, counted_once
+from .passes import Pass, Passes, before_backward, counted_once
+from .rollouts import Policy, Rollout, generates, policy_sums
 from .signals import Hits, summed
 from .targets import first_target, tally
 from .waiting import say_if_waiting
@@ -85,7 +86,7 @@ class Batch:
         """
         trainer = passes.trainer
         inputs, indices = taken_out(call.inputs)
-        call = call._replace(inputs=inputs)
+        call = call._replace(inputs=inputs, rollout=Rollout() if generates(trainer) else None)
         if not self._calls:
             self._begin(passes, call)
         self._arrived.append(call._replace(inputs=copy.copy(inputs)))
@@ -169,21 +170,28 @@ class Batch:
         run = trainer._run
         tallied = tally([call.inputs for call in self._calls], first_target(trainer), trainer.label_names)
         main_input = getattr(trainer.model, "main_input_name", "input_ids")
-        own_tokens = sum(call.inputs[main_input].numel() for call in self._calls if main_input in call.inputs)
+        own_tokens = sum(
+            call.rollout.tokens if call.rollout else call.inputs[main_input].numel()
+            for call in self._calls
+            if call.rollout or main_input in call.inputs
+        )
         costs = (own_tokens, own_tokens * trainer._forward_flops_per_token, run.extra_forwards)
         hits = summed(self._hits)
+        policy = policy_sums([call.rollout for call in self._calls if call.rollout])
         cured, lists, longest = self._own_rows(trainer, run.rows)
         agreed = run.consensus.begin_mean(
             trainer,
             self._calls,
             losses,
-            *(*tallied, *costs, cured is None, *hits),
+            *(*tallied, *costs, cured is None, *policy, *hits),
             greatest=run.clock.measured(),
             lists=lists,
             longest=longest,
         )()
         run.times = run.clock.agree(agreed.greatest)
-        targets, empty_rows, rows, tokens, forward_flops, extra_forwards, incurable, *hits = agreed.sums
+        targets, empty_rows, rows, tokens, forward_flops, extra_forwards, incurable, *others = agreed.sums
+        of_policy, of_hits = others[: len(policy)], others[len(policy) :]
+        run.policy = Policy.of(trainer, of_policy)
         run.ledger.extra_forwards = Fraction(int(extra_forwards), trainer.args.world_size * len(self._calls))
         trainer._rows_without_targets.count(int(empty_rows), int(rows))
         self.rows = batch_rows(agreed.lists, trainer.args.world_size) if lists else None
@@ -192,13 +200,13 @@ class Batch:
         loss = agreed.mean
         # A custom loss may use more than labels: then a batch without targets is empty only if its loss says so.
         if not targets and (trainer._loss_is_of_tokens or not loss or not math.isfinite(loss)):
-            return decide(trainer, math.nan, hits, NO_TARGETS)
+            return decide(trainer, math.nan, of_hits, NO_TARGETS)
         if self.rows is not None and self.rows.dropped:
             if self.rows.most_are_dropped:
-                return decide(trainer, self.rows.mean_loss, hits, TOO_FEW_ROWS)
+                return decide(trainer, self.rows.mean_loss, of_hits, TOO_FEW_ROWS)
             if self.rows.has_broken:
-                return decide(trainer, math.nan, hits, NON_FINITE if incurable else AGAIN)
-        return decide(trainer, loss / self._whole.share, hits)
+                return decide(trainer, math.nan, of_hits, NON_FINITE if incurable else AGAIN)
+        return decide(trainer, loss / self._whole.share, of_hits)
 
     def _own_rows(self, trainer: Any, gate: RowGate | None) -> tuple[list[Call] | None, list[list[float]], int]:
         """Return the micro-batches of this rank with the rows that are kept, None if broken ones cannot be taken out;
@@ -242,16 +250,28 @@ class Batch:
         """Make all updates but the last, which Trainer makes; or none, and keep Trainer from making it."""
         trainer, run = passes.trainer, passes.trainer._run
         losses, repeats, reason = [decision.observation.loss], decision.repeats, decision.reason
+        rule, seen = trainer.repeat_scheduler, decision.observation
         accuracy: float | None = None
+        drifts = [run.policy.drift] if run.policy else []
+
+        def keeps_policy(found: Pass) -> bool:
+            return found.drift is None or rule.may_update(seen, [*drifts, found.drift])
+
         while len(losses) < repeats:
-            if len(losses) > 1 and not trainer.repeat_scheduler.goes_on(decision.observation, losses, accuracy):
+            goes_on = len(losses) == 1 or rule.goes_on(seen, losses, accuracy)
+            if not goes_on or (drifts and not rule.may_repeat(seen, drifts)):
                 repeats = len(losses)
                 break
             passes.update()
-            loss, accuracy = passes.again(self._whole)
-            losses.append(loss)
-            if not math.isfinite(loss):
+            found = passes.again(self._whole, keeps_policy)
+            accuracy = found.accuracy
+            losses.append(found.loss)
+            if not math.isfinite(found.loss):
                 repeats, reason = len(losses) - 1, NON_FINITE
+            elif not keeps_policy(found):
+                repeats, reason = len(losses) - 1, OFF_POLICY
+            if found.drift is not None:
+                drifts.append(found.drift)
         replayed = self._replay(passes, decision) if 0 < repeats == len(losses) else ()
         if repeats < len(losses) or not all(math.isfinite(loss) for _, loss in replayed):
             passes.withhold_update()
@@ -263,7 +283,9 @@ class Batch:
             self._dropped = with_text(trainer, dropped)
         counts = self.rows is not None and trainer.row_rule is not None
         judged, dropped = (len(self.rows.judged), len(self.rows.dropped)) if counts and self.rows else (0, 0)
-        self.outcome = Outcome(decision.observation, repeats, tuple(losses), reason, replayed, judged, dropped)
+        self.outcome = Outcome(
+            decision.observation, repeats, tuple(losses), reason, replayed, judged, dropped, tuple(drifts)
+        )
         if run.budget.is_spent:
             trainer.state.max_steps = trainer.state.global_step + 1  # Trainer stops, evaluates and saves by its rules
         is_last = trainer.state.global_step + 1 >= trainer.state.max_steps
@@ -285,7 +307,7 @@ class Batch:
             if run.budget.left < 1:
                 break
             passes.update()
-            loss, _ = passes.again(run.held[index])
+            loss = passes.again(run.held[index]).loss
             replayed.append((index, loss))
             if not math.isfinite(loss):
                 break

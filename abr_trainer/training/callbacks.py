@@ -206,10 +206,14 @@ class TraceCallback(ABRCallback):
 def _seldom(outcome: Outcome, times: BatchTimes) -> dict[str, Any]:
     """Return what the trace tells of a batch under rules that ask for it, or replay."""
     seen = outcome.observation
-    told: dict[str, Any] = {"accuracy": seen.accuracy, "grad_norm": seen.grad_norm}
+    numbers = {"accuracy": seen.accuracy, "grad_norm": seen.grad_norm, "advantage": seen.advantage}
+    told: dict[str, Any] = {
+        name: value for name, value in numbers.items() if value is not None and math.isfinite(value)
+    }
     if seen.times is not None:
         told |= {"working_seconds": seen.times.working, "pass_seconds": seen.times.one_pass}
-    told = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
+    if outcome.drifts:
+        told["policy"] = [{n: _finite(value) for n, value in asdict(drift).items()} for drift in outcome.drifts]
     if outcome.replayed:
         told["replayed"] = [{"step": batch + 1, "loss": _finite(loss)} for batch, loss in outcome.replayed]
     if times.generating:

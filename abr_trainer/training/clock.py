@@ -28,6 +28,7 @@ class Clock:
         self._finished_at: float | None = None
         self._passes = 0
         self._lapped_at = time.perf_counter()
+        self.is_generating = False
 
     @contextlib.contextmanager
     def drawing(self, loader_works_on: bool) -> Iterator[_Waits]:
@@ -49,7 +50,11 @@ class Clock:
     def generating(self) -> Iterator[None]:
         """Time what makes a batch, where a trainer generates its data."""
         start = time.perf_counter()
-        yield
+        self.is_generating = True
+        try:
+            yield
+        finally:
+            self.is_generating = False
         self._generated += time.perf_counter() - start
 
     def measured(self) -> tuple[float, ...]:

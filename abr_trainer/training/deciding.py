@@ -41,6 +41,7 @@ def decide(trainer: Any, loss: float, hits: list[float], reason: str | None = No
         loss=loss,
         progress=trainer._run.budget.progress(trainer.state.global_step, trainer.state.max_steps),
         accuracy=accuracy_of(*hits) if hits else None,
+        advantage=trainer._run.policy.advantage if trainer._run.policy else None,
         times=trainer._run.times if "times" in trainer.repeat_scheduler.wants else None,
     )
     repeats, reason = _choose(trainer, observation) if reason is None else (0, reason)

@@ -86,10 +86,19 @@ def tokens_of_rows(inputs: Any, rows: int) -> list[list[int]]:
 def excerpts(calls: list[Call]) -> list[list[int]]:
     """Return the first tokens of each row of some micro-batches, without padding."""
     rows: list[list[int]] = []
-    for inputs, *_ in calls:
-        if (found := _tokens_in(inputs)) is not None:
+    for call in calls:
+        if (found := _generated_tokens(call) if call.rollout else _tokens_in(call.inputs)) is not None:
             rows += [row[kept][:EXCERPT_TOKENS].tolist() for row, kept in zip(*found, strict=True)]
     return rows
+
+
+def _generated_tokens(call: Call) -> tuple[Tensor, Tensor] | None:
+    """Return the tokens of a micro-batch that was generated, prompts and completions, as `_tokens_in` does."""
+    made = call.rollout.inputs if call.rollout else None
+    if made is None:
+        return None
+    ids, there = (torch.cat([made[f"prompt_{name}"], made[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))
+    return ids, there.bool()
 
 
 def _tokens_in(inputs: Any) -> tuple[Tensor, Tensor] | None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .rollouts import Rollout
 from .rows import KeptRows
 
 HELD_NAME = "_abr_held_{rank}.safetensors"
@@ -26,6 +27,8 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     kept: KeptRows | None = None
     """Which of its rows are trained on, once that is decided."""
+    rollout: Rollout | None = None
+    """What is generated of the inputs, by a trainer that does that."""
 
     @property
     def items_in_batch(self) -> Any:
@@ -48,6 +51,11 @@ class HeldBatch:
     tokens: int
     forward_flops: float
     share: float = 1.0
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """What was generated, by micro-batch; nothing under a trainer that does not generate."""
+        return [call.rollout for call in self.calls if call.rollout is not None]
 
 
 def check_holdable(calls: list[Call]) -> None:
@@ -75,7 +83,7 @@ def save_held(directory: Path, rank: int, held: dict[int, HeldBatch]) -> None:
     described = []
     for index, batch in held.items():
         counts = []
-        for i, (inputs, args, kwargs, kept) in enumerate(batch.calls):
+        for i, (inputs, args, kwargs, kept, _) in enumerate(batch.calls):
             for name, value in inputs.items():
                 tensors[f"{index}.{i}.{name}"] = value.detach().cpu().contiguous().clone()
             counts.append(

@@ -14,7 +14,7 @@ from ..records.commands import command, pasted
 from ..report.rows import row_of
 from ..report.text import both_ends, number
 from ..schedulers import Outcome
-from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
+from ..schedulers.base import NO_ADVANTAGE, NO_TARGETS, TOO_FEW_ROWS
 from .deciding import NO_ROOM
 from .dropped_rows import DroppedRow, decoded
 
@@ -104,6 +104,8 @@ def _why_skipped(reason: str, loss: float, limit: float | None) -> str:
         return "it has no targets (labels other than -100)"
     if reason == TOO_FEW_ROWS:
         return "more than half of its rows are dropped"
+    if reason == NO_ADVANTAGE:
+        return "all rewards of each group are equal, and nothing can be learned from it"
     if reason == NO_ROOM:
         return "the budget has no room for the pass without its broken rows"
     if not math.isfinite(loss):

@@ -7,20 +7,22 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
+from ..schedulers import PolicyDrift
 from .consensus import Agreed
 from .engines import forget_batch_of_deepspeed
 from .held import Call, HeldBatch
 from .loss_scale import has_own_compute_loss
+from .rollouts import counted, drift_of
 from .signals import Hits, accuracy_of, counting_hits, summed, watching
 from .targets import label_use
 
-COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens")
+COUNTERS = ("_metrics", "_stored_metrics", "_total_train_tokens", "_step", "_current_train_step_time")
 COUNTERS_OF_STATE = ("tokens",)
 
 
@@ -57,6 +59,20 @@ def counted_once(trainer: Any) -> Iterator[None]:
         vars(owner).update(counters)
 
 
+class Pass(NamedTuple):
+    """What is known of a pass over a batch, over all ranks.
+
+    Attributes:
+        loss: Mean loss per target, in nats.
+        accuracy: Share of the targets predicted right, if it was asked for.
+        drift: Of a generated batch, how far the policy had moved.
+    """
+
+    loss: float
+    accuracy: float | None
+    drift: PolicyDrift | None
+
+
 class Passes:
     """Passes over micro-batches, and the updates between them.
 
@@ -82,6 +98,8 @@ class Passes:
         """
         trainer = self.trainer
         with contextlib.ExitStack() as watch:
+            if call.rollout is not None:
+                watch.enter_context(call.rollout.serving(trainer))
             if has_own_compute_loss(trainer):
                 watch.enter_context(self._counting_forwards())
             rows = trainer._run.rows
@@ -103,6 +121,8 @@ class Passes:
 
         def count(*_: Any) -> None:
             nonlocal calls
+            if run.clock.is_generating:
+                return
             calls += 1
             run.extra_forwards += calls > 1
 
@@ -148,21 +168,37 @@ class Passes:
     ) -> bool:
         return wanted([*losses, loss.detach()], hits)
 
-    def again(self, held: HeldBatch) -> tuple[float, float | None]:
-        """Run one more pass over a whole batch, and return its loss and accuracy over all ranks."""
+    def again(self, held: HeldBatch, accepts: Callable[[Pass], bool] | None = None) -> Pass:
+        """Run one more pass over a whole batch.
+
+        Args:
+            accepts: Tells whether an update is made of it; DeepSpeed makes it in the backward.
+        """
         trainer, consensus = self.trainer, self.trainer._run.consensus
         mean: Callable[[], Agreed] | None = None
 
         def begin_mean(losses: list[Tensor], hits: list[Hits]) -> bool:
             nonlocal mean
-            mean = mean or consensus.begin_mean(trainer, held.calls, losses, *summed(hits))
+            mean = mean or begin(losses, hits)
             # DeepSpeed's backward is the update too. Elsewhere the device goes on with it while the loss is read.
-            return not trainer.is_deepspeed_enabled or math.isfinite(mean().mean)
+            return not trainer.is_deepspeed_enabled or is_accepted(seen(mean(), hits))
+
+        def begin(losses: list[Tensor], hits: list[Hits]) -> Callable[[], Agreed]:
+            counts = counted(held.rollouts)
+            read: Callable[[], Agreed] = consensus.begin_mean(trainer, held.calls, losses, *summed(hits), *counts)
+            return read
+
+        def seen(agreed: Agreed, hits: list[Hits]) -> Pass:
+            of_hits, of_policy = agreed.sums[: 2 * bool(hits)], agreed.sums[2 * bool(hits) :]
+            return Pass(agreed.mean / held.share, accuracy_of(*of_hits) if hits else None, drift_of(of_policy))
+
+        def is_accepted(found: Pass) -> bool:
+            return math.isfinite(found.loss) and (accepts is None or accepts(found))
 
         losses, hits = self.over(held, begin_mean)
-        agreed = (mean or consensus.begin_mean(trainer, held.calls, losses, *summed(hits)))()
+        agreed = (mean or begin(losses, hits))()
         trainer.ledger.charge_pass(len(held.calls), len(held.calls), held.tokens, held.forward_flops)
-        return agreed.mean / held.share, accuracy_of(*agreed.sums) if agreed.sums else None
+        return seen(agreed, hits)
 
     def update(self) -> None:
         """Do what Trainer does between the last backward of a batch and the next forward."""

@@ -27,6 +27,7 @@ from .config import setting
 from .held import load_held, save_held
 from .primer import Primer
 from .ranking import RowRanking
+from .rollouts import generates, load_rollouts, save_rollouts
 from .tracking import evaluations_without_gain
 from .waiting import Waiting
 
@@ -90,6 +91,8 @@ class ResumeMixin(_AnyTrainer):
         super()._save_rng_state(output_dir)
         if self._is_active:
             save_held(Path(output_dir), self.args.process_index, self._run.held)
+            if generates(self):
+                save_rollouts(Path(output_dir), self)
             state = self._repetition_state()  # on every rank: an error must not leave the others waiting
             if self.args.should_save:
                 write_whole(Path(output_dir, ABR_STATE_NAME), state)
@@ -107,6 +110,7 @@ class ResumeMixin(_AnyTrainer):
                 "description": self._scheduler_description,
                 "state": self.repeat_scheduler.state_dict(),
             },
+            **({"rollouts": {"step": self._step}} if generates(self) else {}),
             **({} if self.row_rule is None else {"row_rule": self._row_rule_state()}),
             "skips_in_a_row": self._run.skips_in_a_row,
             "notices": self._run.notices.state_dict(),
@@ -219,6 +223,11 @@ class ResumeMixin(_AnyTrainer):
         self._run.notices.load_state_dict(state.get("notices", {}))
         self._run.waiting = Waiting(**state.get("waiting", {}))
         self._load_rows(checkpoint, state.get("row_rule"))
+        if generates(self) and "rollouts" in state:
+            try:
+                load_rollouts(Path(checkpoint), self, state["rollouts"]["step"])
+            except FileNotFoundError as error:
+                raise UnfitCheckpoint(str(error)) from None
         log = state["log"]
         if self.repeat_scheduler.held():
             if len(log["tr_loss"]) != self.args.world_size:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..perplexity.windows import perplexity_of
 from ..schedulers import BatchTimes, Outcome
-from ..schedulers.base import NO_TARGETS
+from ..schedulers.base import NO_ADVANTAGE, NO_TARGETS
 from .budget import Budget
 from .callbacks import LogWindow
 from .clock import Clock
@@ -17,6 +17,7 @@ from .dropping import RowGate
 from .held import HeldBatch
 from .ledger import ComputeLedger
 from .notices import Notices
+from .rollouts import Policy
 from .waiting import Waiting
 
 
@@ -30,6 +31,7 @@ class Run:
         budget: What may be spent.
         consensus: How ranks agree.
         clock: How long the batch under way takes, on this rank.
+        policy: Of a generated batch under way, what all ranks know of it; None under other trainers.
         times: How long it took, as far as it is decided, by all ranks.
         window: The batches since the last log.
         extra_forwards: Forwards of the batch under way on this rank, beside one for each micro-batch.
@@ -50,6 +52,7 @@ class Run:
         self.budget = Budget(args, self.ledger)
         self.consensus = Consensus(args, accelerator)
         self.clock = Clock()
+        self.policy: Policy | None = None
         self.times = BatchTimes(0.0, 0.0, 0.0, None)
         self.window = LogWindow()
         self.extra_forwards = 0
@@ -74,10 +77,10 @@ class Run:
         self.window.observe(outcome, self.times)
         self.waiting.observe(seconds, self.times.waiting)
         self.count_time()
-        if outcome.skipped:
+        if outcome.skipped and outcome.reason != NO_ADVANTAGE:  # which is no fault
             loss = NO_TARGETS if outcome.reason == NO_TARGETS else f"{outcome.observation.loss:.4g}"
             self.skips_in_a_row.append((outcome.observation.batch, loss))
-        else:
+        elif not outcome.skipped:
             self.skips_in_a_row.clear()
 
     def count_time(self) -> None:

@@ -10,6 +10,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from ..schedulers import (
+    EasySkip,
+    GainScheduler,
+    LearnableScheduler,
+    OutlierSkip,
+    ReplayScheduler,
+    ThresholdScheduler,
+    WindowScheduler,
+)
+from .rollouts import generates
+
 ENGINES = {
     DistributedType.MEGATRON_LM: "Megatron-LM runs its own forward-backward",
     DistributedType.XLA: "XLA traces the loop, and a decision on a loss would cut every trace",
@@ -17,6 +28,9 @@ ENGINES = {
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 ONLINE_TRAINERS = {"A2POTrainer", "AsyncDistillationTrainer", "AsyncGRPOTrainer", "GKDTrainer", "OnlineDPOTrainer"}
+
+READ_LOSSES = (EasySkip, GainScheduler, LearnableScheduler, ReplayScheduler, ThresholdScheduler, WindowScheduler)
+"""Rules that decide by losses."""
 
 
 def refuse_unsupported(trainer: Any, budget: int | None) -> None:
@@ -48,9 +62,9 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
         ),
         (args.enable_jit_checkpoint, "--enable_jit_checkpoint can save in the middle of a batch"),
         (
-            hasattr(trainer, "_buffered_inputs") or not ONLINE_TRAINERS.isdisjoint(bases),
-            f"{type(trainer).__name__} generates its inputs while it trains, and counts calls of `training_step` to "
-            "know when",
+            (hasattr(trainer, "_buffered_inputs") and not generates(trainer)) or not ONLINE_TRAINERS.isdisjoint(bases),
+            f"{type(trainer).__name__} generates its inputs while it trains, in a way of its own. GRPOTrainer and "
+            "RLOOTrainer of TRL work",
         ),
     ]
     for refused, reason in refusals:
@@ -59,6 +73,7 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
                 f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
             )
     refuse_pushing_inputs(args, trainer.repeat_scheduler)
+    refuse_for_rollouts(trainer)
     if "grad_norm" in trainer.repeat_scheduler.wants:
         refuse_gradient_norm(trainer, engine)
     if budget is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
@@ -84,6 +99,30 @@ def refuse_pushing_inputs(args: Any, scheduler: Any) -> None:
         raise ValueError(
             f"--hub_strategy {strategy} would push training data: the rule keeps batches to train on again in each "
             "checkpoint. Use --hub_strategy every_save or end."
+        )
+
+
+def refuse_for_rollouts(trainer: Any) -> None:
+    """Refuse rules that say nothing about generated batches, and those that say nothing about others."""
+    name, rule = type(trainer).__name__, trainer.repeat_scheduler
+    if not generates(trainer):
+        if "policy" in rule.wants:
+            raise ValueError(
+                f"{rule!r} is for trainers that generate their batches, such as GRPOTrainer of TRL. {name} does not."
+            )
+        return
+    why = f"{name} generates its batches, and the loss of one says nothing about it"
+    while rule is not None:
+        if isinstance(rule, OutlierSkip):
+            raise ValueError(f"{why}: use --skip_outliers none.")
+        if isinstance(rule, READ_LOSSES):
+            raise ValueError(f"{why}, but {rule!r} looks at it. Use --repeat_scheduler kl, fixed or baseline.")
+        rule = getattr(rule, "inner", None)
+    strategy = HubStrategy(trainer.args.hub_strategy).value
+    if trainer.args.push_to_hub and "checkpoint" in strategy:
+        raise ValueError(
+            f"--hub_strategy {strategy} would push the generated rows that wait in each checkpoint. Use "
+            "--hub_strategy every_save or end."
         )
 
 

@@ -499,10 +499,6 @@ def test_the_forward_of_a_reference_model_is_charged(tmp_path):
     assert spent == [(24, 6, 8.0), (12, 6, 6.0)]
 
 
-class MixedGRPOTrainer(ABRMixin, GRPOTrainer):
-    pass
-
-
 @pytest.mark.parametrize("theirs", [(DPOTrainer, DPOConfig), (RewardTrainer, RewardConfig)], ids=["DPO", "reward"])
 def test_rows_of_pairs_are_not_dropped(tmp_path, theirs):
     trainer_cls, config_cls = theirs
@@ -518,9 +514,18 @@ def test_rows_of_pairs_are_not_dropped(tmp_path, theirs):
         )
 
 
-def test_a_trainer_that_generates_its_inputs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="MixedGRPOTrainer generates its inputs while it trains"):
-        MixedGRPOTrainer(
+class OwnWay(ABRMixin, GRPOTrainer):
+    """A trainer that generates, and has no seam for it."""
+
+    def __getattribute__(self, name):
+        if name == "_generate_and_score_completions":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def test_a_trainer_that_generates_its_inputs_in_a_way_of_its_own_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="OwnWay generates its inputs while it trains, in a way of its own"):
+        OwnWay(
             model=tiny_llama(vocab_size=2048),
             args=GRPOConfig(output_dir=str(tmp_path), num_generations=2, use_cpu=True, bf16=False, report_to="none"),
             reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),

@@ -17,6 +17,7 @@ from abr_trainer.perplexity.windows import causal_nll, window_nlls
 from abr_trainer.records.files import read_lines
 from tests.conftest import ON_CPU, ROOT, run_module, tiny_llama, token_rows
 from tests.jobs import (
+    GENERATED,
     LOADERS,
     RESUMED,
     SCENARIOS,
@@ -64,7 +65,7 @@ def launch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(launch):
-    return launch(2, OTHERS)
+    return launch(2, [*OTHERS, *GENERATED])
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,14 @@ def test_deepspeed_equals_ddp(two_ranks_of_deepspeed, two_ranks, name):
     weights, numbers = agreed(two_ranks_of_deepspeed, name)
     assert_alike(weights, numbers, *agreed(two_ranks, reference(name)))
     assert numbers["engine"] == "DeepSpeedEngine"
+
+
+def test_repeats_of_generated_rows_on_two_ranks_are_num_iterations_of_trl(two_ranks):
+    (ours, numbers), (theirs, expected) = (agreed(two_ranks, name) for name in GENERATED)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert numbers["reward"] == expected["reward"]
+    assert len(numbers["reward"]) == 3
+    assert numbers["rule"]["second"] > 0
 
 
 @pytest.mark.parametrize("name", RESUMED)
