@@ -23,13 +23,14 @@ from ..schedulers import (
     RepeatScheduler,
     RepeatUntil,
 )
-from ..schedulers.base import NO_TARGETS, TOO_FEW_ROWS
+from ..schedulers.base import NO_ADVANTAGE, NO_TARGETS, TOO_FEW_ROWS
 from ..schedulers.recorded import name_of_row_rule, name_of_rule, part_at, row_rule_of_run, rule_of_run
 from .rows import explain_rows, has_row_rule, read_drops, read_judged_rows
 from .text import amount
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
+    NO_ADVANTAGE: "all rewards of each group are equal: nothing can be learned from it",
     NO_TARGETS: "it has no label other than -100 to train on: no update is made on it, whatever the rule",
     TOO_FEW_ROWS: "more than half of its rows were dropped, so it was skipped as a whole, whatever the rule",
     "primer": "the first --primer_batches batches are trained on once each, whatever the rule",
@@ -53,6 +54,9 @@ BECAUSE = {
     "warmup": "the rule has not learnt enough yet, and follows a simple rule until then",
     "budget": "the budget left room for no more",
     "window": "the rule goes by the trend of the last losses and by where this one lies among them",
+    "kl": "the rule allows up to {max_repeats} updates, while the divergence is not above {kl_limit:g}",
+    "cheap": "generating takes {share of generating:.0%} of the time, and the rule repeats from {least_share:.0%} on",
+    "off policy": "its last update had moved the model too far from the one that generated it",
     "gain": "the rule compares what a second pass gains with what a fresh batch gains",
 }
 """Why, by the reason that the trace gives; in braces what the rule weighed. Numbers say the rest."""

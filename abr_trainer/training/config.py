@@ -34,11 +34,12 @@ class ABRConfig(TrainingArguments):
         default="baseline",
         metadata={
             "help": "How often to train on each batch: baseline, fixed, random, abr, window, gain, replay, learnable, "
-            "easy, or your own as module:Class. baseline: once. fixed: --max_repeats times, by default twice. random: "
-            "1 to --max_repeats times. abr: more often for a higher first-pass loss, see --loss_threshold. "
+            "easy, kl, or your own as module:Class. baseline: once. fixed: --max_repeats times, by default twice. "
+            "random: 1 to --max_repeats times. abr: more often for a higher first-pass loss, see --loss_threshold. "
             "window: by the trend of the last losses. gain: while another pass gains more than a fresh batch. "
             "replay: hard batches again, some batches later. learnable: a network learns it from later losses. "
-            "easy: once, but skip easy batches."
+            "easy: once, but skip easy batches. kl: for GRPO and RLOO of TRL, while the model is close to the one "
+            "that generated the batch."
         },
     )
     repeat_scheduler_kwargs: dict[str, Any] | str | None = field(
