@@ -291,9 +291,9 @@ INTRODUCTION = f"""A run generates {ROWS} continuations a batch, in groups of {G
 same number of CPU seconds. An arm makes 1, 2 or 4 updates on each batch, as `num_iterations` does, or lets
 `--repeat_scheduler kl` decide, up to 4. Its learning rate, constant, is the best of four on the first seed.
 
-Reward is the mean over the time of the run; differences are paired by seed, with a 95 % t interval. The last column is
-the time after which an arm has a reward that arm 1 has when it has made 90 % of its gain: the median over seeds, in CPU
-seconds. Made by the command below, of `benchmarks/results/rollouts.json`."""
+Reward is the mean over the time of the run; differences are paired by seed, with a 95 % t interval. The last column
+is the time after which an arm has a reward that arm 1 has when it has made 90 % of its gain: the median over seeds, in
+CPU seconds. Made by the command below, of `benchmarks/results/rollouts.json`."""
 
 
 def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> list[str]:
