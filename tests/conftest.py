@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, imports
 from huggingface_hub import HfApi, close_session, constants
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
@@ -275,6 +275,14 @@ def log_without_times(trainer: Any) -> list[dict[str, float]]:
     """The log, without what a clock put into it."""
     timed = ("runtime", "per_second", "seconds", "preparation_time")
     return [{k: v for k, v in logs.items() if not k.endswith(timed)} for logs in trainer.state.log_history]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_looked_for_once():
+    """What is installed stays so, and accelerate reads the metadata of DeepSpeed at each look into a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
