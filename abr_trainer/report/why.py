@@ -30,7 +30,6 @@ from .text import amount
 
 WITHOUT_THE_RULE = {
     "non-finite": "a loss is not a finite number: no update is made on it, whatever the rule",
-    NO_ADVANTAGE: "all rewards of each group are equal: nothing can be learned from it",
     NO_TARGETS: "it has no label other than -100 to train on: no update is made on it, whatever the rule",
     TOO_FEW_ROWS: "more than half of its rows were dropped, so it was skipped as a whole, whatever the rule",
     "primer": "the first --primer_batches batches are trained on once each, whatever the rule",
@@ -55,6 +54,7 @@ BECAUSE = {
     "budget": "the budget left room for no more",
     "window": "the rule goes by the trend of the last losses and by where this one lies among them",
     "kl": "the rule allows up to {max_repeats} updates, while the divergence is not above {kl_limit:g}",
+    NO_ADVANTAGE: "all rewards of each group are equal: nothing can be learned from it",
     "cheap": "generating takes {share of generating:.0%} of the time, and the rule repeats from {least_share:.0%} on",
     "off policy": "its last update had moved the model too far from the one that generated it",
     "gain": "the rule compares what a second pass gains with what a fresh batch gains",

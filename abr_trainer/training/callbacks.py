@@ -37,6 +37,8 @@ class LogWindow:
     rows_dropped: int = 0
     waiting_seconds: float = 0.0
     generating_seconds: float = 0.0
+    generated: int = 0
+    divergence: float = 0.0
 
     def observe(self, outcome: Outcome, times: BatchTimes) -> None:
         loss = outcome.observation.loss
@@ -47,6 +49,9 @@ class LogWindow:
         self.skipped += outcome.skipped
         self.rows += outcome.rows
         self.rows_dropped += outcome.rows_dropped
+        if outcome.drifts and math.isfinite(kl := outcome.drifts[-1].kl):
+            self.generated += 1
+            self.divergence += kl
         if math.isfinite(loss):
             self.measured += 1
             self.losses += loss
@@ -73,6 +78,7 @@ class LogWindow:
             "waiting_seconds": self.waiting_seconds,
             **({"generating_seconds": self.generating_seconds} if self.generating_seconds else {}),
             **({"rows_dropped": self.rows_dropped} if self.rows else {}),
+            **({"policy_kl": self.divergence / self.generated} if self.generated else {}),
         }
 
     def state_dict(self) -> dict[str, float]:

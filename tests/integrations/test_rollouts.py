@@ -77,7 +77,7 @@ def train(tmp_path):
 
 def metrics(trainer):
     """The log, without times and without what we add."""
-    ours = ("repeats", "skipped", "passes", "updates", "step_time", "total_flos")
+    ours = ("repeats", "skipped", "passes", "updates", "policy_kl", "step_time", "total_flos")
     logs = [
         {k: v for k, v in logs.items() if not k.startswith(("train_", *ours))} for logs in log_without_times(trainer)
     ]
@@ -181,6 +181,8 @@ def test_repeats_end_where_the_policy_has_moved_too_far(train, tmp_path):
         assert kls[-1] > 1e-3 or line["repeats"] == 6
         assert line["repeats"] == (len(kls) - 1 if line["reason"] == "off policy" else len(kls))
     assert any(1 < line["repeats"] < 6 for line in lines)
+    logged = [logs["policy_kl"] for logs in trainer.state.log_history if "policy_kl" in logs]
+    assert logged == [line["policy"][-1]["kl"] for line in lines]
     assert trainer.ledger.updates == sum(line["repeats"] for line in lines)
 
 
