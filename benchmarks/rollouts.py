@@ -42,7 +42,7 @@ PAGE = ROOT / "docs" / "measure" / "rollouts.md"
 
 MODEL = "stories260k-hf"
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ARMS: dict[str, Callable[[], RepeatScheduler]] = {
     "1": lambda: ConstantScheduler(1),
     "2": lambda: ConstantScheduler(2),
