@@ -60,7 +60,7 @@ USUAL = {
         "skip_rows",
     ),
     "training and budget": (
-        *("do_train", "max_passes", "num_train_epochs", "max_steps", "learning_rate"),
+        *("do_train", "max_passes", "max_seconds", "num_train_epochs", "max_steps", "learning_rate"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "activation_checkpointing", "seed"),
     ),
     "evaluation": (

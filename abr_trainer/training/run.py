@@ -46,7 +46,7 @@ class Run:
     def __init__(self, args: Any, accelerator: Any) -> None:
         self.ledger = ComputeLedger()
         self.budget = Budget(args, self.ledger)
-        self.consensus = Consensus(args, accelerator)
+        self.consensus = Consensus(args, accelerator, self.budget)
         self.clock = Clock()
         self.times = BatchTimes(0.0, 0.0, 0.0, None)
         self.window = LogWindow()
