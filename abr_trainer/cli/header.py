@@ -169,8 +169,9 @@ def _budget(trainer: Trainer) -> str:
     limit = limit_of(args)
     if limit is not None:
         capped = f", at most {args.most_batches:,} batches" if args.most_batches > 0 else ""
-        what = "seconds of training" if limit.counts_seconds else limit.unit
-        return f"{limit.most:,} {what}{capped}"
+        if limit.counts_seconds:
+            return f"{counted(limit.most, 'second')} of training{capped}"
+        return f"{limit.most:,} passes{capped}"
     if args.max_steps > 0:
         return f"{args.max_steps:,} batches"
     rows: Any = trainer.train_dataset

@@ -127,7 +127,7 @@ def test_seconds_are_counted_from_the_beginning_of_a_run(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     results = {"train_passes": 12.0, "train_seconds": 8.0, "eval_perplexity": 5.0}
     assert learning_curve(tmp_path, batches, results, clock="seconds") == [[0, 10], [4, 8], [8, 5]]
-    assert [point["seconds"] for point in over_time(batches, 8.0, "seconds")] == [1.8, 3.8, 5.8, 7.8]
+    assert [point["seconds"] for point in over_time(batches, 8.0, "seconds")] == [2.2, 4.2, 6.2, 7.8]
     assert on_clock(trace, "passes") == trace
 
 
