@@ -334,8 +334,8 @@ def find_uneven_budgets(runs: list[dict[str, Any]], unit: str) -> list[str]:
             f"A run ends with its batch under way: they took {min(spent):.1f} to {max(spent):.1f} seconds. Give a "
             "larger --max_seconds, beside which a batch is short."
         )
-    ended_early = min(spent) < most if unit == "seconds" and spent else spent and max(spent) - min(spent) >= 1
-    if ended_early:
+    least = max(spent, default=0) - 1 if unit == "passes" else most * (1 - SAME_SHARE_OF_SECONDS)
+    if spent and min(spent) <= least:
         warnings.append(
             f"The runs did not spend the same: {min(spent):g} to {max(spent):g} {unit}. The data ended before the "
             "budget, or a cap on batches did it."

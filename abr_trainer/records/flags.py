@@ -276,6 +276,11 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
             f"{ORDER} group_by_length cannot be used: a prompt changes the lengths of rows, and so their order. "
             "Leave it out."
         )
+    if "--max_seconds" in given:
+        raise ValueError(
+            "--max_seconds cannot be used: a longer prompt takes longer, and so the runs would not see the same rows. "
+            "Use --num_train_epochs."
+        )
     task = "".join(given.get("--task_name", WITH_TEST_LABELS[:1])[-1:]).lower()
     has_test = "--test_file" in given or (not has_files and task in WITH_TEST_LABELS)
     if "--do_predict" not in given and has_test:
