@@ -36,9 +36,9 @@ class Limit(NamedTuple):
     def counts_seconds(self) -> bool:
         return self.unit == "seconds"
 
-    def spent(self, ledger: ComputeLedger) -> float:
-        """Return how many are on a ledger, to be shown: other ranks may have other seconds."""
-        return float(getattr(ledger, self.unit))
+    def done(self, ledger: ComputeLedger) -> float:
+        """Return how many are on a ledger, at most all, for a bar: other ranks may have other seconds."""
+        return min(float(getattr(ledger, self.unit)), float(self.most))
 
 
 def limit_of(args: Any) -> Limit | None:

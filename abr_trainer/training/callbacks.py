@@ -252,7 +252,7 @@ class ABRProgressCallback(ProgressCallback):
         dropped = {"rows_dropped": ledger.rows_dropped} if ledger.rows else {}
         self.training_bar.set_postfix(level | counts | dropped, refresh=False)
         if self._limit is not None:
-            self.training_bar.update(round(self._limit.spent(ledger), 2) - self.training_bar.n)
+            self.training_bar.update(round(self._limit.done(ledger), 2) - self.training_bar.n)
 
 
 def last_evaluation(state: TrainerState) -> dict[str, float] | None:

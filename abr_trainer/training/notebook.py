@@ -85,7 +85,7 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
     def _show(self, state: Any) -> None:
         if self.training_tracker is None:
             return
-        done = state.global_step if self._limit is None else self._limit.spent(self._ledger)
+        done = state.global_step if self._limit is None else self._limit.done(self._ledger)
         counts = f"{self._ledger.repeats:.2f} updates/batch, {self._ledger.skips:,} skipped"
         unit = "batches" if self._limit is None else self._limit.unit
         self.training_tracker.update(round(done, 1), comment=f"{unit}, {counts}", force_update=self._force_next_update)

@@ -145,7 +145,7 @@ class RunScreen(TrainerCallback):
 
     def _done(self, state: Any) -> float:
         """Return how far the run is, in the same units."""
-        return state.global_step if self._limit is None else self._limit.spent(self._ledger)
+        return state.global_step if self._limit is None else self._limit.done(self._ledger)
 
     def _time_left(self, state: Any) -> str:
         """Return how long the rest takes, at the pace since the first batch of this call of `train`, evaluations

@@ -109,6 +109,12 @@ def test_a_share_is_one_of_the_seconds_and_a_number_one_of_passes(distance, seco
     assert (budget.marks_passed("save_passes"), budget.marks_passed("eval_passes")) == (marks, 0)
 
 
+def test_a_bar_is_full_when_a_run_has_spent_more_than_its_seconds():
+    limit, ledger = Limit("seconds", 6), ComputeLedger(passes=Fraction(9, 2), seconds=6.2)
+    assert (limit.done(ledger), limit.flag) == (6, "--max_seconds")
+    assert Limit("passes", 6).done(ledger) == 4.5
+
+
 def test_the_learning_rate_follows_the_seconds():
     budget = seconds_spent(0, max_seconds=6)
     scheduler = put_on_budget_clock(linear_over_six_steps(), lambda: budget)
