@@ -256,13 +256,13 @@ def test_evaluation_and_logs_are_not_counted(build):
     start = time.perf_counter()
     data = {"eval_dataset": Slow(token_rows(4), 0.1), "callbacks": [Sleeps()]}
     trainer, seen = trained(
-        build, data=Slow(token_rows(12), 0.05), trainer_options=data, max_seconds=1, eval_passes=0.25, logging_steps=2
+        build, data=Slow(token_rows(12), 0.05), trainer_options=data, max_seconds=2, eval_passes=0.25, logging_steps=2
     )
     evaluations = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
     assert 1 < len(evaluations) <= 4, "one for each quarter of the seconds"
     assert evaluations[-1]["step"] == trainer.state.global_step, "the last quarter ends with the run"
-    assert time.perf_counter() - start > 1 + 0.4 * len(evaluations) + 0.2 * len(seen) / 2
-    assert seen[-2][0] < 1
+    assert time.perf_counter() - start > 2 + 0.4 * len(evaluations) + 0.2 * len(seen) / 2
+    assert seen[-2][0] < 2
 
 
 def test_a_resumed_run_goes_on_where_its_seconds_and_its_rate_were(build, tmp_path, caplog):
