@@ -331,8 +331,8 @@ def find_uneven_budgets(runs: list[dict[str, Any]], unit: str) -> list[str]:
     spent = [run["cost"][unit] for run in runs if budgets[run["arm"]] == most]
     if unit == "seconds" and spent and max(spent) > most * (1 + SAME_SHARE_OF_SECONDS):
         warnings.append(
-            f"A run ends with its batch under way: they took {min(spent):.1f} to {max(spent):.1f} seconds. Give a "
-            "larger --max_seconds, beside which a batch is short."
+            f"A run ends with its batch under way: the longest took {max(spent):.1f} of {most} seconds. Give a larger "
+            "--max_seconds, beside which a batch is short."
         )
     least = max(spent, default=0) - 1 if unit == "passes" else most * (1 - SAME_SHARE_OF_SECONDS)
     if spent and min(spent) <= least:

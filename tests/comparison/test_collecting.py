@@ -67,7 +67,7 @@ def test_runs_of_equal_seconds_may_differ_in_compute_but_not_in_seconds():
     assert find_mismatches(runs, "seconds") == []
     runs[1]["cost"]["seconds"] = 75.0
     (told,) = find_mismatches(runs, "seconds")
-    assert told.startswith("A run ends with its batch under way: they took 60.1 to 75.0 seconds. Give a larger")
+    assert told.startswith("A run ends with its batch under way: the longest took 75.0 of 60 seconds. Give a larger")
     runs[1]["cost"]["seconds"] = 31.5
     (told,) = find_mismatches(runs, "seconds")
     assert told.startswith("The runs did not spend the same: 31.5 to 60.1 seconds. The data ended before the budget")
