@@ -60,7 +60,7 @@ USUAL = {
         "skip_rows",
     ),
     "training and budget": (
-        *("do_train", "max_passes", "max_seconds", "num_train_epochs", "max_steps", "learning_rate"),
+        *("do_train", "max_passes", "num_train_epochs", "max_steps", "learning_rate"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "activation_checkpointing", "seed"),
     ),
     "evaluation": (
@@ -123,7 +123,7 @@ GROUP_OF = {
 ELSEWHERE = {
     "evaluation": ("eval_on_start", "early_stopping_threshold"),
     "output": ("save_passes", "hub_base_model"),
-    "training and budget": ("scale_with_batch_size", "base_learning_rate", "base_samples"),
+    "training and budget": ("max_seconds", "scale_with_batch_size", "base_learning_rate", "base_samples"),
 }
 """Flags that are not where the others of their class are."""
 

@@ -127,24 +127,24 @@ class ABRConfig(TrainingArguments):
     max_seconds: int | None = field(
         default=None,
         metadata={
-            "help": "Budget in seconds of training, instead of --max_passes: batches and the wait for their data, "
-            "without evaluation, logs and checkpoints. Training ends with the pass in which they are over, after any "
-            "number of epochs, and the learning rate follows the share that is spent. --warmup_steps and other "
-            "settings of the schedule count seconds then. What a run reaches depends on the machine."
+            "help": "Budget in seconds of training, instead of --max_passes. Batches and the wait for their data "
+            "count; evaluation, logs and checkpoints do not. Training ends with the pass in which the seconds are "
+            "over, after any number of epochs, and the learning rate follows the share that is spent. --warmup_steps "
+            "and other lengths of the schedule are seconds then. What a run reaches depends on the machine."
         },
     )
     eval_passes: float | None = field(
         default=None,
         metadata={
-            "help": "Evaluate every N passes; below 1, a share of --max_passes or --max_seconds. Runs with the same "
-            "budget are then evaluated at the same compute, or after the same time."
+            "help": "Evaluate every N passes; below 1, a share of the budget. Runs with the same budget are then "
+            "evaluated at the same compute, or after the same time. The budget is --max_passes or --max_seconds."
         },
     )
     save_passes: float | None = field(
         default=None,
         metadata={
-            "help": "Save a checkpoint every N passes, in addition to --save_strategy; below 1, a share of "
-            "--max_passes or --max_seconds."
+            "help": "Save a checkpoint every N passes, in addition to --save_strategy; below 1, a share of the "
+            "budget: of --max_passes or --max_seconds."
         },
     )
     primer_batches: int = field(
