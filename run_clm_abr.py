@@ -71,7 +71,9 @@ def train_and_evaluate(
         splits = wanted_splits(args)
         text_args.fit(args)
         if args.do_train and data_args.is_streamed and args.max_steps <= 0:
-            raise ValueError("The length of a streamed data set is unknown. Give --max_steps or --max_passes.")
+            raise ValueError(
+                "The length of a streamed data set is unknown. Give --max_steps, --max_passes or --max_seconds."
+            )
         if args.do_train and data_args.primer_file:
             if not args.primer_batches:
                 raise ValueError("--primer_file needs --primer_batches, the number of batches to train on.")

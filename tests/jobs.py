@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "asking but for the gradient": {"gradient_accumulation_steps": 2, "trainer": "asking but for the gradient"},
     "LoRA": {"gradient_accumulation_steps": 2, "model": "lora"},
     "LoRA, checkpointed": {"gradient_accumulation_steps": 2, "model": "lora", "gradient_checkpointing": True},
+    "seconds": {"gradient_accumulation_steps": 2, "trainer": "seconds", "max_seconds": 2},
     "FSDP2": fsdp(2),
     "FSDP2, two micro-batches": {"gradient_accumulation_steps": 2, **fsdp(2)},
     "FSDP2, asking": {"gradient_accumulation_steps": 2, "trainer": "asking", **fsdp(2)},
@@ -205,7 +207,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
-SCENARIOS |= {f"{name}, resumed": {**SCENARIOS[name], "is_resumed": True} for name in RESUMED}
+SCENARIOS |= {f"{name}, resumed": {**SCENARIOS[name], "is_resumed": True} for name in (*RESUMED, "seconds")}
 
 
 def build_model(kind: str) -> Any:
@@ -272,6 +274,20 @@ class AsksForAll(ReplayScheduler):
 
     def goes_on(self, observation, losses, accuracy):
         return losses[-2] - losses[-1] > 0.02 and accuracy < 0.5
+
+
+class SlowOnSecondRank(torch.utils.data.Dataset):
+    """Rows for which the second rank of two waits."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.02 * (os.environ.get("RANK") == "1"))
+        return self.rows[index]
 
 
 class AboveTheLast(RowRule):
@@ -341,6 +357,7 @@ def build_scenario(
         "repeats": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(RobustOutlierSkip(rule, sigmas=2.0))}),
         "asking": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=True)}),
         "asking but for the gradient": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=False)}),
+        "seconds": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(rule)}),
         "rows": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(rule), "row_rule": AboveTheLast()}),
         "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
         "stock": (Trainer, TrainingArguments, {}),
@@ -362,7 +379,7 @@ def build_scenario(
             **options,
             **QUIET,
         ),
-        train_dataset=data,
+        train_dataset=SlowOnSecondRank(data) if trainer == "seconds" else data,
         eval_dataset=data[3:8],  # does not divide by two ranks: a row is given out twice
         **scheduler,
     )
@@ -405,6 +422,7 @@ def numbers_of(trainer: Any) -> dict[str, Any]:
     numbers |= {f"eval_{name}": metrics.get(f"eval_{name}") for name in measured}
     if isinstance(trainer, ABRTrainer):
         numbers["ledger"] = without_seconds(trainer.ledger.state_dict())
+        numbers["spent"] = float(trainer._run.budget.spent)
         numbers["history"] = trainer.repeat_scheduler.state_dict().get("history")
         if trainer.row_rule is not None:
             numbers["row rule"] = trainer.row_rule.state_dict()

@@ -22,8 +22,8 @@ HELP = {
     "command": "verb of the runs: train, or sft for chats",
     "schedulers": "name, name:value, name:parameter=value,... or module:Class:parameter=value,...; a parameter that "
     "the rule does not have is used as a flag of the runs",
-    "match": "passes: the same compute (--max_passes) and the same final learning rate; batches: the same data at any "
-    "compute (the published protocol)",
+    "match": "passes: the same compute (--max_passes) and the same final learning rate; seconds: the same time "
+    "(--max_seconds), which depends on the machine; batches: the same data at any compute (the published protocol)",
     "reference": "scheduler to compare the others with; default: baseline, or the first",
     "controls": "for each rule that decides, add controls with the same mean: even repeats and random repeats",
     "evaluations": "number of evaluations during a run",
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--command", choices=("train", "sft"), default="train", help=HELP["command"])
     parser.add_argument("--schedulers", nargs="+", default=["baseline", "abr"], help=HELP["schedulers"])
-    parser.add_argument("--match", choices=("passes", "batches"), default="passes", help=HELP["match"])
+    parser.add_argument("--match", choices=("passes", "seconds", "batches"), default="passes", help=HELP["match"])
     parser.add_argument("--reference", help=HELP["reference"])
     parser.add_argument("--controls", **SWITCH, help=HELP["controls"])
     parser.add_argument("--evaluations", type=int, default=10, help=HELP["evaluations"])

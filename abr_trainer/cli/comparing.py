@@ -119,8 +119,8 @@ def compare(
 def check_arguments(module: str, arguments: list[list[str]], sender: Any) -> None:
     """Parse these command lines as the module does, and send the settings of the first one, or a `ValueError`.
 
-    The settings are `device`, `devices` (number of GPUs), `max_passes`, `max_steps` and `epochs`. The module must have
-    its argument dataclasses in `ARGUMENTS`; the last one must be an `ABRConfig`.
+    The settings are `device`, `devices` (number of GPUs), `max_passes`, `max_seconds`, `max_steps` and `epochs`. The
+    module must have its argument dataclasses in `ARGUMENTS`; the last one must be an `ABRConfig`.
     """
     import torch  # imported only in the process that checks, so that mistyped flags are reported at once
 
@@ -134,6 +134,7 @@ def check_arguments(module: str, arguments: list[list[str]], sender: Any) -> Non
             "device": first.device.type,
             "devices": torch.cuda.device_count(),
             "max_passes": first.max_passes,
+            "max_seconds": first.max_seconds,
             "max_steps": first.most_batches,
             "epochs": first.num_train_epochs,
         }

@@ -123,7 +123,7 @@ GROUP_OF = {
 ELSEWHERE = {
     "evaluation": ("eval_on_start", "early_stopping_threshold"),
     "output": ("save_passes", "hub_base_model"),
-    "training and budget": ("scale_with_batch_size", "base_learning_rate", "base_samples"),
+    "training and budget": ("max_seconds", "scale_with_batch_size", "base_learning_rate", "base_samples"),
 }
 """Flags that are not where the others of their class are."""
 

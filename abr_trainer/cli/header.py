@@ -19,6 +19,7 @@ from ..data.demo import DEMO_MODEL
 from ..data.identity import are_blocks
 from ..models.unwrapping import without_adapter
 from ..schedulers import ConstantScheduler, GradNormSkip, OutlierSkip, RepeatUntil, RobustRows, RowRule
+from ..training.budget import limit_of
 from ..training.identity import wants_row_indices
 from ..training.log_table import PLAIN_WIDTH
 
@@ -165,9 +166,12 @@ def _parameters(rule: Any) -> str:
 def _budget(trainer: Trainer) -> str:
     """Return when a run ends."""
     args: Any = trainer.args
-    if args.max_passes is not None:
+    limit = limit_of(args)
+    if limit is not None:
         capped = f", at most {args.most_batches:,} batches" if args.most_batches > 0 else ""
-        return f"{args.max_passes:,} passes{capped}"
+        if limit.counts_seconds:
+            return f"{counted(limit.most, 'second')} of training{capped}"
+        return f"{limit.most:,} passes{capped}"
     if args.max_steps > 0:
         return f"{args.max_steps:,} batches"
     rows: Any = trainer.train_dataset

@@ -18,7 +18,7 @@ from ..report.samples import sample_lines
 from ..schedulers.base import BadDecision
 from ..training.callbacks import last_evaluation
 from ..training.checkpoints import UnfitCheckpoint
-from ..training.config import ABRConfig
+from ..training.config import ABRConfig, setting
 from ..training.evaluation import NoSuchMetric
 from ..training.log_table import Score
 from ..training.readiness import check_disk, mend_generation_config, telling_of_a_full_disk
@@ -162,7 +162,9 @@ def show_results(trainer: ABRTrainer, results: dict[str, float], score: Score) -
 def show_end(trainer: ABRTrainer, reached: Iterable[str]) -> None:
     """Print what a run has reached, of which model, at what cost, and where that model is."""
     kept = kept_line(trainer.args, trainer.state, trainer.ledger)
-    print("", *reached, *kept, *cost_lines(trainer.ledger, Path(str(trainer.args.output_dir))), sep="\n")
+    args = trainer.args
+    costs = cost_lines(trainer.ledger, Path(str(args.output_dir)), setting(args, "max_seconds"))
+    print("", *reached, *kept, *costs, sep="\n")
 
 
 def push_result(trainer: ABRTrainer) -> None:

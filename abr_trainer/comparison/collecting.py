@@ -12,15 +12,17 @@ from typing import Any
 
 from ..records.commands import commands_in
 from ..records.files import COMPARISON, CONFIGS, PROVENANCE, TRACE_NAME, read_json, read_lines, write_whole
-from ..records.flags import BUDGET, given_flags
+from ..records.flags import BUDGETS, budget_in
 from .arms import Arm, quoted
 from .curves import (
-    CLOCKS,
+    SAME_SHARE_OF_SECONDS,
+    clock_of,
     difference,
     finite,
     learning_curve,
     loss_curve,
     mean_curve,
+    on_clock,
     over_loss,
     over_passes,
     over_time,
@@ -45,14 +47,17 @@ MAY_DIFFER = ("path", "seed", "dir")
 """Ends of the names of settings that say where a model lies, or which seed a run had."""
 
 
-def read_run(run: Run, results: dict[str, float], root: Path, metric: str = "eval_perplexity") -> dict[str, Any]:
+def read_run(
+    run: Run, results: dict[str, float], root: Path, metric: str = "eval_perplexity", clock: str = "passes"
+) -> dict[str, Any]:
     """Return what a report tells of a finished run; batches of the trace under "batches".
 
     Args:
         metric: What its learning curve shows.
+        clock: What it shows that over.
     """
     provenance = json.loads((run.directory / PROVENANCE).read_text(encoding="utf-8"))
-    batches = list(read_lines(run.directory / TRACE_NAME))
+    batches = on_clock(list(read_lines(run.directory / TRACE_NAME)), clock)
     return {
         "arm": run.arm.name,
         "seed": run.seed,
@@ -68,7 +73,7 @@ def read_run(run: Run, results: dict[str, float], root: Path, metric: str = "eva
             for name in (*COSTS, *LATER_COSTS)
             if name in COSTS or f"train_{name}" in results
         },
-        "curve": learning_curve(run.directory, batches, results, metric, CLOCKS[run.varied]),
+        "curve": learning_curve(run.directory, batches, results, metric, clock),
         "first_loss": batches[0]["loss"] if batches else None,
         "batches": batches,
     }
@@ -131,9 +136,9 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
     }
     reached = [name for some in finished.values() for _, results in some for name in results]
     metrics, metric = metrics_in(reached, experiment.varied), main_metric(reached, experiment.varied)
-    score, clock = score_of(metric), CLOCKS[experiment.varied]
+    score, clock = score_of(metric), clock_of(experiment.varied, experiment.match)
     runs = {
-        name: [read_run(run, results, experiment.out, f"eval_{score.name}") for run, results in some]
+        name: [read_run(run, results, experiment.out, f"eval_{score.name}", clock) for run, results in some]
         for name, some in finished.items()
     }
     of_prompts: dict[str, dict[str, Any]] = {name: {} for name in runs}
@@ -148,7 +153,8 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
     def against(name: str, other: str) -> dict[str, Any]:
         return summarise_arm(runs[name], runs[other], metrics, len(experiment.seeds), not {name, other} & untuned)
 
-    end = max((run["cost"]["passes"] for run in everything), default=1.0)
+    spent = "seconds" if clock == "seconds" else "passes"
+    end = max((run["cost"][spent] for run in everything), default=1.0)
     losses = [batch["loss"] for some in batches.values() for batch in some if batch["loss"] is not None] or [0.0]
     arms = [
         {
@@ -159,7 +165,7 @@ def collect(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
             "curve": mean_curve([run["curve"] for run in runs[arm.name]], score, clock),
             "relative_curve": relative_curve(curves[arm.name], curves[experiment.reference], score, clock),
             **of_prompts[arm.name],
-            "over_time": over_time(batches[arm.name], end),
+            "over_time": over_time(batches[arm.name], end, spent),
             "over_loss": over_loss(batches[arm.name], min(losses), max(losses)),
             "over_passes": over_passes(batches[arm.name]),
         }
@@ -235,9 +241,9 @@ def find_mismatches(runs: list[dict[str, Any]], match: str, varied: str = "sched
     for what, key in kinds.items():
         if len({json.dumps(run[key], sort_keys=True) for run in runs}) > 1:
             warnings.append(f"The runs come from different {what}; see `{key}` in {COMPARISON}.")
-    if match == "passes":
-        warnings += find_uneven_budgets(runs)
-    return warnings if varied == "prompt" else warnings + find_uneven_costs(runs)
+    if match in BUDGETS:
+        warnings += find_uneven_budgets(runs, match)
+    return warnings if varied == "prompt" or match == "seconds" else warnings + find_uneven_costs(runs)
 
 
 def find_unpaired(runs: list[dict[str, Any]]) -> list[str]:
@@ -317,19 +323,29 @@ def find_uneven_costs(runs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def find_uneven_budgets(runs: list[dict[str, Any]]) -> list[str]:
-    """Return which arms stop early by a budget of their own, and whether others have ended before theirs."""
-    budgets = {run["arm"]: int(given_flags(run["argv"]).get(BUDGET, ["0"])[-1]) for run in runs}
+def find_uneven_budgets(runs: list[dict[str, Any]], unit: str) -> list[str]:
+    """Return which arms stop early by a budget of their own, and whether others have not spent theirs, or more.
+
+    Args:
+        unit: Of the budget: "passes" or "seconds".
+    """
+    budgets = {run["arm"]: int((budget_in(run["argv"], unit) or ("", "0"))[1]) for run in runs}
     most = max(budgets.values(), default=0)
     warnings = [
-        f"{arm} stops after {budget} of {most} passes, by a flag of its own."
+        f"{arm} stops after {budget} of {most} {unit}, by a flag of its own."
         for arm, budget in budgets.items()
         if budget < most
     ]
-    passes = [run["cost"]["passes"] for run in runs if budgets[run["arm"]] == most]
-    if passes and max(passes) - min(passes) >= 1:
+    spent = [run["cost"][unit] for run in runs if budgets[run["arm"]] == most]
+    if unit == "seconds" and spent and max(spent) > most * (1 + SAME_SHARE_OF_SECONDS):
         warnings.append(
-            f"The runs did not spend the same: {min(passes):g} to {max(passes):g} passes. The data ended before the "
+            f"A run ends with its batch under way: the longest took {max(spent):.1f} of {most} seconds. Give a larger "
+            "--max_seconds, beside which a batch is short."
+        )
+    least = max(spent, default=0) - 1 if unit == "passes" else most * (1 - SAME_SHARE_OF_SECONDS)
+    if spent and min(spent) <= least:
+        warnings.append(
+            f"The runs did not spend the same: {min(spent):g} to {max(spent):g} {unit}. The data ended before the "
             "budget, or a cap on batches did it."
         )
     return warnings

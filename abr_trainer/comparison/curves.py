@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -25,14 +26,36 @@ prompt costs is no matter of choice, and all have seen the same after as many ep
 SAME_TIME = {"passes": 1.0, "epoch": 1e-6}
 """By how much less one run may have spent than another that still counts as having spent the same."""
 
+SAME_SHARE_OF_SECONDS = 0.05
+"""The same of seconds, as a share of them: a run ends with the batch under way."""
+
 Curve = list[list[Any]]
-"""`[passes spent or epochs, validation score]` for each evaluation of a run, in order; None for one that is not
-finite."""
+"""`[passes or seconds spent or epochs, validation score]` for each evaluation of a run, in order; None for one that is
+not finite."""
 
 
 def finite(value: float) -> float | None:
     """Return None for a score that is not finite, or so large that its square is not."""
     return value if math.isfinite(value) and abs(value) < TOO_LARGE else None
+
+
+def clock_of(varied: str, match: str) -> str:
+    """Return what the curves of a comparison run over: "passes", "seconds" or "epoch"."""
+    return "seconds" if varied == "scheduler" and match == "seconds" else CLOCKS[varied]
+
+
+def on_clock(batches: list[dict[str, Any]], clock: str) -> list[dict[str, Any]]:
+    """Return the batches of a run with what was spent until their end under `clock`.
+
+    A trace has the seconds of each batch, but the passes of all batches so far.
+
+    >>> on_clock([{"seconds": 0.5}, {"seconds": 0.25}], "seconds")
+    [{'seconds': 0.5}, {'seconds': 0.75}]
+    """
+    if clock != "seconds":
+        return batches
+    spent = itertools.accumulate(batch["seconds"] for batch in batches)
+    return [{**batch, "seconds": seconds} for batch, seconds in zip(batches, spent, strict=True)]
 
 
 def learning_curve(
@@ -47,7 +70,8 @@ def learning_curve(
 
     Args:
         metric: Of the evaluations.
-        clock: What to have them over: "passes" or "epoch".
+        batches: Its batches, see `on_clock`.
+        clock: What to have them over: "passes", "seconds" or "epoch".
         kept: The step of the model that a finished run has kept: its evaluation is the last point where the results
             hold none.
     """
@@ -59,7 +83,7 @@ def learning_curve(
     of_kept = [logs[metric] for logs in log if metric in logs and logs["step"] == kept]
     reached = results.get(metric, of_kept[-1] if of_kept else None)
     if reached is not None and "train_passes" in results:
-        end = results["train_passes"] if clock == "passes" else max(spent.values())
+        end = max(spent.values()) if clock == "epoch" else results[f"train_{clock}"]
         curve[end] = finite(reached)
     return [[at, value] for at, value in sorted(curve.items())]
 
@@ -82,13 +106,13 @@ def loss_curve(batches: list[dict[str, Any]]) -> Curve:
 
 
 def mean_curve(curves: list[Curve], score: Score = PERPLEXITY, clock: str = "passes") -> list[dict[str, float]]:
-    """Average the learning curves of several seeds over passes spent, or over epochs.
+    """Average the learning curves of several seeds over passes or seconds spent, or over epochs.
 
     Where all have as many evaluations, the i-th of each are taken together; else see `aligned`. Where one is not
     finite there is no mean.
 
     Returns:
-        A list of `passes` (or `epoch`), `mean`, `low` and `high`: one standard deviation around the mean.
+        A list of `passes` (or what `clock` is), `mean`, `low` and `high`: one standard deviation around the mean.
     """
     points = []
     for evaluations in zip(*aligned(curves, score), strict=True):
@@ -124,12 +148,12 @@ def relative_curve(
     Args:
         curves: By seed.
         reference: The same, of the reference; interpolated where the arm was evaluated. A run that ended less than a
-            pass earlier counts as having spent the same.
+            pass earlier, or a twentieth of its seconds, counts as having spent the same.
 
     Returns:
-        A list of `passes` (or `epoch`) and `mean`, in percent of the reference for a score in logs, else the plain
-        difference, with the ends `low` and `high` of a 95 % t interval, from two seeds on. Where one of the curves is
-        not finite there is no point.
+        A list of `passes` (or what `clock` is) and `mean`, in percent of the reference for a score in logs, else the
+        plain difference, with the ends `low` and `high` of a 95 % t interval, from two seeds on. Where one of the
+        curves is not finite there is no point.
     """
 
     def change(value: float, was: float) -> float:
@@ -138,7 +162,9 @@ def relative_curve(
     changes = []
     seeds = [seed for seed in curves if reference.get(seed)]
     for seed, curve in zip(seeds, aligned([curves[seed] for seed in seeds], score), strict=False):
-        shared = [point for point in curve if point[0] < reference[seed][-1][0] + SAME_TIME[clock]]
+        end = reference[seed][-1][0]
+        margin = SAME_SHARE_OF_SECONDS * end if clock == "seconds" else SAME_TIME[clock]
+        shared = [point for point in curve if point[0] < end + margin]
         before = interpolate(reference[seed], [at for at, _ in shared], score)
         changes.append(
             [
@@ -177,24 +203,26 @@ def interpolate(curve: Curve, grid: list[float], score: Score = PERPLEXITY) -> C
     return [[at, finite(math.exp(value))] for at, value in zip(grid, nats, strict=True)]
 
 
-def over_time(batches: list[dict[str, Any]], end: float) -> list[dict[str, float]]:
-    """Return mean repeats and the share of skipped batches in equal parts of the passes up to `end`."""
+def over_time(batches: list[dict[str, Any]], end: float, clock: str = "passes") -> list[dict[str, float]]:
+    """Return mean repeats and the share of skipped batches in equal parts of the passes or seconds up to `end`."""
     return [
         {
-            "passes": passes,
+            clock: middle,
             "repeats": statistics.fmean(updates_of(batch) for batch in part),
             "skipped": statistics.fmean(batch["repeats"] == 0 for batch in part),
             "batches": len(part),
         }
-        for passes, part in equal_parts(batches, end)
+        for middle, part in equal_parts(batches, end, clock)
     ]
 
 
-def equal_parts(batches: list[dict[str, Any]], end: float) -> list[tuple[float, list[dict[str, Any]]]]:
-    """Return the batches in equal parts of the passes up to `end`, each with its middle; without empty ones."""
+def equal_parts(
+    batches: list[dict[str, Any]], end: float, clock: str = "passes"
+) -> list[tuple[float, list[dict[str, Any]]]]:
+    """Return the batches in equal parts of the passes or seconds up to `end`, each with its middle, and none empty."""
     bins: list[list[dict[str, Any]]] = [[] for _ in range(BINS)]
     for batch in batches:
-        bins[min(BINS - 1, int(batch["passes"] / end * BINS))].append(batch)
+        bins[min(BINS - 1, int(batch[clock] / end * BINS))].append(batch)
     return [((i + 0.5) * end / BINS, part) for i, part in enumerate(bins) if part]
 
 

@@ -30,7 +30,7 @@ from ..records.files import (
     read_json,
     write_whole,
 )
-from ..records.flags import BUDGET, given_flags, is_on, refuse, without_flags
+from ..records.flags import budget_in, given_flags, is_on, refuse, without_flags
 from ..records.locking import locked
 from .arms import Arm, quoted
 from .processes import Forked, Launched, Process, start_quietly
@@ -136,7 +136,7 @@ class Experiment:
         module: The module that each run executes, as `python -m` does.
         flags: All arguments that the runs share.
         varied: What the arms vary: "scheduler" or "prompt".
-        match: What is equal for all runs: "passes" or "batches".
+        match: What is equal for all runs: "passes", "seconds" or "batches".
         reference: Name of the arm that the others are compared with. Empty for the arm without what is varied
             (baseline or none), or else the first.
         tune: Values to try, by flag without dashes.
@@ -147,7 +147,8 @@ class Experiment:
         keeps_checkpoints: Keep the checkpoints of finished runs. By default they are removed, because they only serve
             to resume a run.
         check: Called in a separate process. Sends the settings in the first of these command lines: `device`,
-            `devices` (number of GPUs), `max_passes`, `max_steps` and `epochs`; or a ValueError. `prepare` needs it.
+            `devices` (number of GPUs), `max_passes`, `max_seconds`, `max_steps` and `epochs`; or a ValueError.
+            `prepare` needs it.
         preload: Slow modules to import once in the process from which runs are forked.
         controlled: Pairs of names: an arm that decides, and a control with the same mean number of repeats.
         failures: Error of each failed run.
@@ -192,6 +193,10 @@ class Experiment:
         refuse_below(self, {"jobs": 1})
         if self.jobs > 1 and self.launcher:
             raise ValueError("--jobs cannot be used with --launcher, which uses all devices for one run.")
+        if self.jobs > 1 and self.match == "seconds":
+            raise ValueError(
+                f"--jobs {self.jobs} cannot be used with --match seconds: runs at the same time slow each other down."
+            )
         if self.tune and not self.tune_seeds:
             raise ValueError("--tune_seeds must be at least 1.")
         self._seen: set[Path] = set()
@@ -205,8 +210,7 @@ class Experiment:
 
     def _refuse(self, flags: Iterable[str], where: str) -> None:
         """Refuse flags that an arm may not set. Its budget may be lower than that of the others."""
-        budget = given_flags(self.flags).get(BUDGET) if self.match == "passes" else None
-        refuse(flags, where, budget=budget, varied=self.varied)
+        refuse(flags, where, budget=budget_in(self.flags, self.match), varied=self.varied)
 
     # ---- Runs and their results ----
 

@@ -16,7 +16,7 @@ class Progress:
     """A progress bar over all runs, which also advances within a run, and a line for each run that ends.
 
     Args:
-        facts: Length of each run: `max_passes`, `max_steps` and `epochs`.
+        facts: Length of each run: `max_passes`, `max_seconds`, `max_steps` and `epochs`.
     """
 
     def __init__(self, facts: dict[str, Any]) -> None:
@@ -66,6 +66,8 @@ def share_done(trace: Path, facts: dict[str, Any]) -> float:
         return 0.0
     if facts["max_passes"]:
         share = line["passes"] / facts["max_passes"]
+    elif facts["max_seconds"]:
+        share = line["progress"]
     elif facts["max_steps"] > 0:
         share = line["step"] / facts["max_steps"]
     else:

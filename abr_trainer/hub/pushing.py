@@ -46,7 +46,7 @@ PATIENCE = 20.0
 
 SUMMARISED = (
     *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("world_size", "num_train_epochs", "max_steps", "max_passes", "seed"),
+    *("world_size", "num_train_epochs", "max_steps", "max_passes", "max_seconds", "seed"),
 )
 """Arguments to copy into the summary of a run."""
 
@@ -301,7 +301,7 @@ class HubMixin(_AnyTrainer):
             "repeat_scheduler": self._scheduler_description,
             "ledger": self.ledger.summary(),
             "perplexity": self._perplexities((read_json(run / HISTORY_NAME) or {}).get("metric", "eval_perplexity")),
-            "arguments": {name: plain(getattr(self.args, name, None)) for name in SUMMARISED},
+            "arguments": {name: plain(self._given(name)) for name in SUMMARISED},
             "model": type(without_adapter(self.accelerator.unwrap_model(self.model))).__name__,
             "versions": dict(versions_of_packages()),
             "card": {
@@ -312,6 +312,11 @@ class HubMixin(_AnyTrainer):
             },
         }
         write_whole(run / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
+
+    def _given(self, name: str) -> Any:
+        """Return an argument; of `max_steps` the value that was given, and not what follows from a budget."""
+        value = getattr(self.args, name, None)
+        return getattr(self.args, "most_batches", value) if name == "max_steps" else value
 
     def _perplexities(self, metric: str) -> dict[str, Any]:
         """Return the perplexity before training, the best, and that of the current weights; None if not measured."""

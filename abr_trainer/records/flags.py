@@ -29,10 +29,11 @@ OF_THE_COMPARISON = {
     "--push_to_hub": "a separate run, because every run of a comparison would push",
 }
 
-BUDGET = "--max_passes"
+BUDGETS = {"passes": "--max_passes", "seconds": "--max_seconds"}
+"""The flag for the budget of each run, by what is equal for all runs of a comparison."""
 
 SHARED = (
-    *(BUDGET, "--max_steps", "--num_train_epochs", "--do_train", "--do_eval", "--do_predict"),
+    *(*BUDGETS.values(), "--max_steps", "--num_train_epochs", "--do_train", "--do_eval", "--do_predict"),
     *("--validation_file", "--test_file", "--max_eval_samples", "--block_size", "--task_name"),
     *("--max_length", "--chat_template", "--assistant_only_loss", "--completion_only_loss"),
 )
@@ -181,7 +182,7 @@ def refuse(
     flags: Iterable[str],
     where: str,
     shared: Sequence[str] = SHARED,
-    budget: Sequence[str] | None = None,
+    budget: tuple[str, str] | None = None,
     varied: str = "scheduler",
 ) -> None:
     """Refuse flags that the comparison sets itself, or that make runs incomparable.
@@ -189,7 +190,7 @@ def refuse(
     Args:
         where: Where the flags come from, for the message.
         shared: Flags that must be equal for all runs.
-        budget: The budget of each run in passes. `--max_passes` may be lower.
+        budget: The flag for the budget of each run, and its value. Here it may be lower.
         varied: What the comparison varies: "scheduler" or "prompt".
 
     Raises:
@@ -198,12 +199,26 @@ def refuse(
     for flag, values in given_flags(flags).items():
         if instead := (VARIED[varied] | OF_THE_COMPARISON).get(flag):
             raise ValueError(f"{where}{flag} cannot be set for the runs of a comparison. Use {instead}.")
-        if flag == BUDGET and budget:
-            if not all(value.isdigit() and int(value) <= int(budget[-1]) for value in values):
-                raise ValueError(f"{where}{flag} {' '.join(values)} must be at most {budget[-1]}, that of all runs.")
+        if budget is not None and flag == budget[0]:
+            if not all(value.isdigit() and int(value) <= int(budget[1]) for value in values):
+                raise ValueError(f"{where}{flag} {' '.join(values)} must be at most {budget[1]}, that of all runs.")
             continue
         if flag in shared:
             raise ValueError(f"{where}{flag} must be the same for all runs, or they cannot be compared.")
+
+
+def budget_in(argv: Iterable[str], match: str) -> tuple[str, str] | None:
+    """Return the flag for the budget of a run and its value, if there is one.
+
+    Args:
+        match: What is equal for all runs.
+
+    >>> budget_in(["--max-seconds", "60"], "seconds")
+    ('--max_seconds', '60')
+    """
+    flag = BUDGETS.get(match, "")
+    values = given_flags(argv).get(flag, [])
+    return (flag, values[-1]) if values else None
 
 
 def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[str]:
@@ -211,8 +226,8 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
 
     Args:
         rest: Arguments of `abr train` or `abr sft`, with a file of flags expanded.
-        match: "passes" or "batches": what is equal for all runs.
-        evaluations: Number of evaluations during a run, at equal distances in passes or batches.
+        match: "passes", "seconds" or "batches": what is equal for all runs.
+        evaluations: Number of evaluations during a run, at equal distances in passes, seconds or batches.
 
     Raises:
         ValueError: An argument cannot be set for a comparison, or the budget is missing.
@@ -220,11 +235,15 @@ def complete_flags(rest: Sequence[str], match: str, evaluations: int) -> list[st
     given = given_flags(rest)
     if evaluations < 1:
         raise ValueError(f"--evaluations must be at least 1, got {evaluations}.")
-    if match == "passes" and "--max_passes" not in given:
-        raise ValueError("--match passes needs the budget of each run. Give --max_passes N after the --.")
-    other_clock = "--max_steps" if match == "passes" else "--max_passes"
-    if other_clock in given:
-        raise ValueError(f"{other_clock} cannot be used with --match {match}: runs could end at different {match}.")
+    ends = {**BUDGETS, "batches": "--max_steps"}
+    for other, flag in ends.items():
+        if other != match and flag in given:
+            raise ValueError(
+                f"{flag} cannot be used with --match {match}: runs could end at different {match}. --match {other} "
+                "goes with it."
+            )
+    if match in BUDGETS and BUDGETS[match] not in given:
+        raise ValueError(f"--match {match} needs the budget of each run. Give {BUDGETS[match]} N after the --.")
     refuse(rest, "", shared=())
     added = _what_to_do(given)
     has_test = "--test_file" in given or not {"--train_file", "--validation_file"} & given.keys()
@@ -256,6 +275,11 @@ def complete_prompt_flags(rest: Sequence[str]) -> list[str]:
         raise ValueError(
             f"{ORDER} group_by_length cannot be used: a prompt changes the lengths of rows, and so their order. "
             "Leave it out."
+        )
+    if "--max_seconds" in given:
+        raise ValueError(
+            "--max_seconds cannot be used: a longer prompt takes longer, and so the runs would not see the same rows. "
+            "Use --num_train_epochs."
         )
     task = "".join(given.get("--task_name", WITH_TEST_LABELS[:1])[-1:]).lower()
     has_test = "--test_file" in given or (not has_files and task in WITH_TEST_LABELS)
@@ -289,8 +313,8 @@ def _when_to_evaluate_and_save(
     given: dict[str, list[str]], match: str, evaluations: int
 ) -> tuple[list[str], list[str]]:
     """Return flags for when to evaluate and when to save, unless they are given."""
-    share, part = str(round(1 / evaluations, 4)), "0.1"
-    by_passes = match == "passes"
+    share, part, limit = str(round(1 / evaluations, 4)), "0.1", ["--save_total_limit", "1"]
+    by_budget = match in BUDGETS
     evaluates, saves = not given.keys().isdisjoint(EVALUATING), not given.keys().isdisjoint(SAVING)
     if is_on("--load_best_model_at_end", given) and not (evaluates and saves):
         if evaluates or saves or evaluations == 1:
@@ -298,12 +322,14 @@ def _when_to_evaluate_and_save(
                 "--load_best_model_at_end needs both --eval_strategy and --save_strategy, or neither of them and at "
                 "least --evaluations 2."
             )
-        by_passes, part = False, share  # Trainer requires both at the same batches
-    evaluating = ["--eval_passes", share] if by_passes else ["--eval_strategy", "steps", "--eval_steps", share]
+        if match == "seconds":  # of the batches nobody knows a share
+            return ["--eval_passes", share], ["--save_strategy", "best", "--save_passes", part, *limit]
+        by_budget, part = False, share  # Trainer requires both at the same batches
+    evaluating = ["--eval_passes", share] if by_budget else ["--eval_strategy", "steps", "--eval_steps", share]
     if evaluations == 1:
         evaluating = ["--eval_strategy", "no"]  # runs always evaluate at the end
-    saving = ["--save_strategy", "no", "--save_passes"] if by_passes else ["--save_strategy", "steps", "--save_steps"]
-    return [] if evaluates else evaluating, [] if saves else [*saving, part, "--save_total_limit", "1"]
+    saving = ["--save_strategy", "no", "--save_passes"] if by_budget else ["--save_strategy", "steps", "--save_steps"]
+    return [] if evaluates else evaluating, [] if saves else [*saving, part, *limit]
 
 
 def parse_tuning(settings: Sequence[Sequence[str]]) -> dict[str, list[str]]:

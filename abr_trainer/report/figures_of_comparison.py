@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ..comparison.arms import quoted
+from ..comparison.curves import clock_of
 from ..comparison.scores import score_of, sentence_case, words_for
 from .figure import Figure, Series
 from .verdicts import validation, what_varies
+
+CLOCKS = {
+    "passes": ("compute", "passes spent", "At the same number of passes, all schedulers have spent the same compute."),
+    "seconds": ("time", "seconds of training", "Seconds of batches and of the wait for their data."),
+}
+"""What curves of schedulers run over, in words: for a title, for an axis, and in a sentence."""
 
 
 def better_side(metric: str) -> str:
@@ -102,7 +109,8 @@ def lines(arms: list[dict[str, Any]], key: str, x: str, y: str, band: bool = Fal
 
 def on_the_way(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     if what_varies(data) == "scheduler":
-        return curves(arms), relative_curves(arms, data["reference"])
+        clock = clock_of("scheduler", data["match"])
+        return curves(arms, clock), relative_curves(arms, data["reference"], clock)
     return score_curves(data, arms), difference_curves(data, arms), loss_curves(arms)
 
 
@@ -148,37 +156,40 @@ def loss_curves(arms: list[dict[str, Any]]) -> Figure:
     )
 
 
-def curves(arms: list[dict[str, Any]]) -> Figure:
+def curves(arms: list[dict[str, Any]], clock: str) -> Figure:
+    what, axis, told = CLOCKS[clock]
     return Figure(
         "curves",
-        "Validation perplexity against compute",
-        "Mean over seeds and one standard deviation around it. At the same number of passes, "
-        "all schedulers have spent the same compute.",
+        f"Validation perplexity against {what}",
+        f"Mean over seeds and one standard deviation around it. {told}",
         "lines",
-        "passes spent",
+        axis,
         words_for("eval_perplexity"),
-        lines(arms, "curve", "passes", "mean", band=True),
+        lines(arms, "curve", clock, "mean", band=True),
         y_log=True,
         range_label="one standard deviation",
     )
 
 
-def relative_curves(arms: list[dict[str, Any]], reference: str) -> Figure:
+def relative_curves(arms: list[dict[str, Any]], reference: str, clock: str) -> Figure:
+    what, axis, _ = CLOCKS[clock]
     return Figure(
         "relative_curves",
-        f"Validation perplexity relative to {reference}, at equal compute",
-        f"Mean over paired seeds with its 95 % t interval. Below 0 is better than {reference} at that compute. "
+        f"Validation perplexity relative to {reference}, at equal {what}",
+        f"Mean over paired seeds with its 95 % t interval. Below 0 is better than {reference} at that {what}. "
         f"Between two evaluations of {reference} its negative log-likelihood is interpolated.",
         "lines",
-        "passes spent",
+        axis,
         f"% above {reference}",
-        lines([arm for arm in arms if arm["name"] != reference], "relative_curve", "passes", "mean", band=True),
+        lines([arm for arm in arms if arm["name"] != reference], "relative_curve", clock, "mean", band=True),
         reference=0.0,
         range_label="95 % t interval",
     )
 
 
-def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+def behaviour(data: dict[str, Any], arms: list[dict[str, Any]]) -> tuple[Any, ...]:
+    clock = clock_of("scheduler", data["match"])
+    _, axis, _ = CLOCKS[clock]
     figures: list[Any] = [
         Figure(
             "repeats_over_loss",
@@ -192,15 +203,15 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
         Figure(
             "repeats_over_time",
             "Updates in the course of training",
-            "Mean updates on a batch, by the passes spent until then.",
+            f"Mean updates on a batch, by the {axis} until then.",
             "lines",
-            "passes spent",
+            axis,
             "updates/batch",
-            lines(arms, "over_time", "passes", "repeats"),
+            lines(arms, "over_time", clock, "repeats"),
         ),
     ]
     if any(point["skipped"] for arm in arms for point in arm["over_time"]):
-        figures.append(skips_over_time(arms))
+        figures.append(skips_over_time(arms, clock))
     else:
         figures.append("No batch was skipped.")
     repeating = lines(arms, "over_passes", "pass", "mean", band=True)
@@ -223,13 +234,14 @@ def behaviour(arms: list[dict[str, Any]]) -> tuple[Any, ...]:
     return tuple(figures)
 
 
-def skips_over_time(arms: list[dict[str, Any]]) -> Figure:
+def skips_over_time(arms: list[dict[str, Any]], clock: str) -> Figure:
+    _, axis, _ = CLOCKS[clock]
     return Figure(
         "skips_over_time",
         "Skips in the course of training",
-        "Share of the batches that were skipped, by the passes spent until then.",
+        f"Share of the batches that were skipped, by the {axis} until then.",
         "lines",
-        "passes spent",
+        axis,
         "share of batches skipped",
-        lines(arms, "over_time", "passes", "skipped"),
+        lines(arms, "over_time", clock, "skipped"),
     )

@@ -64,7 +64,7 @@ def report_on_comparison(data: dict[str, Any]) -> Report:
     sections = [
         Section("Results", reached(data, arms)),
         Section("Over the course of training", on_the_way(data, arms)),
-        Section("What the schedulers did", behaviour(arms))
+        Section("What the schedulers did", behaviour(data, arms))
         if varied == "scheduler"
         else Section("The prompts", (prompt_table(arms, data["runs"]),)),
         Section("Costs", (cost_table(arms, data["jobs"], varied),)),

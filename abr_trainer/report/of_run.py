@@ -62,7 +62,7 @@ def report_on_run(directory: Path) -> Report:
     lead: list[str | Notice | Facts] = found(dropped)
     if "train_passes" not in results:
         lead.append(Notice("warning", "The run is not finished: this is how far it has come.", "not finished"))
-    lead += [*progress(curve), facts(trace, results)]
+    lead += [*progress(curve), facts(trace, results, limit_of_seconds(directory))]
     left_out = [(bool(skipped), Section(f"Skipped batches ({len(skipped):,})", skips(directory, skipped)))]
     if has_row_rule(directory):
         rows = Section(f"Broken rows ({len(dropped):,})", broken(directory, dropped, judged))
@@ -128,12 +128,23 @@ def progress(curve: list[list[Any]]) -> list[Notice]:
     return [Notice("good", f"Validation perplexity fell {moved}.", "better")]
 
 
-def facts(trace: list[dict[str, Any]], results: dict[str, Any]) -> Facts:
-    """Return the few numbers to know first."""
+def limit_of_seconds(directory: Path) -> int | None:
+    """Return how many seconds a run may train; None if something else ends it."""
+    limit: int | None = (read_provenance(directory) or {}).get("arguments", {}).get("max_seconds")
+    return limit
+
+
+def facts(trace: list[dict[str, Any]], results: dict[str, Any], seconds: int | None = None) -> Facts:
+    """Return the few numbers to know first.
+
+    Args:
+        seconds: The budget of seconds, if there is one.
+    """
     updates, skipped = sum(map(updates_of, trace)), sum(batch["repeats"] == 0 for batch in trace)
     items = [
         ("batches", f"{len(trace):,}"),
         ("passes", amount(trace[-1]["passes"])),
+        *([(f"seconds of {seconds:,}", f"{sum(batch['seconds'] for batch in trace):,.1f}")] if seconds else []),
         ("updates/batch", f"{updates / len(trace):.2f}"),
         (f"batches skipped ({share(skipped, len(trace))})", f"{skipped:,}"),
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..comparison.curves import on_clock
 from ..comparison.scores import score_of
 from ..records.files import TRACE_NAME, TRAINER_STATE, read_lines
 from ..records.flags import given_flags
@@ -20,8 +22,10 @@ OF_BATCHES = ("loss", "repeats", "learning_rate")
 def write_events(data: dict[str, Any], out: Path) -> None:
     """Write the logs of all runs in `data` to `tensorboard/` in `out`, a folder each; what was there is replaced.
 
-    The step of an event is the number of passes spent until then, rounded.
+    The step of an event is the number of passes spent until then, rounded. Its time is that of the training: the
+    horizontal axis "Relative" shows seconds without evaluations, logs and checkpoints.
     """
+    begin = time.time()
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams as untyped
 
@@ -38,12 +42,13 @@ def write_events(data: dict[str, Any], out: Path) -> None:
         results = results_of(run)
         with SummaryWriter(str(folder)) as writer:
             written = {}
-            for tag, value, passes in scalars(directory, ["loss", *scores]):
-                writer.add_scalar(tag, value, passes)
+            for tag, value, passes, seconds in scalars(directory, ["loss", *scores]):
+                writer.add_scalar(tag, value, passes, walltime=begin + seconds)
                 written[tag] = value
             for tag, value in results.items():
                 if written.get(tag) != value:  # else it is the last point of a curve
-                    writer.add_scalar(tag, value, round(run["cost"]["passes"]))
+                    end = begin + run["cost"]["seconds"]
+                    writer.add_scalar(tag, value, round(run["cost"]["passes"]), walltime=end)
             _, start, end = hparams(settings, results)
             for summary in (header, start, end):
                 writer.file_writer.add_summary(summary)
@@ -87,14 +92,14 @@ def alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value if len(types[name]) == 1 else str(value) for name, value in row.items()} for row in rows]
 
 
-def scalars(directory: Path, of_evaluations: list[str]) -> Iterator[tuple[str, float, int]]:
-    """Yield `(tag, value, passes)` for each batch and each evaluation of a run."""
-    spent = {0: 0}
-    for batch in read_lines(directory / TRACE_NAME):
-        passes = spent[batch["step"]] = round(batch["passes"])
+def scalars(directory: Path, of_evaluations: list[str]) -> Iterator[tuple[str, float, int, float]]:
+    """Yield `(tag, value, passes, seconds)` for each batch and each evaluation of a run."""
+    spent = {0: (0, 0.0)}
+    for batch in on_clock(list(read_lines(directory / TRACE_NAME)), "seconds"):
+        at = spent[batch["step"]] = round(batch["passes"]), batch["seconds"]
         values = {name: batch[name] for name in OF_BATCHES} | {"skipped": float(batch["repeats"] == 0)}
-        yield from ((f"train/{name}", value, passes) for name, value in values.items() if value is not None)
+        yield from ((f"train/{name}", value, *at) for name, value in values.items() if value is not None)
     log = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
     for logs in (logs for logs in log if logs["step"] in spent):
         names = (name for name in of_evaluations if f"eval_{name}" in logs)
-        yield from ((f"eval/{name}", logs[f"eval_{name}"], spent[logs["step"]]) for name in names)
+        yield from ((f"eval/{name}", logs[f"eval_{name}"], *spent[logs["step"]]) for name in names)

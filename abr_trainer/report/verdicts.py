@@ -9,12 +9,16 @@ from typing import Any
 
 from ..comparison.arms import quoted
 from ..comparison.scores import Score, score_of, words_for
+from ..records.flags import budget_in
 from .figure import Kind, Notice
 from .text import DASH, fixed, number, share, terminal_width
 
 PROTOCOLS = {
     "passes": "All runs had the same compute, {passes} passes (forward-backwards over a batch), over which the "
     "learning rate falls to the same end. A scheduler that repeats batches sees fewer of them.",
+    "seconds": "All runs had the same time, {seconds} seconds of training: batches and the wait for their data, "
+    "without evaluation, logs and checkpoints. Over these the learning rate falls to the same end. Seconds depend on "
+    "the machine and on what else it does: these were taken on {machine}.",
     "batches": "All runs saw the same batches, whatever they spent on them. This is the published protocol: a "
     "scheduler that repeats has more compute than one that does not, see the costs. It cannot show that repeating "
     "pays.",
@@ -55,11 +59,27 @@ def describe_protocol(data: dict[str, Any]) -> str:
             "each, all prompts begin with the same weights of adapter and head, and the rows come in the same order."
         )
     passes = [run["cost"]["passes"] for run in data["runs"]]
-    protocol = PROTOCOLS[data["match"]].format(passes=f"{max(passes, default=0):g}")
+    budget = budget_in(data["flags"], data["match"])
+    protocol = PROTOCOLS[data["match"]].format(
+        passes=f"{max(passes, default=0):g}",
+        seconds="" if budget is None else budget[1],
+        machine=" and ".join(dict.fromkeys(machine_of(run) for run in data["runs"])),
+    )
     return (
         f"{protocol} {seeds.capitalize()}, paired: for each, all schedulers begin with the same weights and see the "
         "data in the same order."
     )
+
+
+def machine_of(run: dict[str, Any]) -> str:
+    """Name the machine of a run.
+
+    >>> machine_of({"machine": {"system": "Linux x86_64", "cores": 8, "device": "cpu", "processes": 2}})
+    'Linux x86_64 with 8 cores, cpu, in 2 processes'
+    """
+    machine = run["machine"]
+    processes = f", in {machine['processes']} processes" if machine["processes"] > 1 else ""
+    return f"{machine['system']} with {machine['cores']} cores, {machine['device']}{processes}"
 
 
 def circumstances(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
@@ -104,12 +124,13 @@ def shortcomings(data: dict[str, Any]) -> list[str]:
 def verdicts(data: dict[str, Any], arms: list[dict[str, Any]]) -> list[Notice]:
     """Return the answer of a comparison, and a verdict for each arm and each control; the first one says most."""
     metric, reference = data["metric"], data["reference"]
-    passes = {arm["name"]: arm["cost"]["passes"] for arm in arms}
+    unit = "seconds" if data.get("match") == "seconds" else "passes"
+    spent = {arm["name"]: arm["cost"][unit] for arm in arms}
     found = []
     for arm in arms:
         if arm["name"] != reference and metric in arm:
-            ratio = passes[arm["name"]] / passes.get(reference, passes[arm["name"]])
-            remark = f"It spent {ratio:.1f} times the passes." if not 0.95 < ratio < 1.05 else ""
+            ratio = spent[arm["name"]] / spent.get(reference, spent[arm["name"]])
+            remark = f"It spent {ratio:.1f} times the {unit}." if not 0.95 < ratio < 1.05 else ""
             # What took more compute has won nothing by being better.
             found.append(verdict_on(arm, reference, metric, remark, is_fair=is_fair(data)))
     if len(found) > 1:
@@ -141,7 +162,8 @@ def is_fair(data: dict[str, Any]) -> bool:
 def answer(data: dict[str, Any], arms: list[dict[str, Any]]) -> Notice:
     """Answer the question of a comparison of several arms in a sentence."""
     metric, reference = data["metric"], quoted(data["reference"])
-    varied, compute = what_varies(data), " at equal compute" * (what_varies(data) == "scheduler")
+    varied, match = what_varies(data), data.get("match")
+    compute = "" if varied == "prompt" else " in equal time" if match == "seconds" else " at equal compute"
     others = [arm for arm in arms if arm["name"] != data["reference"] and metric in arm]
     of = {
         verdict: [quoted(arm["name"]) for arm in others if arm[metric]["verdict"] == verdict]
@@ -254,7 +276,7 @@ def summary_lines(data: dict[str, Any], out: Path) -> list[str]:
     """Return the verdicts and where the report lies, wrapped for the terminal."""
     arms, width = [arm for arm in data["arms"] if arm["seeds"]], terminal_width()
     before = [
-        *([describe_protocol(data)] if what_varies(data) == "scheduler" and data["match"] == "batches" else []),
+        *([describe_protocol(data)] if what_varies(data) == "scheduler" and data["match"] != "passes" else []),
         *circumstances(data, arms),
         *(f"warning: {text}" for text in shortcomings(data)),
     ]

@@ -35,7 +35,7 @@ from torch import Tensor
 from ..schedulers import Outcome
 from ..schedulers.base import NO_TARGETS, OFF_POLICY, TOO_FEW_ROWS, BadDecision
 from .config import setting
-from .deciding import AGAIN, NO_ROOM, NON_FINITE, Decision, decide, look_at_gradient
+from .deciding import AGAIN, BUDGET, NO_ROOM, NON_FINITE, Decision, decide, look_at_gradient
 from .dropped_rows import DroppedRow, excerpts, with_text
 from .dropping import BatchRows, RowGate, batch_rows, without_broken
 from .held import Call, HeldBatch, check_holdable
@@ -69,12 +69,17 @@ class Batch:
         self._hits: list[Hits] = []
         self._indices: list[Tensor | None] = []
         self._dropped: list[DroppedRow] = []
-        self._spent_before = Fraction(0)
+        self._marks_before: dict[str, int] = {}
         self._tr_loss_before: Tensor | None = None
         self._decision: Decision | None = None
         self._whole = HeldBatch(self._calls, tokens=0, forward_flops=0.0)
         self._excerpts: list[list[int]] = []
         self._evaluation_is_due = self._checkpoint_is_due = False
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since this rank began to wait for the batch."""
+        return time.perf_counter() - self._started
 
     # ---- The first pass ----
 
@@ -123,7 +128,7 @@ class Batch:
     def _begin(self, passes: Passes, first: Call) -> None:
         trainer, run = passes.trainer, passes.trainer._run
         trainer._continue_log()
-        self._spent_before = run.ledger.passes
+        self._marks_before = {flag: run.budget.marks_passed(flag) for flag in ("eval_passes", "save_passes")}
         if run.consensus.loss_scale is None:
             with counted_once(trainer):
                 run.consensus.find_loss_scale(trainer, passes.model, first)
@@ -258,6 +263,9 @@ class Batch:
             return found.drift is None or rule.may_update(seen, [*drifts, found.drift])
 
         while len(losses) < repeats:
+            if run.budget.is_spent:  # of seconds, nobody knows before how many passes they buy
+                repeats, reason = len(losses), BUDGET
+                break
             goes_on = len(losses) == 1 or rule.goes_on(seen, losses, accuracy)
             if not goes_on or (drifts and not rule.may_repeat(seen, drifts)):
                 repeats = len(losses)
@@ -291,8 +299,9 @@ class Batch:
         is_last = trainer.state.global_step + 1 >= trainer.state.max_steps
         by_passes = setting(trainer.args, "eval_passes") is not None
         wants_last = is_last and trainer.args.load_best_model_at_end and by_passes
-        self._evaluation_is_due = run.budget.crosses_mark("eval_passes", self._spent_before) or wants_last
-        self._checkpoint_is_due = run.budget.crosses_mark("save_passes", self._spent_before)
+        crossed = [flag for flag, before in self._marks_before.items() if run.budget.marks_passed(flag) > before]
+        self._evaluation_is_due = "eval_passes" in crossed or wants_last
+        self._checkpoint_is_due = "save_passes" in crossed
 
     def _replay(self, passes: Passes, decision: Decision) -> tuple[tuple[int, float], ...]:
         """Pass over the earlier batches that the rule names, up to the first whose loss is not finite."""
@@ -318,7 +327,7 @@ class Batch:
     def finish(self, trainer: Any, outcome: Outcome) -> None:
         """Tell the rule, the log and the callbacks what became of the batch, after Trainer's update."""
         assert self._decision is not None
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds
         control = trainer.control
         control.should_evaluate = control.should_evaluate or self._evaluation_is_due
         control.should_save = control.should_save or self._checkpoint_is_due

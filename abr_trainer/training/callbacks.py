@@ -16,6 +16,7 @@ from ..data.identity import UNKNOWN
 from ..perplexity.windows import perplexity_of
 from ..records.files import DROPPED_NAME, ROW_TRACE_NAME, SKIPPED_NAME, TRACE_NAME, cut_lines
 from ..schedulers import BatchTimes, Outcome
+from .budget import limit_of
 from .dropped_rows import DroppedRow
 from .dropping import BatchRows
 from .ledger import ComputeLedger
@@ -239,7 +240,7 @@ def is_training_log(logs: Mapping[str, float] | None) -> bool:
 
 
 class ABRProgressCallback(ProgressCallback):
-    """Trainer's progress bar, with updates a batch and perplexity; it counts passes where a budget bounds them."""
+    """Trainer's progress bar, with updates a batch and perplexity; under a budget it counts passes or seconds."""
 
     def __init__(self, *args: Any, shows_perplexity: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -247,13 +248,13 @@ class ABRProgressCallback(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._budget = getattr(args, "max_passes", None)
-        if self.training_bar is not None and self._budget is not None:
-            self.training_bar.reset(total=self._budget)
-            self.training_bar.unit = "pass"
+        self._limit = limit_of(args)
+        if self.training_bar is not None and self._limit is not None:
+            self.training_bar.reset(total=self._limit.most)
+            self.training_bar.unit = "s" if self._limit.counts_seconds else "pass"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._budget is None:
+        if self._limit is None:
             super().on_step_end(args, state, control, **kwargs)
 
     def on_outcome(
@@ -266,8 +267,8 @@ class ABRProgressCallback(ProgressCallback):
         counts = {"updates/batch": f"{ledger.repeats:.2f}", "skips": ledger.skips}
         dropped = {"rows_dropped": ledger.rows_dropped} if ledger.rows else {}
         self.training_bar.set_postfix(level | counts | dropped, refresh=False)
-        if self._budget is not None:
-            self.training_bar.update(round(float(ledger.passes), 2) - self.training_bar.n)
+        if self._limit is not None:
+            self.training_bar.update(round(self._limit.done(ledger), 2) - self.training_bar.n)
 
 
 def last_evaluation(state: TrainerState) -> dict[str, float] | None:

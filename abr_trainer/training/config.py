@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import TrainingArguments
 
 from ..schedulers import OUTLIER_RULES, RULE_FIELDS, RepeatScheduler, RowRule, build_row_rule, build_rule
 from ..schedulers.registry import PARAMETERS, refuse_unread
-from .plan import CHEAPEST_BATCH, check_fields, refuse_best_without_saves, scale_with_batch_size
+from .plan import check_fields, most_affordable, refuse_best_without_saves, scale_with_batch_size
 from .support import refuse_single_process_launch
 
 
@@ -26,8 +25,8 @@ class ABRConfig(TrainingArguments):
       loaded at the end, and else "epoch".
     - `greater_is_better` is False for a perplexity.
 
-    `max_passes` sets `max_steps` to the most batches that the budget can buy. A `max_steps` given beside it caps the
-    number of batches.
+    `max_passes` or `max_seconds` sets `max_steps` to the most batches that the budget can buy. A `max_steps` given
+    beside it caps the number of batches.
     """
 
     repeat_scheduler: str = field(
@@ -126,18 +125,27 @@ class ABRConfig(TrainingArguments):
             "forward pass: 1/3 of a pass, or 1/2 with a frozen base model. Less than one pass may be left at the end."
         },
     )
+    max_seconds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Budget in seconds of training, instead of --max_passes. Batches and the wait for their data "
+            "count; evaluation, logs and checkpoints do not. Training ends with the pass in which the seconds are "
+            "over, after any number of epochs, and the learning rate follows the share that is spent. --warmup_steps "
+            "and other lengths of the schedule are seconds then. What a run reaches depends on the machine."
+        },
+    )
     eval_passes: float | None = field(
         default=None,
         metadata={
-            "help": "Evaluate every N passes; below 1, a share of --max_passes. Runs with the same budget are then "
-            "evaluated at the same compute."
+            "help": "Evaluate every N passes; below 1, a share of the budget. Runs with the same budget are then "
+            "evaluated at the same compute, or after the same time. The budget is --max_passes or --max_seconds."
         },
     )
     save_passes: float | None = field(
         default=None,
         metadata={
-            "help": "Save a checkpoint every N passes, in addition to --save_strategy; below 1, a share of "
-            "--max_passes."
+            "help": "Save a checkpoint every N passes, in addition to --save_strategy; below 1, a share of the "
+            "budget: of --max_passes or --max_seconds."
         },
     )
     primer_batches: int = field(
@@ -238,8 +246,8 @@ class ABRConfig(TrainingArguments):
         """
         check_fields(self)
         self.most_batches = self.max_steps
-        if self.max_passes is not None:
-            affordable = math.ceil(self.max_passes / CHEAPEST_BATCH)
+        affordable = most_affordable(self)
+        if affordable is not None:
             self.max_steps = min(self.max_steps, affordable) if self.max_steps > 0 else affordable
 
     def check_trial(self, trial: Any) -> None:

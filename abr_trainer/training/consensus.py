@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..schedulers import ConstantScheduler
+from .budget import Budget
 from .held import Call
 from .loss_scale import LossScale, find_loss_scale, has_own_loss, weighted_loss
 from .targets import trainer_counts_targets
@@ -41,12 +42,16 @@ class Agreed(NamedTuple):
 class Consensus:
     """Sums and means over ranks. All ranks must make the same calls in the same order.
 
+    Args:
+        budget: What the run may spend. Each mean brings its seconds up to date, if these are bounded.
+
     Attributes:
         loss_scale: How the losses of micro-batches make up the mean per target; None as long as it is not known.
     """
 
-    def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator, budget: Budget) -> None:
         self._args = args
+        self._budget = budget
         self._accelerator = accelerator
         self.loss_scale: LossScale | None = None
 
@@ -84,14 +89,18 @@ class Consensus:
         """
         loss, weight = weighted_loss(trainer, self.loss_scale, losses, calls, calls[0].items_in_batch)
         length = len(lists[0]) if lists else 0
-        scalars = (loss, weight, *others, *greatest, length)
-        end = len(scalars) - 1 - len(greatest)
+        seconds = self._budget.measured(trainer._batch)
+        largest = (*greatest, *seconds)
+        scalars = (loss, weight, *others, *largest, length)
+        end = len(scalars) - 1 - len(largest)
         read = self._begin_gather(scalars, _padded(lists, longest) if self._args.world_size > 1 else ())
 
         def agreed() -> Agreed:
             of_ranks = read()
             total, weights, *sums = (sum(row[i] for row in of_ranks) for i in range(end))
-            most = [max(row[i] for row in of_ranks) for i in range(end, end + len(greatest))]
+            most = [max(row[i] for row in of_ranks) for i in range(end, end + len(largest))]
+            most, spent = most[: len(greatest)], most[len(greatest) :]
+            self._budget.agree(spent)
             mean = total / weights if weights else math.nan
             if self._args.world_size == 1:
                 return Agreed(mean, sums, most, [list(each) for each in lists])

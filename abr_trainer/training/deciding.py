@@ -50,7 +50,7 @@ def decide(trainer: Any, loss: float, hits: list[float], reason: str | None = No
 
 def _choose(trainer: Any, observation: Observation) -> tuple[int, str]:
     """Return the repeats that the budget has room for, and the reason."""
-    rule, left = trainer.repeat_scheduler, trainer._run.budget.left
+    rule, most = trainer.repeat_scheduler, trainer._run.budget.most_repeats
     if not math.isfinite(observation.loss):
         repeats, reason = 0, NON_FINITE
     elif observation.batch < setting(trainer.args, "primer_batches"):
@@ -58,7 +58,7 @@ def _choose(trainer: Any, observation: Observation) -> tuple[int, str]:
     else:
         repeats = decided_by(rule, observation)
         reason = rule.explain(observation)
-    return (int(left), BUDGET) if repeats > left else (repeats, reason)
+    return (int(most), BUDGET) if repeats > most else (repeats, reason)
 
 
 def look_at_gradient(passes: Passes, decision: Decision) -> Decision:

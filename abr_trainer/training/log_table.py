@@ -64,22 +64,28 @@ class Score:
 
 
 def log_columns(
-    score: Score, most_steps: int, most_passes: float, judges_rows: bool, waits: bool = False
+    score: Score,
+    most_steps: int,
+    most_spent: float,
+    judges_rows: bool,
+    unit: str = "passes",
+    waits: bool = False,
 ) -> dict[str, Column]:
     """Return the columns of a run, by name.
 
     Args:
         score: What evaluations are read by.
         most_steps: The last step that there can be.
-        most_passes: The most passes that can be spent.
+        most_spent: The most passes that can be spent, or seconds.
         judges_rows: Whether rows are dropped by a rule.
+        unit: "passes" or "seconds": what tells how much is spent.
         waits: Whether the run waits for its data.
     """
     dropped = {"rows_dropped": Column("rows dropped", "dropped", 6)} if judges_rows else {}
     waiting = {"waiting": Column("waiting", "waiting", 5)} if waits else {}
     return {
         "step": Column("step", "step", len(f"{most_steps:,}")),
-        "passes": Column("passes", "passes", len(shown_passes(most_passes))),
+        "spent": Column(unit, unit, len(shown_passes(most_spent))),
         "loss": Column("loss", "loss", 7),
         "score": Column(score.title, score.title, 9),
         "updates": Column("updates/batch", "upd/batch", 5),

@@ -10,6 +10,7 @@ from transformers.utils.notebook import NotebookProgressCallback, NotebookTraini
 from ..perplexity.windows import perplexity_of
 from ..report.times import SHOWN_WAITING, share_waited
 from ..schedulers import BatchTimes, Outcome
+from .budget import limit_of
 from .callbacks import LogWindow, is_training_log
 from .ledger import ComputeLedger
 from .log_table import shown_passes, shown_score, shown_share
@@ -17,8 +18,8 @@ from .waiting import Waiting
 
 
 class ABRNotebookProgressCallback(NotebookProgressCallback):
-    """A row for each log, and for each evaluation, in the columns of our other logs. The bar counts passes where a
-    budget bounds them.
+    """A row for each log, and for each evaluation, in the columns of our other logs. Under a budget the bar counts
+    passes or seconds.
 
     Args:
         shows_perplexity: Whether exp of the training loss is a perplexity.
@@ -32,13 +33,14 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
         self._seconds, self._shows_waiting = 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._budget = getattr(args, "max_passes", None)
+        self._limit = limit_of(args)
+        self._unit = "seconds" if self._limit is not None and self._limit.counts_seconds else "passes"
         self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
         self._seconds, self._shows_waiting = 0.0, False
         perplexity = ["Perplexity"] if self._shows_perplexity else []
         dropped = ["Rows dropped"] if self._judges_rows else []
-        columns = ["Step", "Passes", "Training loss", *perplexity, "Updates/batch", "Skipped", *dropped]
-        self.training_tracker = _Tracker(self._budget or state.max_steps, columns)
+        columns = ["Step", self._unit.capitalize(), "Training loss", *perplexity, "Updates/batch", "Skipped", *dropped]
+        self.training_tracker = _Tracker(state.max_steps if self._limit is None else self._limit.most, columns)
 
     def on_outcome(
         self,
@@ -101,15 +103,16 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
     def _show(self, state: Any) -> None:
         if self.training_tracker is None:
             return
-        done = float(self._ledger.passes) if self._budget else state.global_step
+        done = state.global_step if self._limit is None else self._limit.done(self._ledger)
         counts = f"{self._ledger.repeats:.2f} updates/batch, {self._ledger.skips:,} skipped"
-        unit = "passes" if self._budget else "batches"
+        unit = "batches" if self._limit is None else self._limit.unit
         self.training_tracker.update(round(done, 1), comment=f"{unit}, {counts}", force_update=self._force_next_update)
         self._force_next_update = False
 
     def _write(self, state: Any, values: dict[str, Any]) -> None:
         assert self.training_tracker is not None
-        position = {"Step": state.global_step, "Passes": shown_passes(float(self._ledger.passes))}
+        spent = float(getattr(self._ledger, self._unit))
+        position = {"Step": state.global_step, self._unit.capitalize(): shown_passes(spent)}
         self.training_tracker.write_line(position | values)
 
 

@@ -209,7 +209,7 @@ class Passes:
         trainer.control = events.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
         trainer.optimizer.step()
         trainer.control = events.on_optimizer_step(trainer.args, trainer.state, trainer.control)
-        if trainer._run.budget.passes is not None:
+        if trainer._run.budget.limit is not None:
             trainer.lr_scheduler.step()
         self.model.zero_grad()
 

@@ -17,6 +17,7 @@ LEAST_VALUES = {
     "early_stopping_patience": 1,
     "early_stopping_threshold": 0,
     "max_passes": 1,
+    "max_seconds": 1,
     "learning_rate": 0,
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 1,
@@ -28,6 +29,9 @@ SEEDS = {"seed": (0, 2**32 - 1), "data_seed": (-(2**63), 2**64 - 1)}
 
 CHEAPEST_BATCH = forward_share(frozen_base=False, activation_checkpointing=True)
 """The least a batch can cost, in passes."""
+
+MOST_BATCHES_A_SECOND = 10**6
+"""More than any machine can train on: the seconds end a run, not the number of its batches."""
 
 
 def check_fields(args: Any) -> None:
@@ -45,12 +49,45 @@ def check_fields(args: Any) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name} must be positive, got {value}.")
-        if value is not None and value < 1 and args.max_passes is None:
-            raise ValueError(f"--{name} {value} is a share of --max_passes, which is not given.")
+        if value is not None and value < 1 and args.max_passes is None and args.max_seconds is None:
+            raise ValueError(
+                f"--{name} {value} is a share of the budget, and there is none. Give --max_passes or --max_seconds."
+            )
+    if args.max_seconds is not None:
+        check_seconds(args)
     if args.loss_threshold is not None:
         parse_threshold(args.loss_threshold)
     refuse_pushing_inputs(args, args.build_repeat_scheduler())
     args.build_row_rule()
+
+
+def check_seconds(args: Any) -> None:
+    """Refuse what a budget of seconds does not go with.
+
+    Raises:
+        ValueError: There is another budget, or a share of batches, whose number is not known before.
+    """
+    if args.max_passes is not None:
+        raise ValueError(
+            f"--max_passes {args.max_passes} and --max_seconds {args.max_seconds}: a run has one budget. Leave one "
+            "out."
+        )
+    instead = {"logging_steps": "", "eval_steps": ", or use --eval_passes", "save_steps": ", or use --save_passes"}
+    for name, other in instead.items():
+        value = getattr(args, name)
+        if value is not None and 0 < value < 1:
+            shares = f"{other} {value}, a share of the seconds" if other else ""
+            raise ValueError(
+                f"--{name} {value} is a share of the batches, and --max_seconds does not tell how many they are. Give "
+                f"a number of batches{shares}."
+            )
+
+
+def most_affordable(args: Any) -> int | None:
+    """Return the most batches that the budget can buy; None without one."""
+    if args.max_seconds is not None:
+        return math.ceil(float(args.max_seconds) * MOST_BATCHES_A_SECOND)
+    return None if args.max_passes is None else math.ceil(args.max_passes / CHEAPEST_BATCH)
 
 
 def refuse_best_without_saves(args: Any) -> None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..records.files import ABR_STATE_NAME, CHECKPOINT_PREFIX, TRAINER_STATE, read_json, write_whole
 from ..schedulers.recorded import must_be_json
+from .budget import limit_of
 from .callbacks import LogWindow
 from .checkpoints import (
     UnfitCheckpoint,
@@ -23,7 +24,6 @@ from .checkpoints import (
     refuse_damaged,
     refuse_unfit,
 )
-from .config import setting
 from .held import load_held, save_held
 from .primer import Primer
 from .ranking import RowRanking
@@ -63,8 +63,9 @@ class ResumeMixin(_AnyTrainer):
         refuse_damaged(checkpoint)
         if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
             refuse_unfit(checkpoint, self.model)
-        if setting(self.args, "max_passes") is not None and not Path(checkpoint, ABR_STATE_NAME).exists():
-            raise UnfitCheckpoint(f"{checkpoint} has no {ABR_STATE_NAME}: what it spent of --max_passes is unknown.")
+        limit = limit_of(self.args)
+        if limit is not None and not Path(checkpoint, ABR_STATE_NAME).exists():
+            raise UnfitCheckpoint(f"{checkpoint} has no {ABR_STATE_NAME}: what it spent of {limit.flag} is unknown.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._loads_by_other_names(resume_from_checkpoint):
@@ -106,6 +107,7 @@ class ResumeMixin(_AnyTrainer):
         state = {
             "format": 1,
             "ledger": self.ledger.state_dict(),
+            **self._run.budget.state_dict(),
             "repeat_scheduler": {
                 "description": self._scheduler_description,
                 "state": self.repeat_scheduler.state_dict(),
@@ -164,10 +166,9 @@ class ResumeMixin(_AnyTrainer):
 
     def _why_it_has_ended(self, checkpoint: str) -> str | None:
         """Return why nothing is left to train after a checkpoint, None if there is."""
-        spent = self._read_repetition_state(checkpoint).get("ledger", {}).get("passes")
-        budget = self._run.budget.passes
-        if budget is not None and spent is not None and budget - Fraction(spent) < 1:
-            return f"--max_passes {budget} are spent"
+        budget = self._run.budget
+        if budget.limit is not None and budget.is_spent_in(self._read_repetition_state(checkpoint)):
+            return f"{budget.limit.flag} {budget.limit.most} are spent"
         if self.state.global_step >= self.state.max_steps:
             by_steps = self.args.max_steps > 0
             return f"--max_steps {self.state.max_steps} is reached" if by_steps else "all epochs are done"
@@ -212,6 +213,7 @@ class ResumeMixin(_AnyTrainer):
             self.ledger.passes = Fraction(step)
             return
         self.ledger.load_state_dict(state["ledger"])
+        self._run.budget.load_state_dict(state)
         self._warn_of_another_batch_size(checkpoint, state)
         self._run.skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
         self._run.batches_in_epoch = state["batches_in_epoch"]

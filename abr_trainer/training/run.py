@@ -50,7 +50,7 @@ class Run:
     def __init__(self, args: Any, accelerator: Any) -> None:
         self.ledger = ComputeLedger()
         self.budget = Budget(args, self.ledger)
-        self.consensus = Consensus(args, accelerator)
+        self.consensus = Consensus(args, accelerator, self.budget)
         self.clock = Clock()
         self.policy: Policy | None = None
         self.times = BatchTimes(0.0, 0.0, 0.0, None)

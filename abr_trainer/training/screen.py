@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from ..report.times import SHOWN_WAITING, share_waited
 from ..schedulers import BatchTimes, Outcome
+from .budget import Limit, limit_of
 from .callbacks import LogWindow, is_training_log
 from .ledger import ComputeLedger
 from .log_table import (
@@ -30,6 +31,9 @@ from .log_table import (
 from .summary import measured_before
 from .tracking import name_of
 from .waiting import Waiting
+
+MANY_STEPS = 99_999
+"""The column of steps is wide enough for so many where nobody knows how many there will be."""
 
 REFRESH = 0.1
 """Seconds between two pictures of the bar. There is no thread that draws it: data loaders fork."""
@@ -54,7 +58,7 @@ class RunScreen(TrainerCallback):
         bar_console = self.console if self.console.is_terminal else Console(stderr=True)
         self._bar = _Bar(bar_console) if shows_bar and bar_console.is_terminal else None
         self._table: LogTable | None = None
-        self._budget: int | None = None
+        self._limit: Limit | None = None
         self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
         self._logged = (0, 0.0, 0.0)
         self._shows_waiting = False
@@ -65,14 +69,13 @@ class RunScreen(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self._budget = getattr(args, "max_passes", None)
+        self._limit = limit_of(args)
         self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
         self._logged, self._shows_waiting, self._clock = (0, 0.0, 0.0), False, None
-        most = self._budget or state.max_steps
         self._table = self._new_table(state)
         self._print("")
         if self._bar is not None:
-            self._bar.begin("training", most, "passes" if self._budget else "batches")
+            self._bar.begin("training", self._end(state), "batches" if self._limit is None else self._limit.unit)
 
     def on_outcome(
         self,
@@ -147,14 +150,30 @@ class RunScreen(TrainerCallback):
     # ---- Numbers ----
 
     def _position(self, state: Any) -> dict[str, str]:
-        return {"step": f"{state.global_step:,}", "passes": shown_passes(float(self._ledger.passes))}
+        spent = float(getattr(self._ledger, self._unit))
+        return {"step": f"{state.global_step:,}", "spent": shown_passes(spent)}
+
+    @property
+    def _unit(self) -> str:
+        """What is shown of the ledger in each line."""
+        return "passes" if self._limit is None else self._limit.unit
+
+    def _widest(self, state: Any) -> tuple[int, float]:
+        """Return the last step that there can be, and the most that can be spent."""
+        if self._limit is None:
+            return state.max_steps, 10 * state.max_steps  # a rule may repeat each batch
+        return min(state.max_steps, MANY_STEPS) if self._limit.counts_seconds else state.max_steps, self._limit.most
+
+    def _end(self, state: Any) -> float:
+        """Return where the run ends, in the units of its budget, or in batches."""
+        return state.max_steps if self._limit is None else self._limit.most
 
     def _spent(self) -> tuple[int, float, float]:
         return self._ledger.tokens, self._ledger.seconds, self._ledger.waiting_seconds
 
     def _done(self, state: Any) -> float:
-        """Return how far the run is, in passes where these are bounded, else in batches."""
-        return float(self._ledger.passes) if self._budget else state.global_step
+        """Return how far the run is, in the same units."""
+        return state.global_step if self._limit is None else self._limit.done(self._ledger)
 
     def _time_left(self, state: Any) -> str:
         """Return how long the rest takes, at the pace since the first batch of this call of `train`, evaluations
@@ -164,14 +183,15 @@ class RunScreen(TrainerCallback):
             return ""
         begun, at = self._clock
         done = self._done(state)
-        rest = (self._budget or state.max_steps) - done
+        rest = self._end(state) - done
         return shown_duration((time.monotonic() - begun) * max(rest, 0.0) / (done - at)) if done > at else ""
 
     # ---- Lines ----
 
     def _new_table(self, state: Any) -> LogTable:
-        passes = self._budget or 10 * state.max_steps  # a rule may repeat each batch
-        columns = log_columns(self._score, state.max_steps, passes, self._judges_rows, self._shows_waiting)
+        columns = log_columns(
+            self._score, *self._widest(state), self._judges_rows, self._unit, waits=self._shows_waiting
+        )
         return LogTable(columns, self.console.width if self.console.is_terminal else PLAIN_WIDTH)
 
     def _print_titles(self) -> None:

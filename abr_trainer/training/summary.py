@@ -97,20 +97,25 @@ def time_lines(ledger: ComputeLedger) -> list[str]:
     return [line.replace(solid, " ") for line in textwrap.wrap(text, PLAIN_WIDTH, subsequent_indent=" " * 12)]
 
 
-def cost_lines(ledger: ComputeLedger, output_dir: Path) -> list[str]:
-    """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates."""
+def cost_lines(ledger: ComputeLedger, output_dir: Path, most_seconds: int | None = None) -> list[str]:
+    """Return a line each on what a run spent, and where its files are; nothing of one that only evaluates.
+
+    Args:
+        most_seconds: The budget of seconds, if there is one.
+    """
     if not ledger.batches:
         return []
     abr_rows = f"abr rows {shlex.quote(str(output_dir))}"
     skipped = f"{ledger.skips:,} skipped" + (f" ({share(ledger.skips, ledger.batches)})" if ledger.skips else "")
     dropped = f"{ledger.rows_dropped:,} dropped ({share(ledger.rows_dropped, ledger.rows)})"
     listed = f": {abr_rows}" if ledger.rows_dropped else ""
+    seconds = f"{ledger.seconds:,.1f} s" + ("" if most_seconds is None else f" of {most_seconds:,}")
     return [
         f"batches     {ledger.batches:,} seen, {skipped}, {ledger.repeats:.2f} updates/batch",
         *([f"rows        {ledger.rows:,} judged, {dropped}{listed}"] if has_row_rule(output_dir) else []),
         *([f"ranked      {abr_rows} --all"] if (output_dir / ROW_LOSSES_NAME).is_file() else []),
         f"cost        {shown_passes(float(ledger.passes)).removesuffix('.0')} passes, {ledger.updates:,} updates, "
-        f"{ledger.tokens:,} tokens, {ledger.flops:.3g} FLOPs, {ledger.seconds:,.1f} s",
+        f"{ledger.tokens:,} tokens, {ledger.flops:.3g} FLOPs, {seconds}",
         *time_lines(ledger),
         f"model       {output_dir}",
         f"trace       {output_dir / TRACE_NAME}",

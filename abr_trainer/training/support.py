@@ -33,8 +33,12 @@ READ_LOSSES = (EasySkip, GainScheduler, LearnableScheduler, ReplayScheduler, Thr
 """Rules that decide by losses."""
 
 
-def refuse_unsupported(trainer: Any, budget: int | None) -> None:
-    """Raise a ValueError that says why, if `trainer` is set up for something that repeats would get wrong."""
+def refuse_unsupported(trainer: Any, budget: str | None) -> None:
+    """Raise a ValueError that says why, if `trainer` is set up for something that repeats would get wrong.
+
+    Args:
+        budget: The flag that bounds what the run may spend, if one does.
+    """
     args, engine = trainer.args, trainer.accelerator.distributed_type
     bases = {base.__name__ for base in type(trainer).__mro__}
     refusals = [
@@ -77,9 +81,9 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
     if "grad_norm" in trainer.repeat_scheduler.wants:
         refuse_gradient_norm(trainer, engine)
     if budget is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        refuse_schedule(args.lr_scheduler_type.value)
+        refuse_schedule(args.lr_scheduler_type.value, budget)
     if budget is not None and trainer.lr_scheduler is not None:
-        check_schedule(trainer.lr_scheduler)
+        check_schedule(trainer.lr_scheduler, budget)
 
 
 def refuse_hidden_batches(trainer: Any) -> None:
@@ -137,15 +141,15 @@ def refuse_gradient_norm(trainer: Any, engine: DistributedType) -> None:
         raise ValueError(f"--skip_grad_norm does not work here: {reasons[engine]}.")
 
 
-def check_schedule(scheduler: Any) -> None:
+def check_schedule(scheduler: Any, budget: str) -> None:
     """Refuse a learning-rate schedule that a budget cannot drive: one that is no function of the step."""
     if not isinstance(scheduler, LambdaLR):
-        refuse_schedule(type(scheduler).__name__)
+        refuse_schedule(type(scheduler).__name__, budget)
 
 
-def refuse_schedule(name: str) -> None:
+def refuse_schedule(name: str, budget: str) -> None:
     raise ValueError(
-        f"--max_passes makes the learning rate a function of the compute spent, which {name} is not. "
+        f"{budget} makes the learning rate a function of what is spent, which {name} is not. "
         "Use a schedule that is a function of the step, such as linear or cosine."
     )
 

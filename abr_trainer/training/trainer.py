@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..hub.pushing import HubMixin, Pushes
 from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
-from .budget import put_on_budget_clock
+from .budget import limit_of, put_on_budget_clock
 from .callbacks import ABRProgressCallback, TraceCallback, is_training_log
 from .config import ABRConfig, checkpoints_activations, refuse_fields_beside, setting
 from .dropped_rows import write_ranked
@@ -118,7 +118,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if eval_measurement is not None and isinstance(self.eval_dataset, dict):
             raise ValueError("`eval_measurement` goes with a single `eval_dataset`, not with a dictionary of them.")
         if self._is_active:
-            refuse_unsupported(self, self._run.budget.passes)
+            self._refuse_unsupported()
             refuse_missing_perplexity(self)
             if setting(self.args, "eval_passes") and self.eval_dataset is None:
                 raise ValueError("--eval_passes needs something to evaluate on: --do_eval, or an `eval_dataset`.")
@@ -174,7 +174,11 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
                 self.args.plan()
                 self.args.check_trial(trial)
             refuse_fields_beside(self.args, self._given_scheduler, self._given_row_rule)
-            refuse_unsupported(self, setting(self.args, "max_passes"))
+            self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        limit = limit_of(self.args)
+        refuse_unsupported(self, None if limit is None else limit.flag)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         *values, max_steps = super().set_initial_training_values(args, dataloader)
@@ -196,9 +200,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self.is_world_process_zero():
             record_run(self, self._trace.directory, is_resumed=checkpoint is not None)
         self._rows_without_targets.warn_at_start(self)
-        if self._run.budget.passes is not None:
+        limit = self._run.budget.limit
+        if limit is not None and not limit.counts_seconds:
             # Shares of the run, such as `eval_steps=0.1`, are shares of the budget.
-            self.state.compute_steps(self.args, self._run.budget.passes)
+            self.state.compute_steps(self.args, limit.most)
         mend_generation_config(self.model)
         return self._where_to_begin(checkpoint, position, num_train_epochs, num_update_steps_per_epoch)
 
@@ -230,10 +235,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         return self.args.build_row_rule() if isinstance(self.args, ABRConfig) else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        budget = self._run.budget.passes
-        if not self._is_active or budget is None:
+        limit = self._run.budget.limit
+        if not self._is_active or limit is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        return put_on_budget_clock(super().create_scheduler(budget, optimizer), lambda: self._run.budget)
+        return put_on_budget_clock(super().create_scheduler(limit.most, optimizer), lambda: self._run.budget)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if kwargs["epoch"] < 0:
@@ -255,7 +260,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         doubt = doubt_of_the_best(self.args, self.state, self.tells_if_worse) if loads_best else None
         if doubt and self.is_world_process_zero():
             logger.warning(doubt)
-        if self._is_active and self._run.budget.passes is not None:
+        if self._is_active and self._run.budget.limit is not None:
             # Trainer planned for as many batches as the budget could have bought.
             num_train_samples = self.state.global_step * self.get_total_train_batch_size(self.args)
             self.state.max_steps = self.state.global_step

@@ -10,6 +10,8 @@ from rich.console import Console
 
 import run_clm_abr
 from abr_trainer.cli import header
+from abr_trainer.report.figure import Facts
+from abr_trainer.report.of_run import report_on_run
 from abr_trainer.schedulers import RobustRows, RowRule
 from tests.conftest import RUN
 
@@ -42,6 +44,16 @@ def test_the_header_says_model_data_batch_rules_budget_and_output(capsys, tmp_pa
     assert told["output"] == str(tmp_path / "run")
     assert "Before training" in rest
     assert all(len(line) <= 100 for line in lines.splitlines() if str(tmp_path) not in line)
+
+
+def test_a_budget_of_seconds_is_said_before_and_at_the_end_and_on_the_page(capsys, tmp_path):
+    told, _, rest = told_by(capsys, tmp_path, "--max_seconds", "1", "--max_steps", "2")
+    assert told["budget"] == "1 second of training, at most 2 batches"
+    (spent,) = re.findall(r"^cost .* ([\d.]+) s of 1$", rest, flags=re.MULTILINE)
+    card = (tmp_path / "run/README.md").read_text()
+    assert "max_steps 2, max_seconds 1" in card
+    facts = next(block for block in report_on_run(tmp_path / "run").lead if isinstance(block, Facts))
+    assert dict(facts.items)["seconds of 1"] == spent
 
 
 class EveryOther(RowRule):

@@ -174,6 +174,16 @@ def test_the_parser_itself_does_not_describe_a_switch_by_its_opposite():
         ("compare", ["--out", "x", "--sheds", "abr"], "Unknown flag --sheds."),
         ("compare", [*COMPARE, *ON_DEMO], "--match passes needs the budget of each run"),
         ("compare", [*COMPARE, *BUDGET, "--lerning_rate", "1"], "Did you mean --learning_rate?"),
+        (
+            "compare",
+            ["--match", "seconds", "--out", "x", "--", *BUDGET],
+            "--max_passes cannot be used with --match seconds: runs could end at different seconds.",
+        ),
+        (
+            "compare-prompts",
+            ["--prompts", "none", "--out", "x", "--", "--max_seconds", "9"],
+            "--max_seconds cannot be",
+        ),
         ("compare", [*COMPARE, *BUDGET, "--train_file", "missing.txt"], "--train_file missing.txt does not exist."),
         ("compare", ["--schedulers", "abt", "--out", "x", "--", *BUDGET], "Unknown repeat scheduler 'abt'."),
         ("compare", ["--schedulers", "abr:lora_rr=2", "--out", "x", "--", *BUDGET], "Unknown flag --lora_rr."),

@@ -189,11 +189,11 @@ def test_evaluation_alone_needs_no_training_text(tmp_path):
         (["--do_train", "--resume_from_checkpoint", "true"], "there is no complete checkpoint in"),
         (
             ["--do_train", "--streaming"],
-            "The length of a streamed data set is unknown. Give --max_steps or --max_passes.",
+            "The length of a streamed data set is unknown. Give --max_steps, --max_passes or --max_seconds.",
         ),
         (
             ["--do_train", "--dataset_name", "c4"],
-            "The length of a streamed data set is unknown. Give --max_steps or --max_passes.",
+            "The length of a streamed data set is unknown. Give --max_steps, --max_passes or --max_seconds.",
         ),
         (["--do_train", "--skip_outliers", "sometimes"], "invalid choice: 'sometimes'"),
         (["--do_train", "--learning_rate", "abc"], "--learning_rate/--learning-rate: invalid float value: 'abc'"),

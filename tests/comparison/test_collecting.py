@@ -69,6 +69,24 @@ def test_an_arm_that_stops_early_by_itself_is_said_and_no_mismatch():
     assert told == "fixed:2,max_passes=5 stops after 5 of 9 passes, by a flag of its own."
 
 
+def test_runs_of_equal_seconds_may_differ_in_compute_but_not_in_seconds():
+    same = {"git": "a", "versions": {}, "machine": {}, "argv": ["--max_seconds", "60"]}
+    runs = [run(0, 1.0, **same), run(0, 1.1, **same)]
+    runs[1]["arm"] = "fixed:2"
+    for each, seconds in zip(runs, (60.1, 61.0), strict=True):
+        each["cost"] = {**each["cost"], "seconds": seconds, "flops": seconds**2}
+    assert find_mismatches(runs, "seconds") == []
+    runs[1]["cost"]["seconds"] = 75.0
+    (told,) = find_mismatches(runs, "seconds")
+    assert told.startswith("A run ends with its batch under way: the longest took 75.0 of 60 seconds. Give a larger")
+    runs[1]["cost"]["seconds"] = 31.5
+    (told,) = find_mismatches(runs, "seconds")
+    assert told.startswith("The runs did not spend the same: 31.5 to 60.1 seconds. The data ended before the budget")
+    runs[1] |= {"arm": "fixed:2,max_seconds=30", "argv": ["--max_seconds", "60", "--max_seconds", "30"]}
+    (told,) = find_mismatches(runs, "seconds")
+    assert told == "fixed:2,max_seconds=30 stops after 30 of 60 seconds, by a flag of its own."
+
+
 def test_a_directory_without_a_comparison_is_told_apart_from_a_damaged_one(tmp_path):
     with pytest.raises(ValueError, match="comparison.json cannot be read"):
         read_comparison(tmp_path)

@@ -10,6 +10,7 @@ from abr_trainer.comparison.curves import (
     learning_curve,
     loss_curve,
     mean_curve,
+    on_clock,
     over_loss,
     over_passes,
     over_time,
@@ -116,6 +117,25 @@ def test_an_accuracy_is_compared_by_differences_and_interpolated_as_it_is():
     assert relative_curve({0: [[3, 0.9]]}, reference, ACCURACY, "epoch") == [], "the reference was never that far"
     (point,) = mean_curve([[[1, 0.5]], [[1, 0.7]]], ACCURACY, "epoch")
     assert (point["epoch"], point["mean"]) == (1, pytest.approx(0.6))
+
+
+def test_seconds_are_counted_from_the_beginning_of_a_run(tmp_path):
+    trace = [{"step": step, "passes": 3.0 * step, "seconds": 2.0, "repeats": 3} for step in range(1, 5)]
+    batches = on_clock(trace, "seconds")
+    assert [batch["seconds"] for batch in batches] == [2, 4, 6, 8]
+    log = [{"step": step, "eval_perplexity": 10.0 - step} for step in (0, 2)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    results = {"train_passes": 12.0, "train_seconds": 8.0, "eval_perplexity": 5.0}
+    assert learning_curve(tmp_path, batches, results, clock="seconds") == [[0, 10], [4, 8], [8, 5]]
+    assert [point["seconds"] for point in over_time(batches, 8.0, "seconds")] == [2.2, 4.2, 6.2, 7.8]
+    assert on_clock(trace, "passes") == trace
+
+
+def test_runs_of_equal_seconds_end_with_the_batch_under_way():
+    reference = {0: [[0, 8.0], [10.1, 4.0]]}
+    *_, last = relative_curve({0: [[0, 8.0], [10.5, 5.0]]}, reference, clock="seconds")
+    assert (last["seconds"], last["mean"]) == (10.5, pytest.approx(25))
+    assert len(relative_curve({0: [[0, 8.0], [12.0, 5.0]]}, reference, clock="seconds")) == 1
 
 
 def test_a_learning_curve_over_epochs_ends_with_what_was_reached(tmp_path):

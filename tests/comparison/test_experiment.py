@@ -92,6 +92,13 @@ def test_what_a_comparison_decides_is_refused_to_the_runs():
         complete_flags(["--max_passes", "9", "--max_steps", "3"], "passes", 10)
     with pytest.raises(ValueError, match="--max_passes cannot be used with --match batches"):
         complete_flags(["--max-passes", "9"], "batches", 10)
+    with pytest.raises(ValueError, match="--max_seconds cannot be used with --match passes.* --match seconds goes"):
+        complete_flags(["--max_seconds", "60"], "passes", 10)
+    with pytest.raises(ValueError, match="--match seconds needs the budget of each run. Give --max_seconds N after"):
+        complete_flags([], "seconds", 10)
+    for flag in ("--max_passes", "--max_steps"):
+        with pytest.raises(ValueError, match=f"{flag} cannot be used with --match seconds"):
+            complete_flags(["--max_seconds", "60", flag, "9"], "seconds", 10)
     with pytest.raises(
         ValueError, match="--do_eval False cannot be used: a comparison trains and evaluates every run"
     ):
@@ -112,6 +119,10 @@ def test_flags_that_are_given_are_left_alone(tmp_path):
         complete_flags(["--max_passes", "9", "--load_best_model_at_end", "--save_steps", "3"], "passes", 10)
     best = given_flags(complete_flags(["--max_passes", "9", "--load_best_model_at_end"], "passes", 4))
     assert (best["--eval_steps"], best["--save_steps"], best["--save_strategy"]) == (["0.25"], ["0.25"], ["steps"])
+    seconds = given_flags(complete_flags(["--max_seconds", "60"], "seconds", 4))
+    assert (seconds["--eval_passes"], seconds["--save_passes"]) == (["0.25"], ["0.1"])
+    best = given_flags(complete_flags(["--max_seconds", "60", "--load_best_model_at_end"], "seconds", 4))
+    assert (best["--eval_passes"], best["--save_strategy"], best["--save_passes"]) == (["0.25"], ["best"], ["0.1"])
     once = given_flags(complete_flags(["--max_passes", "9"], "passes", 1))
     assert once["--eval_strategy"] == ["no"]
     assert "--eval_passes" not in once, "1.0 would be every pass"
@@ -145,6 +156,16 @@ def test_an_arm_may_stop_early_and_a_seed_may_have_data_of_its_own():
             "--schedulers baseline:max_passes=9: --max_passes must be",
         ),
         ({"tune": {"max_passes": ["8", "20"]}, "tune_seeds": [0]}, "--tune: --max_passes 20 must be at most 12"),
+        (
+            {"tune": {"max_seconds": ["8", "20"]}, "tune_seeds": [0], "flags": ["--max_seconds", "9"]}
+            | {"match": "seconds"},
+            "--tune: --max_seconds 20 must be at most 9",
+        ),
+        ({"arms": [parse_arm("abr:max_seconds=9")]}, "--schedulers abr:max_seconds=9: --max_seconds must be the same"),
+        (
+            {"match": "seconds", "flags": ["--max_seconds", "9"], "jobs": 2},
+            "--jobs 2 cannot be used with --match seconds: runs at the same time slow each other down.",
+        ),
         (
             {"arms": [parse_arm("abr:output_dir=x")]},
             "--schedulers abr:output_dir=x: --output_dir cannot be set for the runs",
@@ -443,11 +464,12 @@ def test_flags_of_the_runs_without_dashes_before_them_are_told_apart(capsys):
 
 def test_the_share_that_is_done_is_read_off_the_trace(tmp_path):
     trace = tmp_path / "abr_trace.jsonl"
-    facts = {"max_passes": None, "max_steps": -1, "epochs": 2.0}
+    facts = {"max_passes": None, "max_seconds": None, "max_steps": -1, "epochs": 2.0}
     assert share_done(trace, facts) == 0
-    trace.write_text('{"passes": 3.0, "step": 2, "epoch": 0.5}\n')
+    trace.write_text('{"passes": 3.0, "step": 2, "epoch": 0.5, "progress": 0.4}\n')
     assert share_done(trace, {**facts, "max_passes": 12}) == 0.25
     assert share_done(trace, {**facts, "max_steps": 4}) == 0.5
+    assert share_done(trace, {**facts, "max_seconds": 60, "max_steps": 4}) == 0.4
     assert share_done(trace, facts) == 0.25
 
 
@@ -687,6 +709,47 @@ def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hi
     assert "It cannot show that repeating pays" in report
     assert "It spent 2.0 times the passes." in report
     assert re.search(r"\*\*One seed\*\*: With fixed:2, \w+ perplexity is", report)
+
+
+@pytest.mark.slow
+def test_equal_seconds_are_compared_over_seconds_and_an_interrupted_run_goes_on_in_them(quick, tmp_path):
+    out = tmp_path / "cmp"
+    rest = [*quick[:-2], "--max_seconds", "3", "--save_steps", "2"]
+    options = ["--match", "seconds", "--seeds", "1", "--evaluations", "3"]
+    data = compare(out, rest, *options, schedulers=["baseline", "fixed:2"])
+    assert data["match"] == "seconds"
+    once, twice = (arm["cost"] for arm in data["arms"])
+    for run in data["runs"]:
+        before, last = list(read_lines(out / run["directory"] / "abr_trace.jsonl"))[-2:]
+        assert before["progress"] < 1
+        assert 0 <= last["learning_rate"] <= 2e-3 * (1 - before["progress"])
+        assert run["cost"]["seconds"] >= 3
+    assert twice["repeats"] > 1 >= once["repeats"]
+    for arm in data["arms"]:
+        (start, *_), (*_, end) = [[point["seconds"] for point in arm["curve"]]] * 2
+        assert (start, end) == (0, pytest.approx(arm["cost"]["seconds"]))
+        assert sum(point["batches"] for point in arm["over_time"]) == arm["cost"]["batches"]
+        assert 0 < arm["over_time"][0]["seconds"] < arm["over_time"][-1]["seconds"] < 1.5 * end
+    (point, *_) = data["arms"][1]["relative_curve"]
+    assert (point["seconds"], point["mean"]) == (0, 0)
+    report = (out / "report.md").read_text()
+    assert "All runs had the same time, 3 seconds of training" in report
+    assert "Seconds depend on the machine and on what else it does: these were taken on Linux" in report
+    assert "Validation perplexity against time" in report
+    assert "Equal passes are not equal compute" not in report
+
+    run = out / data["runs"][1]["directory"]
+    first, *later = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for left in [run / "all_results.json", run / "trainer_state.json", *later]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    spent = json.loads((first / "abr_state.json").read_text())["agreed_seconds"]
+    again = compare(out, rest, *options, schedulers=["baseline", "fixed:2"])
+    assert [each["resumed"] for each in again["runs"]] == [0, 1]
+    assert again["runs"][0] == data["runs"][0]
+    lines = list(read_lines(run / "abr_trace.jsonl"))
+    assert sum(line["seconds"] for line in lines) == pytest.approx(again["runs"][1]["cost"]["seconds"])
+    assert lines[2]["progress"] >= spent / 3
+    assert lines[-2]["progress"] < 1
 
 
 @pytest.mark.slow

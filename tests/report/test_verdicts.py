@@ -91,6 +91,18 @@ def test_what_took_more_compute_has_won_nothing():
     assert one[2].endswith("It spent 2.0 times the passes.")
 
 
+def test_equal_seconds_are_judged_whatever_they_bought():
+    slow = [arm(f"r{i}", BETTER) | {"cost": {"passes": 250.0, "seconds": 61.0}} for i in range(2)]
+    baseline = {"name": "baseline", "cost": {"passes": 100.0, "seconds": 60.0}, METRIC: {}}
+    data = {"metric": METRIC, "reference": "baseline", "match": "seconds", "against_controls": []}
+    first, one, _ = verdicts(data, [baseline, *slow])
+    assert first.text == "Yes: against baseline in equal time, r0 and r1 are better."
+    assert "times the" not in one.text
+    slow[0]["cost"]["seconds"] = 90.0
+    _, one, _ = verdicts(data, [baseline, *slow])
+    assert one.text.endswith("It spent 1.5 times the seconds.")
+
+
 def test_counts_are_written_as_counts_and_means_of_counts_with_a_decimal():
     data = copy.deepcopy(read_comparison(EXAMPLES[0]))
     for each in data["arms"]:

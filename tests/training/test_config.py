@@ -161,6 +161,19 @@ def test_published_and_robust_rules_have_their_own_sigmas():
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0."),
         (["--learning_rate", "-1"], "--learning_rate must be at least 0, got -1.0."),
         (["--max_passes", "0"], "--max_passes must be at least 1, got 0."),
+        (["--max_seconds", "0"], "--max_seconds must be at least 1, got 0."),
+        (["--max_seconds", "1.5"], "argument --max_seconds/--max-seconds: invalid int value: '1.5'"),
+        (["--max_passes", "9", "--max_seconds", "60"], "--max_passes 9 and --max_seconds 60: a run has one budget."),
+        (
+            ["--max_seconds", "60", "--logging_steps", "0.1"],
+            "--logging_steps 0.1 is a share of the batches, and --max_seconds does not tell how many they are. Give a "
+            "number of batches.",
+        ),
+        (
+            ["--max_seconds", "60", "--eval_strategy", "steps", "--eval_steps", "0.25"],
+            "Give a number of batches, or use --eval_passes 0.25, a share of the seconds.",
+        ),
+        (["--max_seconds", "60", "--save_steps", "0.5"], "or use --save_passes 0.5, a share of the seconds."),
         (["--seed", "-1"], "--seed must be a whole number from 0 to 4294967295, got -1."),
         (["--seed", "100000000000000000000"], "--seed must be a whole number from 0 to 4294967295, got 1000"),
         (["--seed", "1.5"], "argument --seed: invalid int value: '1.5'"),

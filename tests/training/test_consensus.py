@@ -9,15 +9,17 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainingArguments
 
+from abr_trainer.training.budget import Budget
 from abr_trainer.training.consensus import Consensus
 from abr_trainer.training.held import Call
+from abr_trainer.training.ledger import ComputeLedger
 from abr_trainer.training.loss_scale import LossScale
 
 
 @pytest.fixture
 def consensus(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    return Consensus(args, Accelerator(cpu=True))
+    return Consensus(args, Accelerator(cpu=True), Budget(args, ComputeLedger()))
 
 
 def test_numbers_of_any_kind_are_summed_in_double_precision(consensus):
@@ -35,7 +37,7 @@ def micro_batch(targets, items):
 def test_losses_that_are_shares_of_the_batch_add_up(build, consensus):
     consensus.loss_scale = LossScale(adds_up=True)
     calls, losses = [micro_batch(3, items=4), micro_batch(1, items=4)], [torch.tensor(0.75), torch.tensor(0.5)]
-    assert consensus.begin_mean(build(), calls, losses, 7, torch.tensor(2))() == (1.25, [7.0, 2.0], [])
+    assert consensus.begin_mean(build(), calls, losses, 7, torch.tensor(2))() == (1.25, [7.0, 2.0], [], [])
 
 
 def test_losses_that_are_means_of_micro_batches_are_weighted_by_their_targets(build, consensus):

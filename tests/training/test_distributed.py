@@ -122,6 +122,18 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(two_ranks, tmp_
     assert_alike(*agreed(two_ranks, name), *alone(tmp_path, name, ranks=2))
 
 
+@pytest.mark.parametrize("name", ["seconds", "seconds, resumed"])
+def test_two_ranks_agree_on_the_seconds_of_which_one_rank_needs_more(two_ranks, name):
+    _, numbers = agreed(two_ranks, name)
+    assert numbers["spent"] >= 2
+    assert numbers["ledger"]["batches"] <= 2 / (4 * 0.02) + 2, "each batch waits for four rows of the slower rank"
+    assert numbers["learning_rate"][0] < 1e-2
+    assert numbers["learning_rate"] == sorted(numbers["learning_rate"], reverse=True)
+    lines = list(read_lines(next((two_ranks / name).rglob("abr_trace.jsonl"))))
+    assert max(line["waiting_seconds"] for line in lines) >= 4 * 0.02
+    assert max(line["repeats"] for line in lines) > 1
+
+
 def test_a_batch_is_without_targets_if_no_rank_has_any(two_ranks):
     path = next((two_ranks / "without targets").rglob("abr_trace.jsonl"))
     reasons = {batch["step"]: batch["reason"] for batch in read_lines(path)}

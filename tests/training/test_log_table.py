@@ -8,7 +8,7 @@ from abr_trainer.training.log_table import TITLES_EVERY, LogTable, Score, log_co
 
 NUMBERS = {
     "step": "12,345",
-    "passes": "23,456.7",
+    "spent": "23,456.7",
     "loss": "2.115",
     "score": "99,999.99",
     "updates": "2.00",

@@ -297,12 +297,13 @@ def test_a_stream_in_its_second_round_goes_on_where_it_stopped(train, tmp_path, 
     assert resumed.state.epoch == whole.state.epoch
 
 
-def test_a_budget_is_not_guessed(train, tmp_path):
-    options = {"repeat_scheduler": Scripted(2), "max_passes": 8, "save_strategy": "steps", "save_steps": 2}
-    train(output_dir=str(tmp_path / "run"), **options)
+@pytest.mark.parametrize("budget", ["max_passes", "max_seconds"])
+def test_a_budget_is_not_guessed(train, tmp_path, budget):
+    options = {"repeat_scheduler": Scripted(2), "save_strategy": "steps", "save_steps": 2}
+    train(output_dir=str(tmp_path / "run"), max_steps=2, **options)
     (tmp_path / "run" / "checkpoint-2" / "abr_state.json").unlink()
-    with pytest.raises(ValueError, match="has no abr_state.json: what it spent of --max_passes is unknown"):
-        train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), **options)
+    with pytest.raises(ValueError, match=f"has no abr_state.json: what it spent of --{budget} is unknown"):
+        train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), **options, **{budget: 8})
 
 
 def test_a_state_that_is_not_json_is_told(build):

@@ -29,6 +29,7 @@ from abr_trainer.schedulers import ConstantScheduler, ReplayScheduler, RowRule
 from abr_trainer.training.row_seams import RowsUnsupported
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token_rows, weights
 from tests.jobs import StopAfter
+from tests.training.test_clock import Slow
 
 IGNORED = -100
 
@@ -623,19 +624,20 @@ def test_a_rule_must_say_whether_to_train_on_a_row(build):
         build(trainer_options={"row_rule": Forgetful()}).train()
 
 
+@pytest.mark.parametrize("budget", ["max_passes", "max_seconds"])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_a_budget_without_room_for_a_second_first_pass_is_kept(train, accumulation):
+def test_a_budget_without_room_for_a_second_first_pass_is_kept(train, accumulation, budget):
     model, made = tiny_llama(), []
     model.get_input_embeddings().register_forward_hook(poison)
     model.register_forward_hook(lambda *_: made.append(1))
     scheduler = Scripted(1)
     ours = train(
         model=model,
-        data=rows_with_broken_ones(1),
+        data=Slow(rows_with_broken_ones(1), 0.3 if budget == "max_seconds" else 0.0),  # four before a pass
         repeat_scheduler=scheduler,
         trainer_options={"row_rule": Named()},
         gradient_accumulation_steps=accumulation,
-        max_passes=1,
+        **{budget: 1},
     )
     assert ours.ledger.forwards == len(made) == accumulation
     assert ours.ledger.passes <= 1

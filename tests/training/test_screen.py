@@ -59,6 +59,17 @@ def test_a_terminal_shows_lines_and_a_bar_that_is_gone_at_the_end(build):
     assert "{" not in text
 
 
+def test_under_a_budget_of_seconds_lines_and_bar_count_seconds(build):
+    trainer, text = shown(build, max_seconds=1, max_steps=6, repeat_scheduler=Scripted(2))
+    lines = plain(text).replace("\r", "\n").splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    (titles,) = [line.split() for line in lines if line.lstrip().startswith("step")]
+    assert titles[:2] == ["step", "seconds"]
+    assert any(re.match(r"training +[━╸╺ ]+ [\d.]+/1 seconds", line) for line in lines), "a bar"
+    last = [line.split() for line in lines if re.match(r" *\d+ +\d+\.\d ", line)][-1]
+    assert last[:2] == [str(trainer.state.global_step), f"{trainer.ledger.seconds:.1f}"]
+
+
 def test_a_file_gets_plain_lines_and_each_evaluation_beside_the_first(build, capsys):
     trainer, _ = shown(build, terminal=False)
     told = capsys.readouterr().out

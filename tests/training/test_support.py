@@ -91,7 +91,11 @@ def test_one_process_where_several_were_asked_for_is_told(tmp_path, monkeypatch,
         ({"optim": "galore_adamw_layerwise"}, "updates the weights inside the backward"),
         (
             {"max_passes": 5, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
-            "--max_passes makes the learning rate a function of the compute spent",
+            "--max_passes makes the learning rate a function of what is spent, which reduce_lr_on_plateau is not",
+        ),
+        (
+            {"max_seconds": 5, "lr_scheduler_type": "greedy", "eval_strategy": "epoch"},
+            "--max_seconds makes the learning rate a function of what is spent, which greedy is not",
         ),
     ],
 )

@@ -660,7 +660,7 @@ def test_evaluations_that_cannot_be_are_refused(build):
         build(eval_passes=0)
     with pytest.raises(ValueError, match="--save_passes must be positive, got -1"):
         build(save_passes=-1)
-    with pytest.raises(ValueError, match=r"--eval_passes 0.1 is a share of --max_passes, which is not given"):
+    with pytest.raises(ValueError, match=r"--eval_passes 0.1 is a share of the budget, and there is none"):
         build(eval_passes=0.1)
 
 
