@@ -22,7 +22,7 @@ NUMBERS = {
 
 
 def table(width, judges_rows=True, waits=False):
-    return LogTable(log_columns(Score(), 12_345, 23_456, judges_rows, waits), width)
+    return LogTable(log_columns(Score(), 12_345, 23_456, judges_rows, waits=waits), width)
 
 
 @pytest.mark.parametrize("waits", [False, True])
