@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -42,7 +43,7 @@ PAGE = ROOT / "docs" / "measure" / "rollouts.md"
 
 MODEL = "stories260k-hf"
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 ARMS: dict[str, Callable[[], RepeatScheduler]] = {
     "1": lambda: ConstantScheduler(1),
     "2": lambda: ConstantScheduler(2),
@@ -67,11 +68,13 @@ class Task:
     seconds: float
 
 
-LETTERS = Task("letters", "The number of letters `e` in a continuation of 96 tokens", tokens=96, seconds=40)
+WORDS = Task(
+    "words", "The number of different words with an `e` in a continuation of 96 tokens", tokens=96, seconds=30
+)
 SUMS = Task(
     "sums", "1 for the right sum of two digits in the right form, 0.1 for the form alone", tokens=8, seconds=20
 )
-TASKS = (LETTERS, SUMS)
+TASKS = (WORDS, SUMS)
 
 BEGINNINGS = ("Once upon a time", "One day", "Lily and Ben", "The dog", "Tom was", "There was a", "She saw", "The sun")
 
@@ -95,8 +98,8 @@ def prompts_of(task: Task) -> Dataset:
     return Dataset.from_list([{"prompt": each, "answer": ""} for each in BEGINNINGS])
 
 
-def count_e(completions: Sequence[str], **_: Any) -> list[float]:
-    return [float(text.count("e")) for text in completions]
+def count_words(completions: Sequence[str], **_: Any) -> list[float]:
+    return [float(len({word for word in re.findall("[a-z]+", text.lower()) if "e" in word})) for text in completions]
 
 
 def judge_sum(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
@@ -165,7 +168,7 @@ def run(case: Case, models: Path, seconds: float | None = None) -> dict[str, Any
     task = case.task
     set_seed(case.seed)
     rewards: list[float] = []
-    judge = judge_sum if task is SUMS else count_e
+    judge = judge_sum if task is SUMS else count_words
 
     def reward(completions: Sequence[str], **given: Any) -> list[float]:
         found = judge(completions, **given)
