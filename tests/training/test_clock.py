@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from transformers import TrainerCallback
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from abr_trainer import RepeatScheduler
 from tests.conftest import Scripted, Stream, token_rows
