@@ -44,6 +44,12 @@ BECAUSE = {
     "warmup": "the rule has not learnt enough yet, and follows a simple rule until then",
     "budget": "the budget left room for no more",
     "window": "the rule goes by the trend of the last losses and by where this one lies among them",
+    "waiting": "after one pass, training would wait {wait after one pass:.3g} s for the next batch, and a pass takes "
+    "{a pass takes:.3g} s",
+    "ready": "after one pass, training would wait {wait after one pass:.3g} s for the next batch, less than the "
+    "{a pass takes:.3g} s of a pass",
+    "unmeasured": "the rule has not measured enough waits yet, and trains on each batch once until then",
+    "followed": "the run follows the trace of another one, which says so",
     "gain": "the rule compares what a second pass gains with what a fresh batch gains",
 }
 """Why, by the reason that the trace gives; in braces what the rule weighed. Numbers say the rest."""

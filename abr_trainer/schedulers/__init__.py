@@ -6,6 +6,7 @@ from .base import BatchTimes, Observation, Outcome, RepeatScheduler, WrappedSche
 from .constant import ConstantScheduler
 from .deferred import ReplayScheduler
 from .easy import EasySkip
+from .following import FollowScheduler
 from .gain import GainScheduler
 from .gradients import GradNormSkip
 from .learnable import LearnableScheduler
@@ -27,6 +28,7 @@ from .rows import Row, RowRule
 from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
 from .uniform import UniformScheduler
+from .waiting import WaitScheduler
 from .window import WindowScheduler
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "ClassicOutlierSkip",
     "ConstantScheduler",
     "EasySkip",
+    "FollowScheduler",
     "GainScheduler",
     "GradNormSkip",
     "LearnableScheduler",
@@ -53,6 +56,7 @@ __all__ = [
     "RowRule",
     "ThresholdScheduler",
     "UniformScheduler",
+    "WaitScheduler",
     "WindowScheduler",
     "WrappedScheduler",
     "build_row_rule",

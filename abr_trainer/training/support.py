@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
+
+from ..records.files import TRACE_NAME
+from ..schedulers import FollowScheduler
 
 ENGINES = {
     DistributedType.MEGATRON_LM: "Megatron-LM runs its own forward-backward",
@@ -59,6 +63,7 @@ def refuse_unsupported(trainer: Any, budget: int | None) -> None:
                 f"Batch repetition does not work here: {reason}. Use plain TrainingArguments, or change that."
             )
     refuse_pushing_inputs(args, trainer.repeat_scheduler)
+    refuse_own_trace(args, trainer.repeat_scheduler)
     if "grad_norm" in trainer.repeat_scheduler.wants:
         refuse_gradient_norm(trainer, engine)
     if budget is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
@@ -84,6 +89,21 @@ def refuse_pushing_inputs(args: Any, scheduler: Any) -> None:
         raise ValueError(
             f"--hub_strategy {strategy} would push training data: the rule keeps batches to train on again in each "
             "checkpoint. Use --hub_strategy every_save or end."
+        )
+
+
+def refuse_own_trace(args: Any, scheduler: Any) -> None:
+    """Refuse to follow a trace that this run would write over, or delete."""
+    while (inner := getattr(scheduler, "inner", None)) is not None:
+        scheduler = inner
+    if not isinstance(scheduler, FollowScheduler):
+        return
+    followed, directory = scheduler.path.resolve(), Path(args.output_dir).resolve()
+    is_deleted = getattr(args, "overwrite_output_dir", False) and directory in followed.parents
+    if followed == directory / TRACE_NAME or is_deleted:
+        raise ValueError(
+            f"--trace {scheduler.trace} is in --output_dir {args.output_dir}, where this run writes its own trace. "
+            "Use another --output_dir, or move the trace."
         )
 
 
