@@ -4,8 +4,8 @@
     python benchmarks/waiting.py --data DIR --models DIR --quick     # a minute, into --out
     python benchmarks/waiting.py --table                             # the page, made of benchmarks/results alone
 
-DIR of the data holds `wikitext2/wiki.{train,test}.tokens`; DIR of the models `stories260k-hf`. All runs are made in
-this process, one after the other, all cases of a seed before the next seed. Each is written to
+DIR of the data holds `wikitext2/wiki.{train,test}.tokens`; DIR of the models `stories260k-hf`. `--jobs` runs are made
+at a time, since they mostly sleep; all cases of a seed begin before the next seed. Each is written to
 benchmarks/results/waiting.json when it is finished, and the same command goes on where it was stopped. The page is
 docs/measure/waiting.md: the tables go between its marks.
 
@@ -20,6 +20,7 @@ Two sources, both a real HTTP server on this machine, with `datasets` streaming 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import copy
 import functools
 import gzip
@@ -36,13 +37,12 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
 import transformers
 from effectiveness import blocks_of, difference, texts_of
-from peft import LoraConfig, get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
@@ -57,14 +57,14 @@ PAGE = ROOT / "docs" / "measure" / "waiting.md"
 BEGIN, END = "<!-- begin: made by benchmarks/waiting.py --table -->", "<!-- end -->"
 
 MODEL = "stories260k-hf"
-BLOCK, ROWS = 128, 8
-PASS = 0.15
-"""Seconds that a forward is filled up to, so that passes take equally long whatever else the machine does."""
-LEARNING_RATE = 2e-3
+BLOCK, ROWS = 64, 4
+FORWARD, BACKWARD = 0.35, 0.45
+"""Seconds that the parts of a pass are filled up to, so that it takes as long whatever else the machine does."""
+LEARNING_RATE = 1e-3
 SEEDS = (0, 1, 2, 3, 4)
 WAITS = {"stream": (0, 1, 2, 4), "request": (1, 2, 4)}
-CHUNK = 2048
-"""Bytes of JSON that `datasets` reads at once: about a batch. By default it reads 10 MB, and waits for all of them."""
+CHUNK = 512
+"""Bytes of JSON that `datasets` reads at once: less than a batch. By default it reads 10 MB, and waits for all."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,15 @@ class Case:
     seconds: float
     seed: int
 
+    @property
+    def name(self) -> str:
+        return "-".join([self.source, str(self.wait), self.arm.replace(" ", ""), str(self.seed)])
+
 
 def arms_at(wait: int) -> list[str]:
     """Return the arms for a wait of so many passes, each once."""
-    return list(dict.fromkeys(["baseline", "wait", *[f"fixed {repeats}" for repeats in (1 + wait, 2) if repeats > 1]]))
+    fixed = [f"fixed {repeats}" for repeats in (2, 1 + wait) if repeats > 1]
+    return list(dict.fromkeys(["baseline", *fixed, "wait"]))
 
 
 def cases(seconds: float, seeds: Sequence[int]) -> Iterator[Case]:
@@ -95,6 +100,8 @@ def cases(seconds: float, seeds: Sequence[int]) -> Iterator[Case]:
         for source, waits in WAITS.items():
             for wait in waits:
                 for arm in arms_at(wait):
+                    if source == "request" and arm not in ("baseline", "fixed 2", "wait"):
+                        continue  # there, fixed 1 + wait and wait do the same
                     yield Case(source, wait, arm, seconds, seed)
 
 
@@ -102,15 +109,19 @@ def cases(seconds: float, seeds: Sequence[int]) -> Iterator[Case]:
 
 
 class Slow(http.server.SimpleHTTPRequestHandler):
-    """Send `/rate/BYTES_PER_SECOND/file` slowly, and parts of `/delay/SECONDS/file` late."""
+    """Send `/rate/BYTES_PER_SECOND/NAME/file` slowly, and parts of `/delay/SECONDS/NAME/file` late.
+
+    Once it is asked for `/release/0/NAME/file`, it sends the rest of what goes by that name at once.
+    """
 
     protocol_version = "HTTP/1.1"
+    released: ClassVar[set[str]] = set()
 
     def do_HEAD(self) -> None:
         self._begin(self._file().stat().st_size)
 
     def do_GET(self) -> None:
-        kind, value, _ = self.path.strip("/").split("/", 2)
+        kind, value, name, _ = self.path.strip("/").split("/")
         content = self._file().read_bytes()
         if kind == "delay":
             start, _, stop = self.headers["Range"].removeprefix("bytes=").partition("-")
@@ -121,8 +132,11 @@ class Slow(http.server.SimpleHTTPRequestHandler):
             return
         self._begin(len(content))
         started, sent = time.monotonic(), 0
+        if kind == "release":
+            self.released.add(name)
         while sent < len(content):
-            due = len(content) if value == "inf" else int(float(value) * (time.monotonic() - started)) + 1
+            is_fast = value == "inf" or name in self.released
+            due = len(content) if is_fast else int(float(value) * (time.monotonic() - started)) + 1
             if due > sent:
                 self.wfile.write(content[sent:due])
                 self.wfile.flush()
@@ -211,10 +225,10 @@ class Corpus:
         self.model = AutoModelForCausalLM.from_pretrained(models / MODEL, dtype=torch.float32)
         self.directory = directory
         blocks = blocks_of(texts_of("wikitext2", "test", data), self.tokenizer, BLOCK)
-        self.test = torch.tensor(random.Random(0).sample(blocks, 96))
+        self.test = torch.tensor(random.Random(0).sample(blocks, 192))
         self._lines = [line for line in texts_of("wikitext2", "train", data) if line.strip()]
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  # one corpus lives as long as the process
+    @functools.cache  # noqa: B019  # one corpus lives as long as the process
     def files(self, seed: int) -> tuple[Path, Path, float, float]:
         """Write the lines in the order of a seed, compressed and not; return both files and their bytes a batch."""
         lines = random.Random(seed).sample(self._lines, 6000)
@@ -228,53 +242,74 @@ class Corpus:
     def source(self, case: Case, port: int, one_pass: float) -> Source:
         whole, packed, of_whole, of_packed = self.files(case.seed)
         if case.source == "request":
-            url = f"http://127.0.0.1:{port}/delay/{case.wait * one_pass:.4f}/{whole.name}"
+            url = f"http://127.0.0.1:{port}/delay/{case.wait * one_pass:.4f}/{case.name}/{whole.name}"
             return Requested(self.tokenizer, url, round(of_whole), whole.stat().st_size)
         rate = of_packed / ((1 + case.wait) * one_pass) if case.wait else math.inf
-        return Streamed(self.tokenizer, f"http://127.0.0.1:{port}/rate/{rate:.1f}/{packed.name}")
+        return Streamed(self.tokenizer, f"http://127.0.0.1:{port}/rate/{rate:.1f}/{case.name}/{packed.name}")
 
 
 # ---- Runs ----
 
 
 class EndsAfter(TrainerCallback):
-    """End training when so many seconds are on the ledger."""
+    """End training when so many seconds are on the ledger, those of the first batch not counted.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+        release: What to ask the server for, so that a worker which waits for it can end too.
+
+    Attributes:
+        spent: Share of the seconds that is spent.
+    """
+
+    def __init__(self, seconds: float, release: str) -> None:
         self.seconds = seconds
-        self.trainer: Any = None
+        self.release = release
+        self.spent = 0.0
+        self._first: float | None = None
 
-    @property
-    def spent(self) -> float:
-        return 0.0 if self.trainer is None else min(1.0, self.trainer.ledger.seconds / self.seconds)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = control.should_training_stop or self.spent >= 1
-
-
-def fill_up(model: Any) -> list[Any]:
-    """Let each forward of a model in training take `PASS` seconds; return the handles."""
-    started = [0.0]
-
-    def begin(module: Any, args: Any, kwargs: Any) -> None:
-        started[0] = time.perf_counter()
-
-    def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        time.sleep(max(0.0, started[0] + PASS - time.perf_counter()))
-
-    return [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.register_forward_hook(end, with_kwargs=True),
-    ]
+    def on_outcome(self, args: Any, state: Any, control: Any, ledger: Any, **kwargs: Any) -> None:
+        self._first = ledger.seconds if self._first is None else self._first
+        self.spent = min(1.0, (ledger.seconds - self._first) / self.seconds)
+        if self.spent >= 1:
+            control.should_training_stop = True
+            if self.release:
+                urllib.request.urlopen(self.release).read()
 
 
-def train(case: Case, data: Any, corpus: Corpus, directory: str, **options: Any) -> Any:
+class PacedTrainer(ABRTrainer):
+    """Passes that take `FORWARD + BACKWARD` seconds, and a little for the update."""
+
+    _forward_began = _forward_ended = 0.0
+
+    def pace(self, model: Any) -> list[Any]:
+        """Return the handles of what fills up the forwards of a model."""
+
+        def begin(module: Any, args: Any, kwargs: Any) -> None:
+            self._fill(self._forward_ended + BACKWARD)  # of the pass before
+            self._forward_began = time.perf_counter()
+
+        def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            self._fill(self._forward_began + FORWARD)
+            self._forward_ended = time.perf_counter()
+
+        before = model.register_forward_pre_hook(begin, with_kwargs=True)
+        return [before, model.register_forward_hook(end, with_kwargs=True)]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._fill(self._forward_ended + BACKWARD)
+        return loss
+
+    def _fill(self, until: float) -> None:
+        time.sleep(max(0.0, until - time.perf_counter()))
+
+
+def train(case: Case, data: Any, corpus: Corpus, directory: str, release: str = "", **options: Any) -> Any:
     """Train until the seconds are spent, with a learning rate that falls linearly over them."""
     set_seed(case.seed)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(copy.deepcopy(corpus.model), lora)
+    model = copy.deepcopy(corpus.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    clock = EndsAfter(case.seconds)
+    clock = EndsAfter(case.seconds, release)
     name, _, repeats = case.arm.partition(" ")
     config = ABRConfig(
         output_dir=directory,
@@ -291,15 +326,14 @@ def train(case: Case, data: Any, corpus: Corpus, directory: str, **options: Any)
         disable_tqdm=True,
         **{"max_steps": 100_000, **options},
     )
-    trainer = ABRTrainer(
+    trainer = PacedTrainer(
         model=model,
         args=config,
         train_dataset=data,
         callbacks=[clock],
         optimizers=(optimizer, LambdaLR(optimizer, lambda _: 1 - clock.spent)),
     )
-    clock.trainer = trainer
-    handles = fill_up(model)
+    handles = trainer.pace(model)
     trainer.train()
     for handle in handles:
         handle.remove()
@@ -311,26 +345,28 @@ def measure_pass(corpus: Corpus) -> float:
     rows = [{"input_ids": block, "labels": block} for block in corpus.test] * 10
     with tempfile.TemporaryDirectory() as directory:
         case = Case("request", 0, "wait", math.inf, 0)
-        train(case, rows, corpus, directory, max_steps=30)
+        train(case, rows, corpus, directory, max_steps=15)
         return statistics.median(line["pass_seconds"] for line in list(read_lines(Path(directory, TRACE_NAME)))[5:])
 
 
 def run(case: Case, corpus: Corpus, port: int, one_pass: float) -> dict[str, Any]:
     """Train once, and return what it cost and how good the model is."""
     with tempfile.TemporaryDirectory() as directory:
-        trainer = train(case, corpus.source(case, port, one_pass), corpus, directory)
+        data = corpus.source(case, port, one_pass)
+        release = f"http://127.0.0.1:{port}/release/0/{case.name}/{corpus.files(case.seed)[1].name}"
+        trainer = train(case, data, corpus, directory, release if case.source == "stream" else "")
         trace = list(read_lines(Path(directory, TRACE_NAME)))
     ledger = trainer.ledger
-    timed = {"pass": [line["pass_seconds"] for line in trace if "pass_seconds" in line]} if case.arm == "wait" else {}
+    passes = [line["pass_seconds"] for line in trace if "pass_seconds" in line]
     return asdict(case) | {
         "nll": score(trainer.model, corpus.test),
         "batches": ledger.batches,
         "updates": ledger.updates,
-        "spent": round(ledger.seconds, 2),
-        "waited": round(ledger.waiting_seconds, 2),
+        "spent": round(sum(line["seconds"] for line in trace[1:]), 2),
+        "waited": round(sum(line["waiting_seconds"] for line in trace[1:]), 2),
         "repeats": [line["repeats"] for line in trace],
         "load": round(os.getloadavg()[0], 1),
-        **({"pass_seconds": round(statistics.median(timed["pass"]), 4)} if timed.get("pass") else {}),
+        **({"pass_seconds": round(statistics.median(passes), 4)} if passes else {}),
     }
 
 
@@ -351,7 +387,7 @@ def key_of(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 def table(runs: Sequence[Mapping[str, Any]], source: str) -> list[str]:
     """Return a line for each arm at each wait."""
     lines = [
-        "| wait, in passes | arm | fresh batches | updates | updates a batch | waiting | perplexity | beside baseline | |",
+        "| wait, in passes | arm | batches | updates | updates a batch | waiting | perplexity | beside baseline | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for wait in WAITS[source]:
@@ -387,7 +423,10 @@ def tables(results: Mapping[str, Any]) -> str:
     lines = [f"{len(runs)} runs of {results['seconds']:g} s, up to {len({entry['seed'] for entry in runs})} seeds."]
     lines += [f"A pass takes {results['pass_seconds']:.3f} s."]
     loads = [entry["load"] for entry in runs]
-    lines += [f"Other programs used the machine: a load of {min(loads)} to {max(loads)} on {results['cores']} cores.", ""]
+    lines += [
+        f"Other programs used the machine: a load of {min(loads)} to {max(loads)} on {results['cores']} cores.",
+        "",
+    ]
     titles = {"stream": "The source goes on while the model trains", "request": "The source waits for a request"}
     for source, title in titles.items():
         if any(entry["source"] == source for entry in runs):
@@ -415,8 +454,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--models", type=Path, help="directory of the models")
     parser.add_argument("--out", type=Path, default=Path("runs/waiting"), help="where --quick writes")
     parser.add_argument("--quick", action="store_true", help="few short runs, into --out instead of the results")
-    parser.add_argument("--seconds", type=float, default=20, help="of training in a run")
+    parser.add_argument("--seconds", type=float, default=80, help="of training in a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="run these only")
+    parser.add_argument("--jobs", type=int, default=10, help="runs at a time; they mostly sleep")
     parser.add_argument("--most", type=int, help="stop after so many runs")
     parser.add_argument("--table", action="store_true", help="write the tables of the page anew, and run nothing")
     args = parser.parse_args(argv)
@@ -444,11 +484,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         done = {key_of(entry) for entry in results["runs"]}
         wanted = list(cases(results["seconds"], args.seeds[:1] if args.quick else args.seeds))
         left = [case for case in wanted if key_of(asdict(case)) not in done][: args.most]
-        for number, case in enumerate(left, start=1):
-            entry = run(case, corpus, port, results["pass_seconds"])
-            results["runs"].append(entry)
-            write(results, path)
-            print(f"{number}/{len(left)}", json.dumps(entry), flush=True)
+        for seed in {case.seed for case in left}:
+            corpus.files(seed)
+        forked = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(args.jobs, forked) as pool:
+            begun = [pool.submit(run, case, corpus, port, results["pass_seconds"]) for case in left]
+            for number, done_run in enumerate(concurrent.futures.as_completed(begun), start=1):
+                results["runs"].append(done_run.result())
+                write(results, path)
+                print(f"{number}/{len(left)}", json.dumps(results["runs"][-1]), flush=True)
         server.terminate()
     if not args.quick:
         write_whole(PAGE, page(results))

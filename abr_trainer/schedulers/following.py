@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..records.files import TRACE_NAME
-from .base import Observation, Outcome, RepeatScheduler
+from .base import Observation, Outcome, RepeatScheduler, is_finite
 
 ALIKE = 1e-6
 """Relative difference from which a loss is not that of the trace. The same run has the same losses."""
@@ -54,7 +54,7 @@ class FollowScheduler(RepeatScheduler):
 
     trace: str = ""
     batches: int = field(init=False, repr=False, default=0)
-    """Batches finished."""
+    """Batches that are followed: up to the last one that had a finite loss."""
     differs: int | None = field(init=False, repr=False, default=None)
     """Step of the first batch whose first-pass loss is not that of the trace."""
     _plan: tuple[Done, ...] = field(init=False, repr=False, compare=False)
@@ -102,7 +102,7 @@ class FollowScheduler(RepeatScheduler):
         return self.done(observation.batch).replayed
 
     def held(self) -> Sequence[int]:
-        return sorted(self._held)
+        return sorted(index for index in self._held if self._last_use[index] >= self.batches)
 
     def evidence(self, observation: Observation) -> dict[str, float]:
         numbers: dict[str, float] = {"batches in the trace": len(self._plan)}
@@ -120,15 +120,14 @@ class FollowScheduler(RepeatScheduler):
 
     def observe(self, outcome: Outcome) -> None:
         batch = outcome.observation.batch
-        self.batches = batch + 1
-        if batch >= len(self._plan):
+        if batch >= len(self._plan) or not is_finite(outcome):
             return
-        done = self._plan[batch]
-        if self.differs is None and not _alike(done.loss, outcome.observation.loss):
+        self.batches = batch + 1
+        if self.differs is None and not math.isclose(self._plan[batch].loss, outcome.observation.loss, rel_tol=ALIKE):
             self.differs = self.batches
-        if self._last_use.get(batch, -1) > batch:
+        if batch in self._last_use:
             self._held.add(batch)
-        self._held -= {index for index in done.replayed if self._last_use[index] == batch}
+        self._held = set(self.held())
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches, "differs": self.differs, "followed": self._checksum(self.batches)}
@@ -194,12 +193,6 @@ def read_plan(path: Path, changed: int, size: int) -> tuple[Done, ...]:
     if not plan:
         raise ValueError(f"--trace: {path} holds no batch.")
     return tuple(plan)
-
-
-def _alike(expected: float, loss: float) -> bool:
-    if not math.isfinite(expected) or not math.isfinite(loss):
-        return math.isfinite(expected) == math.isfinite(loss)
-    return math.isclose(expected, loss, rel_tol=ALIKE)
 
 
 def _done(entry: dict[str, Any]) -> Done:

@@ -96,7 +96,7 @@ def refuse_own_trace(args: Any, scheduler: Any) -> None:
     """Refuse to follow a trace that this run would write over, or delete."""
     while (inner := getattr(scheduler, "inner", None)) is not None:
         scheduler = inner
-    if not isinstance(scheduler, FollowScheduler):
+    if not isinstance(scheduler, FollowScheduler) or args.output_dir is None:
         return
     followed, directory = scheduler.path.resolve(), Path(args.output_dir).resolve()
     is_deleted = getattr(args, "overwrite_output_dir", False) and directory in followed.parents
