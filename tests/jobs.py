@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from abr_trainer.schedulers import (
     RobustOutlierSkip,
     RowRule,
     ThresholdScheduler,
+    WaitScheduler,
 )
 from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.generation import continue_over_ranks
@@ -183,6 +185,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "baseline": {"gradient_accumulation_steps": 2, "trainer": "baseline"},
     "asking": {"gradient_accumulation_steps": 2, "trainer": "asking"},
     "asking but for the gradient": {"gradient_accumulation_steps": 2, "trainer": "asking but for the gradient"},
+    "waiting for one rank": {"trainer": "waiting"},
     "LoRA": {"gradient_accumulation_steps": 2, "model": "lora"},
     "LoRA, checkpointed": {"gradient_accumulation_steps": 2, "model": "lora", "gradient_checkpointing": True},
     "FSDP2": fsdp(2),
@@ -274,6 +277,20 @@ class AsksForAll(ReplayScheduler):
         return losses[-2] - losses[-1] > 0.02 and accuracy < 0.5
 
 
+class SlowOnOneRank(torch.utils.data.Dataset):
+    """Rows that the second rank alone has to wait for."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        time.sleep(0.15 if os.environ["RANK"] == "1" else 0)
+        return self.rows[index]
+
+
 class AboveTheLast(RowRule):
     """Drop the rows whose loss is well above the mean of the batch before. Remembers what it was shown."""
 
@@ -342,6 +359,7 @@ def build_scenario(
         "asking": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=True)}),
         "asking but for the gradient": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=False)}),
         "rows": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(rule), "row_rule": AboveTheLast()}),
+        "waiting": (ABRTrainer, ABRConfig, {"repeat_scheduler": WaitScheduler(max_repeats=3)}),
         "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
         "stock": (Trainer, TrainingArguments, {}),
     }[trainer]
@@ -362,7 +380,7 @@ def build_scenario(
             **options,
             **QUIET,
         ),
-        train_dataset=data,
+        train_dataset=SlowOnOneRank(data) if trainer == "waiting" else data,
         eval_dataset=data[3:8],  # does not divide by two ranks: a row is given out twice
         **scheduler,
     )

@@ -62,7 +62,7 @@ RULES = {
     "wait": ({}, {}, lambda trace: max(repeats(trace)) > 1),
     "abr": (
         {"loss_threshold": 1.3},
-        {"max_passes": 70},
+        {"max_passes": 71},
         lambda trace: reasons(trace) >= {"threshold", "budget", "no targets"},
     ),
     "gain": (  # which is asked for five passes, and ends some of them early
