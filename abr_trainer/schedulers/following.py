@@ -18,6 +18,10 @@ ALIKE = 1e-6
 """Relative difference from which a loss is not that of the trace. The same run has the same losses."""
 
 
+class BadTrace(ValueError):
+    """A trace that cannot be followed, or no further; the message says which, and what to do."""
+
+
 class Done(NamedTuple):
     """What a run has done with one batch.
 
@@ -64,10 +68,10 @@ class FollowScheduler(RepeatScheduler):
     def __post_init__(self) -> None:
         self.trace = str(self.trace)
         if not self.trace:
-            raise ValueError(f"--repeat_scheduler follow needs --trace: the {TRACE_NAME} of a run, or its directory.")
+            raise BadTrace(f"--repeat_scheduler follow needs --trace: the {TRACE_NAME} of a run, or its directory.")
         if not self.path.is_file():
             what = f"holds no {TRACE_NAME}" if Path(self.trace).is_dir() else "does not exist"
-            raise ValueError(f"--trace {self.trace} {what}. Give the {TRACE_NAME} of a run, or its directory.")
+            raise BadTrace(f"--trace {self.trace} {what}. Give the {TRACE_NAME} of a run, or its directory.")
         version = self.path.stat()
         self._plan = read_plan(self.path, version.st_mtime_ns, version.st_size)
         # In the order of batches, so that the last one counts.
@@ -85,10 +89,10 @@ class FollowScheduler(RepeatScheduler):
         """Return what was done with a batch.
 
         Raises:
-            ValueError: The trace has no such batch.
+            BadTrace: The trace has no such batch.
         """
         if batch >= len(self._plan):
-            raise ValueError(
+            raise BadTrace(
                 f"--trace {self.trace} has {len(self._plan)} batches, and this run has a batch {batch + 1}. Train on "
                 f"fewer, with --max_steps {len(self._plan)}, or follow a longer run."
             )
@@ -136,11 +140,11 @@ class FollowScheduler(RepeatScheduler):
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: The trace has changed since.
+            BadTrace: The trace has changed since.
         """
         self.batches, self.differs = state["batches"], state["differs"]
         if self._checksum(self.batches) != state["followed"]:
-            raise ValueError(
+            raise BadTrace(
                 f"--trace {self.trace} has changed: its first {self.batches} batches are not those that this run has "
                 "followed. Restore the file, or start again in another --output_dir."
             )
@@ -160,16 +164,16 @@ def read_plan(path: Path, changed: int, size: int) -> tuple[Done, ...]:
         size: Of the file, in bytes.
 
     Raises:
-        ValueError: It cannot be read, is incomplete, or lacks a batch.
+        BadTrace: It cannot be read, is incomplete, or lacks a batch.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--trace: {path} cannot be read: {error}.") from None
+        raise BadTrace(f"--trace: {path} cannot be read: {error}.") from None
     plan: list[Done] = []
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
-            raise ValueError(
+            raise BadTrace(
                 f"--trace: {path} is cut off in line {number}: the run was killed while it wrote. Resume that run, or "
                 "delete this line."
             )
@@ -177,21 +181,21 @@ def read_plan(path: Path, changed: int, size: int) -> tuple[Done, ...]:
             entry = json.loads(line)
             step, done = entry["step"], _done(entry)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
+            raise BadTrace(
                 f"--trace: line {number} of {path} is no batch of a trace: {line.strip()[:60]!r}."
             ) from None
         if step != number:
-            raise ValueError(
+            raise BadTrace(
                 f"--trace: line {number} of {path} is batch {step}, and should be batch {number}. A trace has each "
                 "batch once, in order."
             )
         if late := [index + 1 for index in done.replayed if not 0 <= index < number - 1]:
-            raise ValueError(
+            raise BadTrace(
                 f"--trace: in {path}, batch {number} comes back to batch {late[0]}, which is not before it."
             )
         plan.append(done)
     if not plan:
-        raise ValueError(f"--trace: {path} holds no batch.")
+        raise BadTrace(f"--trace: {path} holds no batch.")
     return tuple(plan)
 
 
