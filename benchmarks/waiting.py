@@ -20,7 +20,6 @@ Two sources, both a real HTTP server on this machine, with `datasets` streaming 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import copy
 import functools
 import gzip
@@ -28,6 +27,7 @@ import http.server
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import statistics
@@ -372,6 +372,26 @@ def run(case: Case, corpus: Corpus, port: int, one_pass: float) -> dict[str, Any
     }
 
 
+def several(cases: Sequence[Case], jobs: int, corpus: Corpus, port: int, one_pass: float) -> Iterator[dict[str, Any]]:
+    """Make so many runs at a time, each in a process of its own, and yield what they return."""
+    forked = multiprocessing.get_context("fork")
+    left, working = list(cases), {}
+    while left or working:
+        while left and len(working) < jobs:
+            receiver, sender = forked.Pipe(duplex=False)
+            process = forked.Process(target=_send_run, args=(sender, left.pop(0), corpus, port, one_pass))
+            process.start()
+            sender.close()
+            working[receiver] = process
+        for receiver in multiprocessing.connection.wait(list(working)):
+            yield receiver.recv()
+            working.pop(receiver).join()
+
+
+def _send_run(sender: Any, *arguments: Any) -> None:
+    sender.send(run(*arguments))
+
+
 @torch.no_grad()
 def score(model: Any, blocks: torch.Tensor) -> float:
     """Return the nll per token."""
@@ -486,15 +506,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         left = [case for case in wanted if key_of(asdict(case)) not in done][: args.most]
         for seed in {case.seed for case in left}:
             corpus.files(seed)
-        forked = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(args.jobs, forked) as pool:
-            begun = [pool.submit(run, case, corpus, port, results["pass_seconds"]) for case in left]
-            for number, done_run in enumerate(concurrent.futures.as_completed(begun), start=1):
-                entry = done_run.result()
-                if is_valid := entry["pass_seconds"] <= MOST_SLOWER * results["pass_seconds"]:
-                    results["runs"].append(entry)
-                    write(results, path)
-                print(f"{number}/{len(left)}", "kept" if is_valid else "discarded", json.dumps(entry), flush=True)
+        for number, entry in enumerate(several(left, args.jobs, corpus, port, results["pass_seconds"]), start=1):
+            if is_valid := entry["pass_seconds"] <= MOST_SLOWER * results["pass_seconds"]:
+                results["runs"].append(entry)
+                write(results, path)
+            print(f"{number}/{len(left)}", "kept" if is_valid else "discarded", json.dumps(entry), flush=True)
         server.terminate()
     if not args.quick:
         write_whole(PAGE, page(results))
