@@ -18,9 +18,6 @@ LEAST_HISTORY = 5
 NEGLIGIBLE = 0.05
 """Share of a pass. A shorter wait counts as none, and a pass that is longer than a wait by that much still fits."""
 
-ONE_IN = 10
-"""Of so many waits, the longest counts as the next longest: loaders start, and machines have hiccups."""
-
 
 class Sample(NamedTuple):
     """Times of one batch.
@@ -42,7 +39,7 @@ class WaitScheduler(RepeatScheduler):
 
     `repeats = 1 + floor(wait / pass)`, at most `max_repeats`. `wait` is what a batch with one pass would have waited,
     and `pass` the median time of a pass, both over the last `window` batches. `wait` is a mean, because loaders often
-    deliver several batches at once. The longest of ten waits counts as the next longest.
+    deliver several batches at once. The longest wait counts as the next longest: an epoch or a worker has begun.
 
     Without workers, nothing is loaded during a pass: `wait` is what was waited. With workers, repeats hide the wait
     that they fill, so the further passes are added to it. Where nothing is left to wait, the loader keeps up, and may
@@ -74,11 +71,9 @@ class WaitScheduler(RepeatScheduler):
         return statistics.median(sample.one_pass for sample in self.history)
 
     def mean_wait(self) -> float:
-        """Return the mean wait, in seconds; of each ten, the longest counts as the next longest."""
-        waits = sorted(sample.waiting for sample in self.history)
-        left_out = math.ceil(len(waits) / ONE_IN)
-        most = waits[-left_out - 1]
-        return statistics.fmean(min(wait, most) for wait in waits)
+        """Return the mean wait, in seconds; the longest counts as the next longest."""
+        *others, _ = sorted(sample.waiting for sample in self.history)
+        return statistics.fmean([*others, others[-1]])
 
     def wait_after_one_pass(self) -> float:
         """Return what a batch with one pass would have waited, in seconds."""

@@ -120,10 +120,10 @@ def test_a_pass_less_is_tried_where_the_loader_keeps_up():
     assert rule.decide(seen(3.0)) == 4
 
 
-def test_the_longest_of_ten_waits_counts_as_the_next_longest():
+def test_the_longest_wait_counts_as_the_next_longest():
     rule = told(WaitScheduler(), *[(0.1, 0.0, 1)] * 9, (60.0, 0.0, 1))
     assert rule.mean_wait() == pytest.approx(0.1)
-    rule = told(WaitScheduler(), *[(0.0, 0.0, 1)] * 8, (6.0, 0.0, 1), (60.0, 0.0, 1))
+    rule = told(WaitScheduler(), *[(0.0, 0.0, 1)] * 8, (6.0, 0.0, 1), (60.0, 0.0, 1))  # two in ten are no accident
     assert rule.mean_wait() == pytest.approx((6.0 + 6.0) / 10)
 
 
@@ -173,7 +173,7 @@ def test_with_a_worker_repeats_cost_hardly_any_fresh_batch(period, noise):
     loader, plain = Loader(period, noise=noise), Loader(period, noise=noise)
     trained(WaitScheduler(), loader)
     trained(WaitScheduler(max_repeats=1), plain)
-    assert loader.now < 1.03 * plain.now
+    assert loader.now < 1.05 * plain.now
 
 
 @pytest.mark.parametrize("works_on", [True, False])
@@ -188,7 +188,7 @@ def test_neither_the_start_of_epochs_nor_hiccups_cause_repeats(works_on):
     assert set(trained(WaitScheduler(), loader)) == {1}
 
 
-@pytest.mark.parametrize("burst", [2, 4, 6])
+@pytest.mark.parametrize("burst", [2, 4, 6, 8])
 def test_batches_that_come_several_at_once_count_by_their_mean(burst):
     """As from as many workers that began at the same time: the first of them is waited for, the others are there."""
     assert set(trained(WaitScheduler(), Loader(2.5, burst=burst))[50:]) == {2}
