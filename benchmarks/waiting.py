@@ -427,7 +427,9 @@ def table(runs: Sequence[Mapping[str, Any]], source: str) -> list[str]:
             against, said = "", ""
             if arm != "baseline" and (seeds := sorted(found.keys() & arms["baseline"].keys())):
                 by_seed = paired([found[seed]["nll"] - arms["baseline"][seed]["nll"] for seed in seeds])
-                against, said = difference(by_seed), verdict(by_seed, len(seeds))
+                one = f"{by_seed['mean']:+.4f}, {100 * math.expm1(by_seed['mean']):+.1f} % (one seed)"
+                against = one if len(seeds) == 1 else difference(by_seed)
+                said = verdict(by_seed, len(seeds))
             cells = [
                 f"{wait}",
                 arm,
