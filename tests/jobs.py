@@ -52,6 +52,7 @@ from abr_trainer.schedulers import (
     RobustOutlierSkip,
     RowRule,
     ThresholdScheduler,
+    WaitScheduler,
 )
 from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.generation import continue_over_ranks
@@ -184,6 +185,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "baseline": {"gradient_accumulation_steps": 2, "trainer": "baseline"},
     "asking": {"gradient_accumulation_steps": 2, "trainer": "asking"},
     "asking but for the gradient": {"gradient_accumulation_steps": 2, "trainer": "asking but for the gradient"},
+    "waiting for one rank": {"trainer": "waiting"},
     "LoRA": {"gradient_accumulation_steps": 2, "model": "lora"},
     "LoRA, checkpointed": {"gradient_accumulation_steps": 2, "model": "lora", "gradient_checkpointing": True},
     "seconds": {"gradient_accumulation_steps": 2, "trainer": "seconds", "max_seconds": 2},
@@ -276,17 +278,21 @@ class AsksForAll(ReplayScheduler):
         return losses[-2] - losses[-1] > 0.02 and accuracy < 0.5
 
 
+SLOW = {"seconds": 0.02, "waiting": 0.15}
+"""Trainers of scenarios in which rows come late, and by how many seconds each."""
+
+
 class SlowOnSecondRank(torch.utils.data.Dataset):
     """Rows for which the second rank of two waits."""
 
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
+    def __init__(self, rows: list[Any], seconds: float) -> None:
+        self.rows, self.seconds = rows, seconds
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        time.sleep(0.02 * (os.environ.get("RANK") == "1"))
+        time.sleep(self.seconds * (os.environ.get("RANK") == "1"))
         return self.rows[index]
 
 
@@ -359,6 +365,7 @@ def build_scenario(
         "asking but for the gradient": (ABRTrainer, ABRConfig, {"repeat_scheduler": AsksForAll(sees_gradient=False)}),
         "seconds": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(rule)}),
         "rows": (ABRTrainer, ABRConfig, {"repeat_scheduler": SkipEveryFifth(rule), "row_rule": AboveTheLast()}),
+        "waiting": (ABRTrainer, ABRConfig, {"repeat_scheduler": WaitScheduler(max_repeats=3)}),
         "baseline": (ABRTrainer, ABRConfig, {"repeat_scheduler": ConstantScheduler()}),
         "stock": (Trainer, TrainingArguments, {}),
     }[trainer]
@@ -379,7 +386,7 @@ def build_scenario(
             **options,
             **QUIET,
         ),
-        train_dataset=SlowOnSecondRank(data) if trainer == "seconds" else data,
+        train_dataset=SlowOnSecondRank(data, SLOW[trainer]) if trainer in SLOW else data,
         eval_dataset=data[3:8],  # does not divide by two ranks: a row is given out twice
         **scheduler,
     )

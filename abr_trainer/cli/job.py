@@ -16,6 +16,7 @@ from ..records.errors import BadRow, one_line, one_line_errors
 from ..records.files import read_json
 from ..report.samples import sample_lines
 from ..schedulers.base import BadDecision
+from ..schedulers.following import BadTrace
 from ..training.callbacks import last_evaluation
 from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig, setting
@@ -107,7 +108,7 @@ def _carry_out(
     with (
         replacing_previous_run(args),
         one_line_errors(
-            *(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint, RowsUnsupported, BadDecision)
+            *(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint, RowsUnsupported, BadDecision, BadTrace)
         ),
     ):
         if trainer.is_world_process_zero():

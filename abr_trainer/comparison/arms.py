@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.flags import given_flags
-from ..schedulers import SCHEDULERS, find_repeat_scheduler, get_repeat_scheduler
+from ..schedulers import SCHEDULERS, FollowScheduler, find_repeat_scheduler, get_repeat_scheduler
 from ..schedulers.registry import why_unread
 
 
@@ -50,10 +50,12 @@ class Arm:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the file with the user's own rule; empty for the rules of this package."""
-        if not self.rule or self.rule in SCHEDULERS:
-            return ""
-        file = inspect.getsourcefile(find_repeat_scheduler(self.rule))
+        """A digest of the file with the user's own rule, or of the trace that it follows; empty for other rules."""
+        file: str | Path | None = None
+        if self.rule == "follow" and self.parameters:
+            file = FollowScheduler(**json.loads(self.parameters)).path
+        elif self.rule and self.rule not in SCHEDULERS:
+            file = inspect.getsourcefile(find_repeat_scheduler(self.rule))
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
     @property

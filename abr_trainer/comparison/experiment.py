@@ -379,17 +379,19 @@ class Experiment:
         self._record({"launcher": self.launcher, "module": self.module})
 
     def _check_rules(self) -> None:
-        """Refuse to continue if the code of the user's own rule has changed: its runs would use two versions.
+        """Refuse to continue if the code of the user's own rule has changed, or a trace: runs would use two versions.
 
         Raises:
             ValueError: The file of a rule has changed since its first run.
         """
         before: dict[str, str] = self._recorded().get("rules", {})
-        now = {arm.rule: fingerprint for arm in self.arms if (fingerprint := arm.fingerprint)}
-        for arm in self.arms:
+        names = {arm: arm.name if arm.rule == "follow" else arm.rule for arm in self.arms}
+        now = {names[arm]: fingerprint for arm in self.arms if (fingerprint := arm.fingerprint)}
+        for arm, name in names.items():
             folder = self.out / "runs" / arm.folder
-            if folder.exists() and before.get(arm.rule, now.get(arm.rule)) != now.get(arm.rule):
-                raise ValueError(f"The code of {arm.rule} has changed. Give another --out, or remove {folder}.")
+            if folder.exists() and before.get(name, now.get(name)) != now.get(name):
+                what = "trace" if arm.rule == "follow" else "code"
+                raise ValueError(f"The {what} of {name} has changed. Give another --out, or remove {folder}.")
         self._record({"rules": before | now})
 
     def carry_out(self, with_controls: bool) -> None:

@@ -57,6 +57,12 @@ BECAUSE = {
     NO_ADVANTAGE: "all rewards of each group are equal: nothing can be learned from it",
     "cheap": "generating takes {share of generating:.0%} of the time, and the rule repeats from {least_share:.0%} on",
     "off policy": "its last update had moved the model too far from the one that generated it",
+    "waiting": "after one pass, training would wait {wait after one pass:.3g} s for the next batch, and a pass takes "
+    "{a pass takes:.3g} s",
+    "ready": "after one pass, training would wait {wait after one pass:.3g} s for the next batch, less than the "
+    "{a pass takes:.3g} s of a pass",
+    "unmeasured": "the rule has not measured enough waits yet, and trains on each batch once until then",
+    "followed": "the run follows the trace of another one, which says so",
     "gain": "the rule compares what a second pass gains with what a fresh batch gains",
 }
 """Why, by the reason that the trace gives; in braces what the rule weighed. Numbers say the rest."""

@@ -6,6 +6,7 @@ from .base import BatchTimes, Observation, Outcome, PolicyDrift, RepeatScheduler
 from .constant import ConstantScheduler
 from .deferred import ReplayScheduler
 from .easy import EasySkip
+from .following import FollowScheduler
 from .gain import GainScheduler
 from .gradients import GradNormSkip
 from .learnable import LearnableScheduler
@@ -28,6 +29,7 @@ from .rows import Row, RowRule
 from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
 from .uniform import UniformScheduler
+from .waiting import WaitScheduler
 from .window import WindowScheduler
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "ClassicOutlierSkip",
     "ConstantScheduler",
     "EasySkip",
+    "FollowScheduler",
     "GainScheduler",
     "GradNormSkip",
     "KLScheduler",
@@ -56,6 +59,7 @@ __all__ = [
     "RowRule",
     "ThresholdScheduler",
     "UniformScheduler",
+    "WaitScheduler",
     "WindowScheduler",
     "WrappedScheduler",
     "build_row_rule",

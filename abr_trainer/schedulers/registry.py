@@ -20,6 +20,7 @@ from .base import RepeatScheduler
 from .constant import ConstantScheduler
 from .deferred import ReplayScheduler
 from .easy import EasySkip
+from .following import FollowScheduler
 from .gain import GainScheduler
 from .gradients import GradNormSkip
 from .learnable import LearnableScheduler
@@ -30,6 +31,7 @@ from .rows import RowRule
 from .tail import RepeatUntil
 from .threshold import ThresholdScheduler
 from .uniform import UniformScheduler
+from .waiting import WaitScheduler
 from .window import WindowScheduler
 
 FIXED_REPEATS = 2
@@ -41,6 +43,7 @@ RULE_FIELDS: dict[str, Any] = {
     "loss_threshold": None,
     "max_repeats": None,
     "repeat_until": None,
+    "trace": None,
     "skip_outliers": "robust",
     "outlier_sigmas": None,
     "outlier_window": None,
@@ -53,7 +56,7 @@ RULE_FIELDS: dict[str, Any] = {
 """The fields of `ABRConfig` that make a rule, or a rule for rows, with their defaults."""
 
 PARAMETERS = {
-    "repeat_scheduler": ("loss_threshold", "max_repeats", "repeat_until"),
+    "repeat_scheduler": ("loss_threshold", "max_repeats", "repeat_until", "trace"),
     "skip_outliers": ("outlier_sigmas", "outlier_window"),
     "skip_rows": ("row_sigmas", "row_window"),
 }
@@ -64,11 +67,13 @@ SCHEDULERS: dict[str, type[RepeatScheduler]] = {
     "baseline": ConstantScheduler,
     "easy": EasySkip,
     "fixed": ConstantScheduler,
+    "follow": FollowScheduler,
     "gain": GainScheduler,
     "kl": KLScheduler,
     "learnable": LearnableScheduler,
     "random": UniformScheduler,
     "replay": ReplayScheduler,
+    "wait": WaitScheduler,
     "window": WindowScheduler,
 }
 
@@ -109,7 +114,7 @@ def find_repeat_scheduler(name: str) -> type[RepeatScheduler]:
 def reads_flag(name: str, flag: str) -> bool:
     """Tell whether a repeat scheduler has a use for a flag that is a parameter of rules, such as `max_repeats`."""
     if flag == "repeat_until":
-        return name not in NEVER_REPEAT
+        return name not in (*NEVER_REPEAT, "follow")
     if name in ("baseline", "fixed"):
         return (name, flag) == ("fixed", "max_repeats")
     return flag in inspect.signature(find_repeat_scheduler(name)).parameters
@@ -251,6 +256,9 @@ def build_rule(settings: Mapping[str, Any]) -> RepeatScheduler:
     """
     given = {name: settings.get(name, default) for name, default in RULE_FIELDS.items()}
     rule = get_repeat_scheduler(given["repeat_scheduler"], **_parameters(given))
+    if isinstance(rule, FollowScheduler):
+        _refuse_judging_again(given)
+        return rule
     if given["repeat_until"] is not None:
         rule = RepeatUntil(rule, until=given["repeat_until"])
     if given["skip_grad_norm"] is not None:
@@ -262,10 +270,27 @@ def build_rule(settings: Mapping[str, Any]) -> RepeatScheduler:
     return get_outlier_rule(given["skip_outliers"], rule, **told)
 
 
+def _refuse_judging_again(given: Mapping[str, Any]) -> None:
+    """Refuse flags that would judge batches of which a trace says what to do.
+
+    `--skip_outliers robust` is the default, and cannot be told from it.
+
+    Raises:
+        ValueError: There is one.
+    """
+    judging = ("skip_outliers", "outlier_sigmas", "outlier_window", "skip_grad_norm")
+    for flag in judging:
+        if given[flag] not in (RULE_FIELDS[flag], "none"):
+            raise ValueError(
+                f"--{flag} {given[flag]} means nothing to --repeat_scheduler follow: leave it out. The trace says "
+                "which batches are skipped."
+            )
+
+
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that the named rule takes, under the explicit `repeat_scheduler_kwargs`."""
     name = given["repeat_scheduler"]
-    flags: dict[str, Any] = {"loss_threshold": given["loss_threshold"], "max_repeats": given["max_repeats"]}
+    flags: dict[str, Any] = {flag: given[flag] for flag in ("loss_threshold", "max_repeats", "trace")}
     if name == "fixed":
         flags["repeats"] = given["max_repeats"] or FIXED_REPEATS
     rule_class = find_repeat_scheduler(name)

@@ -33,12 +33,13 @@ class ABRConfig(TrainingArguments):
         default="baseline",
         metadata={
             "help": "How often to train on each batch: baseline, fixed, random, abr, window, gain, replay, learnable, "
-            "easy, kl, or your own as module:Class. baseline: once. fixed: --max_repeats times, by default twice. "
-            "random: 1 to --max_repeats times. abr: more often for a higher first-pass loss, see --loss_threshold. "
-            "window: by the trend of the last losses. gain: while another pass gains more than a fresh batch. "
-            "replay: hard batches again, some batches later. learnable: a network learns it from later losses. "
-            "easy: once, but skip easy batches. kl: for GRPO and RLOO of TRL, while the model is close to the one "
-            "that generated the batch."
+            "easy, wait, follow, kl, or your own as module:Class. baseline: once. fixed: --max_repeats times, by "
+            "default twice. random: 1 to --max_repeats times. abr: more often for a higher first-pass loss, see "
+            "--loss_threshold. window: by the trend of the last losses. gain: while another pass gains more than a "
+            "fresh batch. replay: hard batches again, some batches later. learnable: a network learns it from later "
+            "losses. easy: once, but skip easy batches. wait: as often as a pass fits into the wait for the next "
+            "batch. follow: as the trace of another run says, see --trace. kl: for GRPO and RLOO of TRL, while the "
+            "model is close to the one that generated the batch."
         },
     )
     repeat_scheduler_kwargs: dict[str, Any] | str | None = field(
@@ -64,6 +65,14 @@ class ABRConfig(TrainingArguments):
     repeat_until: float | None = field(
         default=None,
         metadata={"help": "Repeat until this share of the run is spent, e.g. 0.85. Then train on each batch once."},
+    )
+    trace: str | None = field(
+        default=None,
+        metadata={
+            "help": "Trace for --repeat_scheduler follow: abr_trace.jsonl of a run, or its directory. Each batch is "
+            "repeated, skipped and replayed as there. The rest must be the same: model, data, flags. Batches are not "
+            "judged again: --skip_outliers is off, and --skip_grad_norm is refused."
+        },
     )
     skip_outliers: str = field(
         default="robust",

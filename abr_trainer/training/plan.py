@@ -8,7 +8,7 @@ from typing import Any
 from ..records.errors import refuse_below
 from ..schedulers.threshold import parse_threshold
 from .ledger import forward_share
-from .support import refuse_pushing_inputs
+from .support import refuse_own_trace, refuse_pushing_inputs
 
 LEAST_VALUES = {
     "max_repeats": 1,
@@ -57,7 +57,9 @@ def check_fields(args: Any) -> None:
         check_seconds(args)
     if args.loss_threshold is not None:
         parse_threshold(args.loss_threshold)
-    refuse_pushing_inputs(args, args.build_repeat_scheduler())
+    rule = args.build_repeat_scheduler()
+    refuse_pushing_inputs(args, rule)
+    refuse_own_trace(args, rule)
     args.build_row_rule()
 
 

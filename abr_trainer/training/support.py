@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -10,8 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from ..records.files import TRACE_NAME
 from ..schedulers import (
     EasySkip,
+    FollowScheduler,
     GainScheduler,
     LearnableScheduler,
     OutlierSkip,
@@ -78,6 +81,7 @@ def refuse_unsupported(trainer: Any, budget: str | None) -> None:
             )
     refuse_pushing_inputs(args, trainer.repeat_scheduler)
     refuse_for_rollouts(trainer)
+    refuse_own_trace(args, trainer.repeat_scheduler)
     if "grad_norm" in trainer.repeat_scheduler.wants:
         refuse_gradient_norm(trainer, engine)
     if budget is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
@@ -127,6 +131,21 @@ def refuse_for_rollouts(trainer: Any) -> None:
         raise ValueError(
             f"--hub_strategy {strategy} would push the generated rows that wait in each checkpoint. Use "
             "--hub_strategy every_save or end."
+        )
+
+
+def refuse_own_trace(args: Any, scheduler: Any) -> None:
+    """Refuse to follow a trace that this run would write over, or delete."""
+    while (inner := getattr(scheduler, "inner", None)) is not None:
+        scheduler = inner
+    if not isinstance(scheduler, FollowScheduler) or args.output_dir is None:
+        return
+    followed, directory = scheduler.path.resolve(), Path(args.output_dir).resolve()
+    is_deleted = getattr(args, "overwrite_output_dir", False) and directory in followed.parents
+    if followed == directory / TRACE_NAME or is_deleted:
+        raise ValueError(
+            f"--trace {scheduler.trace} is in --output_dir {args.output_dir}, where this run writes its own trace. "
+            "Use another --output_dir, or move the trace."
         )
 
 

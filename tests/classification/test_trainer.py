@@ -441,7 +441,11 @@ def test_neither_what_a_rule_sees_nor_what_is_trained_depends_on_accumulation(fi
 
 @pytest.mark.parametrize("rule", SCHEDULERS)
 def test_every_rule_decides_about_classifications(rule, files, tmp_path):
-    results = run(tmp_path / rule, *files, "--do_train", "--max_passes", "12", "--repeat_scheduler", rule)
+    flags = [*files, "--do_train", "--max_passes", "12", "--repeat_scheduler"]
+    if rule == "follow":
+        run(tmp_path / "followed", *flags, "abr")
+    trace = ["--trace", str(tmp_path / "followed")] if rule == "follow" else []
+    results = run(tmp_path / rule, *flags, rule, *trace)
     assert 11 < results["train_passes"] <= 12
     trace = list(read_lines(tmp_path / rule / "abr_trace.jsonl"))
     assert trace[0]["loss"] == pytest.approx(math.log(2), abs=0.4), "a mean over rows, not their sum"

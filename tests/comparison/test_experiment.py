@@ -31,6 +31,7 @@ from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison
 from abr_trainer.report.verdicts import circumstances, shortcomings
 from tests.conftest import ROOT
+from tests.schedulers.streams import batch_of_trace, trace_in
 
 EXPERIMENT = {"out": Path("out"), "module": "run_clm_abr", "seeds": [0, 1], "flags": ["--max_passes", "12"]}
 
@@ -56,9 +57,21 @@ def test_an_arm_is_a_rule_with_parameters_and_flags(text, flags):
     assert " ".join(parse_arm(text).arguments) == flags
 
 
+def test_an_arm_that_follows_a_trace_knows_it_by_its_content(tmp_path):
+    trace = trace_in(tmp_path, [batch_of_trace(1)])
+    texts = [f"follow:{trace}", f"follow:trace={tmp_path}"]
+    before = {parse_arm(text).fingerprint for text in texts}
+    trace_in(tmp_path, [batch_of_trace(1, repeats=2)])
+    after = {parse_arm(text).fingerprint for text in texts}
+    assert len(before) == len(after) == 1
+    assert before.isdisjoint({*after, "", parse_arm("abr").fingerprint})
+    assert parse_arm("abr").fingerprint == parse_arm("follow").fingerprint == ""  # the trace is in shared flags
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("follow:nowhere", "--trace nowhere does not exist."),
         ("abrr", "Unknown repeat scheduler 'abrr'. Did you mean 'abr'?"),
         ("baseline:2", "baseline has no parameters, so 2 cannot be one"),
         ("fixed:0.5", "`repeats` must be at least 1, got 0.5"),

@@ -16,7 +16,7 @@ from abr_trainer import ABRConfig, ABRMixin
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.integrations.trl import ABRGRPOConfig, ABRGRPOTrainer, ABRRLOOConfig, ABRRLOOTrainer
 from abr_trainer.records.files import read_lines
-from abr_trainer.schedulers import ConstantScheduler, KLScheduler, RepeatScheduler
+from abr_trainer.schedulers import ConstantScheduler, FollowScheduler, KLScheduler, RepeatScheduler
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
 OPTIONS = {
@@ -193,6 +193,16 @@ def test_a_pass_after_which_the_policy_exploded_makes_no_update(train):
     assert torch.equal(weights(wild.model), weights(plain.model)), "each batch got its first update, and no other"
     assert wild.ledger.updates == 4
     assert wild.ledger.passes > 4
+
+
+def test_a_run_over_generated_rows_is_followed_to_the_last_bit(train, tmp_path):
+    options = {"repeat_scheduler": "baseline", "learning_rate": 3e-3, "max_steps": 6}
+    first = train("GRPO", OURS, rule=KLScheduler(max_repeats=6, kl_limit=3e-4), name="first", **options)
+    reasons = {line["reason"] for line in read_lines(tmp_path / "first" / "abr_trace.jsonl")}
+    assert "off policy" in reasons
+    again = train("GRPO", OURS, rule=FollowScheduler(trace=str(tmp_path / "first")), name="again", **options)
+    assert torch.equal(weights(again.model), weights(first.model))
+    assert again.ledger.passes == first.ledger.passes
 
 
 def test_rows_whose_rewards_are_all_equal_are_skipped_without_a_backward(train, caplog):

@@ -19,13 +19,9 @@ from abr_trainer.schedulers import (
     get_outlier_rule,
     get_repeat_scheduler,
 )
+from tests.schedulers.streams import rule_named
 
 LOSSES = [4.0, 3.9, 3.7, 3.8, 3.5, 3.6, 3.4, 3.5, 3.3, 3.2, 3.3, 3.1, 9.5, 3.0, 3.2, 12.0, 2.9, 3.0, 2.8, 0.4]
-
-
-def build(name: str, rule: str | None) -> RepeatScheduler:
-    scheduler = get_repeat_scheduler(name)
-    return scheduler if rule is None else get_outlier_rule(rule, scheduler)
 
 
 def run(scheduler: RepeatScheduler, losses: list[float], first_batch: int = 0) -> list[int]:
@@ -49,12 +45,21 @@ def rule(request):
     return request.param
 
 
-def test_decisions_are_counts(name, rule):
+@pytest.fixture
+def build(tmp_path):
+    def build(name: str, rule: str | None) -> RepeatScheduler:
+        scheduler = rule_named(name, tmp_path)
+        return scheduler if rule is None else get_outlier_rule(rule, scheduler)
+
+    return build
+
+
+def test_decisions_are_counts(build, name, rule):
     decisions = run(build(name, rule), LOSSES)
     assert all(type(repeats) is int and repeats >= 0 for repeats in decisions)
 
 
-def test_deciding_and_explaining_change_nothing(name, rule):
+def test_deciding_and_explaining_change_nothing(build, name, rule):
     scheduler = build(name, rule)
     run(scheduler, LOSSES)
     before = copy.deepcopy(scheduler.state_dict())
@@ -67,7 +72,7 @@ def test_deciding_and_explaining_change_nothing(name, rule):
     assert scheduler.state_dict() == before
 
 
-def test_a_scheduler_restored_from_json_goes_on_as_if_nothing_had_happened(name, rule):
+def test_a_scheduler_restored_from_json_goes_on_as_if_nothing_had_happened(build, name, rule):
     whole, first = build(name, rule), build(name, rule)
     expected = run(whole, LOSSES + LOSSES)
     run(first, LOSSES)
@@ -79,7 +84,7 @@ def test_a_scheduler_restored_from_json_goes_on_as_if_nothing_had_happened(name,
 @pytest.mark.parametrize(
     ("loss", "reason"), [(math.nan, "non-finite"), (math.inf, "non-finite"), (math.nan, "no targets")]
 )
-def test_a_loss_that_is_not_finite_enters_no_history(name, rule, loss, reason):
+def test_a_loss_that_is_not_finite_enters_no_history(build, name, rule, loss, reason):
     scheduler = build(name, rule)
     run(scheduler, LOSSES)
     before = copy.deepcopy(scheduler.state_dict())
@@ -88,7 +93,7 @@ def test_a_loss_that_is_not_finite_enters_no_history(name, rule, loss, reason):
     assert scheduler.state_dict() == before
 
 
-def test_every_decision_has_a_reason(name, rule):
+def test_every_decision_has_a_reason(build, name, rule):
     reason = build(name, rule).explain(Observation(batch=0, loss=3.0, progress=0.0))
     assert reason
     assert " " not in reason

@@ -23,7 +23,7 @@ from abr_trainer.schedulers import (
 )
 from abr_trainer.schedulers.recorded import name_of_rule, record_of, row_rule_of_run, rule_of_run
 from tests.conftest import Capped, Counting, Scripted
-from tests.schedulers.streams import feed
+from tests.schedulers.streams import batch_of_trace, feed, rule_named, trace_in
 
 NOISE = [3.0 + 0.1 * (7 * i % 5) for i in range(30)]
 
@@ -38,7 +38,7 @@ def through_json(rule: Any, name: str = "repeat_scheduler") -> dict[str, Any]:
 @pytest.mark.parametrize(
     "rule",
     [
-        *(get_repeat_scheduler(name) for name in sorted(SCHEDULERS)),
+        *(get_repeat_scheduler(name) for name in sorted(SCHEDULERS) if name != "follow"),
         ThresholdScheduler("q0.7", max_repeats=3),
         RobustOutlierSkip(RepeatUntil(GradNormSkip(ThresholdScheduler(0.5), sigmas=5.0), until=0.5), low=0.2),
         Capped(max_repeats=3),
@@ -52,6 +52,16 @@ def test_a_rule_is_made_again_as_it_was(rule):
     assert repr(again) == repr(rule)
     assert again.state_dict() == rule.state_dict()
     assert feed(again, NOISE) == feed(rule, NOISE)
+
+
+def test_a_rule_that_follows_is_made_again_as_long_as_its_trace_is_the_same(tmp_path):
+    rule = rule_named("follow", tmp_path)
+    feed(rule, NOISE)
+    record = through_json(rule)
+    assert rule_of_run(record) == rule
+    trace_in(tmp_path / "followed", (batch_of_trace(step, repeats=2) for step in range(1, 201)))
+    with pytest.raises(ValueError, match="has changed: its first 30 batches are not those that this run has followed"):
+        rule_of_run(record)
 
 
 def test_a_rule_that_has_seen_batches_before_the_run_still_has():

@@ -19,10 +19,9 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
     UniformScheduler,
     WindowScheduler,
-    get_repeat_scheduler,
 )
 from tests.conftest import Capped, Counting
-from tests.schedulers.streams import played
+from tests.schedulers.streams import played, rule_named
 
 
 def noisy(level: float, count: int, spread: float = 0.1) -> list[float]:
@@ -177,8 +176,8 @@ def test_a_rule_is_not_blamed_for_what_is_decided_around_it():
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 @pytest.mark.parametrize("count", [1, 12, 120])
-def test_a_remark_is_one_line_and_changes_nothing(name, count):
-    rule = get_repeat_scheduler(name)
+def test_a_remark_is_one_line_and_changes_nothing(name, count, tmp_path):
+    rule = rule_named(name, tmp_path)
     outcomes = played(rule, noisy(3.0, count))
     before = rule.state_dict()
     said = rule.remark(outcomes)

@@ -9,6 +9,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from abr_trainer import RepeatScheduler
+from abr_trainer.records.files import read_lines
+from abr_trainer.report.why import explain_batch
+from abr_trainer.schedulers import WaitScheduler
 from tests.conftest import Scripted, Stream, token_rows
 
 WAIT = 0.03
@@ -154,3 +157,51 @@ def test_the_parts_of_a_resumed_run_are_those_of_both_its_parts(train, tmp_path)
     took = time.perf_counter() - start
     assert before.seconds < ledger.total_seconds <= before.total_seconds + took, "not what lies between them"
     assert ledger.seconds + ledger.evaluation_seconds + ledger.saving_seconds <= ledger.total_seconds
+
+
+# ---- Repeats while the next batch is not there ----
+
+
+@pytest.fixture
+def waited(train, tmp_path):
+    """Train by `wait`, and return the trace."""
+
+    def waited(seconds, count=40, **options):
+        train(data=Slow(token_rows(count), seconds), repeat_scheduler=WaitScheduler(max_repeats=3), **options)
+        return list(read_lines(tmp_path / "run" / "abr_trace.jsonl"))
+
+    return waited
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (1, 2)])
+def test_a_batch_is_repeated_while_the_next_one_is_waited_for(waited, workers, accumulation):
+    trace = waited(
+        0.1 / accumulation,
+        count=28 * accumulation,
+        dataloader_num_workers=workers,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert {batch["repeats"] for batch in trace[:6]} == {1}
+    assert {batch["reason"] for batch in trace[:6]} == {"unmeasured"}
+    assert {batch["reason"] for batch in trace if batch["repeats"] > 1} == {"waiting"}
+    assert sum(batch["repeats"] > 1 for batch in trace[6:]) >= 4
+
+
+def test_a_batch_that_is_there_is_trained_on_once(waited, train):
+    trace = waited(0.0, count=120)
+    assert {batch["repeats"] for batch in trace} == {1}
+    assert {batch["reason"] for batch in trace[8:]} == {"ready"}
+
+
+def test_a_resumed_run_remembers_how_long_it_waited(train, tmp_path):
+    options = {"data": Slow(token_rows(24), 0.1), "output_dir": str(tmp_path / "run")}
+    rule = WaitScheduler(max_repeats=3)
+    train(repeat_scheduler=rule, save_strategy="steps", save_steps=8, max_steps=8, **options)
+    again = WaitScheduler(max_repeats=3)
+    train(repeat_scheduler=again, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"), **options)
+    assert list(again.history)[:7] == list(rule.history)
+    trace = list(read_lines(tmp_path / "run" / "abr_trace.jsonl"))
+    assert trace[8]["reason"] == "waiting"
+    said = explain_batch(tmp_path / "run", 9)
+    assert "times: after one pass, training would wait 0." in said[0]
+    assert not any("the code of the rule has changed since" in line for line in said)

@@ -17,6 +17,7 @@ from abr_trainer.schedulers import (
     SCHEDULERS,
     ClassicOutlierSkip,
     ConstantScheduler,
+    FollowScheduler,
     GradNormSkip,
     RepeatUntil,
     RobustOutlierSkip,
@@ -26,6 +27,7 @@ from abr_trainer.schedulers import (
     reads_flag,
 )
 from abr_trainer.training.config import ABRConfig
+from tests.schedulers.streams import batch_of_trace, trace_in
 
 CLASSES = (ModelArguments, DataArguments, ABRConfig)
 
@@ -95,7 +97,7 @@ UNREAD = [
         ["--repeat_scheduler", "fixed", "--loss_threshold", "2.0"],
         "scheduler fixed: leave it out. It is for abr, learn",
     ),
-    (["--repeat_scheduler", "replay", "--max_repeats", "3"], "It is for abr, fixed, gain, learnable, random, window."),
+    (["--repeat_scheduler", "replay", "--max_repeats", "3"], "for abr, fixed, gain, learnable, random, wait, window."),
     (
         ["--repeat_scheduler", "tests.conftest:Capped", "--loss_threshold", "1"],
         "to --repeat_scheduler tests.conftest:",
@@ -129,10 +131,14 @@ def test_a_flag_is_refused_in_a_file_and_in_python_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
-def test_every_flag_that_a_rule_reads_changes_it(name):
+def test_every_flag_that_a_rule_reads_changes_it(name, tmp_path):
     """And each that does not is refused: no flag of a rule is silently ignored."""
-    for flag, value in {"loss_threshold": "0.5", "max_repeats": "4", "repeat_until": "0.5"}.items():
+    other = trace_in(tmp_path / "other", [batch_of_trace(1)])
+    values = {"loss_threshold": "0.5", "max_repeats": "4", "repeat_until": "0.5", "trace": other}
+    for flag, value in values.items():
         flags = ["--repeat_scheduler", name, "--skip_outliers", "none"]
+        if name == "follow":
+            flags += ["--trace", trace_in(tmp_path / "one", [batch_of_trace(1)])]
         if reads_flag(name, flag):
             assert (
                 config(*flags, f"--{flag}", value).build_repeat_scheduler() != config(*flags).build_repeat_scheduler()
@@ -140,6 +146,56 @@ def test_every_flag_that_a_rule_reads_changes_it(name):
         else:
             with pytest.raises(ValueError, match=f"--{flag} .* means nothing to --repeat_scheduler {name}"):
                 config(*flags, f"--{flag}", value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--repeat_scheduler follow needs --trace: the abr_trace.jsonl of a run, or its directory."),
+        (["--trace", "{}/gone"], "gone does not exist. Give the abr_trace.jsonl of a run, or its directory."),
+        (["--trace", "{}"], " holds no abr_trace.jsonl. Give the abr_trace.jsonl of a run, or its directory."),
+        (["--trace", "{}/run", "--skip_outliers", "classic"], "--skip_outliers classic means nothing to --repeat_sch"),
+        (
+            ["--trace", "{}/run", "--outlier_sigmas", "3"],
+            "--outlier_sigmas 3.0 means nothing to --repeat_scheduler fo",
+        ),
+        (
+            ["--trace", "{}/run", "--skip_grad_norm", "6"],
+            "--skip_grad_norm 6.0 means nothing to --repeat_scheduler fo",
+        ),
+        (["--trace", "{}/run", "--max_repeats", "2"], "--max_repeats 2 means nothing to --repeat_scheduler follow"),
+        (
+            ["--trace", "{}/run", "--output_dir", "{}/run"],
+            "where this run writes its own trace. Use another --output_",
+        ),
+        (
+            ["--trace", "{}/run/abr_trace.jsonl", "--output_dir", "{}/run"],
+            "where this run writes its own trace. Use an",
+        ),
+        (
+            ["--trace", "{}/run", "--output_dir", "{}", "--overwrite_output_dir"],
+            "where this run writes its own trace.",
+        ),
+    ],
+)
+def test_a_trace_that_cannot_be_followed_is_refused(tmp_path, flags, message):
+    trace_in(tmp_path / "run", [batch_of_trace(1)])
+    flags = ["--repeat_scheduler", "follow", *(flag.format(tmp_path) for flag in flags)]
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        config(*flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_follow_reads_a_trace():
+    with pytest.raises(
+        ValueError, match="--trace run means nothing to --repeat_scheduler abr: leave it out. It is for"
+    ):
+        config("--repeat_scheduler", "abr", "--trace", "run")
+
+
+def test_what_is_followed_is_not_judged_again(tmp_path):
+    trace = trace_in(tmp_path / "run", [batch_of_trace(1)])
+    assert config("--repeat_scheduler", "follow", "--trace", trace).build_repeat_scheduler() == FollowScheduler(trace)
 
 
 def test_the_best_model_is_evaluated_whenever_it_is_saved():

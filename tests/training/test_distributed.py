@@ -140,6 +140,14 @@ def test_a_batch_is_without_targets_if_no_rank_has_any(two_ranks):
     assert [step for step, reason in reasons.items() if reason == "no targets"] == [2, 10]  # in both epochs
 
 
+def test_all_ranks_repeat_while_one_of_them_waits(two_ranks):
+    agreed(two_ranks, "waiting for one rank")
+    trace = list(read_lines(next((two_ranks / "waiting for one rank").rglob("abr_trace.jsonl"))))
+    assert {batch["repeats"] for batch in trace[:6]} <= {0, 1}, "nothing is known yet"
+    assert sum(batch["repeats"] > 1 for batch in trace[6:]) > 4
+    assert sum(batch["waiting_seconds"] for batch in trace) > 0.3 * (len(trace) - 2)
+
+
 @pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks_equal_one_process_with_four_times_the_accumulation(four_ranks, tmp_path, name):
     assert_alike(*agreed(four_ranks, name, ranks=4), *alone(tmp_path, name, ranks=4))
