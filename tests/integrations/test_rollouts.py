@@ -197,7 +197,7 @@ def test_a_pass_after_which_the_policy_exploded_makes_no_update(train):
 
 def test_a_run_over_generated_rows_is_followed_to_the_last_bit(train, tmp_path):
     options = {"repeat_scheduler": "baseline", "learning_rate": 3e-3, "max_steps": 6}
-    first = train("GRPO", OURS, rule=KLScheduler(max_repeats=6, kl_limit=3e-4), name="first", **options)
+    first = train("GRPO", OURS, rule=KLScheduler(max_repeats=6, kl_limit=3e-5), name="first", **options)
     reasons = {line["reason"] for line in read_lines(tmp_path / "first" / "abr_trace.jsonl")}
     assert "off policy" in reasons
     again = train("GRPO", OURS, rule=FollowScheduler(trace=str(tmp_path / "first")), name="again", **options)

@@ -97,7 +97,7 @@ UNREAD = [
         ["--repeat_scheduler", "fixed", "--loss_threshold", "2.0"],
         "scheduler fixed: leave it out. It is for abr, learn",
     ),
-    (["--repeat_scheduler", "replay", "--max_repeats", "3"], "for abr, fixed, gain, learnable, random, wait, window."),
+    (["--repeat_scheduler", "replay", "--max_repeats", "3"], "for abr, fixed, gain, kl, learnable, random, wait, window."),
     (
         ["--repeat_scheduler", "tests.conftest:Capped", "--loss_threshold", "1"],
         "to --repeat_scheduler tests.conftest:",
@@ -134,7 +134,7 @@ def test_a_flag_is_refused_in_a_file_and_in_python_too(tmp_path):
 def test_every_flag_that_a_rule_reads_changes_it(name, tmp_path):
     """And each that does not is refused: no flag of a rule is silently ignored."""
     other = trace_in(tmp_path / "other", [batch_of_trace(1)])
-    values = {"loss_threshold": "0.5", "max_repeats": "4", "repeat_until": "0.5", "trace": other}
+    values = {"loss_threshold": "0.5", "max_repeats": "7", "repeat_until": "0.5", "trace": other}
     for flag, value in values.items():
         flags = ["--repeat_scheduler", name, "--skip_outliers", "none"]
         if name == "follow":
