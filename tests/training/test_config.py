@@ -97,7 +97,10 @@ UNREAD = [
         ["--repeat_scheduler", "fixed", "--loss_threshold", "2.0"],
         "scheduler fixed: leave it out. It is for abr, learn",
     ),
-    (["--repeat_scheduler", "replay", "--max_repeats", "3"], "for abr, fixed, gain, kl, learnable, random, wait, window."),
+    (
+        ["--repeat_scheduler", "replay", "--max_repeats", "3"],
+        "for abr, fixed, gain, kl, learnable, random, wait, window.",
+    ),
     (
         ["--repeat_scheduler", "tests.conftest:Capped", "--loss_threshold", "1"],
         "to --repeat_scheduler tests.conftest:",
