@@ -528,13 +528,23 @@ def _line(cells: list[str]) -> str:
 def write_tables(studies: list[dict[str, Any]]) -> None:
     """Write all tables, made of the results alone."""
     command = "python benchmarks/effectiveness.py --data DIR --models DIR --out runs/effectiveness"
-    write_whole(
-        TABLES, "\n".join(["# Which rule pays where", "", INTRODUCTION, "", f"    {command}", *tables(studies), ""])
-    )
+    lines = ["# Which rule pays where", "", INTRODUCTION, "", f"    {command}", EXPENSIVE, *tables(studies), ""]
+    write_whole(TABLES, "\n".join(lines))
 
 
 INTRODUCTION = """Test nll in nats per token, paired by seed with the first line of each table; a 95 % t interval over
 seeds; the perplexity in percent. Made by the command below, of `benchmarks/results/effectiveness.json`."""
+
+
+EXPENSIVE = """
+## When fresh batches are expensive
+
+The studies below count passes, so a fresh batch costs as much as a repeat. Where it costs more, runs have to be
+compared at equal seconds. Two other pages do that:
+
+- [Slow input](waiting.md): training waits for its data. As many repeats as fit into the wait cost nothing, and lower
+  the perplexity.
+- [Generated batches](rollouts.md): GRPO generates its batches, which takes most of the time."""
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:

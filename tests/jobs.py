@@ -521,7 +521,7 @@ def engines(output_dir: str, *names: str) -> None:
 
 
 def ranks() -> None:
-    """Run scenarios in as many ranks as a line of the input asks for, and answer with a line of what went wrong.
+    """Run a job in as many ranks as a line of the input asks for, and answer with a line of what went wrong.
 
     A rank is forked from this process: to import everything takes longer than most scenarios.
     """
@@ -530,24 +530,24 @@ def ranks() -> None:
     shards_on_cpu()
     without_compiled_communication()
     for line in sys.stdin:
-        count, *arguments = json.loads(line)
+        job, count, *arguments = json.loads(line)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         try:
             options = {"nprocs": count, "daemon": True, "start_method": "fork"}
-            torch.multiprocessing.start_processes(engines_of_rank, (count, port, arguments), **options)
+            torch.multiprocessing.start_processes(job_of_rank, (job, count, port, arguments), **options)
             answer = ""
         except torch.multiprocessing.ProcessException:
             answer = traceback.format_exc()
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def engines_of_rank(rank: int, count: int, port: int, arguments: list[str]) -> None:
+def job_of_rank(rank: int, job: str, count: int, port: int, arguments: list[str]) -> None:
     """Be a rank, as torchrun tells it to be one."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    engines(*arguments)
+    {"engines": engines, "loaders": loaders}[job](*arguments)
 
 
 def some_windows() -> list[Window]:
@@ -650,4 +650,4 @@ def trainings(plans: str) -> None:
 
 if __name__ == "__main__":
     gc.freeze()  # each training looks for garbage, and longest among what was imported
-    {"resumable": resumable, "ranks": ranks, "trainings": trainings, "loaders": loaders}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "ranks": ranks, "trainings": trainings}[sys.argv[1]](*sys.argv[2:])

@@ -60,10 +60,11 @@ def describe_protocol(data: dict[str, Any]) -> str:
         )
     passes = [run["cost"]["passes"] for run in data["runs"]]
     budget = budget_in(data["flags"], data["match"])
+    machines = [machine_of(run) for run in data["runs"]] if data["match"] == "seconds" else []
     protocol = PROTOCOLS[data["match"]].format(
         passes=f"{max(passes, default=0):g}",
         seconds="" if budget is None else budget[1],
-        machine=" and ".join(dict.fromkeys(machine_of(run) for run in data["runs"])),
+        machine=" and ".join(dict.fromkeys(machines)),
     )
     return (
         f"{protocol} {seeds.capitalize()}, paired: for each, all schedulers begin with the same weights and see the "

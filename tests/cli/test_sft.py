@@ -34,6 +34,7 @@ from tests.conftest import ROOT
 
 QUICK = ["--chat_template", "alpaca", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--use_cpu"]
 QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "12", "--max_train_samples", "40", "--report_to", "none"]
+QUICK += ["--sample_prompts", "0"]
 QUICK += ["--activation_checkpointing", "false"]
 ABR = ["--repeat_scheduler", "abr", "--loss_threshold", "2.0", "--max_passes", "20", "--save_steps", "4"]
 

@@ -24,7 +24,7 @@ from abr_trainer.schedulers import RepeatScheduler, RowRule
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]
-QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "20"]
+QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "20", "--sample_prompts", "0"]
 ABR = ["--repeat_scheduler", "abr", "--loss_threshold", "0.9"]
 
 

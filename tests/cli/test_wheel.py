@@ -87,17 +87,7 @@ def test_the_command_is_installed_and_found_there(abr):
     ]
 
 
-def test_a_run_is_trained_and_reported(abr):
-    abr("train", *QUICK, "--max_passes", "3", "--do_train", "--do_eval", "--output_dir", "run")
-    provenance = json.loads((abr.directory / "run" / "run.json").read_text())
-    assert provenance["argv"][:2] == ["abr", "train"]
-    assert provenance["git"] is None, "it is outside a checkout"
-    assert Path(provenance["arguments"]["model_name_or_path"]).is_relative_to(abr.site)
-    assert abr("report", "run").split() == [str(Path("run", "_report", "report.html"))]
-    assert abr("why", "run", "2").startswith("Batch 2 was ")
-
-
-def test_a_comparison_is_run_and_reported(abr):
+def test_runs_are_trained_compared_and_reported(abr):
     options = ["--schedulers", "baseline", "fixed:2", "--seeds", "1", "--evaluations", "1", "--out", "cmp"]
     told = abr("compare", *options, "--", *QUICK, "--max_passes", "3")
     assert "one seed: With fixed:2, " in told
@@ -105,3 +95,10 @@ def test_a_comparison_is_run_and_reported(abr):
     assert data["argv"] == ["abr", "compare", *options, "--", *QUICK, "--max_passes", "3"]
     assert [(run["argv"][:2], run["git"]) for run in data["runs"]] == [(["abr", "train"], None)] * 2
     assert "abr train --dataset_name demo" in (abr.directory / "cmp" / "report.md").read_text()
+    run = Path("cmp", data["runs"][0]["directory"])
+    provenance = json.loads((abr.directory / run / "run.json").read_text())
+    assert provenance["argv"][:2] == ["abr", "train"]
+    assert provenance["git"] is None, "it is outside a checkout"
+    assert Path(provenance["arguments"]["model_name_or_path"]).is_relative_to(abr.site)
+    assert abr("report", str(run)).split() == [str(run / "_report" / "report.html")]
+    assert abr("why", str(run), "2").startswith("Batch 2 was ")

@@ -16,6 +16,9 @@ from abr_trainer import ABRConfig, ABRMixin
 from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.integrations.trl import ABRGRPOConfig, ABRGRPOTrainer, ABRRLOOConfig, ABRRLOOTrainer
 from abr_trainer.records.files import read_lines
+from abr_trainer.report.of_run import report_on_run
+from abr_trainer.report.page import render_page
+from abr_trainer.report.why import explain_batch
 from abr_trainer.schedulers import ConstantScheduler, FollowScheduler, KLScheduler, RepeatScheduler
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
@@ -203,6 +206,15 @@ def test_a_run_over_generated_rows_is_followed_to_the_last_bit(train, tmp_path):
     again = train("GRPO", OURS, rule=FollowScheduler(trace=str(tmp_path / "first")), name="again", **options)
     assert torch.equal(weights(again.model), weights(first.model))
     assert again.ledger.passes == first.ledger.passes
+
+
+def test_a_run_over_generated_rows_is_explained_and_has_a_page(train, tmp_path):
+    train("GRPO", OURS, max_steps=6, learning_rate=3e-3)
+    said = explain_batch(tmp_path / "run", 2)
+    assert "while the divergence is not above 0.02" in said[0]
+    assert any("divergence at second passes" in line for line in said)
+    page = render_page(report_on_run(tmp_path / "run"))
+    assert "generating" in page
 
 
 def test_rows_whose_rewards_are_all_equal_are_skipped_without_a_backward(train, caplog):

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from abr_trainer.perplexity.windows import causal_nll, window_nlls
 from abr_trainer.records.files import read_lines
-from tests.conftest import ON_CPU, ROOT, run_module, tiny_llama, token_rows
+from tests.conftest import ON_CPU, ROOT, tiny_llama, token_rows
 from tests.jobs import (
     GENERATED,
     LOADERS,
@@ -52,9 +52,9 @@ def launch(tmp_path_factory):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, **pipes) as process:
 
-        def launch(ranks: int, names: list[str]) -> Path:
-            directory = tmp_path_factory.mktemp("ranks")
-            print(json.dumps([ranks, str(directory), *names]), file=process.stdin, flush=True)
+        def launch(ranks: int, names: list[str], job: str = "engines", directory: Path | None = None) -> Path:
+            directory = directory or tmp_path_factory.mktemp("ranks")
+            print(json.dumps([job, ranks, str(directory), *names]), file=process.stdin, flush=True)
             error = json.loads(process.stdout.readline() or '"The process that ranks are forked from has ended."')
             assert not error, error
             return directory
@@ -247,7 +247,7 @@ def test_a_skipped_batch_is_shown_with_the_rows_of_all_ranks(two_ranks, tmp_path
 
 
 @pytest.fixture(scope="module")
-def loaded_by_two_ranks(tmp_path_factory):
+def loaded_by_two_ranks(launch, tmp_path_factory):
     """What each rank got, by the name of the loader."""
     directory = tmp_path_factory.mktemp("ranks")
     for part in range(2):
@@ -259,8 +259,7 @@ def loaded_by_two_ranks(tmp_path_factory):
                 for word in ["girl", "boat", "lamp", "river"] * 12
             )
         )
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.jobs", "loaders"]
-    run_module(*launch, str(directory), timeout=120)
+    launch(2, [], "loaders", directory)
     return [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
