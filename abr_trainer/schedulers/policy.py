@@ -77,7 +77,7 @@ class KLScheduler(RepeatScheduler):
         return NO_ADVANTAGE if observation.advantage == 0 else "cheap" if self.is_cheap() else self.reason
 
     def evidence(self, observation: Observation) -> dict[str, float]:
-        numbers = {"kl_limit": self.kl_limit}
+        numbers: dict[str, float] = {"max_repeats": self.max_repeats, "kl_limit": self.kl_limit}
         if observation.advantage is not None:
             numbers["mean advantage"] = observation.advantage
         if self.second is not None:
