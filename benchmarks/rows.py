@@ -65,8 +65,6 @@ LONGEST = 160
 
 SEEDS = (0, 1, 2, 3, 4)
 ARMS = ("none", "batches", "rows", "oracle")
-OLDER = "rows, older rule"
-"""An arm of the results: the rule before it judged the first batches, where it has not been run again."""
 EASY = ("random", "shuffled", "bytes", "repeated")
 """Kinds of dirt that must be caught."""
 
@@ -519,7 +517,7 @@ def table(corpus: str, rows: int, found: Mapping[tuple[Any, ...], Any]) -> list[
     clean = next((found[each].get("none") for each in mine if each[4] == 0), None)
     for regime in mine:
         *_, kind, share = regime
-        for arm in (arm for arm in (*ARMS, OLDER) if arm in found[regime]):
+        for arm in (arm for arm in ARMS if arm in found[regime]):
             runs = found[regime][arm]
             entries = list(runs.values())
             caught, broken = lost(entries, "broken")
@@ -630,7 +628,6 @@ rows, 80 of 16, or 32 of 64. On MRPC it trains all weights at 1e-3, for 160 batc
 - **batches** skips batches: `--skip_outliers robust`.
 - **rows** drops rows: `--skip_rows robust`.
 - **oracle** drops exactly the broken rows.
-- **{OLDER}** is `--skip_rows robust` of before it judged the first batches. These runs are to be made again.
 
 Recall is the share of the broken rows that was not trained on. Good rows are lost if they are dropped, or stand in a
 batch that is skipped. Differences are those in nll per token on clean test data (MRPC: in accuracy), paired by seed,
