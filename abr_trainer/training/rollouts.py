@@ -96,7 +96,7 @@ class Rollout:
                 if "old_logps" not in self.inputs:  # of RLOO
                     self.inputs[OLD] = now
         mask = self.inputs["completion_mask"] * self.inputs.get("tool_mask", 1)
-        moved = ((now - self._old) * mask).double()
+        moved = torch.where(mask.bool(), now - self._old, 0.0).double()
         ratio = torch.exp(moved)
         clipped = _clipped(trainer, moved, mask, self.inputs["advantages"])
         self._counts = torch.stack(
