@@ -11,7 +11,6 @@ import torch
 from transformers.utils import logging
 
 from ..records.files import flaw_of, last_complete_checkpoint, passed_over, read_json, tensors_in
-from .held import HELD_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +86,7 @@ def is_adapted(model: Any) -> bool:
 def _shapes_in(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in checkpoint.glob("*.safetensors"):
-        if not path.match(HELD_NAME.format(rank="*")):
+        if not path.name.startswith("_"):  # batches that a rank keeps
             shapes |= {name: tuple(tensor["shape"]) for name, tensor in (tensors_in(path) or {}).items()}
     return shapes
 
