@@ -542,9 +542,10 @@ EXPENSIVE = """
 The studies below count passes, so a fresh batch costs as much as a repeat. Where it costs more, runs have to be
 compared at equal seconds. Two other pages do that:
 
-- [Slow input](waiting.md): training waits for its data. As many repeats as fit into the wait cost nothing, and lower
-  the perplexity.
-- [Generated batches](rollouts.md): GRPO generates its batches, which takes most of the time."""
+- [Slow input](waiting.md): training waits for its data. `wait` makes as many passes as fit into the wait. That lowers
+  the perplexity by 16 to 19 % where a batch is waited for as long as one to four passes take.
+- [Generated batches](rollouts.md): GRPO generates its batches. At tuned learning rates, more updates on each did not
+  pay, although generating took four fifths of the time."""
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
