@@ -47,7 +47,7 @@ def run(output, *flags):
 def finished(tmp_path_factory):
     """A run with everything switched on, and what it returned."""
     output = tmp_path_factory.mktemp("chats") / "run"
-    return output, run(output, "--do_train", "--do_eval", "--do_predict", *ABR)
+    return output, run(output, "--do_train", "--do_eval", "--do_predict", "--sample_prompts", "3", *ABR)
 
 
 def answers(split, tokenizer, count=12):
