@@ -34,7 +34,6 @@ from tests.conftest import ROOT
 
 QUICK = ["--chat_template", "alpaca", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--use_cpu"]
 QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "12", "--max_train_samples", "40", "--report_to", "none"]
-QUICK += ["--sample_prompts", "0"]
 QUICK += ["--activation_checkpointing", "false"]
 ABR = ["--repeat_scheduler", "abr", "--loss_threshold", "2.0", "--max_passes", "20", "--save_steps", "4"]
 
@@ -47,7 +46,7 @@ def run(output, *flags):
 def finished(tmp_path_factory):
     """A run with everything switched on, and what it returned."""
     output = tmp_path_factory.mktemp("chats") / "run"
-    return output, run(output, "--do_train", "--do_eval", "--do_predict", "--sample_prompts", "3", *ABR)
+    return output, run(output, "--do_train", "--do_eval", "--do_predict", *ABR)
 
 
 def answers(split, tokenizer, count=12):
