@@ -309,6 +309,15 @@ def _write_dirty(folder: Path, kind: str, share: int, seed: int, drawn: list[lis
     write_whole(folder / f"dirty-{kind}-{share}-{seed}.json", json.dumps(broken))
 
 
+def write_runs(results: dict[str, Any], path: Path) -> None:
+    """Write results, a line for each run."""
+    others = {name: value for name, value in results.items() if name != "runs"}
+    head = json.dumps(others, indent=1)[:-2]
+    runs = ",\n".join(json.dumps(entry) for entry in results["runs"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, f'{head},\n "runs": [\n{runs}\n]}}\n')
+
+
 def _write(path: Path, blocks: list[list[int]]) -> None:
     write_whole(path, "".join(json.dumps({"input_ids": block}) + "\n" for block in blocks))
 

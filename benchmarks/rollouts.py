@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from effectiveness import write_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 
 from abr_trainer.comparison.statistics import paired, verdict
@@ -375,8 +376,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             break
         runs.append(run(case, args.models, seconds=1.0 if args.quick else None))
         results |= versions_and_machine("cpu", threads=1, processes=1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(results, indent=1) + "\n")
+        write_runs(results, path)
         entry = runs[-1]
         told = {name: entry[name] for name in ("task", "arm", "rate", "seed", "batches", "updates", "skips")}
         print(

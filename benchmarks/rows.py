@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import transformers
-from effectiveness import blocks_of, difference, encoded, spoil, texts_of
+from effectiveness import blocks_of, difference, encoded, spoil, texts_of, write_runs
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -650,15 +650,6 @@ def page(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """Write results, a line for each run."""
-    others = {name: value for name, value in results.items() if name != "runs"}
-    head = json.dumps(others, indent=1)[:-2]
-    runs = ",\n".join(json.dumps(entry) for entry in results["runs"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f'{head},\n "runs": [\n{runs}\n]}}\n')
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of the corpora")
@@ -689,7 +680,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results |= versions_and_machine("cpu", threads=1, processes=1)
     if args.overhead:
         results["overhead"] = [overhead(corpora, rows, 60) for rows in (4, 16)]
-        write(results, path)
+        write_runs(results, path)
         for entry in results["overhead"]:
             print(entry["rows"], {name: statistics.median(entry[name]) for name in ("none", "robust")}, flush=True)
     else:
@@ -699,7 +690,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for number, case in enumerate(left, start=1):
             entry = run(case, corpora)
             results["runs"].append(entry)
-            write(results, path)
+            write_runs(results, path)
             print(f"{number}/{len(left)}", json.dumps(entry), flush=True)
     write_whole(page_path, page(results))
     return results

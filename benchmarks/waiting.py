@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 import transformers
-from effectiveness import blocks_of, difference, texts_of
+from effectiveness import blocks_of, difference, texts_of, write_runs
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
@@ -466,14 +466,6 @@ def page(results: Mapping[str, Any]) -> str:
     return f"{head}{BEGIN}\n\n{tables(results)}\n{END}{rest.partition(END)[2]}"
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """Write results, a line for each run."""
-    head = json.dumps({name: value for name, value in results.items() if name != "runs"}, indent=1)[:-2]
-    runs = ",\n".join(json.dumps(entry) for entry in results["runs"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f'{head},\n "runs": [\n{runs}\n]}}\n')
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of the corpora")
@@ -515,7 +507,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for number, entry in enumerate(several(left, args.jobs, corpus, port, results["pass_seconds"]), start=1):
             if is_valid := entry["pass_seconds"] <= MOST_SLOWER * results["pass_seconds"]:
                 results["runs"].append(entry)
-                write(results, path)
+                write_runs(results, path)
             print(f"{number}/{len(left)}", "kept" if is_valid else "discarded", json.dumps(entry), flush=True)
         server.terminate()
     if not args.quick:

@@ -14,7 +14,7 @@ install_packages() {
     # uv takes a tenth of pip's time. Where it is missing, or does not find a package, pip does the work.
     local sources
     mapfile -t sources < <(pip_sources)
-    if python -m pip install --quiet --disable-pip-version-check "$(grep '^uv==' constraints.txt)" 2> /dev/null &&
+    if { python -c 'import uv' || python -m pip install --quiet "$(grep '^uv==' constraints.txt)"; } 2> /dev/null &&
         python -m uv pip install --quiet --index-strategy unsafe-best-match "${sources[@]}" "$@" 2> /dev/null; then
         return
     fi

@@ -19,6 +19,7 @@ from ..data.demo import DEMO_MODEL
 from ..data.identity import are_blocks
 from ..models.unwrapping import without_adapter
 from ..schedulers import ConstantScheduler, GradNormSkip, OutlierSkip, RepeatUntil, RobustRows, RowRule
+from ..schedulers.base import rules_in
 from ..training.budget import limit_of
 from ..training.identity import wants_row_indices
 from ..training.log_table import PLAIN_WIDTH
@@ -110,14 +111,13 @@ def _length(rows: Any) -> int | None:
 
 def _rules(trainer: Any) -> list[str]:
     """Return a line each on the rule for batches, on those that are skipped, and on rows."""
-    rule: Any = trainer.repeat_scheduler
+    *around, rule = rules_in(trainer.repeat_scheduler)
     ends, skips = "", []
-    while (inner := getattr(rule, "inner", None)) is not None:
-        if isinstance(rule, RepeatUntil):
-            ends = f", until {rule.until:g} of the run is spent"
+    for each in around:
+        if isinstance(each, RepeatUntil):
+            ends = f", until {each.until:g} of the run is spent"
         else:
-            skips.append(_skips(rule))
-        rule = inner
+            skips.append(_skips(each))
     is_constant = isinstance(rule, ConstantScheduler)
     does = f"{counted(rule.repeats, 'update')} on each batch" if is_constant else _parameters(rule)
     return [

@@ -74,23 +74,24 @@ class ABRSFTTrainer(ABRMixin, SFTTrainer):
         return loss, logits, labels
 
 
-_FIELDS = ABRConfig.__dataclass_fields__
+@dataclass
+class _OfGenerated(ABRConfig):
+    """`ABRConfig` for batches that are generated: the rule is "kl", and no batch is skipped for its loss."""
+
+    repeat_scheduler: str = field(
+        default="kl", metadata=dict(ABRConfig.__dataclass_fields__["repeat_scheduler"].metadata)
+    )
+    skip_outliers: str = field(default="none", metadata=dict(ABRConfig.__dataclass_fields__["skip_outliers"].metadata))
 
 
 @dataclass
-class ABRGRPOConfig(GRPOConfig, ABRConfig):
+class ABRGRPOConfig(GRPOConfig, _OfGenerated):
     """`GRPOConfig` with the fields of `ABRConfig`; the rule is "kl", and no batch is skipped for its loss."""
 
-    repeat_scheduler: str = field(default="kl", metadata=dict(_FIELDS["repeat_scheduler"].metadata))
-    skip_outliers: str = field(default="none", metadata=dict(_FIELDS["skip_outliers"].metadata))
-
 
 @dataclass
-class ABRRLOOConfig(RLOOConfig, ABRConfig):
+class ABRRLOOConfig(RLOOConfig, _OfGenerated):
     """`RLOOConfig` with the fields of `ABRConfig`; the rule is "kl", and no batch is skipped for its loss."""
-
-    repeat_scheduler: str = field(default="kl", metadata=dict(_FIELDS["repeat_scheduler"].metadata))
-    skip_outliers: str = field(default="none", metadata=dict(_FIELDS["skip_outliers"].metadata))
 
 
 class ABRGRPOTrainer(ABRMixin, GRPOTrainer):

@@ -294,6 +294,14 @@ class WrappedScheduler(RepeatScheduler):
         self.inner.load_state_dict(state["inner"])
 
 
+def rules_in(rule: Any) -> list[Any]:
+    """Return a rule and those that it wraps, the outermost first."""
+    found = [rule]
+    while (rule := getattr(rule, "inner", None)) is not None:
+        found.append(rule)
+    return found
+
+
 def decided_by(rule: RepeatScheduler, observation: Observation) -> int:
     """Return what a rule decides.
 

@@ -32,20 +32,20 @@ def rule_of_run(provenance: Mapping[str, Any]) -> RepeatScheduler:
 
 def name_of_rule(provenance: Mapping[str, Any]) -> str:
     """Return what the repeat scheduler of a run is called, with its parameters as far as they are known."""
-    record = provenance.get(INSTANCES, {}).get("repeat_scheduler")
-    try:
-        return str(record["name"]) if record is not None else repr(build_rule(provenance["arguments"]))
-    except ValueError:
-        return str(provenance["arguments"]["repeat_scheduler"])
+    return _name_of(provenance, "repeat_scheduler", "repeat_scheduler", build_rule)
 
 
 def name_of_row_rule(provenance: Mapping[str, Any]) -> str:
     """Return what the row rule of a run is called, with its parameters as far as they are known."""
-    record = provenance.get(INSTANCES, {}).get("row_rule")
+    return _name_of(provenance, "row_rule", "skip_rows", build_row_rule)
+
+
+def _name_of(provenance: Mapping[str, Any], instance: str, flag: str, build: Callable[[Any], Any]) -> str:
+    record = provenance.get(INSTANCES, {}).get(instance)
     try:
-        return str(record["name"]) if record is not None else repr(build_row_rule(provenance["arguments"]))
+        return str(record["name"]) if record is not None else repr(build(provenance["arguments"]))
     except ValueError:
-        return str(provenance["arguments"]["skip_rows"])
+        return str(provenance["arguments"][flag])
 
 
 def parts_of(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:

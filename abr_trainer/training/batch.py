@@ -38,7 +38,7 @@ from .config import setting
 from .deciding import AGAIN, BUDGET, NO_ROOM, NON_FINITE, Decision, decide, look_at_gradient
 from .dropped_rows import DroppedRow, excerpts, with_text
 from .dropping import BatchRows, RowGate, batch_rows, without_broken
-from .held import Call, HeldBatch, check_holdable
+from .held import Call, HeldBatch, check_holdable, rollouts_of
 from .identity import taken_out
 from .memory import memory_of_batch
 from .notices import say_what_is_left_out
@@ -175,14 +175,10 @@ class Batch:
         run = trainer._run
         tallied = tally([call.inputs for call in self._calls], first_target(trainer), trainer.label_names)
         main_input = getattr(trainer.model, "main_input_name", "input_ids")
-        own_tokens = sum(
-            call.rollout.tokens if call.rollout else call.inputs[main_input].numel()
-            for call in self._calls
-            if call.rollout or main_input in call.inputs
-        )
+        own_tokens = sum(call.tokens(main_input) for call in self._calls)
         costs = (own_tokens, own_tokens * trainer._forward_flops_per_token, run.extra_forwards)
         hits = summed(self._hits)
-        policy = policy_sums([call.rollout for call in self._calls if call.rollout])
+        policy = policy_sums(rollouts_of(self._calls))
         cured, lists, longest = self._own_rows(trainer, run.rows)
         agreed = run.consensus.begin_mean(
             trainer,

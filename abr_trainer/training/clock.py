@@ -31,19 +31,19 @@ class Clock:
         self.is_generating = False
 
     @contextlib.contextmanager
-    def drawing(self, loader_works_on: bool) -> Iterator[_Waits]:
-        """Time the waits for the micro-batches of the next batch.
+    def drawing(self, loader: Iterator[Any], works_on: bool) -> Iterator[Iterator[Any]]:
+        """Time the waits for the micro-batches of the next batch: draw them from what this yields.
 
         Args:
-            loader_works_on: Whether the loader has workers, which load while the model trains.
+            works_on: Whether the loader has workers, which load while the model trains.
         """
         now = time.perf_counter()
         self._away = 0.0 if self._finished_at is None else now - self._finished_at
-        self._worked = now - self._arrived_at if loader_works_on and self._arrived_at is not None else 0.0
+        self._worked = now - self._arrived_at if works_on and self._arrived_at is not None else 0.0
         self._generated = 0.0
-        waits = _Waits()
-        yield waits
-        self._waited = waits.seconds
+        timed = _Timed(loader)
+        yield timed
+        self._waited = timed.seconds
         self._arrived_at = time.perf_counter()
 
     @contextlib.contextmanager
@@ -81,20 +81,12 @@ class Clock:
         return self._lapped_at - before
 
 
-class _Waits:
-    """Seconds in `next` of a loader."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def timed(self, loader: Iterator[Any]) -> Iterator[Any]:
-        """Return an iterator that times `next`, and ends where the loader does."""
-        return _Timed(loader, self)
-
-
 class _Timed:
-    def __init__(self, loader: Iterator[Any], waits: _Waits) -> None:
-        self._loader, self._waits = loader, waits
+    """An iterator that times `next` of a loader."""
+
+    def __init__(self, loader: Iterator[Any]) -> None:
+        self._loader = loader
+        self.seconds = 0.0
 
     def __iter__(self) -> _Timed:
         return self
@@ -104,4 +96,4 @@ class _Timed:
         try:
             return next(self._loader)
         finally:
-            self._waits.seconds += time.perf_counter() - start
+            self.seconds += time.perf_counter() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,17 @@ class Call(NamedTuple):
         """The number of targets in the whole batch, as Trainer passes it on; None where it counts none."""
         return self.args[0] if self.args else self.kwargs.get("num_items_in_batch")
 
+    def tokens(self, main_input: str) -> int:
+        """Return the tokens of a pass, padding included: by the name of the model's main input, or as generated."""
+        if self.rollout is not None:
+            return self.rollout.tokens
+        return self.inputs[main_input].numel() if main_input in self.inputs else 0
+
+
+def rollouts_of(calls: Sequence[Call]) -> list[Rollout]:
+    """Return what was generated, by micro-batch; nothing under a trainer that does not generate."""
+    return [call.rollout for call in calls if call.rollout is not None]
+
 
 @dataclass(frozen=True)
 class HeldBatch:
@@ -51,11 +62,6 @@ class HeldBatch:
     tokens: int
     forward_flops: float
     share: float = 1.0
-
-    @property
-    def rollouts(self) -> list[Rollout]:
-        """What was generated, by micro-batch; nothing under a trainer that does not generate."""
-        return [call.rollout for call in self.calls if call.rollout is not None]
 
 
 def check_holdable(calls: list[Call]) -> None:

@@ -34,7 +34,7 @@ class ABRNotebookProgressCallback(NotebookProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._limit = limit_of(args)
-        self._unit = "seconds" if self._limit is not None and self._limit.counts_seconds else "passes"
+        self._unit = "passes" if self._limit is None else self._limit.unit
         self._ledger, self._window, self._waiting = ComputeLedger(), LogWindow(), Waiting()
         self._seconds, self._shows_waiting = 0.0, False
         perplexity = ["Perplexity"] if self._shows_perplexity else []

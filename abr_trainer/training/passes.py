@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..schedulers import PolicyDrift
 from .consensus import Agreed
 from .engines import forget_batch_of_deepspeed
-from .held import Call, HeldBatch
+from .held import Call, HeldBatch, rollouts_of
 from .loss_scale import has_own_compute_loss
 from .rollouts import counted, drift_of
 from .signals import Hits, accuracy_of, counting_hits, summed, watching
@@ -184,7 +184,7 @@ class Passes:
             return not trainer.is_deepspeed_enabled or is_accepted(seen(mean(), hits))
 
         def begin(losses: list[Tensor], hits: list[Hits]) -> Callable[[], Agreed]:
-            counts = counted(held.rollouts)
+            counts = counted(rollouts_of(held.calls))
             read: Callable[[], Agreed] = consensus.begin_mean(trainer, held.calls, losses, *summed(hits), *counts)
             return read
 

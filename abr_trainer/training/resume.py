@@ -226,10 +226,7 @@ class ResumeMixin(_AnyTrainer):
         self._run.waiting = Waiting(**state.get("waiting", {}))
         self._load_rows(checkpoint, state.get("row_rule"))
         if generates(self) and "rollouts" in state:
-            try:
-                load_rollouts(Path(checkpoint), self, state["rollouts"]["step"])
-            except FileNotFoundError as error:
-                raise UnfitCheckpoint(str(error)) from None
+            load_rollouts(Path(checkpoint), self, state["rollouts"]["step"])
         log = state["log"]
         if self.repeat_scheduler.held():
             if len(log["tr_loss"]) != self.args.world_size:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..schedulers import PolicyDrift
+from .checkpoints import UnfitCheckpoint
 
 SEAMS = ("_prepare_inputs", "_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 """What a trainer must have for its batches to be repeated."""
@@ -223,14 +224,14 @@ def load_rollouts(directory: Path, trainer: Any, step: int) -> None:
     """Give a trainer back what `save_rollouts` wrote, and where it was in it.
 
     Raises:
-        FileNotFoundError: There is no such file, but the checkpoint was made amid the rows of a generation.
+        UnfitCheckpoint: There is no such file, but the checkpoint was made amid the rows of a generation.
     """
     trainer._step = step
-    if not _is_amid_generation(trainer, has_buffer=True):
+    if not _is_amid_generation(trainer):
         return
     path = directory / ROLLOUTS_NAME.format(rank=trainer.args.process_index)
     if not path.exists():
-        raise FileNotFoundError(
+        raise UnfitCheckpoint(
             f"{path} is missing: the rows that were generated before this checkpoint and not yet trained on. Resume "
             "from another checkpoint, with as many processes as before."
         )
@@ -242,8 +243,7 @@ def load_rollouts(directory: Path, trainer: Any, step: int) -> None:
     trainer._buffered_inputs = parts
 
 
-def _is_amid_generation(trainer: Any, has_buffer: bool | None = None) -> bool:
+def _is_amid_generation(trainer: Any) -> bool:
     """Tell whether the next micro-batch is one that has been generated already."""
-    has_buffer = trainer._buffered_inputs is not None if has_buffer is None else has_buffer
-    every: int = trainer.args.steps_per_generation * trainer.num_iterations
-    return has_buffer and trainer._step % every != 0
+    is_amid: bool = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+    return is_amid

@@ -22,6 +22,7 @@ from ..schedulers import (
     ThresholdScheduler,
     WindowScheduler,
 )
+from ..schedulers.base import rules_in
 from .rollouts import generates
 
 ENGINES = {
@@ -112,20 +113,19 @@ def refuse_pushing_inputs(args: Any, scheduler: Any) -> None:
 
 def refuse_for_rollouts(trainer: Any) -> None:
     """Refuse rules that say nothing about generated batches, and those that say nothing about others."""
-    name, rule = type(trainer).__name__, trainer.repeat_scheduler
+    name, given = type(trainer).__name__, trainer.repeat_scheduler
     if not generates(trainer):
-        if "policy" in rule.wants:
+        if "policy" in given.wants:
             raise ValueError(
-                f"{rule!r} is for trainers that generate their batches, such as GRPOTrainer of TRL. {name} does not."
+                f"{given!r} is for trainers that generate their batches, such as GRPOTrainer of TRL. {name} does not."
             )
         return
     why = f"{name} generates its batches, and the loss of one says nothing about it"
-    while rule is not None:
+    for rule in rules_in(given):
         if isinstance(rule, OutlierSkip):
             raise ValueError(f"{why}: use --skip_outliers none.")
         if isinstance(rule, READ_LOSSES):
             raise ValueError(f"{why}, but {rule!r} looks at it. Use --repeat_scheduler kl, fixed or baseline.")
-        rule = getattr(rule, "inner", None)
     strategy = HubStrategy(trainer.args.hub_strategy).value
     if trainer.args.push_to_hub and "checkpoint" in strategy:
         raise ValueError(
@@ -136,8 +136,7 @@ def refuse_for_rollouts(trainer: Any) -> None:
 
 def refuse_own_trace(args: Any, scheduler: Any) -> None:
     """Refuse to follow a trace that this run would write over, or delete."""
-    while (inner := getattr(scheduler, "inner", None)) is not None:
-        scheduler = inner
+    *_, scheduler = rules_in(scheduler)
     if not isinstance(scheduler, FollowScheduler) or args.output_dir is None:
         return
     followed, directory = scheduler.path.resolve(), Path(args.output_dir).resolve()

@@ -287,8 +287,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batch, self._is_drawn = Batch(), True
         works_on = getattr(self.callback_handler.train_dataloader, "num_workers", 0) > 0
-        with self._run.clock.drawing(works_on) as waits:
-            timed = waits.timed(epoch_iterator)
+        with self._run.clock.drawing(epoch_iterator, works_on) as timed:
             batch_samples, num_items_in_batch = super().get_batch_samples(timed, num_batches, device)
         if len(batch_samples) < num_batches:
             # A data set without length ended in the middle of a batch. Trainer would leave its gradients to the next.

@@ -39,7 +39,8 @@ def served(benchmark, tmp_path_factory):
     )
     process.start()
     yield f"http://127.0.0.1:{receiver.recv()}", text
-    process.terminate()
+    process.kill()  # a handler of this process for SIGTERM would be inherited
+    process.join()
 
 
 def seconds_for(url, **headers):
