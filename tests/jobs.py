@@ -239,6 +239,18 @@ class StopAfter(TrainerCallback):
         control.should_save = control.should_training_stop = state.global_step == self.step
 
 
+class PreemptSecondRank(TrainerCallback):
+    """Send SIGTERM to the second rank, and to no other one, in the batch after `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # transformers notes it in a thread
+
+
 class SkipEveryFifth(RepeatScheduler):
     """Skip sound batches too, whatever the rule inside says."""
 
@@ -333,9 +345,11 @@ def train_scenario(output_dir: str, name: str, **changes: Any) -> Any:
         trainer = build_scenario(output_dir, **options)
         trainer.train()
         return trainer
-    stopped = build_scenario(output_dir, **options)
-    stopped.add_callback(StopAfter(5))
+    stopped = build_scenario(output_dir, **options, enable_jit_checkpoint=True)
+    stopped.add_callback(PreemptSecondRank(4))
     stopped.train()
+    assert stopped.is_preempted
+    assert stopped.state.global_step == 5
     forget_engine(stopped)
     trainer = build_scenario(output_dir, **options)
     trainer.train(resume_from_checkpoint=True)

@@ -90,7 +90,7 @@ SHORT = {
     "seed": "Seed of the order of rows, of dropout and of new weights.",
     "load_best_model_at_end": "End with the best checkpoint, by --metric_for_best_model.",
     "output_dir": "Directory of the run.",
-    "resume_from_checkpoint": "true: go on from the last checkpoint; or the name of one.",
+    "resume_from_checkpoint": "true: go on from the last checkpoint; auto: if any; or a name.",
     "save_strategy": "When to save a checkpoint: no, steps, epoch or best.",
     "save_steps": "Batches between checkpoints, with --save_strategy steps.",
     "save_total_limit": "Keep only so many checkpoints.",

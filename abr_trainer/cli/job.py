@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import set_seed
 
 from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
-from ..records.files import read_json
+from ..records.files import CHECKPOINT_PREFIX, read_json
 from ..report.samples import sample_lines
 from ..schedulers.base import BadDecision
 from ..schedulers.following import BadTrace
@@ -121,6 +122,8 @@ def _carry_out(
             cut_samples(args, checkpoint)
         if args.do_train:
             results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+            if trainer.is_preempted:
+                end_preempted(trainer)
             if not trainer.has_trained:  # what was measured when it was
                 results |= read_json(Path(args.output_dir, "train_results.json")) or {}
             trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated
@@ -144,6 +147,16 @@ def _carry_out(
     if args.do_train:
         trainer.write_card()
     return results
+
+
+def end_preempted(trainer: ABRTrainer) -> NoReturn:
+    """End the program after SIGTERM, without the work that a finished run needs; the status is that of the signal."""
+    if trainer.is_world_process_zero():
+        saved = Path(str(trainer.args.output_dir), f"{CHECKPOINT_PREFIX}{trainer.state.global_step}")
+        advice = "--resume_from_checkpoint true continues from it."
+        print(f"preempted: SIGTERM has ended the run. It is saved in {saved}: {advice}", file=sys.stderr)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks when the first one ends
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def show_results(trainer: ABRTrainer, results: dict[str, float], score: Score) -> None:

@@ -214,11 +214,14 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
 
 def find_checkpoint(args: ABRConfig) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` names; `true` is the last complete one in the output
-    directory. What is no directory is looked for on the Hub, and downloaded into the output directory.
+    directory, and `auto` is the same if there is one. What is no directory is looked for on the Hub, and downloaded
+    into the output directory.
 
     Raises:
         ValueError: There is no such checkpoint, or the run cannot go on from it.
     """
+    if str(args.resume_from_checkpoint).lower() == "auto":
+        args.resume_from_checkpoint = None if last_complete_checkpoint(Path(str(args.output_dir))) is None else "true"
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None

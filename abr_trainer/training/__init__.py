@@ -19,7 +19,7 @@ How one batch goes through the files:
    batch: `run.py` counts it, the rules observe the outcome, `notices.py` says what was left out, and `callbacks.py`
    writes the trace and the dropped rows (`dropped_rows.py`).
 7. Trainer logs, evaluates and saves. `run.py` adds to the log, `evaluation.py` adds the perplexity, and `resume.py`
-   writes into the checkpoint what a resumed run needs.
+   writes into the checkpoint what a resumed run needs. If SIGTERM has arrived, `preemption.py` has it saved and ended.
 
 Before the first batch, `config.py` has the arguments and `plan.py` checks them. `support.py` refuses what cannot work,
 `readiness.py` checks model and disk, `empty_rows.py` looks for rows without targets, without tokens or there twice,

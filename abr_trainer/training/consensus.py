@@ -90,7 +90,8 @@ class Consensus:
         loss, weight = weighted_loss(trainer, self.loss_scale, losses, calls, calls[0].items_in_batch)
         length = len(lists[0]) if lists else 0
         seconds = self._budget.measured(trainer._batch)
-        largest = (*greatest, *seconds)
+        signals = () if trainer._preemption is None else trainer._preemption.measured()
+        largest = (*greatest, *seconds, *signals)
         scalars = (loss, weight, *others, *largest, length)
         end = len(scalars) - 1 - len(largest)
         read = self._begin_gather(scalars, _padded(lists, longest) if self._args.world_size > 1 else ())
@@ -99,8 +100,10 @@ class Consensus:
             of_ranks = read()
             total, weights, *sums = (sum(row[i] for row in of_ranks) for i in range(end))
             most = [max(row[i] for row in of_ranks) for i in range(end, end + len(largest))]
-            most, spent = most[: len(greatest)], most[len(greatest) :]
-            self._budget.agree(spent)
+            most, others = most[: len(greatest)], most[len(greatest) :]
+            self._budget.agree(others[: len(seconds)])
+            if signals:
+                trainer._preemption.agree(others[-1])
             mean = total / weights if weights else math.nan
             if self._args.world_size == 1:
                 return Agreed(mean, sums, most, [list(each) for each in lists])

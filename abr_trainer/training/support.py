@@ -68,7 +68,6 @@ def refuse_unsupported(trainer: Any, budget: str | None) -> None:
             "layerwise" in args.optim or "lomo" in args.optim,
             f"--optim {args.optim.value} updates the weights inside the backward",
         ),
-        (args.enable_jit_checkpoint, "--enable_jit_checkpoint can save in the middle of a batch"),
         (
             (hasattr(trainer, "_buffered_inputs") and not generates(trainer)) or not ONLINE_TRAINERS.isdisjoint(bases),
             f"{type(trainer).__name__} generates its inputs while it trains, in a way of its own. GRPOTrainer and "

@@ -35,6 +35,7 @@ from .identity import numbered, wants_row_indices
 from .ledger import ComputeLedger
 from .loss_scale import has_own_loss
 from .passes import Passes
+from .preemption import Preemption, replace_jit_checkpoint
 from .primer import Primer
 from .readiness import mend_generation_config
 from .recording import record_end, record_run
@@ -66,6 +67,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         row_rule: Its rule for rows; None if no rows are dropped.
         tells_if_worse: Whether it warns where the best checkpoint is worse than the model was before training. The
             commands say that in their summary.
+        is_preempted: Whether the last call of `train` was ended by SIGTERM, under `enable_jit_checkpoint`. The run is
+            saved, and goes on with `train(resume_from_checkpoint=True)`.
         is_recorded: Whether `run.json` is written by whoever trains. Else `train` writes it.
 
     Args:
@@ -104,6 +107,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         refuse_fields_beside(self.args, repeat_scheduler, row_rule)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None or row_rule is not None
         self.is_recorded = False
+        self._preemption: Preemption | None = None
         self._given_scheduler = repeat_scheduler
         self._initial_scheduler_state = (
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
@@ -128,6 +132,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
                 self.add_callback(EarlyStopping(patience, setting(self.args, "early_stopping_threshold")))
             self._show_our_columns()
             replace_tensorboard(self.callback_handler)
+            self._preemption = replace_jit_checkpoint(self.callback_handler)
 
     def _show_our_columns(self) -> None:
         """Replace the bar of Trainer, in a terminal or in a notebook, by ours; leave one of the user's own."""
@@ -219,6 +224,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         self.row_rule = self._fresh_row_rule()
         self._row_rule_description = repr(self.row_rule)
         self._run, self._batch, self._is_drawn = Run(self.args, self.accelerator), Batch(), False
+        self.is_preempted = False
         if self._is_active and wants_row_indices(self):
             self._run.rows = row_gate(self, self.row_rule)
         self._rows_without_targets.forget_counts()
@@ -256,7 +262,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
                 self._ranking.save(directory)
                 if directory == Path(self.args.output_dir):  # that of a trial could be pushed
                     write_ranked(self, self._ranking, directory)
-        loads_best = self._is_active and self.args.load_best_model_at_end
+        is_finished = self._is_active and not self.is_preempted
+        loads_best = is_finished and self.args.load_best_model_at_end
         doubt = doubt_of_the_best(self.args, self.state, self.tells_if_worse) if loads_best else None
         if doubt and self.is_world_process_zero():
             logger.warning(doubt)
@@ -265,12 +272,16 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             num_train_samples = self.state.global_step * self.get_total_train_batch_size(self.args)
             self.state.max_steps = self.state.global_step
         self._run.leave_out_non_finite(self)
-        if self._is_active and self.has_trained and trial is None and self.is_world_process_zero():
+        if is_finished and self.has_trained and trial is None and self.is_world_process_zero():
             self._run.remark = remark_on(self.repeat_scheduler, Path(self.args.output_dir))
             if self.remark is not None:
                 logger.warning(self.remark)
+        best = self.state.best_model_checkpoint
+        if self.is_preempted:  # else Trainer loads the best model, and may delete the checkpoint to go on from
+            self.state.best_model_checkpoint = None
         output = super()._finalize_training(trial, num_train_samples, start_time)
-        if self._is_active and self.is_world_process_zero() and not self.is_recorded:
+        self.state.best_model_checkpoint = best
+        if is_finished and self.is_world_process_zero() and not self.is_recorded:
             record_end(self, self._trace.directory or Path(self.args.output_dir), output.metrics)
         return output
 
@@ -278,6 +289,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(dataset, *args, **kwargs)
+        if self._preemption is not None:
+            loader = self._preemption.spare_workers(loader)
         is_of_training_set = bool(kwargs.get("is_training")) and dataset is self.train_dataset  # and not the primer
         wanted = is_of_training_set and wants_row_indices(self)
         return numbered(loader, dataset, self.data_collator) if wanted else loader
@@ -320,11 +333,16 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if outcome is not None:
             self._batch.finish(self, outcome)
             self._batch = Batch()
+        elif self.is_preempted:
+            return  # Trainer leaves the epoch, which has not ended
+        has_waited = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if outcome is not None and self._preemption is not None and self._preemption.is_due(self, has_waited):
+            self._save_here(model, trial)
+            self.is_preempted = self.control.should_training_stop = True
         limit = setting(self.args, "max_consecutive_skips")
         if outcome is not None and len(self._run.skips_in_a_row) >= limit:
-            if self._run.saved_at != self.state.global_step:
-                self._save_checkpoint(model, trial)
+            self._save_here(model, trial)
             raise TooManySkips(self._run.explain_skips(limit, self._checkpoint_folder(trial)))
 
     # ---- Logs and checkpoints ----
@@ -356,6 +374,12 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self._is_active:
             self.ledger.saving_seconds += time.perf_counter() - start
         self._run.saved_at = self.state.global_step
+
+    def _save_here(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, unless there is one after the last batch."""
+        if self._run.saved_at != self.state.global_step:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,13 +16,45 @@ from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from abr_trainer.records.files import last_complete_checkpoint, read_lines
 from tests.conftest import ROOT, run_module
 from tests.hub_server import Hub
 
 CONFIGURATIONS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
-SCONTROL = "#!/bin/sh\necho 127.0.0.1\necho another-node\n"
-SRUN = '#!/bin/sh\nshift\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" || exit 1\nwait $first\n'
+SCONTROL = """#!/bin/sh
+if [ "$1" = requeue ]; then echo "$2" > requeued; fi
+echo 127.0.0.1
+echo another-node
+"""
+SRUN = """#!/bin/sh
+shift
+trap : TERM
+echo $$ > srun.pid
+SLURM_NODEID=0 "$@" & nodes=$!
+if [ "$SLURM_JOB_NUM_NODES" = 2 ]; then SLURM_NODEID=1 "$@" & nodes="$nodes $!"; fi
+worst=0
+for node in $nodes; do
+    while kill -0 $node 2> /dev/null; do wait $node; status=$?; done
+    [ $status = 0 ] || worst=$status
+done
+exit $worst
+"""
+SCANCEL = f"""#!{sys.executable}
+import psutil, sys
+for process in psutil.Process(int(open("srun.pid").read())).children(recursive=True):
+    process.terminate()
+"""
+"""Like that of Slurm, it signals all processes on the nodes."""
+RANK = f"""#!{sys.executable}
+import signal, sys, time
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "what the launcher inherits"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+open("arguments", "w").write(" ".join(sys.argv[1:]))
+while "auto" not in sys.argv:
+    time.sleep(0.01)
+"""
+"""In place of torchrun: a run that ends at SIGTERM, or at once if it may be resumed."""
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
@@ -125,33 +159,88 @@ def test_every_configuration_trains_a_classifier_as_ddp_does(launched):
         assert saved["base_model.model.score.weight"].shape == (2, 96)
 
 
-@pytest.mark.slow
-def test_a_slurm_job_is_one_run_over_its_nodes(tmp_path):
-    for name, script in (("scontrol", SCONTROL), ("srun", SRUN)):
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
+@pytest.fixture
+def slurm(tmp_path):
+    """Start the Slurm script as a job whose nodes are this machine."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in (("scontrol", SCONTROL), ("srun", SRUN), ("scancel", SCANCEL)):
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
     environment = os.environ | {
-        "PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "1",
-        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
         "ABR_VENV": str(tmp_path / "none"),
         "OMP_NUM_THREADS": "1",
     }
-    flags = ["--dataset_name", "demo", "--do_train", "--max_passes", "4", "--block_size", "64", "--use_cpu"]
-    subprocess.run(
-        ["bash", "scripts/launch_slurm.sh", *flags, "--output_dir", str(tmp_path / "a run")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        timeout=400,
-        check=True,
-    )
+
+    def slurm(*flags, nodes=1, **more):
+        command = ["bash", str(ROOT / "scripts" / "launch_slurm.sh"), *flags]
+        return subprocess.Popen(command, env=environment | {"SLURM_JOB_NUM_NODES": str(nodes)} | more)
+
+    return slurm
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+DEMO = ["--dataset_name", "demo", "--do_train", "--block_size", "64", "--use_cpu"]
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_one_run_over_its_nodes(tmp_path, slurm):
+    flags = [*DEMO, "--max_passes", "4", "--output_dir", str(tmp_path / "a run")]
+    assert slurm(*flags, nodes=2).wait(timeout=400) == 0
     results = json.loads((tmp_path / "a run" / "all_results.json").read_text())
     assert results["train_passes"] == 4
     assert results["train_tokens"] == 4 * 2 * 8 * 64  # passes, nodes, rows, tokens a row
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_slurm_job_that_is_stopped_goes_back_into_the_queue(tmp_path, slurm):
+    (tmp_path / "bin" / "torchrun").write_text(RANK)
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    job = slurm("run.yaml", "--output_dir", "a run")
+    wait_for((tmp_path / "arguments").exists)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == 143
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    asked = (tmp_path / "arguments").read_text()
+    assert asked.endswith("-m abr_trainer train run.yaml --output_dir a run --enable_jit_checkpoint")
+
+    (tmp_path / "requeued").unlink()
+    assert slurm("run.yaml", SLURM_RESTART_COUNT="1").wait(timeout=60) == 0
+    asked = (tmp_path / "arguments").read_text()
+    assert asked.endswith(
+        "train run.yaml --enable_jit_checkpoint --resume_from_checkpoint auto --overwrite_output_dir"
+    )
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_stopped_slurm_job_is_saved_by_all_nodes_and_continues(tmp_path, slurm):
+    out = tmp_path / "a run"
+    flags = [*DEMO, "--max_passes", "40", "--output_dir", str(out), "--dataloader_num_workers", "1"]
+    job = slurm(*flags, nodes=2)
+    trace = out / "abr_trace.jsonl"
+    wait_for(lambda: trace.exists() and len(list(read_lines(trace))) > 2)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=200) != 0
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    assert last_complete_checkpoint(out) is not None
+    assert slurm(*flags, nodes=2, SLURM_RESTART_COUNT="1").wait(timeout=400) == 0
+    assert 39 < json.loads((out / "all_results.json").read_text())["train_passes"] <= 40
+    steps = [batch["step"] for batch in read_lines(trace)]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_the_slurm_script_says_how_it_is_started():

@@ -86,7 +86,6 @@ def test_one_process_where_several_were_asked_for_is_told(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint can save in the middle of a batch"),
         ({"optim": "lomo"}, "--optim lomo updates the weights inside the backward"),
         ({"optim": "galore_adamw_layerwise"}, "updates the weights inside the backward"),
         (
