@@ -1,13 +1,13 @@
 """Repeats on generated batches: what several updates on a rollout are worth, where generating is most of the work.
 
-    python benchmarks/rollouts.py --models DIR             # an hour on one core; goes on where it was stopped
+    python benchmarks/rollouts.py --models DIR             # two hours on one core; goes on where it was stopped
     python benchmarks/rollouts.py --models DIR --quick     # a minute, into --out
     python benchmarks/rollouts.py --table                  # the page, made of benchmarks/results alone
 
 DIR of the models holds `stories260k-hf`. All runs are GRPO of TRL with `ABRGRPOTrainer`, in this process, one after
 the other. Each has the same number of CPU seconds, which do not depend on what else the machine does. The static arms
 make 1, 2 or 4 updates on each batch, as `num_iterations` of TRL does; "kl" decides by `--repeat_scheduler kl`. The
-learning rate of each arm is the best of four on the first seed, by the mean reward over the time of the run.
+learning rate of each arm is the best of five on the first seed, by the mean reward over the time of the run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PAGE = ROOT / "docs" / "measure" / "rollouts.md"
 
 MODEL = "stories260k-hf"
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 ARMS: dict[str, Callable[[], RepeatScheduler]] = {
     "1": lambda: ConstantScheduler(1),
     "2": lambda: ConstantScheduler(2),
@@ -75,7 +75,8 @@ WORDS = Task(
 SUMS = Task(
     "sums", "1 for the right sum of two digits in the right form, 0.1 for the form alone", tokens=8, seconds=20
 )
-TASKS = (WORDS, SUMS)
+PAGES = Task("pages", "The same in a continuation of 256 tokens", tokens=256, seconds=75)
+TASKS = (WORDS, SUMS, PAGES)
 
 BEGINNINGS = ("Once upon a time", "One day", "Lily and Ben", "The dog", "Tom was", "There was a", "She saw", "The sun")
 
@@ -250,13 +251,15 @@ def most_of_the_gain(entry: Mapping[str, Any]) -> float:
     return float(first + 0.9 * (last - first))
 
 
-def seconds_to(entry: Mapping[str, Any], reward: float) -> float:
-    """Return the CPU seconds after which a run has a reward, as a mean over three points; infinite if it never has."""
+def cost_to(entry: Mapping[str, Any], reward: float) -> tuple[float, float]:
+    """Return the CPU seconds and generated tokens after which a run has a reward, as a mean over three points of its
+    curve; both are infinite if it never has.
+    """
     curve = entry["curve"]
     for i in range(len(curve) - 2):
         if statistics.fmean(point["reward"] for point in curve[i : i + 3]) >= reward:
-            return float(curve[i + 2]["seconds"])
-    return math.inf
+            return float(curve[i + 2]["seconds"]), entry["generated_tokens"] * (i + 3) / len(curve)
+    return math.inf, math.inf
 
 
 def chosen_rate(runs: Sequence[Mapping[str, Any]], task: Task, arm: str) -> float | None:
@@ -293,11 +296,11 @@ def next_case(runs: Sequence[Mapping[str, Any]]) -> Case | None:
 INTRODUCTION = f"""A run generates {ROWS} continuations a batch, in groups of {GROUP}, and rewards them. The trainer is
 `ABRGRPOTrainer`, and the model stories260k, with all its weights, in fp32 on one core. All runs of a task have the
 same number of CPU seconds. An arm makes 1, 2 or 4 updates on each batch, as `num_iterations` does, or lets
-`--repeat_scheduler kl` decide, up to 4. Its learning rate, constant, is the best of four on the first seed.
+`--repeat_scheduler kl` decide, up to 4. Its learning rate, constant, is the best of five on the first seed.
 
-Reward is the mean over the time of the run; differences are paired by seed, with a 95 % t interval. The last column
-is the time after which an arm has a reward that arm 1 has when it has made 90 % of its gain: the median over seeds, in
-CPU seconds. Made by the command below, of `benchmarks/results/rollouts.json`.
+Reward is the mean over the time of the run; differences are paired by seed, with a 95 % t interval. The last columns
+are the CPU seconds and the generated tokens after which an arm has a reward that arm 1 has when it has made 90 % of
+its gain: medians over seeds. Made by the command below, of `benchmarks/results/rollouts.json`.
 
 **So far** one of two tasks is measured. At tuned learning rates, more updates did not pay, although generating took
 four fifths of the time: two were no better than one, and four were worse. At its best learning rate, `kl` found that
@@ -319,8 +322,8 @@ def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     lines += [
         "| updates | learning rate | generating | batches | updates a batch | reward | beside 1 (95 %) | verdict | "
-        "90 % of the gain of 1 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "90 % of the gain of 1 | tokens until then |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm, entries in of_arms.items():
         seeds = sorted(entries.keys() & of_arms["1"].keys())
@@ -331,7 +334,8 @@ def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> list[str]:
             beside = f"{found['mean']:+.3g} ({found['t_low']:+.3g} to {found['t_high']:+.3g})"
             word = verdict(found, len(seeds), lower_is_better=False)
         goals = {seed: most_of_the_gain(of_arms["1"][seed]) for seed in seeds}
-        middle = statistics.median(seconds_to(entries[seed], goals[seed]) for seed in seeds)
+        costs = [cost_to(entries[seed], goals[seed]) for seed in seeds]
+        seconds, tokens = (statistics.median(column) for column in zip(*costs, strict=True))
         of_all = list(entries.values())
         cells = [
             arm,
@@ -342,7 +346,8 @@ def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{statistics.fmean(mean_reward(entry) for entry in of_all):.3g} ({len(of_all)} seeds)",
             beside,
             word,
-            f"{middle:.0f} s" if math.isfinite(middle) else "never",
+            f"{seconds:.0f} s" if math.isfinite(seconds) else "never",
+            f"{tokens:,.0f}" if math.isfinite(tokens) else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", "\\* the best of the rates tried lies at their end.", ""]

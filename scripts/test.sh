@@ -24,7 +24,10 @@ if [ "${1:-}" = --oldest ]; then
     exit
 fi
 install_project "[test]"
-check & checks=$!  # runs on the other core while DeepSpeed is built
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+(check > "$log" 2>&1 && status=0 || status=$?; cat "$log"; exit "$status") & checks=$!  # beside the tests, told at once
 install_deepspeed
-wait "$checks"
-test_all "$@"
+test_all "$@" && tested=0 || tested=$?
+wait "$checks" || { echo "The checks before the tests have failed: see above, or" && cat "$log"; exit 1; }
+exit "$tested"

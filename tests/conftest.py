@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import importlib.util
+import json
 import os
 import re
 import runpy
@@ -129,7 +129,7 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,
@@ -285,17 +285,22 @@ def packages_are_looked_for_once():
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def demo_texts_are_made_once():
-    """They are the same each time, which their own tests say, and making them takes as long as a short run."""
-    if importlib.util.find_spec("datasets") is None:  # as where only the tests that need a GPU are run
-        yield
-        return
-    from abr_trainer.data import sources
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """Run a job of `tests/jobs.py` on some ranks over gloo, forked from a process that has imported everything."""
+    command = [sys.executable, "-m", "tests.jobs", "ranks"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, **pipes) as process:
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "demo_texts", functools.cache(sources.demo_texts))
-        yield
+        def launch(ranks: int, names: list[str], job: str = "engines", directory: Path | None = None) -> Path:
+            directory = directory or tmp_path_factory.mktemp("ranks")
+            print(json.dumps([job, ranks, str(directory), *names]), file=process.stdin, flush=True)
+            error = json.loads(process.stdout.readline() or '"The process that ranks are forked from has ended."')
+            assert not error, error
+            return directory
+
+        yield launch
+        process.terminate()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib.util
 import json
@@ -14,8 +13,10 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
@@ -58,7 +59,17 @@ from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.generation import continue_over_ranks
 from abr_trainer.training.identity import source_of, taken_out
 from abr_trainer.training.text_scores import PACKAGES, TextScores
-from tests.conftest import QUIET, VOCABULARY, Stream, broken_row, tiny_llama, token_rows, weights, without_seconds
+from tests.conftest import (
+    QUIET,
+    VOCABULARY,
+    Stream,
+    broken_row,
+    point_client_at,
+    tiny_llama,
+    token_rows,
+    weights,
+    without_seconds,
+)
 
 
 class KillAfter(TrainerCallback):
@@ -213,7 +224,7 @@ SCENARIOS |= {f"{name}, resumed": {**SCENARIOS[name], "is_resumed": True} for na
 
 
 def build_model(kind: str) -> Any:
-    model = tiny_llama(tie_word_embeddings=False)
+    model = tiny_llama(tie_word_embeddings=False, num_hidden_layers=2 if kind == "lora" else 1)
     if kind == "lora":
         torch.manual_seed(1)
         options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -561,7 +572,7 @@ def job_of_rank(rank: int, job: str, count: int, port: int, arguments: list[str]
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    {"engines": engines, "loaders": loaders}[job](*arguments)
+    {"engines": engines, "loaders": loaders, "trainings": trainings}[job](*arguments)
 
 
 def some_windows() -> list[Window]:
@@ -644,13 +655,16 @@ def write_texts(output_dir: str, state: PartialState) -> None:
     Path(output_dir, f"texts-{state.process_index}.json").write_text(json.dumps([found, scores]))
 
 
-def trainings(plans: str) -> None:
-    """Run trainings as an engine of several GPUs would, on a CPU: once for each environment and its flags."""
-    shards_on_cpu()
-    without_compiled_communication()
-    sources.demo_texts = functools.cache(sources.demo_texts)
+def trainings(directory: str) -> None:
+    """Run the trainings in `plans.json`: once for each environment and its flags, the last of which is a directory.
+
+    They see the Hub in `hub.json`, if there is one.
+    """
     known = {"train": run_clm_abr, "classify": classify}
-    for environment, verb, flags in json.loads(Path(plans).read_text()):
+    patch = pytest.MonkeyPatch()
+    if Path(directory, "hub.json").exists():
+        point_client_at(SimpleNamespace(**json.loads(Path(directory, "hub.json").read_text())), patch)
+    for environment, verb, flags in json.loads(Path(directory, "plans.json").read_text()):
         before = dict(os.environ)
         os.environ.update(environment)
         known[verb].run(flags)
@@ -664,4 +678,4 @@ def trainings(plans: str) -> None:
 
 if __name__ == "__main__":
     gc.freeze()  # each training looks for garbage, and longest among what was imported
-    {"resumable": resumable, "ranks": ranks, "trainings": trainings}[sys.argv[1]](*sys.argv[2:])
+    {"resumable": resumable, "ranks": ranks}[sys.argv[1]](*sys.argv[2:])

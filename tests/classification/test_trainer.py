@@ -148,12 +148,12 @@ def test_a_fresh_process_predicts_the_same(finished, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_are_judged_as_one_process(files, tmp_path):
+def test_two_ranks_train_and_are_judged_as_one_process(files, tmp_path, launch):
     """Of 22 and 37 rows the last batches are filled up with rows that must count once, in no score and no loss."""
     flags = [*QUICK, *files, "--do_train", "--do_eval", "--do_predict", "--max_steps", "6", "--learning_rate", "1e-3"]
     flags += ["--lora_dropout", "0", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--output_dir"]
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "-m", "abr_trainer", "classify"]
-    run_module(*launcher, *flags, str(tmp_path / "two"), timeout=300)
+    (tmp_path / "plans.json").write_text(json.dumps([[{}, "classify", [*flags, str(tmp_path / "two")]]]))
+    launch(2, [], "trainings", tmp_path)
     classify.main([*flags, str(tmp_path / "one"), "--gradient_accumulation_steps", "2"])
     one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
     for name in ("eval_accuracy", "eval_f1", "eval_loss", "test_accuracy", "test_f1", "test_loss", "train_loss"):

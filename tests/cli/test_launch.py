@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from accelerate.commands import launch
+from accelerate.commands import launch as accelerate
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from abr_trainer.records.files import last_complete_checkpoint, read_lines
-from tests.conftest import ROOT, run_module
+from tests.conftest import ROOT
 from tests.hub_server import Hub
 
 CONFIGURATIONS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -78,7 +78,16 @@ LAUNCHES = {
 PUSH = ["--push_to_hub", "--hub_strategy", "end", "--hub_base_model", "demo-org/base"]
 BOTH = ["--do_train", "--do_eval", "--lora_dropout", "0", "--use_cpu", "--report_to", "none"]
 TEXTS = [*BOTH, "--dataset_name", "demo", "--max_eval_samples", "16", "--block_size", "64", "--max_passes", "4"]
-TEXTS += ["--gradient_accumulation_steps", "2", "--skip_outliers", "none", "--sample_prompts", "0"]
+TEXTS += [
+    "--gradient_accumulation_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "2",
+    "--skip_outliers",
+    "none",
+    "--sample_prompts",
+    "0",
+]
 CLASSES = [*BOTH, "--task_name", "demo", "--model_name_or_path", "demo", "--max_train_samples", "24", "--do_predict"]
 CLASSES += ["--max_eval_samples", "21", "--max_seq_length", "24", "--per_device_train_batch_size", "2"]
 CLASSES += ["--max_steps", "3", "--learning_rate", "1e-3", "--optim", "adamw_torch"]
@@ -89,12 +98,12 @@ def environment_of(path, monkeypatch, precision="no"):
     found = {}
     monkeypatch.setattr("torch.distributed.run.run", lambda args: found.update(os.environ))
     flags = ["--config_file", str(path), "--num_processes", "2", "--mixed_precision", precision, "script.py"]
-    launch.launch_command(launch.launch_command_parser().parse_args(flags))
+    accelerate.launch_command(accelerate.launch_command_parser().parse_args(flags))
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+def launched(tmp_path_factory, launch):
     """The runs of both verbs under each configuration, and the Hub that they pushed to.
 
     On two CPU processes instead of eight GPUs, and in fp32; all in the same two processes, which saves minutes.
@@ -114,9 +123,8 @@ def launched(tmp_path_factory):
                     in_bf16 = [*flags, *more, "--bf16", "--output_dir", f"{output}_bf16"]
                     plans.append((environment_of(path, patch, "bf16"), verb, in_bf16))
         (folder / "plans.json").write_text(json.dumps(plans))
-        launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS[0]), "--num_processes", "2"]
-        launcher += ["--mixed_precision", "no", "-m", "tests.jobs", "trainings"]
-        run_module(*launcher, str(folder / "plans.json"), timeout=500, environment=hub.environment)
+        (folder / "hub.json").write_text(json.dumps({"environment": hub.environment, "url": hub.url}))
+        launch(2, [], "trainings", folder)
         yield folder, hub
 
 

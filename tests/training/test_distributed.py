@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from accelerate import PartialState
 
 from abr_trainer.perplexity.windows import causal_nll, window_nlls
 from abr_trainer.records.files import read_lines
-from tests.conftest import ON_CPU, ROOT, tiny_llama, token_rows
+from tests.conftest import tiny_llama, token_rows
 from tests.jobs import (
     GENERATED,
     LOADERS,
@@ -43,24 +40,6 @@ ONE_PROCESS_CAN = [
     *("asking", "asking but for the gradient", "without targets"),
     *("rows", "rows, two micro-batches", "rows, uneven", "rows, LoRA", "rows, classification"),
 ]
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Run scenarios in some processes over gloo, which are forked from one that has imported everything."""
-    command = [sys.executable, "-m", "tests.jobs", "ranks"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, **pipes) as process:
-
-        def launch(ranks: int, names: list[str], job: str = "engines", directory: Path | None = None) -> Path:
-            directory = directory or tmp_path_factory.mktemp("ranks")
-            print(json.dumps([job, ranks, str(directory), *names]), file=process.stdin, flush=True)
-            error = json.loads(process.stdout.readline() or '"The process that ranks are forked from has ended."')
-            assert not error, error
-            return directory
-
-        yield launch
-        process.terminate()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
@@ -28,8 +29,13 @@ def is_demo_elsewhere(name: str) -> bool:
 
 def demo_texts(split: str) -> list[str]:
     """Return the passages of one split. Only the training split has broken ones."""
+    return list(_texts(split))
+
+
+@functools.cache  # making them takes as long as a short training
+def _texts(split: str) -> tuple[str, ...]:
     seed, count, broken = SPLITS[split]
-    return list(passages("report", count, seed=seed, broken=broken))
+    return tuple(passages("report", count, seed=seed, broken=broken))
 
 
 def demo_chats(split: str) -> list[dict[str, list[dict[str, str]]]]:
@@ -53,8 +59,13 @@ def demo_rows(split: str) -> list[dict[str, str | int]]:
 
     The label is 1 if the difficulty of the passage is above 0.5. Passages near 0.5 cannot be told apart.
     """
+    return [{"sentence": text, "label": label} for text, label in _labelled(split)]
+
+
+@functools.cache
+def _labelled(split: str) -> tuple[tuple[str, int], ...]:
     seed, count = ROWS[split]
     rng = random.Random(seed)
     levels = [rng.random() for _ in range(count)]
     texts = (next(passages("report", 1, seed=1000 * seed + i, difficulty=level)) for i, level in enumerate(levels))
-    return [{"sentence": text, "label": int(level > 0.5)} for text, level in zip(texts, levels, strict=True)]
+    return tuple((text, int(level > 0.5)) for text, level in zip(texts, levels, strict=True))
