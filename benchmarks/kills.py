@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import math
 import os
@@ -44,7 +45,15 @@ import run_clm_abr
 from abr_trainer.cli import classify, sft
 from abr_trainer.data import sources
 from abr_trainer.data.demo import demo_texts
-from abr_trainer.records.files import PROVENANCE, is_unused, last_complete_checkpoint, read_json, read_lines
+from abr_trainer.records.files import (
+    PROVENANCE,
+    flaw_in,
+    is_unused,
+    last_complete_checkpoint,
+    newest_first,
+    read_json,
+    read_lines,
+)
 from abr_trainer.records.provenance import versions_and_machine
 from abr_trainer.training.engines import leave_ranks
 from tests.conftest import point_client_at
@@ -453,7 +462,7 @@ def how_to_go_on(output: Path) -> list[str]:
     """Return the flags with which a user goes on after a kill."""
     if is_unused(output):
         return []
-    if last_complete_checkpoint(output) is not None:
+    if any(flaw_in(checkpoint) is None for checkpoint in newest_first(output)):
         return ["--resume_from_checkpoint", "true"]
     if (output / PROVENANCE).exists() or (output / "_previous-run").exists():
         return ["--overwrite_output_dir"]
@@ -611,6 +620,9 @@ def compared_in(output: Path) -> list[str]:
 def warm() -> None:
     """Make what each run would make anew, and keep the garbage collector from looking at it."""
     torch.set_num_threads(1)
+    for name in ("deepspeed", "sklearn.metrics", "torch.utils.tensorboard", "peft.tuners.lora.bnb", "trl"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)  # which each run would do
     sources.demo_texts = functools.cache(sources.demo_texts)
     sources.demo_texts("train")
     gc.collect()

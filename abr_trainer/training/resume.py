@@ -36,6 +36,7 @@ from .checkpoints import (
     sound_checkpoint,
 )
 from .held import load_held, save_held
+from .passes import counters_of, restore_counters
 from .primer import Primer
 from .ranking import RowRanking
 from .rollouts import generates, load_rollouts, save_rollouts
@@ -144,6 +145,7 @@ class ResumeMixin(_AnyTrainer):
             "epoch_is_over": self._run.epoch_is_over,
             "log": {
                 "last_update": [None if value is None else repr(float(value)) for value in self._run.last_update],
+                "counters": counters_of(self),
                 "window": self._run.window.state_dict(),
                 "tr_loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
                 "last_logged": self._globalstep_last_logged,
@@ -254,6 +256,7 @@ class ResumeMixin(_AnyTrainer):
         if generates(self) and "rollouts" in state:
             load_rollouts(Path(checkpoint), self, state["rollouts"]["step"])
         log = state["log"]
+        restore_counters(self, log.get("counters", {}))
         if self.repeat_scheduler.held():
             if len(log["tr_loss"]) != self.args.world_size:
                 raise UnfitCheckpoint(
