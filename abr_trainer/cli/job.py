@@ -14,7 +14,7 @@ from transformers import set_seed
 from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
-from ..records.files import CHECKPOINT_PREFIX, read_json
+from ..records.files import CHECKPOINT_PREFIX, RESULTS, read_json
 from ..report.samples import sample_lines
 from ..schedulers.base import BadDecision
 from ..schedulers.following import BadTrace
@@ -23,7 +23,7 @@ from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig, setting
 from ..training.evaluation import NoSuchMetric
 from ..training.log_table import Score
-from ..training.readiness import check_disk, mend_generation_config, telling_of_a_full_disk
+from ..training.readiness import check_disk, mend_generation_config, telling_of_a_failing_disk
 from ..training.row_seams import RowsUnsupported
 from ..training.samples import are_sampled, cut_samples
 from ..training.screen import RunScreen, show_on
@@ -58,7 +58,7 @@ def run_alone(
     """
     with one_line_errors(ValueError):
         arguments = parse(argv)
-    with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
+    with only_run_in(arguments[-1]), telling_of_a_failing_disk(arguments[-1]):
         return train_and_evaluate(argv, *arguments)
 
 
@@ -127,7 +127,7 @@ def _carry_out(
             if not trainer.has_trained:  # what was measured when it was
                 results |= read_json(Path(args.output_dir, "train_results.json")) or {}
             trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated
-            trainer.save_metrics("train", results)
+            save_metrics(trainer, "train", results)
     if args.do_eval:
         metrics = last_evaluation(trainer.state) if args.do_train and not args.load_best_model_at_end else None
         metrics = metrics or trainer.evaluate()
@@ -135,14 +135,14 @@ def _carry_out(
             metrics |= trainer.evaluate(rows, metric_key_prefix=prefix)
         if "eval_perplexity" in metrics:
             metrics["perplexity"] = metrics["eval_perplexity"]  # as run_clm.py calls it
-        trainer.save_metrics("eval", metrics)
+        save_metrics(trainer, "eval", metrics)
         results |= metrics
     if args.do_train:
         trainer.save_state()  # with the last evaluation in its log
         trainer.write_summary()
     if args.do_predict:
         metrics = dict(test())
-        trainer.save_metrics("test", metrics)
+        save_metrics(trainer, "test", metrics)
         results |= metrics
     if args.do_train:
         trainer.write_card()
@@ -157,6 +157,14 @@ def end_preempted(trainer: ABRTrainer) -> NoReturn:
         print(f"preempted: SIGTERM has ended the run. It is saved in {saved}: {advice}", file=sys.stderr)
     trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks when the first one ends
     raise SystemExit(128 + signal.SIGTERM)
+
+
+def save_metrics(trainer: ABRTrainer, split: str, metrics: Mapping[str, float]) -> None:
+    """Save metrics as `Trainer.save_metrics` does, which adds them to a file that a kill may have cut."""
+    results = Path(str(trainer.args.output_dir), RESULTS)
+    if trainer.is_world_process_zero() and results.exists() and read_json(results) is None:
+        results.unlink()
+    trainer.save_metrics(split, metrics)
 
 
 def show_results(trainer: ABRTrainer, results: dict[str, float], score: Score) -> None:

@@ -24,6 +24,7 @@ from ..records.files import (
     PROVENANCE,
     QUANT_CONFIG_NAME,
     RANKED_NAME,
+    REPLACED_PREFIX,
     REPORT_FOLDER,
     ROW_LOSSES_NAME,
     ROW_TRACE_NAME,
@@ -35,17 +36,19 @@ from ..records.files import (
     TRAINER_STATE,
     is_unused,
     last_complete_checkpoint,
+    read_json,
     step_of,
+    unused,
     write_whole,
 )
 from ..records.locking import locked
-from ..training.checkpoints import newest_checkpoint, refuse_damaged
+from ..training.checkpoints import agreed, newest_checkpoint, sound_checkpoint
 from ..training.config import ABRConfig
 
 logger = logging.get_logger(__name__)
 
 RUN_FILES = (
-    *("checkpoint-*", "abandoned-checkpoint-*", "runs", "*_results.json", TRAINER_STATE),
+    *("checkpoint-*", "abandoned-checkpoint-*", f"{REPLACED_PREFIX}*", "runs", "*_results.json", TRAINER_STATE),
     *(
         "_push*",
         TRACE_NAME,
@@ -134,7 +137,7 @@ def check_output_dir(config: ABRConfig, model_path: str, adapter: str | None = N
                 f"{model_path}. Give another --output_dir."
             )
     elif config.overwrite_output_dir and not config.resume_from_checkpoint:
-        if not (path / PROVENANCE).exists() and not (path / PREVIOUS).exists():
+        if not (path / PROVENANCE).exists() and not any(path.glob(f"{PREVIOUS}*")):
             raise ValueError(f"--overwrite_output_dir: {path} holds no run (no {PROVENANCE}). Clear it yourself.")
     elif not config.resume_from_checkpoint:
         can_go_on = last_complete_checkpoint(path) is not None
@@ -159,14 +162,17 @@ def replacing_previous_run(config: ABRConfig) -> Iterator[None]:
     if config.process_index != 0 or not config.do_train or is_unused(path):
         yield
         return
-    previous, failed_before = path / PREVIOUS, (path / PREVIOUS).exists()
+    previous, unfinished = path / PREVIOUS, path / f"{PREVIOUS}.unfinished"
     if config.overwrite_output_dir and not config.resume_from_checkpoint:
-        previous.mkdir(exist_ok=True)
-        for old in [old for pattern in RUN_FILES for old in path.glob(pattern)]:
-            if failed_before:  # what lies beside a previous run is what a failed attempt has left
+        ours = [old for pattern in RUN_FILES for old in path.glob(pattern)]
+        if previous.exists():  # what lies beside a previous run is what a failed attempt has left
+            for old in ours:
                 _remove(old)
-            else:
-                old.rename(previous / old.name)
+        else:
+            unfinished.mkdir(exist_ok=True)  # if this was interrupted before, a part of the run is there already
+            for old in ours:
+                old.rename(unfinished / old.name)
+            unfinished.rename(previous)
     try:
         yield
     except BaseException:
@@ -196,8 +202,8 @@ def write_provenance(config: ABRConfig, argv: Sequence[str], *others: Any) -> No
     """
     path = Path(str(config.output_dir), PROVENANCE)
     arguments = {**config.to_dict(), **{name: value for other in others for name, value in vars(other).items()}}
-    if config.resume_from_checkpoint and path.exists():
-        provenance = json.loads(path.read_text(encoding="utf-8"))
+    provenance = read_json(path) if config.resume_from_checkpoint else None
+    if provenance is not None:
         for name, before in provenance["arguments"].items():
             now = json.loads(json.dumps(arguments.get(name), default=str))
             if now != before and not name.startswith(MAY_DIFFER):
@@ -226,25 +232,10 @@ def find_checkpoint(args: ABRConfig) -> str | None:
     if not wanted:
         return None
     if str(wanted).lower() == "true":
-        return newest_checkpoint(str(args.output_dir), says_so=args.process_index == 0)
+        return agreed(lambda: newest_checkpoint(str(args.output_dir)), args)
     if not Path(wanted).exists():
-        return _fetched(str(wanted), args)
-    refuse_damaged(wanted)
-    return str(wanted)
-
-
-def _fetched(name: str, args: ABRConfig) -> str:
-    """Download a checkpoint on the main process, and return on all ranks where it is."""
-    told: list[str | None] = [None, None]
-    if args.process_index == 0:
-        try:
-            told[0] = fetch_checkpoint(name, Path(str(args.output_dir)))
-        except (ValueError, OSError) as error:
-            told[1] = str(error)
-    found, refused = broadcast_object_list(told)
-    if found is None:
-        raise ValueError(refused)
-    return found
+        return agreed(lambda: fetch_checkpoint(str(wanted), Path(str(args.output_dir))), args)
+    return agreed(lambda: sound_checkpoint(str(wanted)), args)
 
 
 def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:
@@ -252,5 +243,6 @@ def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:
     if args.process_index == 0 and Path(checkpoint).resolve().parent == Path(str(args.output_dir)).resolve():
         for later in Path(checkpoint).parent.glob(f"{CHECKPOINT_PREFIX}*"):
             if step_of(later) > step_of(Path(checkpoint)):
-                logger.warning(f"Going back to {checkpoint}: {later} is renamed to abandoned-{later.name}.")
-                later.rename(later.with_name(f"abandoned-{later.name}"))
+                aside = unused(later.with_name(f"abandoned-{later.name}"))
+                logger.warning(f"Going back to {checkpoint}: {later} is renamed to {aside.name}.")
+                later.rename(aside)

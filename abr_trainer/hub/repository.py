@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import itertools
 import json
 import os
 import re
@@ -37,6 +36,7 @@ from ..records.files import (
     TRAINER_STATE,
     is_complete,
     read_json,
+    unused,
     write_whole,
 )
 from .card import write_card
@@ -490,12 +490,6 @@ def _holds(folder: Path, source: Path) -> bool:
     )
 
 
-def _unused(path: Path) -> Path:
-    """Return this path, or the first with a number after it that is not in use."""
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(name for name in names if not name.exists())
-
-
 def fetch_checkpoint(name: str, output_dir: Path) -> str:
     """Download the last checkpoint of a repository, `ID` or `ID@REVISION`, and return its path.
 
@@ -522,7 +516,7 @@ def fetch_checkpoint(name: str, output_dir: Path) -> str:
         unfinished = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=output_dir))
         shutil.copytree(source, unfinished, dirs_exist_ok=True)
         if checkpoint.exists():
-            aside = _unused(checkpoint.with_name(f"abandoned-{checkpoint.name}"))
+            aside = unused(checkpoint.with_name(f"abandoned-{checkpoint.name}"))
             logger.warning(f"{checkpoint} differs from that of {name} and is renamed to {aside.name}.")
             checkpoint.rename(aside)
         unfinished.rename(checkpoint)

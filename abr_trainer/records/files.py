@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import os
+import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,20 @@ CHECKPOINT_PREFIX = "checkpoint-"
 ABR_STATE_NAME = "abr_state.json"
 ABR_STATE_KEYS = {"ledger", "repeat_scheduler", "skips_in_a_row", "batches_in_epoch", "log"}
 
+CHECKSUMS_NAME = "abr_checksums.json"
+"""Sizes and checksums of the other files of a checkpoint, written last."""
+
+CHECKED_PART = 1 << 26
+"""Bytes of a file for each of its checksums."""
+
+REPLACED_PREFIX = "_replaced-"
+"""Of a checkpoint that is saved anew for the same step, until that is done."""
+
 LOCK_NAME = "_lock"
 """The process that uses a directory. `Trainer` does not push this file, because its name begins with `_`."""
+
+PUSH_PREFIX = "_push"
+"""Of files that say where to push, and of folders with what is pushed."""
 
 TRACE_NAME = "abr_trace.jsonl"
 HISTORY_NAME = "perplexity_history.json"
@@ -77,22 +94,44 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def sound_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in the lines of a trace as `read_lines` does, without lines that a broken disk has damaged."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                batch = json.loads(line)
+                if line.endswith("\n") and isinstance(batch, dict) and "step" in batch:
+                    yield batch
+
+
 def updates_of(batch: dict[str, Any]) -> int:
     """Return the number of updates in a line of a trace, including those on replayed batches."""
     return int(batch["repeats"]) + sum(earlier["loss"] is not None for earlier in batch.get("replayed", ()))
 
 
 def cut_lines(path: Path, step: int) -> int:
-    """Remove the batches after `step` from a trace, atomically, and return the number of batches left."""
-    kept = [batch for batch in read_lines(path) if batch["step"] <= step] if step and path.exists() else []
+    """Remove the batches after `step` from a trace, atomically, and return the number of batches left.
+
+    Lines that are damaged are removed, too.
+    """
+    kept = [batch for batch in sound_lines(path) if batch["step"] <= step] if step and path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(batch) + "\n" for batch in kept))
     return len(kept)
 
 
 def is_unused(directory: Path) -> bool:
-    """Tell whether a directory does not exist, or contains nothing but a lock."""
-    return not directory.exists() or all(path.name == LOCK_NAME for path in directory.iterdir())
+    """Tell whether a directory does not exist, or contains no more than a run leaves that is killed at its start."""
+    left = {LOCK_NAME, f"{PROVENANCE}.tmp"}
+    return not directory.exists() or all(
+        path.name in left or path.name.startswith(PUSH_PREFIX) for path in directory.iterdir()
+    )
+
+
+def unused(path: Path) -> Path:
+    """Return this path, or the first with a number after it that is not in use."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 # ---- Checkpoints ----
@@ -106,11 +145,9 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return next((str(checkpoint) for checkpoint in newest_first(output_dir) if is_complete(checkpoint)), None)
 
 
-def passed_over(output_dir: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the checkpoints that are newer than the last complete one, and what is wrong with each."""
-    flaws = ((checkpoint, flaw_of(checkpoint)) for checkpoint in newest_first(output_dir))
-    for checkpoint, flaw in itertools.takewhile(lambda each: each[1] is not None, flaws):
-        yield checkpoint, flaw or ""
+def judged(output_dir: str | os.PathLike[str]) -> Iterator[tuple[Path, str | None]]:
+    """Yield the checkpoints in a directory, the newest first, and what is wrong with each after reading all of it."""
+    return ((checkpoint, flaw_in(checkpoint)) for checkpoint in newest_first(output_dir))
 
 
 def last_state(output_dir: str | os.PathLike[str]) -> str | None:
@@ -119,7 +156,10 @@ def last_state(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def newest_first(output_dir: str | os.PathLike[str]) -> list[Path]:
-    return sorted(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*"), key=step_of, reverse=True)
+    """Return the checkpoints in a directory. One that was being replaced comes after the one that replaces it."""
+    run = Path(output_dir)
+    found = [*run.glob(f"{CHECKPOINT_PREFIX}*"), *run.glob(f"{REPLACED_PREFIX}{CHECKPOINT_PREFIX}*")]
+    return sorted(found, key=lambda path: (step_of(path), path.name.startswith(CHECKPOINT_PREFIX)), reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -151,7 +191,104 @@ def flaw_of(checkpoint: Path) -> str | None:
         for path in sorted(checkpoint.glob(pattern)):
             if not is_whole(path):
                 return f"{path.relative_to(checkpoint)} is {'damaged' if path.stat().st_size else 'empty'}"
-    return _missing(checkpoint)
+    return _missing(checkpoint) or _other_size(checkpoint)
+
+
+def flaw_in(checkpoint: Path) -> str | None:
+    """Return what `flaw_of` does, after reading every byte: also a file that was changed in its middle."""
+    if flaw := flaw_of(checkpoint):
+        return flaw
+    saved = _saved_files(checkpoint)
+    for name, described in saved.items():
+        if _checksums(*_version_of(checkpoint / name)) != described["crc32"]:
+            return f"{name} was changed after it was saved"
+    for path in files_to_check(checkpoint) if not saved else ():
+        if zipfile.is_zipfile(path) and not _has_sound_archive(*_version_of(path)):
+            return f"{path.relative_to(checkpoint)} is damaged"
+    return None
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Write down size and checksums of each file that a resumed run reads."""
+    saved: dict[str, dict[str, Any]] = {}
+    for path in files_to_check(checkpoint):
+        version = _version_of(path)
+        saved[path.relative_to(checkpoint).as_posix()] = {"bytes": version[1], "crc32": _checksums(*version)}
+    write_whole(checkpoint / CHECKSUMS_NAME, json.dumps({"format": 1, "files": saved}, indent=1) + "\n")
+
+
+def files_to_check(checkpoint: Path) -> list[Path]:
+    """Return the files of a checkpoint that a resumed run reads."""
+    patterns = (*WHOLE, TRAINER_STATE, ABR_STATE_NAME, TASK_NAME, "latest", "*/**/*")
+    return sorted({path for pattern in patterns for path in checkpoint.glob(pattern) if path.is_file()})
+
+
+def _saved_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return size and checksums by file, as they were saved; nothing for a checkpoint without them."""
+    files: dict[str, dict[str, Any]] = (read_json(checkpoint / CHECKSUMS_NAME) or {}).get("files", {})
+    return files
+
+
+def _other_size(checkpoint: Path) -> str | None:
+    """Return which file is missing, or of another size than it was saved with."""
+    path = checkpoint / CHECKSUMS_NAME
+    if path.exists() and not _is_whole_json(path):
+        return f"{CHECKSUMS_NAME} is {'damaged' if path.stat().st_size else 'empty'}"
+    for name, saved in _saved_files(checkpoint).items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if (checkpoint / name).stat().st_size != saved["bytes"]:
+            return f"{name} was changed after it was saved"
+    return None
+
+
+def _version_of(path: Path) -> tuple[Path, int, int]:
+    """Return what tells whether a file was changed since it was read: arguments of the two functions below."""
+    found = path.stat()
+    return path.absolute(), found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1024)
+def _checksums(path: Path, size: int, changed: int) -> list[str]:
+    """Return the checksum of each part of a file, made in several threads."""
+
+    def checksum(begin: int) -> str:
+        with path.open("rb") as file:
+            file.seek(begin)
+            return f"{zlib.crc32(file.read(CHECKED_PART)):08x}"
+
+    begins = range(0, size, CHECKED_PART)
+    if len(begins) < 2:
+        return [checksum(begin) for begin in begins]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(checksum, begins))
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_sound_archive(path: Path, size: int, changed: int) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, zlib.error):
+        return False
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint that is about to be saved anew, so that there is one at any time."""
+    aside = checkpoint.with_name(f"{REPLACED_PREFIX}{checkpoint.name}")
+    if checkpoint.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+
+
+def settle_replaced(output_dir: str | os.PathLike[str]) -> None:
+    """Remove the checkpoints that have been replaced; take back those that a killed run had begun to replace."""
+    for aside in Path(output_dir).glob(f"{REPLACED_PREFIX}{CHECKPOINT_PREFIX}*"):
+        checkpoint = aside.with_name(aside.name.removeprefix(REPLACED_PREFIX))
+        if not is_complete(checkpoint) and is_complete(aside):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            aside.rename(checkpoint)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def has_state(checkpoint: Path) -> bool:

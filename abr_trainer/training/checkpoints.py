@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
-from ..records.files import flaw_of, last_complete_checkpoint, passed_over, read_json, tensors_in
+from ..records.files import flaw_in, flaw_of, judged, last_complete_checkpoint, read_json, settle_replaced, tensors_in
 
 logger = logging.get_logger(__name__)
 
@@ -19,23 +21,54 @@ class UnfitCheckpoint(ValueError):
     """A run cannot go on from this checkpoint: it is damaged, or of another model."""
 
 
-def newest_checkpoint(output_dir: str, says_so: bool) -> str:
-    """Return the last complete checkpoint in an output directory.
+def agreed(choose: Callable[[], str], args: Any) -> str:
+    """Let the main process choose a checkpoint, and return on all ranks which.
 
-    Args:
-        says_so: Whether to warn of newer ones that are damaged.
+    Raises:
+        UnfitCheckpoint: It could not.
+    """
+    told: list[str | None] = [None, None]
+    if args.process_index == 0:
+        try:
+            told[0] = choose()
+        except (ValueError, OSError) as error:
+            told[1] = str(error)
+    if args.world_size > 1:
+        broadcast_object_list(told)
+    chosen, refused = told
+    if chosen is None:
+        raise UnfitCheckpoint(refused)
+    return chosen
+
+
+def newest_checkpoint(output_dir: str) -> str:
+    """Return the last complete checkpoint in an output directory, and warn of newer ones that are damaged.
+
+    All bytes of these checkpoints are read. Where a kill has left two of the same step, one is removed.
 
     Raises:
         UnfitCheckpoint: There is none.
     """
-    damaged = list(passed_over(output_dir))
-    found = last_complete_checkpoint(output_dir)
-    if found is None:
-        why = "".join(f" {checkpoint.name}: {flaw}." for checkpoint, flaw in damaged)
-        raise UnfitCheckpoint(f"--resume_from_checkpoint true: there is no complete checkpoint in {output_dir}.{why}")
-    for checkpoint, flaw in damaged if says_so else ():
-        logger.warning(f"{checkpoint} is passed over: {flaw}. The run goes on from {found}.")
-    return found
+    settle_replaced(output_dir)
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint, flaw in judged(output_dir):
+        if flaw is None:
+            for other, why in damaged:
+                logger.warning(f"{other} is passed over: {why}. The run goes on from {checkpoint}.")
+            return str(checkpoint)
+        damaged.append((checkpoint, flaw))
+    why = "".join(f" {checkpoint.name}: {flaw}." for checkpoint, flaw in damaged)
+    raise UnfitCheckpoint(f"--resume_from_checkpoint true: there is no complete checkpoint in {output_dir}.{why}")
+
+
+def sound_checkpoint(checkpoint: str) -> str:
+    """Return this checkpoint after all its bytes were read.
+
+    Raises:
+        UnfitCheckpoint: It is damaged, or was saved without what is needed.
+    """
+    _refuse(checkpoint, flaw_in(Path(checkpoint)))
+    return checkpoint
 
 
 def refuse_damaged(checkpoint: str) -> None:
@@ -44,7 +77,10 @@ def refuse_damaged(checkpoint: str) -> None:
     Raises:
         UnfitCheckpoint: It is damaged, or was saved without what is needed.
     """
-    flaw = flaw_of(Path(checkpoint))
+    _refuse(checkpoint, flaw_of(Path(checkpoint)))
+
+
+def _refuse(checkpoint: str, flaw: str | None) -> None:
     if flaw is None:
         return
     other = last_complete_checkpoint(Path(checkpoint).absolute().parent)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,35 @@ def counted_once(trainer: Any) -> Iterator[None]:
     yield
     for owner, counters in before:
         vars(owner).update(counters)
+
+
+METRICS = ("_metrics", "_stored_metrics")
+"""Counters among them that hold lists of numbers since the last log, by mode and name."""
+
+
+def counters_of(trainer: Any) -> dict[str, Any]:
+    """Return what such a trainer has counted in training, as JSON; its own checkpoints do not hold that."""
+    counters: dict[str, Any] = {
+        owner: {name: [repr(float(value)) for value in values] for name, values in counted.items() if is_list(values)}
+        for owner in METRICS
+        if (counted := (vars(trainer).get(owner) or {}).get("train")) is not None
+    }
+    if "_total_train_tokens" in vars(trainer):
+        counters["_total_train_tokens"] = int(trainer._total_train_tokens)
+    return counters
+
+
+def is_list(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+
+
+def restore_counters(trainer: Any, counters: Mapping[str, Any]) -> None:
+    """Let a trainer go on with what `counters_of` has returned."""
+    for owner in METRICS:
+        for name, values in counters.get(owner, {}).items():
+            vars(trainer)[owner]["train"][name] = [float(value) for value in values]
+    if "_total_train_tokens" in counters:
+        trainer._total_train_tokens = counters["_total_train_tokens"]
 
 
 class Pass(NamedTuple):

@@ -44,11 +44,7 @@ class Preemption(JITCheckpointCallback):
         Args:
             has_waited: The batch has been evaluated or saved since its last pass, which may have taken long.
         """
-        state = trainer.state
-        ends = trainer.control.should_training_stop or state.global_step >= state.max_steps
-        if (
-            ends or float(state.epoch).is_integer()
-        ):  # what is due at the end of an epoch would not be in the checkpoint
+        if trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps:
             return False
         (received,) = self.measured()
         if trainer.args.world_size == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import shutil
 import tempfile
@@ -121,31 +122,33 @@ def gigabytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def telling_of_a_full_disk(args: ABRConfig) -> Iterator[None]:
-    """End the program with one line where the disk gets full, and remove the checkpoint that it cut.
+def telling_of_a_failing_disk(args: ABRConfig) -> Iterator[None]:
+    """End the program with one line if the disk is full, read-only or broken, and remove the checkpoint that was cut.
 
     Raises:
-        SystemExit: The disk is full.
+        SystemExit: The disk failed.
     """
     begun = time.time()
     try:
         yield
     except Exception as error:
         path = Path(str(args.output_dir))
-        if not is_full(error, path):
+        full, failure = is_full(error, path), failure_of(error, path)
+        if not full and failure is None:
             raise
         elsewhere = getattr(error, "filename", None)
-        if elsewhere and not Path(str(elsewhere)).absolute().is_relative_to(path.absolute()):
+        if full and elsewhere and not _is_inside(elsewhere, path):
             raise SystemExit(f"error: the disk of {elsewhere} is full. Free some of it.") from error
         removed = ""
         checkpoint = next(iter(newest_first(path)), None)
         is_cut = checkpoint is not None and not has_state(checkpoint) and checkpoint.stat().st_mtime >= begun
         if args.process_index == 0 and checkpoint is not None and is_cut:
             shutil.rmtree(checkpoint, ignore_errors=True)
-            removed = f" {checkpoint.name}, cut off, is removed."
+            removed = "" if checkpoint.exists() else f" {checkpoint.name}, cut off, is removed."
+        what = f"the disk of {path} is full." if full else f"{path} cannot be written to: {failure}."
         newest = last_complete_checkpoint(path)
         go_on = f"--resume_from_checkpoint true goes on from {newest}" if newest else "start again"
-        raise SystemExit(f"error: the disk of {path} is full.{removed} Free some of it; {go_on}.") from error
+        raise SystemExit(f"error: {what}{removed} {'Free some of it' if full else 'Mend that'}; {go_on}.") from error
 
 
 def is_full(error: BaseException, path: Path) -> bool:
@@ -156,3 +159,24 @@ def is_full(error: BaseException, path: Path) -> bool:
     if re.search(r"No space left on device|Disk quota exceeded|os error 28\b", text):
         return True
     return "inline_container.cc" in text and shutil.disk_usage(path).free < 1 << 20
+
+
+def failure_of(error: BaseException, path: Path) -> str | None:
+    """Return why nothing can be written to a directory any more, if that is what an error says; None if it is not."""
+    named = getattr(error, "filename", None)
+    if named is not None and not _is_inside(named, path):
+        return None
+    text = str(error)
+    of_rust = re.search(r"\(os error (\d+)\)", text)  # as of safetensors
+    number = error.errno if isinstance(error, OSError) else int(of_rust[1]) if of_rust else None
+    if number in (errno.EROFS, errno.EIO, errno.EFBIG) or (number in (errno.EACCES, errno.EPERM) and named):
+        return os.strerror(number)
+    if named is not None and number == errno.ENOENT and not path.exists():
+        return "it is not there any more"
+    if re.search(rf"File {re.escape(str(path))}\S* cannot be opened|PytorchStreamWriter failed", text):
+        return one_line(error)
+    return None
+
+
+def _is_inside(name: Any, path: Path) -> bool:
+    return Path(os.fsdecode(name)).absolute().is_relative_to(path.absolute())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,31 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..records.files import ABR_STATE_NAME, CHECKPOINT_PREFIX, TRAINER_STATE, read_json, write_whole
+from ..records.files import (
+    ABR_STATE_NAME,
+    CHECKPOINT_PREFIX,
+    TRAINER_STATE,
+    read_json,
+    settle_replaced,
+    write_checksums,
+    write_whole,
+)
 from ..schedulers.recorded import must_be_json
 from .budget import limit_of
 from .callbacks import LogWindow
 from .checkpoints import (
     UnfitCheckpoint,
+    agreed,
     is_adapted,
     lacks_names,
     load_by_other_names,
     newest_checkpoint,
     refuse_damaged,
     refuse_unfit,
+    sound_checkpoint,
 )
 from .held import load_held, save_held
+from .passes import counters_of, restore_counters
 from .primer import Primer
 from .ranking import RowRanking
 from .rollouts import generates, load_rollouts, save_rollouts
@@ -49,8 +61,11 @@ class ResumeMixin(_AnyTrainer):
             UnfitCheckpoint: The run cannot go on from the checkpoint, or there is none.
         """
         if self._is_active and resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = newest_checkpoint(self.args.output_dir, self.is_world_process_zero())
+            named = resume_from_checkpoint
+            resume_from_checkpoint = agreed(
+                lambda: newest_checkpoint(self.args.output_dir) if named is True else sound_checkpoint(str(named)),
+                self.args,
+            )
             self.check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -100,9 +115,17 @@ class ResumeMixin(_AnyTrainer):
                 if self._ranking is not None:
                     self._ranking.save(Path(output_dir))
 
+    def _seal_checkpoint(self) -> None:
+        """Write the checksums of a checkpoint that was just saved, after callbacks have added to it what they want."""
+        checkpoint, self._run.unsealed = self._run.unsealed, None
+        if checkpoint is not None and checkpoint.is_dir():
+            start = time.perf_counter()
+            write_checksums(checkpoint)
+            settle_replaced(checkpoint.parent)
+            self.ledger.saving_seconds += time.perf_counter() - start
+
     def _repetition_state(self) -> str:
         """Return what a resumed run needs, as strict JSON."""
-        primer_has_just_ended = self.state.global_step == Primer.of(self).batches
         self._run.count_time()
         state = {
             "format": 1,
@@ -118,8 +141,11 @@ class ResumeMixin(_AnyTrainer):
             "notices": self._run.notices.state_dict(),
             "waiting": self._run.waiting.state_dict(),
             "batch": self._batch_size(),
-            "batches_in_epoch": 0 if primer_has_just_ended else self._run.batches_in_epoch,
+            "batches_in_epoch": 0 if self._run.epoch_is_over else self._run.batches_in_epoch,
+            "epoch_is_over": self._run.epoch_is_over,
             "log": {
+                "last_update": [None if value is None else repr(float(value)) for value in self._run.last_update],
+                "counters": counters_of(self),
                 "window": self._run.window.state_dict(),
                 "tr_loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
                 "last_logged": self._globalstep_last_logged,
@@ -216,6 +242,8 @@ class ResumeMixin(_AnyTrainer):
         self._run.budget.load_state_dict(state)
         self._warn_of_another_batch_size(checkpoint, state)
         self._run.skips_in_a_row = [(batch, loss) for batch, loss in state["skips_in_a_row"]]
+        grad_norm, learning_rate = (value and float(value) for value in state["log"].get("last_update", (None, None)))
+        self._run.last_update = grad_norm, learning_rate
         self._run.batches_in_epoch = state["batches_in_epoch"]
         saved, now = state["repeat_scheduler"]["description"], self._scheduler_description
         if saved == now:
@@ -228,6 +256,7 @@ class ResumeMixin(_AnyTrainer):
         if generates(self) and "rollouts" in state:
             load_rollouts(Path(checkpoint), self, state["rollouts"]["step"])
         log = state["log"]
+        restore_counters(self, log.get("counters", {}))
         if self.repeat_scheduler.held():
             if len(log["tr_loss"]) != self.args.world_size:
                 raise UnfitCheckpoint(
@@ -277,22 +306,33 @@ class ResumeMixin(_AnyTrainer):
         """
         accumulation = self.args.gradient_accumulation_steps
         primer, step = Primer.of(self).batches, self.state.global_step
+        saved: dict[str, Any] = {}
         if checkpoint is not None:
+            saved = self._read_repetition_state(checkpoint)
             self._restore_evaluations(checkpoint)
-            if self._has_ended(checkpoint):
-                return epochs, 0
-        if step < primer:
+            self._run.has_ended = self._has_ended(checkpoint)
+        # Saved after a batch, and not at the end of an epoch: if that is next, what it calls for is not in the log.
+        may_end = saved.get("epoch_is_over") is False and not self.args.ignore_data_skip
+        if self._run.has_ended and not may_end:
+            return epochs, 0
+        self._run.closes_epoch = self._run.has_ended
+        if step < primer or (may_end and step == primer > 0):
+            self._run.closes_epoch |= step == primer
             return -1, step * accumulation
         if checkpoint is None or self.args.ignore_data_skip:
             return position
         if not has_length(self.train_dataset):
             # Trainer takes a data set without length for endless, and would look for the position in its first round.
-            done = self._read_repetition_state(checkpoint).get("batches_in_epoch")
+            done = saved.get("batches_in_epoch")
             if done is not None:
-                return int(self.state.epoch or 0), done * accumulation
-        if not primer:
+                is_next = saved.get("epoch_is_over", False) and step > primer
+                return int(self.state.epoch or 0) + is_next, done * accumulation
+        if not (primer or may_end):
             return position
         epoch, done = divmod(step - primer, batches_in_epoch)
+        if may_end and not done:
+            epoch, done = epoch - 1, batches_in_epoch
+        self._run.closes_epoch |= done == batches_in_epoch
         return epoch, done * accumulation
 
     def _continue_log(self) -> None:

@@ -42,7 +42,12 @@ class Run:
         skips_in_a_row: The last batches, as long as they were skipped: index, and loss or reason.
         non_finite_batches: Batches whose loss was not finite, or that had no targets.
         batches_in_epoch: Batches finished in this epoch.
+        epoch_is_over: Whether the last call to log, evaluate or save was that at the end of an epoch.
+        last_update: Gradient norm and learning rate of the last batch, as Trainer logs them.
+        closes_epoch: Whether the run goes on from a checkpoint after the last batch of an epoch, and before its end.
         saved_at: Step of the last checkpoint of this run.
+        unsealed: The last checkpoint, until its checksums are written.
+        has_ended: Whether nothing was left to train after the checkpoint that the run goes on from.
         begun_at: Step that this call of `train` began with: above 0 if it is resumed.
         remark: What the rule has to say at the end if it did nothing, or always the same; on the main process.
     """
@@ -63,7 +68,12 @@ class Run:
         self.skips_in_a_row: list[tuple[int, str]] = []
         self.non_finite_batches = 0
         self.batches_in_epoch = 0
+        self.epoch_is_over = False
+        self.last_update: tuple[Any, Any] = (None, None)
+        self.closes_epoch = False
         self.saved_at: int | None = None
+        self.unsealed: Path | None = None
+        self.has_ended = False
         self.begun_at = 0
         self.remark: str | None = None
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from ..records.files import HISTORY_NAME, TRACE_NAME, read_json, read_lines, step_of, write_whole
+from ..records.files import HISTORY_NAME, TRACE_NAME, read_json, sound_lines, step_of, write_whole
 from ..schedulers import Outcome
 from .log_table import end_table, stdout_console
 from .memory import memory_in_use, memory_peaks
@@ -237,7 +237,7 @@ def overfitting(history: Sequence[Evaluation]) -> str | None:
 def batch_losses(directory: Path, last: int) -> list[tuple[int, float]]:
     """Return step and first-pass loss of the batches up to the `last` that a run was trained on, by its trace."""
     path = directory / TRACE_NAME
-    lines = read_lines(path) if path.exists() else iter(())
+    lines = sound_lines(path) if path.exists() else iter(())
     losses = ((line["step"], line["loss"]) for line in lines if line["repeats"])
     return [(step, loss) for step, loss in losses if loss is not None and step <= last]
 

@@ -6,7 +6,6 @@ Each of them hands over to an object with a name. The package's docstring says w
 from __future__ import annotations
 
 import copy
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..hub.pushing import HubMixin, Pushes
+from ..records.files import set_aside
 from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
 from .budget import limit_of, put_on_budget_clock
@@ -249,7 +249,13 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if kwargs["epoch"] < 0:
             kwargs |= Primer.of(self).epoch(self)
+        if self._run.closes_epoch:  # its batches are done
+            kwargs["num_update_steps_per_epoch"] = 0
+            self._load_rng_state(kwargs["resume_from_checkpoint"])  # which Trainer does at the first batch
         super()._run_epoch(*args, **kwargs)
+        if self._run.closes_epoch:
+            self._run.closes_epoch = False
+            self.control.should_training_stop |= self._run.has_ended
         self._run.batches_in_epoch = 0
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
@@ -330,19 +336,26 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     ) -> None:
         # Called once after each batch, and once more at the end of an epoch.
         outcome = self._batch.outcome
+        self._run.epoch_is_over = outcome is None
         if outcome is not None:
             self._batch.finish(self, outcome)
             self._batch = Batch()
+            self._run.last_update = grad_norm, kwargs.get("learning_rate")
         elif self.is_preempted:
-            return  # Trainer leaves the epoch, which has not ended
+            return  # Trainer leaves the epoch; what is due at its end is done when the run is resumed
+        elif kwargs.get("learning_rate", 0) is None:  # resumed after the last batch of the epoch
+            grad_norm, kwargs["learning_rate"] = self._run.last_update
+            self._continue_log()
         has_waited = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if outcome is not None and self._preemption is not None and self._preemption.is_due(self, has_waited):
             self._save_here(model, trial)
             self.is_preempted = self.control.should_training_stop = True
+        self._seal_checkpoint()
         limit = setting(self.args, "max_consecutive_skips")
         if outcome is not None and len(self._run.skips_in_a_row) >= limit:
             self._save_here(model, trial)
+            self._seal_checkpoint()
             raise TooManySkips(self._run.explain_skips(limit, self._checkpoint_folder(trial)))
 
     # ---- Logs and checkpoints ----
@@ -367,12 +380,13 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         if self._is_active and self._run.saved_at == self.state.global_step:
             # The epoch has ended since, with an evaluation. A push may have linked the files: they are made anew.
             if self.args.should_save:
-                shutil.rmtree(self._checkpoint_folder(trial), ignore_errors=True)
+                set_aside(self._checkpoint_folder(trial))
             self.accelerator.wait_for_everyone()
         start = time.perf_counter()
         super()._save_checkpoint(model, trial)
         if self._is_active:
             self.ledger.saving_seconds += time.perf_counter() - start
+            self._run.unsealed = self._checkpoint_folder(trial) if self.args.should_save else None
         self._run.saved_at = self.state.global_step
 
     def _save_here(self, model: nn.Module, trial: Any) -> None:

@@ -83,7 +83,9 @@ SAME_ORDER = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "con
 
 @pytest.fixture
 def fine_tune(tmp_path):
-    def fine_tune(trainer_cls=ABRSFTTrainer, config_cls=ABRSFTConfig, repeat_scheduler=None, **config):
+    def fine_tune(
+        trainer_cls=ABRSFTTrainer, config_cls=ABRSFTConfig, repeat_scheduler=None, resumed_from=None, **config
+    ):
         trainer = trainer_cls(
             model=demo_model(),
             args=config_cls(**{**OPTIONS, "output_dir": str(tmp_path / "run"), **config}),
@@ -92,7 +94,7 @@ def fine_tune(tmp_path):
             processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL),
             **({} if repeat_scheduler is None else {"repeat_scheduler": repeat_scheduler}),
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resumed_from)
         return trainer
 
     return fine_tune
@@ -106,6 +108,17 @@ def test_one_repeat_is_ordinary_fine_tuning(fine_tune, packing):
     assert torch.equal(weights(ours.model), weights(theirs.model))
     for mine, stock in zip(log_without_times(ours), log_without_times(theirs), strict=True):
         assert stock.items() <= mine.items()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_resumed_run_goes_on_with_the_counters_of_trl(fine_tune, tmp_path, step):
+    options = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "epoch"}
+    options["repeat_scheduler"] = ConstantScheduler(2)
+    whole = fine_tune(**options)
+    checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+    resumed = fine_tune(resumed_from=checkpoint, output_dir=str(tmp_path / "resumed"), **options)
+    assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
+    assert {*COUNTED} <= whole.state.log_history[0].keys()
 
 
 def test_a_run_over_trl_leaves_its_record_and_our_card(fine_tune):

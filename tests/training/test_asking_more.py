@@ -14,7 +14,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from abr_trainer import ABRTrainer
-from abr_trainer.records.files import read_lines
+from abr_trainer.records.files import CHECKSUMS_NAME, read_lines
 from abr_trainer.schedulers import ConstantScheduler, RepeatScheduler, ReplayScheduler, RobustOutlierSkip
 from tests.conftest import (
     ScaledMixin,
@@ -211,6 +211,7 @@ def test_a_checkpoint_of_more_processes_cannot_give_back_what_they_held(train, t
     written = json.loads(state.read_text())
     written["log"]["tr_loss"] *= 2
     state.write_text(json.dumps(written))
+    (state.parent / CHECKSUMS_NAME).unlink()
     with pytest.raises(ValueError, match="holds batches to train on again, of 2 processes: resume with as many"):
         train(repeat_scheduler=ReplayScheduler(quantile=0.0), resume_from_checkpoint=str(state.parent), **options)
 

@@ -369,6 +369,28 @@ def test_a_run_is_not_lost_to_one_that_fails(used):
     assert names(used) == ["notes.txt"]
 
 
+def test_a_run_that_was_moved_aside_in_part_is_moved_whole_by_the_next_attempt(used, monkeypatch):
+    overwriting = in_directory(used, "--do_train", "--overwrite_output_dir")
+    rename, before = Path.rename, names(used)
+
+    def killed_at_the_last(path, target):
+        if path.name == "run.json":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_last)
+    with pytest.raises(KeyboardInterrupt), replacing_previous_run(overwriting):
+        pass
+    monkeypatch.setattr(Path, "rename", rename)
+    assert "run.json" in names(used)
+    assert len(names(used)) < len(before)
+    check_output_dir(overwriting, "model")
+    with pytest.raises(RuntimeError):
+        fail_in_the_place_of_a_run(overwriting)
+    kept = names(used / "_previous-run")
+    assert kept == sorted({*before} - {"notes.txt"}), "nothing of it is taken for the rest of a failed attempt"
+
+
 def test_a_resumed_attempt_takes_the_place_of_the_run_before(used):
     with pytest.raises(RuntimeError):
         fail_in_the_place_of_a_run(in_directory(used, "--do_train", "--overwrite_output_dir"))

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 import run_clm_abr
 from abr_trainer.records.files import last_complete_checkpoint
-from abr_trainer.training.readiness import check_disk, is_full, mend_generation_config, telling_of_a_full_disk
+from abr_trainer.training.readiness import check_disk, is_full, mend_generation_config, telling_of_a_failing_disk
 from tests.conftest import RUN, tiny_llama
 
 Usage = namedtuple("Usage", "total used free")
@@ -159,16 +160,47 @@ def test_a_disk_that_gets_full_costs_no_checkpoint_that_was_saved_without_its_op
         os.utime(tmp_path / "checkpoint-6", (time.time() + 1,) * 2)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(SystemExit, match="is full. checkpoint-6, cut off, is removed."), telling_of_a_full_disk(args):
+    with (
+        pytest.raises(SystemExit, match="is full. checkpoint-6, cut off, is removed."),
+        telling_of_a_failing_disk(args),
+    ):
         save_until_the_disk_is_full()
     with (
         pytest.raises(SystemExit, match="error: the disk of /cache/model is full."),
-        telling_of_a_full_disk(args),
+        telling_of_a_failing_disk(args),
     ):
         raise OSError(errno.ENOSPC, "No space left on device", "/cache/model")
-    with pytest.raises(SystemExit, match="is full. Free some"), telling_of_a_full_disk(args):
+    with pytest.raises(SystemExit, match="is full. Free some"), telling_of_a_failing_disk(args):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (lambda run: OSError(errno.EROFS, "Read-only file system", f"{run}/a"), "Read-only file system"),
+        (lambda run: OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (lambda run: PermissionError(errno.EACCES, "Permission denied", f"{run}/a"), "Permission denied"),
+        (lambda run: SafetensorError("I/O error: Read-only file system (os error 30)"), "Read-only file system"),
+        (lambda run: RuntimeError(f"File {run}/optimizer.pt cannot be opened."), "File .* cannot be opened"),
+        (lambda run: RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), "Pytorch.*"),
+    ],
+)
+def test_a_disk_that_fails_is_one_line(tmp_path, error, said):
+    args = SimpleNamespace(output_dir=str(tmp_path), process_index=0)
+    with (
+        pytest.raises(SystemExit, match=f"^error: {tmp_path} cannot be written to: {said}.* Mend that; start again.$"),
+        telling_of_a_failing_disk(args),
+    ):
+        raise error(tmp_path)
+
+
+def test_an_error_of_another_file_is_not_one_of_the_output_directory(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path / "run"), process_index=0)
+    with pytest.raises(PermissionError), telling_of_a_failing_disk(args):
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/rows.jsonl")
+    with pytest.raises(RuntimeError, match="File /data/model.pt cannot"), telling_of_a_failing_disk(args):
+        raise RuntimeError("File /data/model.pt cannot be opened.")
 
 
 def test_each_library_says_in_its_own_words_that_the_disk_is_full(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from transformers import EarlyStoppingCallback, MixtralConfig, MixtralForCausalL
 
 from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.cli.run_directory import find_checkpoint, set_aside_later_checkpoints
-from abr_trainer.records.files import flaw_of, last_complete_checkpoint, last_state, read_lines
+from abr_trainer.records.files import CHECKSUMS_NAME, flaw_of, last_complete_checkpoint, last_state, read_lines
 from abr_trainer.schedulers import (
     SCHEDULERS,
     ConstantScheduler,
@@ -24,7 +25,7 @@ from abr_trainer.schedulers import (
     RobustOutlierSkip,
     ThresholdScheduler,
 )
-from abr_trainer.training.checkpoints import UnfitCheckpoint, newest_checkpoint, refuse_damaged
+from abr_trainer.training.checkpoints import UnfitCheckpoint, newest_checkpoint, refuse_damaged, sound_checkpoint
 from tests.conftest import (
     QUIET,
     Scripted,
@@ -236,6 +237,42 @@ def test_a_primer_goes_on_where_it_stopped(train, tmp_path, save_steps, has_leng
     assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
 
 
+@pytest.mark.parametrize("saves", [{"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "epoch"}])
+@pytest.mark.parametrize("logs", [{"logging_steps": 4}, {"logging_strategy": "epoch"}])
+@pytest.mark.parametrize("has_length", [True, False])
+def test_what_the_end_of_an_epoch_calls_for_is_done_once(train, tmp_path, saves, logs, has_length):
+    # A primer of three batches and two rounds of six. With save_steps, a checkpoint lies before each end of them.
+    rows = token_rows(12)
+    options = {
+        "data": rows if has_length else Stream(rows),
+        "repeat_scheduler": ConstantScheduler(repeats=2),
+        "primer_batches": 3,
+        "max_steps": 15,
+        "eval_strategy": "epoch",
+        "trainer_options": {"primer_dataset": token_rows(6, seed=4), "eval_dataset": token_rows(4, seed=5)},
+        **saves,
+        **logs,
+    }
+    whole = train(output_dir=str(tmp_path / "whole"), **options)
+    assert sum("eval_loss" in logs for logs in whole.state.log_history) == 3
+    for step in (3, 9, 15):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        resumed = train(output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=str(checkpoint), **options)
+        assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
+        assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_run_that_was_ended_by_its_budget_is_evaluated_once(train, tmp_path):
+    options = {"repeat_scheduler": ConstantScheduler(2), "max_passes": 8, "save_strategy": "steps", "save_steps": 1}
+    options |= {"eval_strategy": "epoch", "trainer_options": {"eval_dataset": token_rows(4, seed=5)}}
+    whole = train(output_dir=str(tmp_path / "whole"), **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    resumed = train(output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint, **options)
+    assert not resumed.has_trained
+    assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
 ELSEWHERE = {"wait", "kl"}
 """Rules that depend on clocks, or are for trainers that generate; they have such a test of their own."""
 
@@ -306,7 +343,8 @@ def test_a_stream_in_its_second_round_goes_on_where_it_stopped(train, tmp_path, 
 def test_a_budget_is_not_guessed(train, tmp_path, budget):
     options = {"repeat_scheduler": Scripted(2), "save_strategy": "steps", "save_steps": 2}
     train(output_dir=str(tmp_path / "run"), max_steps=2, **options)
-    (tmp_path / "run" / "checkpoint-2" / "abr_state.json").unlink()
+    for name in ("abr_state.json", CHECKSUMS_NAME):  # stock Trainer writes neither
+        (tmp_path / "run" / "checkpoint-2" / name).unlink()
     with pytest.raises(ValueError, match=f"has no abr_state.json: what it spent of --{budget} is unknown"):
         train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), **options, **{budget: 8})
 
@@ -329,6 +367,52 @@ def test_going_back_sets_later_checkpoints_aside(train, tmp_path):
     assert (tmp_path / "run" / "abandoned-checkpoint-6" / "abr_state.json").exists()
 
 
+def test_checkpoints_that_were_cut_twice_at_the_same_step_are_both_set_aside(train, tmp_path):
+    trainer = train(
+        repeat_scheduler=Scripted(1), output_dir=str(tmp_path / "run"), save_strategy="steps", save_steps=2
+    )
+    for number in (1, 2):
+        cut = tmp_path / "run" / "checkpoint-4"
+        cut.mkdir(exist_ok=True)
+        (cut / "killed").write_text(str(number))
+        set_aside_later_checkpoints(trainer.args, str(tmp_path / "run" / "checkpoint-2"))
+    aside = sorted(path.parent.name for path in (tmp_path / "run").glob("*/killed"))
+    assert aside == ["abandoned-checkpoint-4", "abandoned-checkpoint-4.2"]
+
+
+class Killed(BaseException):
+    """What no one catches."""
+
+
+def test_a_checkpoint_that_is_saved_anew_is_there_at_any_time(train, tmp_path, monkeypatch):
+    # The evaluation at the end of an epoch is the best, which is saved over the checkpoint of the last batch.
+    options = {**STOPS_EARLY, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    options |= {"eval_strategy": "epoch", "trainer_options": {"eval_dataset": token_rows(8, seed=5)}}
+    whole = train(output_dir=str(tmp_path / "whole"), **options)
+    assert whole.state.best_global_step == 3
+    save, saved = torch.save, []
+
+    def killed_in_the_second(what, path, *args, **kwargs):
+        if str(path).endswith("optimizer.pt"):
+            saved.append(path)
+            if len(saved) == 2:
+                raise Killed
+        save(what, path, *args, **kwargs)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(torch, "save", killed_in_the_second)
+    with pytest.raises(Killed):
+        train(output_dir=str(run), **options)
+    monkeypatch.setattr(torch, "save", save)
+    assert {path.name for path in run.glob("*checkpoint-*")} == {"checkpoint-3", "_replaced-checkpoint-3"}
+    assert last_complete_checkpoint(run) == str(run / "_replaced-checkpoint-3"), "a report may read it"
+    resumed = train(output_dir=str(run), resume_from_checkpoint=True, **options)
+    assert {path.name for path in run.glob("*checkpoint-*")} == {"checkpoint-3"}
+    assert log_without_times(resumed)[:-1] == log_without_times(whole)[:-1]
+    assert resumed.state.best_global_step == 3
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
 def test_a_checkpoint_of_stock_trainer_is_a_pass_a_batch(train, tmp_path, caplog):
     from transformers import Trainer, TrainingArguments
 
@@ -349,7 +433,7 @@ def test_checkpoints_hold_json_and_no_pickle_of_ours(train, tmp_path):
 
     from transformers import TrainingArguments
 
-    assert files(Scripted(1)) - files(None, TrainingArguments) == {"abr_state.json"}
+    assert files(Scripted(1)) - files(None, TrainingArguments) == {"abr_state.json", CHECKSUMS_NAME}
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, None), ("False", None), ("true", "checkpoint-3")])
@@ -407,7 +491,7 @@ FILES = ["optimizer.pt", "rng_state.pth", "scheduler.pt", "abr_state.json", "tra
 def test_a_damaged_file_is_named_and_the_newest_whole_checkpoint_is_taken(run, caplog, name, keeps):
     cut(run / "checkpoint-6" / name, keeps)
     whole = str(run / "checkpoint-4")
-    assert newest_checkpoint(str(run), says_so=True) == whole
+    assert newest_checkpoint(str(run)) == whole
     assert f"checkpoint-6 is passed over: {name} is " in caplog.text
     assert f"The run goes on from {whole}." in caplog.text
     offered = rf"checkpoint-6 is not a complete checkpoint: {name} is .*beside it is {whole}\."
@@ -415,7 +499,7 @@ def test_a_damaged_file_is_named_and_the_newest_whole_checkpoint_is_taken(run, c
         refuse_damaged(str(run / "checkpoint-6"))
 
 
-@pytest.mark.parametrize("name", sorted({*FILES} - {"abr_state.json"}))
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(run, name):
     (run / "checkpoint-6" / name).unlink()
     assert flaw_of(run / "checkpoint-6") == f"{name} is missing"
@@ -430,13 +514,39 @@ def test_a_file_full_of_zeros_is_damaged(run):
         assert flaw_of(run / "checkpoint-6") == f"{name} is damaged"
 
 
+@pytest.mark.parametrize("name", [*FILES, "config.json"])
+@pytest.mark.parametrize("share", [0.5, 0.98])
+def test_a_bit_that_has_flipped_is_noticed(run, caplog, name, share):
+    path = run / "checkpoint-6" / name
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 4
+    path.write_bytes(content)
+    assert newest_checkpoint(str(run)) == str(run / "checkpoint-4")
+    assert re.search(rf"checkpoint-6 is passed over: {name} (is damaged|was changed after it was saved)", caplog.text)
+    with pytest.raises(UnfitCheckpoint, match=f"is not a complete checkpoint: {name} "):
+        sound_checkpoint(str(run / "checkpoint-6"))
+
+
+def test_a_checkpoint_without_checksums_is_judged_by_its_files(run):
+    """As of an earlier version, or of a run that was killed before it wrote them."""
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / CHECKSUMS_NAME).unlink()
+    assert newest_checkpoint(str(run)) == str(run / "checkpoint-6")
+    path = run / "checkpoint-6" / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    assert newest_checkpoint(str(run)) == str(run / "checkpoint-4"), "archives of torch have checksums of their own"
+
+
 def test_of_several_files_of_weights_none_may_be_missing(run, tmp_path):
     from safetensors.torch import load_file
 
     checkpoint = run / "checkpoint-6"
     model = tiny_llama()
     model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
-    (checkpoint / "model.safetensors").unlink()
+    for name in ("model.safetensors", CHECKSUMS_NAME):
+        (checkpoint / name).unlink()
     model.save_pretrained(checkpoint, max_shard_size="5KB")
     assert flaw_of(checkpoint) is None
     shard = sorted(checkpoint.glob("model-*.safetensors"))[1]
@@ -536,6 +646,7 @@ def test_another_size_of_batches_is_said(train, run, caplog):
     train(**options, per_device_train_batch_size=1, gradient_accumulation_steps=3)
     assert "per_device_train_batch_size 2, now 1; gradient_accumulation_steps 1, now 3. Position" in caplog.text
     state = json.loads((run / "checkpoint-2" / "abr_state.json").read_text())
+    (run / "checkpoint-2" / CHECKSUMS_NAME).unlink()
     del state["batch"]  # as of an older version
     state["log"]["tr_loss"] *= 4
     (run / "checkpoint-2" / "abr_state.json").write_text(json.dumps(state))

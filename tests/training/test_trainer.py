@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from abr_trainer import ABRConfig, ABRTrainer
-from abr_trainer.records.files import read_lines
+from abr_trainer.records.files import CHECKSUMS_NAME, read_lines
 from abr_trainer.report.why import explain_batch
 from abr_trainer.schedulers import ConstantScheduler, RepeatUntil, RobustOutlierSkip, RobustRows, ThresholdScheduler
 from abr_trainer.training.trainer import TooManySkips
@@ -405,6 +405,7 @@ def test_a_checkpoint_of_an_earlier_version_counts_its_skips_alike(build, tmp_pa
     assert content["skips_in_a_row"] == [[1, content["skips_in_a_row"][0][1]]], "by index, as ever"
     del content["log"]["window"]["measured"], content["log"]["window"]["losses"]
     state.write_text(json.dumps(content))
+    (state.parent / CHECKSUMS_NAME).unlink()
     again = build(data=rows, repeat_scheduler=Scripted(1, 0), max_consecutive_skips=2)
     with pytest.raises(TooManySkips, match=r"The last were 2 \(loss [0-9.]+\), 3 \(loss [0-9.]+\)\."):
         again.train(resume_from_checkpoint=str(state.parent))
