@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PROVENANCE = "run.json"
 FINISHED = "finished"
@@ -55,8 +56,16 @@ REPORT_FOLDER = "_report"
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically: if the process is killed, the old content stays."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces another one at the end, atomically: until then, the old content stays."""
     replacement = path.with_name(f"{path.name}.tmp")
-    replacement.write_bytes(content.encode() if isinstance(content, str) else content)
+    with replacement.open("wb") as file:
+        yield file
     replacement.replace(path)
 
 
