@@ -36,7 +36,7 @@ def _block(block: Block, pictures: str) -> str:
         case Notice():
             return _notice(block)
         case Facts():
-            return "\n".join(f"- {_escaped(what)}: {_bold(_escaped(value))}" for what, value in block.items)
+            return "\n".join(f"- {_line(what)}: {_bold(_escaped(value))}" for what, value in block.items)
         case Figure():
             picture = f"![{_escaped(block.description)}]({pictures}/{block.name}.png)"
             return f"{_bold(_escaped(block.title))}\n\n{picture}"
@@ -55,12 +55,12 @@ def _notice(notice: Notice) -> str:
     if not notice.badge:
         return f"> {sign} {_bold(_escaped(notice.text))}"
     said = f"> {sign} {_bold(_escaped(notice.badge.capitalize()))}: {_escaped(notice.text)}"
-    return f"{said}\n> {_escaped(notice.detail)}" if notice.detail else said
+    return f"{said}\n> {_line(notice.detail)}" if notice.detail else said
 
 
 def _folded(summary: str, parts: Iterable[str]) -> str:
     # HTML, which neither GitHub nor Sphinx reads Markdown in: a summary is our own text, in plain words.
-    return "\n\n".join((f"<details>\n<summary>{escape(summary)}</summary>", *parts, "</details>"))
+    return "\n\n".join((f"<details>\n<summary>{escape(escaped(summary))}</summary>", *parts, "</details>"))
 
 
 def _table(table: Table) -> str:
@@ -89,7 +89,7 @@ def _excerpts(excerpts: Excerpts) -> str:
 
 
 def _commands(commands: Commands) -> str:
-    return f"{_escaped(commands.caption)}\n\n{fenced(commands.lines)}"
+    return f"{_line(commands.caption)}\n\n{fenced(commands.lines)}"
 
 
 def fenced(lines: Iterable[str], language: str = "text") -> str:
@@ -124,8 +124,12 @@ def _longest_fence(text: str) -> int:
 
 
 def _paragraph(text: str) -> str:
-    lines = (LIST_OR_HEADING.sub(r"\1\\\2", _escaped(line.strip())) for line in text.splitlines())
-    return "\n".join(lines)
+    return "\n".join(map(_line, text.splitlines()))
+
+
+def _line(text: str) -> str:
+    """Return a text that begins a line, escaped."""
+    return LIST_OR_HEADING.sub(r"\1\\\2", _escaped(text.strip()))
 
 
 def _bold(text: str) -> str:
