@@ -499,3 +499,15 @@ def test_the_state_of_a_resumed_run_is_that_of_an_unbroken_one_but_for_what_trai
     assert all("waiting_seconds" in logs for logs in told if "loss" in logs), "callbacks are told of times"
     assert {"train_seconds", "train_total_seconds", "train_waiting_seconds"} <= told[-1].keys()
     assert not [name for logs in resumed.state.log_history for name in logs if name.endswith("seconds")]
+
+
+@pytest.mark.parametrize("checkpoint", [True, "nowhere"])
+def test_a_checkpoint_that_is_not_there_is_told_in_the_words_of_trainer(build, checkpoint):
+    told = []
+    for options in ({"repeat_scheduler": Scripted(2)}, {"trainer_cls": Trainer, "config_cls": TrainingArguments}):
+        trainer = build(**options)
+        Path(trainer.args.output_dir).mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="valid checkpoint") as caught:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
