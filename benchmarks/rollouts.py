@@ -1,6 +1,6 @@
 """Repeats on generated batches: what several updates on a rollout are worth, where generating is most of the work.
 
-    python benchmarks/rollouts.py --models DIR             # two hours on one core; goes on where it was stopped
+    python benchmarks/rollouts.py --models DIR             # an hour on one core; goes on where it was stopped
     python benchmarks/rollouts.py --models DIR --quick     # a minute, into --out
     python benchmarks/rollouts.py --table                  # the page, made of benchmarks/results alone
 
@@ -51,7 +51,7 @@ ARMS: dict[str, Callable[[], RepeatScheduler]] = {
     "4": lambda: ConstantScheduler(4),
     "kl": lambda: KLScheduler(max_repeats=4),
 }
-ROWS, GROUP = 8, 4
+GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,14 @@ class Task:
     Attributes:
         tokens: Most tokens of a completion.
         seconds: CPU seconds of a run.
+        rows: Continuations in a batch.
     """
 
     name: str
     title: str
     tokens: int
     seconds: float
+    rows: int = 8
 
 
 WORDS = Task(
@@ -75,8 +77,8 @@ WORDS = Task(
 SUMS = Task(
     "sums", "1 for the right sum of two digits in the right form, 0.1 for the form alone", tokens=8, seconds=20
 )
-PAGES = Task("pages", "The same in a continuation of 256 tokens", tokens=256, seconds=75)
-TASKS = (WORDS, SUMS, PAGES)
+FEW = Task("few", f"{WORDS.title}, {GROUP} a batch", tokens=96, seconds=30, rows=GROUP)
+TASKS = (WORDS, SUMS, FEW)
 
 BEGINNINGS = ("Once upon a time", "One day", "Lily and Ben", "The dog", "Tom was", "There was a", "She saw", "The sun")
 
@@ -184,7 +186,7 @@ def run(case: Case, models: Path, seconds: float | None = None) -> dict[str, Any
             model=model,
             args=ABRGRPOConfig(
                 output_dir=directory,
-                per_device_train_batch_size=ROWS,
+                per_device_train_batch_size=task.rows,
                 num_generations=GROUP,
                 max_completion_length=task.tokens,
                 learning_rate=case.rate,
@@ -217,7 +219,7 @@ def run(case: Case, models: Path, seconds: float | None = None) -> dict[str, Any
         "batches": ledger.batches,
         "updates": ledger.updates,
         "skips": ledger.skips,
-        "generated_tokens": int(ledger.batches * ROWS * task.tokens),
+        "generated_tokens": int(ledger.batches * task.rows * task.tokens),
         "share_of_generating": ledger.generating_seconds / ledger.seconds,
         "curve": thinned(lines),
     }
@@ -293,9 +295,9 @@ def next_case(runs: Sequence[Mapping[str, Any]]) -> Case | None:
 
 # ---- The page ----
 
-INTRODUCTION = f"""A run generates {ROWS} continuations a batch, in groups of {GROUP}, and rewards them. The trainer is
-`ABRGRPOTrainer`, and the model stories260k, with all its weights, in fp32 on one core. All runs of a task have the
-same number of CPU seconds. An arm makes 1, 2 or 4 updates on each batch, as `num_iterations` does, or lets
+INTRODUCTION = f"""A run generates {WORDS.rows} continuations a batch, in groups of {GROUP}, and rewards them. The
+trainer is `ABRGRPOTrainer`, and the model stories260k, with all its weights, in fp32 on one core. All runs of a task
+have the same number of CPU seconds. An arm makes 1, 2 or 4 updates on each batch, as `num_iterations` does, or lets
 `--repeat_scheduler kl` decide, up to 4. Its learning rate, constant, is the best of five on the first seed.
 
 Reward is the mean over the time of the run; differences are paired by seed, with a 95 % t interval. The last columns

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -61,6 +62,7 @@ from abr_trainer.training.identity import source_of, taken_out
 from abr_trainer.training.text_scores import PACKAGES, TextScores
 from tests.conftest import (
     QUIET,
+    ROOT,
     VOCABULARY,
     Stream,
     broken_row,
@@ -559,12 +561,28 @@ def ranks() -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         try:
+            if job == "trials":
+                trials(count, *arguments)
+                print(json.dumps(""), file=answers, flush=True)
+                continue
             options = {"nprocs": count, "daemon": True, "start_method": "fork"}
             torch.multiprocessing.start_processes(job_of_rank, (job, count, port, arguments), **options)
             answer = ""
-        except torch.multiprocessing.ProcessException:
+        except Exception:
             answer = traceback.format_exc()
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def trials(count: int, output_dir: str, *names: str) -> None:
+    """Let something befall one of so many ranks, as the benchmark does, and write down what has become of them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "ranks.py"))
+    known = {trial.name: trial for trial in benchmark["trials"](wait=2.0)}
+    found = {
+        name: benchmark["befall"](known[name], count, index % count, Path(output_dir, name))
+        for index, name in enumerate(names)
+    }
+    Path(output_dir, "trials.json").write_text(json.dumps(found))
 
 
 def job_of_rank(rank: int, job: str, count: int, port: int, arguments: list[str]) -> None:

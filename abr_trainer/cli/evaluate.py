@@ -11,6 +11,7 @@ Data files of the training are not recorded: rows come from the Hub unless you g
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from ..data.demo import DEMO_MODEL
 from ..models.loading import load_config, load_model, load_tokenizer
 from ..records.errors import one_line_errors
 from ..training.engines import leave_ranks
+from ..training.failing import ending_together
 from .command_line import parse_arguments
 
 ARGUMENTS = (ClassifierArguments, SentenceArguments, EvaluateArguments)
@@ -55,6 +57,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
             ValueError, OSError, ImportError, RuntimeError, SafetensorError, when_interrupted="nothing was written"
         ),
         tempfile.TemporaryDirectory() as scratch,
+        contextlib.ExitStack() as held,
     ):
         told = recalled_flags(ARGUMENTS, argv, NAMES)
         model_args, data_args, eval_args = parse_arguments(ARGUMENTS, argv, told)
@@ -65,6 +68,7 @@ def run(argv: list[str] | None) -> dict[str, float]:
                 "--ignore_mismatched_sizes creates a new head, which must be trained before it is evaluated."
             )
         args = eval_args.as_training_arguments(scratch)
+        held.enter_context(ending_together())
         with args.main_process_first(desc="preparing the data"):
             sentences = load_sentences(data_args, [eval_args.split])
         task = sentences.task

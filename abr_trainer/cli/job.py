@@ -22,6 +22,7 @@ from ..training.callbacks import last_evaluation
 from ..training.checkpoints import UnfitCheckpoint
 from ..training.config import ABRConfig, setting
 from ..training.evaluation import NoSuchMetric
+from ..training.failing import RankFailed, ending_together
 from ..training.log_table import Score
 from ..training.readiness import check_disk, mend_generation_config, telling_of_a_failing_disk
 from ..training.row_seams import RowsUnsupported
@@ -58,7 +59,12 @@ def run_alone(
     """
     with one_line_errors(ValueError):
         arguments = parse(argv)
-    with only_run_in(arguments[-1]), telling_of_a_failing_disk(arguments[-1]):
+    with (
+        one_line_errors(RankFailed),
+        ending_together(),
+        only_run_in(arguments[-1]),
+        telling_of_a_failing_disk(arguments[-1]),
+    ):
         return train_and_evaluate(argv, *arguments)
 
 

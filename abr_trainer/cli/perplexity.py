@@ -19,6 +19,7 @@ from ..models.arguments import AdaptedArguments
 from ..perplexity.measurement import MeasureArguments, describe_measurement, measure, write_measurement
 from ..records.errors import one_line_errors
 from ..training.engines import leave_ranks
+from ..training.failing import ending_together
 from .command_line import parse_arguments
 
 
@@ -28,10 +29,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ):
         load, source, arguments = parse_arguments((AdaptedArguments, TextArguments, MeasureArguments), argv)
         state = PartialState(cpu=arguments.use_cpu)
-        found = measure(load, source, arguments, state)
-        if state.is_main_process:
-            print(*describe_measurement(found), sep="\n")
-            if arguments.output_file is not None:
-                write_measurement(found, arguments.output_file)
+        with ending_together():
+            found = measure(load, source, arguments, state)
+            if state.is_main_process:
+                print(*describe_measurement(found), sep="\n")
+                if arguments.output_file is not None:
+                    write_measurement(found, arguments.output_file)
     leave_ranks()
     return found

@@ -50,6 +50,10 @@ COLUMNS = (
 )
 
 
+FORMULAS = ("=", "+", "-", "@")
+"""What a formula begins with in a spreadsheet."""
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser("abr rows", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", nargs="+", help="--output_dir of one or more runs")
@@ -163,15 +167,24 @@ def fields_of(found: Found, row: RunRow) -> dict[str, Any]:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as CSV, with full texts. Control characters in texts are escaped."""
+    """Return rows as CSV, with full texts. Control characters are escaped, and no text is taken for a formula."""
     written = io.StringIO()
     writer = csv.DictWriter(written, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         steps = " ".join(map(str, row["steps"]))
-        texts = {name: escaped(row[name]) for name in ("run", "source", "text") if row[name] is not None}
+        texts = {name: _as_cell(row[name]) for name in ("run", "source", "text") if row[name] is not None}
         writer.writerow(row | texts | {"steps": steps})
     return written.getvalue()
+
+
+def _as_cell(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula: as is usual, one that could be has a `'` before it.
+
+    >>> _as_cell("=1+1"), _as_cell("1+1=2")
+    ("'=1+1", '1+1=2')
+    """
+    return f"'{escaped(text)}" if text.lstrip().startswith(FORMULAS) else escaped(text)
 
 
 # ---- Removing the broken rows ----

@@ -17,6 +17,8 @@ from ..data.tasks import BY_NAME, DEMO, GLUE, TASKS, ask
 from ..perplexity.definitions import DEFINITIONS, Definition
 from ..records.commands import commands_in, pasted
 from ..records.files import PROVENANCE, RESULTS, SUMMARY_NAME, read_json
+from ..report.markdown import code, fenced, plain
+from ..report.text import escaped
 from .card_merging import MARKER
 from .local_names import is_id, is_on_the_hub, local_path
 
@@ -78,7 +80,7 @@ def write_card(
     known_base = f"[{base}](https://huggingface.co/{base})" if base else "a base model that is not on the Hub"
     parts = [
         MARKER,
-        f"# {name}\n\n{what} {known_base}, trained with adaptive batch repetition.",
+        f"# {plain(name)}\n\n{what} {known_base}, trained with adaptive batch repetition.",
         "## How to load it\n\n```python\n"
         + "\n".join(
             loading_lines(
@@ -106,27 +108,32 @@ def loading_lines(
     is_adapter: bool,
     labels: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    branch = f', revision="{revision}"' if revision else ""
+    branch = f", revision={_quoted(revision)}" if revision else ""
     if not is_adapter:
         yield f"from transformers import {auto_class}, AutoTokenizer"
-        yield f'model = {auto_class}.from_pretrained("{repository}", dtype="auto"{branch})'
+        yield f'model = {auto_class}.from_pretrained({_quoted(repository)}, dtype="auto"{branch})'
     else:
         yield "from peft import PeftModel"
         yield f"from transformers import {auto_class}, AutoTokenizer"
         counted = ""
         if labels:
-            yield f"labels = {json.dumps(labels, ensure_ascii=False)}"
+            yield f"labels = {_quoted(labels)}"
             yield "ids = {label: index for index, label in enumerate(labels)}"
             counted = ", id2label=dict(enumerate(labels)), label2id=ids"
         elif labels is not None:
             counted = ", num_labels=1"
-        yield f'base = {auto_class}.from_pretrained("{base or "PATH/OF/THE/BASE"}"{counted}, dtype="auto")'
+        yield f'base = {auto_class}.from_pretrained({_quoted(base or "PATH/OF/THE/BASE")}{counted}, dtype="auto")'
         if rows is not None:
             yield f"base.resize_token_embeddings({rows})"
-        yield f'model = PeftModel.from_pretrained(base, "{repository}"{branch})'
-    yield f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{branch})'
+        yield f"model = PeftModel.from_pretrained(base, {_quoted(repository)}{branch})"
+    yield f"tokenizer = AutoTokenizer.from_pretrained({_quoted(repository)}{branch})"
     if labels is not None:
         yield "model.config.pad_token_id = tokenizer.pad_token_id"
+
+
+def _quoted(value: Any) -> str:
+    """Return a text, or a list of texts, as Python writes it, on one line."""
+    return escaped(json.dumps(value, ensure_ascii=False))
 
 
 def auto_class_of(model: str) -> tuple[str, str | None]:
@@ -300,7 +307,7 @@ def sections(
         yield (
             "## Perplexity\n\n| when | split | definition | perplexity |\n|---|---|---|---|\n"
             + "\n".join(rows)
-            + f"\n\nMeasured on {' and '.join(texts)}{counted}{block}. "
+            + f"\n\nMeasured on {' and '.join(map(plain, texts))}{counted}{block}. "
             + " ".join(f"`{name}` is {says}." for name, says in said.items())
             + " Compare only with numbers of the same tokenizer, text and definition."
         )
@@ -331,8 +338,7 @@ def sections(
         )
     commands = commands_in(provenance)
     if commands:
-        lines = "\n".join(pasted(masked(argv)) for argv in commands)
-        yield f"```bash\n{lines}\n```"
+        yield fenced([pasted(masked(argv)) for argv in commands], "bash")
     versions = provenance.get("versions") or summary.get("versions", {})
     yield "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     what = (
@@ -352,14 +358,14 @@ def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
         task = arguments.get("task_name")
         kind, name, config = rows_of(arguments, "train")
         if labels := labels_of(arguments):
-            yield f"labels: {', '.join(f'{index} {name}' for index, name in enumerate(labels))}"
-        yield f"data: {name if kind == 'custom' else kind}{f' ({config})' if config else ''}"
+            yield f"labels: {', '.join(f'{index} {plain(name)}' for index, name in enumerate(labels))}"
+        yield f"data: {plain(name if kind == 'custom' else kind)}{f' ({plain(config)})' if config else ''}"
         columns = BY_NAME[task].columns if task else arguments["sentence_columns"]
-        yield f"input: `{ask(arguments['prompt_text'], [f'{{{column}}}' for column in columns])}`"
+        yield f"input: {code(ask(arguments['prompt_text'], [f'{{{column}}}' for column in columns]))}"
         return
     source = arguments.get("dataset_mix") or arguments.get("train_file") or arguments.get("dataset_name")
     if source:
-        config = f" ({arguments['dataset_config_name']})" if arguments.get("dataset_config_name") else ""
+        config = f" ({plain(arguments['dataset_config_name'])})" if arguments.get("dataset_config_name") else ""
         if arguments.get("dataset_mix"):
             shares = parse_mix(source)
             named = ",".join(
@@ -368,9 +374,9 @@ def data_lines(arguments: dict[str, Any]) -> Iterator[str]:
         else:
             is_file = arguments.get("train_file") or id_on_the_hub(source) is None
             named = PurePath(source).name if is_file else source
-        yield f"data: {named}{config}"
+        yield f"data: {plain(named)}{config}"
     if arguments.get("chat_template"):
-        yield f"chat template: {PurePath(arguments['chat_template']).name}, saved with the tokenizer"
+        yield f"chat template: {plain(PurePath(arguments['chat_template']).name)}, saved with the tokenizer"
     targets = {"assistant_only_loss": "the assistant's tokens", "completion_only_loss": "the tokens after the prompts"}
     if told := [what for flag, what in targets.items() if arguments.get(flag)]:
         yield f"targets of training and evaluation: {' and '.join(told)}"
@@ -381,15 +387,15 @@ def training_lines(
 ) -> Iterator[str]:
     yield from data_lines(arguments)
     if summary.get("repeat_scheduler"):
-        yield f"repeat scheduler: `{summary['repeat_scheduler']}`"
+        yield f"repeat scheduler: {code(summary['repeat_scheduler'])}"
     if adapter and adapter.get("peft_type") == "LORA":
         targets = adapter.get("target_modules")
         shown = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
         scale = f"r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, dropout {adapter.get('lora_dropout')}"
-        yield f"LoRA: {scale}, on {shown}"
+        yield f"LoRA: {scale}, on {plain(shown)}"
     told = {name: value for name, value in summary.get("arguments", {}).items() if value not in (None, -1)}
     if told:
-        yield ", ".join(f"{name} {value}" for name, value in told.items())
+        yield ", ".join(f"{name} {plain(str(value))}" for name, value in told.items())
 
 
 def masked(argv: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PROVENANCE = "run.json"
 FINISHED = "finished"
@@ -72,8 +72,16 @@ REPORT_FOLDER = "_report"
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically: if the process is killed, the old content stays."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces another one at the end, atomically: until then, the old content stays."""
     replacement = path.with_name(f"{path.name}.tmp")
-    replacement.write_bytes(content.encode() if isinstance(content, str) else content)
+    with replacement.open("wb") as file:
+        yield file
     replacement.replace(path)
 
 

@@ -9,7 +9,7 @@ from html import escape
 from itertools import starmap
 
 from .figure import Block, Commands, Excerpts, Facts, Figure, Fold, Notice, Report, Table
-from .text import numeric_columns, spans
+from .text import escaped, numeric_columns, printable, spans
 
 WIDTH = 100
 """Of texts from data, which a page on GitHub does not wrap."""
@@ -18,7 +18,7 @@ SIGNS = {"good": "✓", "bad": "✗", "neutral": "•", "warning": "⚠"}
 
 # An underscore within a word stays: it is no emphasis there, and names are full of them.
 MARKUP = re.compile(r"[\\`*<>\[\]~$&]|(?<![^\W_])_|_(?![^\W_])")
-LIST_OR_HEADING = re.compile(r"^(\d*)([#.)+-])")
+LIST_OR_HEADING = re.compile(r"^(\d*)([#.)+=-])")
 
 
 def render_markdown(report: Report, pictures: str = "plots") -> str:
@@ -36,7 +36,7 @@ def _block(block: Block, pictures: str) -> str:
         case Notice():
             return _notice(block)
         case Facts():
-            return "\n".join(f"- {_escaped(what)}: {_bold(_escaped(value))}" for what, value in block.items)
+            return "\n".join(f"- {_line(what)}: {_bold(_escaped(value))}" for what, value in block.items)
         case Figure():
             picture = f"![{_escaped(block.description)}]({pictures}/{block.name}.png)"
             return f"{_bold(_escaped(block.title))}\n\n{picture}"
@@ -55,12 +55,12 @@ def _notice(notice: Notice) -> str:
     if not notice.badge:
         return f"> {sign} {_bold(_escaped(notice.text))}"
     said = f"> {sign} {_bold(_escaped(notice.badge.capitalize()))}: {_escaped(notice.text)}"
-    return f"{said}\n> {_escaped(notice.detail)}" if notice.detail else said
+    return f"{said}\n> {_line(notice.detail)}" if notice.detail else said
 
 
 def _folded(summary: str, parts: Iterable[str]) -> str:
     # HTML, which neither GitHub nor Sphinx reads Markdown in: a summary is our own text, in plain words.
-    return "\n\n".join((f"<details>\n<summary>{escape(summary)}</summary>", *parts, "</details>"))
+    return "\n\n".join((f"<details>\n<summary>{escape(escaped(summary))}</summary>", *parts, "</details>"))
 
 
 def _table(table: Table) -> str:
@@ -79,7 +79,7 @@ def _row(cells: Iterable[str], bold: bool = False) -> str:
 
 def _excerpts(excerpts: Excerpts) -> str:
     parts = [
-        f"{_paragraph(said)}\n\n{_fenced(textwrap.wrap(text, WIDTH))}" if text else _paragraph(said)
+        f"{_paragraph(said)}\n\n{fenced(textwrap.wrap(text, WIDTH))}" if text else _paragraph(said)
         for said, text in excerpts.items
     ]
     shown, folded = parts[: excerpts.open], parts[excerpts.open :]
@@ -89,19 +89,47 @@ def _excerpts(excerpts: Excerpts) -> str:
 
 
 def _commands(commands: Commands) -> str:
-    return f"{_escaped(commands.caption)}\n\n{_fenced(commands.lines)}"
+    return f"{_line(commands.caption)}\n\n{fenced(commands.lines)}"
 
 
-def _fenced(lines: Iterable[str]) -> str:
+def fenced(lines: Iterable[str], language: str = "text") -> str:
     """Put a fence around lines that is longer than any in them."""
-    lines = tuple(lines)
-    longest = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return "\n".join((f"{fence}text", *lines, fence))
+    lines = tuple(map(escaped, lines))
+    fence = "`" * max(3, _longest_fence("\n".join(lines)) + 1)
+    return "\n".join((f"{fence}{language}", *lines, fence))
+
+
+def plain(text: str) -> str:
+    r"""Return a text from data on one line, without anything that Markdown or a table of it would read as markup.
+
+    >>> print(plain("<b>\n# a | `b`"))
+    \<b\> ⏎ # a \| \`b\`
+    """
+    return MARKUP.sub(r"\\\g<0>", printable(text)).replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """Return a text as code within a line.
+
+    >>> print(code("a `b`"))
+    `` a `b` ``
+    """
+    text = printable(text)
+    fence, space = "`" * (_longest_fence(text) + 1), " " * ("`" in text)
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _longest_fence(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _paragraph(text: str) -> str:
-    return LIST_OR_HEADING.sub(r"\1\\\2", _escaped(text))
+    return "\n".join(map(_line, text.splitlines()))
+
+
+def _line(text: str) -> str:
+    """Return a text that begins a line, escaped."""
+    return LIST_OR_HEADING.sub(r"\1\\\2", _escaped(text.strip()))
 
 
 def _bold(text: str) -> str:
@@ -109,12 +137,12 @@ def _bold(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Take from a text what Markdown would read as markup, code between backticks apart.
+    """Return a text on one line, without what Markdown would read as markup, but for code between backticks.
 
     >>> print(_escaped("`a_b` of <b>_x_</b> and max_repeats=2*3"))
     `a_b` of \\<b\\>\\_x\\_\\</b\\> and max_repeats=2\\*3
     """
-    return "".join(starmap(_span, spans(text)))
+    return "".join(starmap(_span, spans(escaped(" ".join(text.splitlines())))))
 
 
 def _span(is_code: bool, text: str) -> str:

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from ..schedulers import OUTLIER_RULES, RULE_FIELDS, RepeatScheduler, RowRule, build_row_rule, build_rule
 from ..schedulers.registry import PARAMETERS, refuse_unread
+from .failing import keep_time_out
 from .plan import check_fields, most_affordable, refuse_best_without_saves, scale_with_batch_size
 from .support import refuse_single_process_launch
 
@@ -246,6 +247,7 @@ class ABRConfig(TrainingArguments):
         super().__post_init__()
         self.load_best_model_at_end = loads_best
         scale_with_batch_size(self)
+        keep_time_out(self.ddp_timeout)
 
     def plan(self) -> None:
         """Check the fields, and lower `max_steps` to the most batches in the budget; `most_batches` keeps its value.

@@ -64,6 +64,22 @@ class Consensus:
         read = self._begin_gather(scalars)
         return lambda: [sum(column) for column in zip(*read(), strict=True)]
 
+    def each(self, number: int) -> list[int]:
+        """Return a whole number of each rank, in rank order."""
+        return [int(row[0]) for row in self._begin_gather([float(number)])()]
+
+    def refuse_different_lengths(self, batches: int) -> None:
+        """Refuse training sets of which ranks expect different numbers of batches: some would wait for the others.
+
+        Raises:
+            ValueError: They do, on all ranks.
+        """
+        if len(set(expected := self.each(batches))) > 1:
+            raise ValueError(
+                f"The ranks would train on {', '.join(map(str, expected))} batches, which must be as many on each. "
+                "Give each rank as many rows, or set --max_steps to the least of them."
+            )
+
     def begin_mean(
         self,
         trainer: Any,

@@ -16,6 +16,7 @@ from ..records.files import (
     ABR_STATE_NAME,
     CHECKPOINT_PREFIX,
     TRAINER_STATE,
+    newest_first,
     read_json,
     settle_replaced,
     write_checksums,
@@ -58,9 +59,9 @@ class ResumeMixin(_AnyTrainer):
         """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last complete checkpoint.
 
         Raises:
-            UnfitCheckpoint: The run cannot go on from the checkpoint, or there is none.
+            UnfitCheckpoint: The run cannot go on from the checkpoint. If there is none, Trainer says so.
         """
-        if self._is_active and resume_from_checkpoint:
+        if self._is_active and resume_from_checkpoint and self._is_there(resume_from_checkpoint):
             named = resume_from_checkpoint
             resume_from_checkpoint = agreed(
                 lambda: newest_checkpoint(self.args.output_dir) if named is True else sound_checkpoint(str(named)),
@@ -68,6 +69,10 @@ class ResumeMixin(_AnyTrainer):
             )
             self.check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _is_there(self, checkpoint: str | bool) -> bool:
+        """Tell whether there is something to resume from, complete or not."""
+        return any(newest_first(self.args.output_dir)) if checkpoint is True else Path(str(checkpoint)).is_dir()
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Check that this run can go on from a checkpoint, and warn where the size of a batch is another one.

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import HubStrategy, has_length
@@ -98,6 +99,16 @@ def refuse_hidden_batches(trainer: Any) -> None:
             "calling it. With a data set of unknown length, a batch that its end cuts off would leave its gradient to "
             "the next one. Replace that of transformers.Trainer, or call `super().get_batch_samples`."
         )
+
+
+def may_differ_over_ranks(trainer: Any) -> bool:
+    """Tell whether ranks may get different numbers of micro-batches, which only their loaders know.
+
+    A loader of accelerate that dispatches batches gives each rank as many.
+    """
+    loader = trainer.callback_handler.train_dataloader
+    is_dispatched = isinstance(loader, DataLoaderDispatcher)
+    return trainer.args.world_size > 1 and not is_dispatched and not has_length(loader)
 
 
 def refuse_pushing_inputs(args: Any, scheduler: Any) -> None:

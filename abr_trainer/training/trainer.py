@@ -5,7 +5,9 @@ Each of them hands over to an object with a name. The package's docstring says w
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ from .dropped_rows import write_ranked
 from .dropping import row_gate
 from .empty_rows import WatchForEmptyRows
 from .evaluation import PerplexityMixin, refuse_missing_perplexity
+from .failing import ending_together
 from .forward_cost import forward_flops_per_token, forward_share_of
 from .held import Call
 from .identity import numbered, wants_row_indices
@@ -42,7 +45,7 @@ from .recording import record_end, record_run
 from .remarks import remark_on
 from .resume import ResumeMixin
 from .run import Run
-from .support import refuse_hidden_batches, refuse_unsupported
+from .support import may_differ_over_ranks, refuse_hidden_batches, refuse_unsupported
 from .targets import shifts_labels
 from .tensorboard import replace_tensorboard
 from .tracking import EarlyStopping, doubt_of_the_best
@@ -169,6 +172,10 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
 
     # ---- A run ----
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with ending_together() if self._is_active else contextlib.nullcontext():
+            return super().train(*args, **kwargs)
+
     def _hp_search_setup(self, trial: Any) -> None:
         is_trial = self._is_active and self.hp_search_backend is not None and trial is not None
         if is_trial and isinstance(self.args, ABRConfig):
@@ -187,6 +194,8 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         *values, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._is_active:
+            self._run.consensus.refuse_different_lengths(max_steps)
         return (*values, max_steps if args.max_steps > 0 else max_steps + Primer.of(self).batches)
 
     def _init_training_state(
@@ -301,25 +310,39 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         wanted = is_of_training_set and wants_row_indices(self)
         return numbered(loader, dataset, self.data_collator) if wanted else loader
 
+    @property
+    def _is_at_work(self) -> bool:
+        """Whether a batch of a run is under way. Methods of Trainer can be called outside of `train` too."""
+        return self._is_active and self.is_in_train
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        if not self._is_active:
+        if not self._is_at_work:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batch, self._is_drawn = Batch(), True
         works_on = getattr(self.callback_handler.train_dataloader, "num_workers", 0) > 0
         with self._run.clock.drawing(epoch_iterator, works_on) as timed:
-            batch_samples, num_items_in_batch = super().get_batch_samples(timed, num_batches, device)
+            batches, drawn = timed, None
+            if may_differ_over_ranks(self):
+                held = list(itertools.islice(timed, num_batches))
+                drawn = self._run.consensus.each(len(held))
+                batches = iter(held if min(drawn) == num_batches else ())
+            batch_samples, num_items_in_batch = super().get_batch_samples(batches, num_batches, device)
         if len(batch_samples) < num_batches:
-            # A data set without length ended in the middle of a batch. Trainer would leave its gradients to the next.
-            if batch_samples and self.state.global_step == 0:
+            # A data set without length ended in the middle of a batch. Trainer would leave its gradients to the next,
+            # and of several ranks those that have rows would wait for those that have none.
+            drawn = drawn or [len(batch_samples)]
+            if any(drawn) and self.state.global_step == 0:
+                ended = f"The training set ended after {min(drawn)} micro-batches"
+                on_a_rank = f" on rank {drawn.index(min(drawn))} of {len(drawn)}" if len(drawn) > 1 else ""
                 raise ValueError(
-                    f"The training set ended after {len(batch_samples)} micro-batches, before the first batch of "
-                    f"--gradient_accumulation_steps {num_batches} was complete."
+                    f"{ended}{on_a_rank}, before the first batch of --gradient_accumulation_steps {num_batches} was "
+                    "complete."
                 )
             return [], None
         return batch_samples, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._is_active:
+        if not self._is_at_work:
             return super().training_step(model, inputs, *args, **kwargs)
         if not self._is_drawn:
             refuse_hidden_batches(self)
@@ -361,13 +384,18 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     # ---- Logs and checkpoints ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        given = set(logs)
         if self._is_active and is_training_log(logs) and self._run.window.batches:
             self._run.complete_log(logs, self._loss_is_of_tokens)
         elif self._is_active and "train_runtime" in logs:
             if not self.has_trained:
                 del logs["train_loss"]  # the mean of nothing, which Trainer takes for 0
             logs.update({f"train_{name}": value for name, value in self.ledger.summary().items()})
+        times = [name for name in logs if name not in given and name.endswith("seconds")]
         super().log(logs, *args, **kwargs)
+        # Callbacks have seen our times. Without them, a resumed run has the log history of an unbroken one.
+        for name in times:
+            self.state.log_history[-1].pop(name, None)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,21 +29,25 @@ def pip(*arguments, **options):
     subprocess.run(command, check=True, timeout=120, **options)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from what belongs into it alone, and without a network."""
+def built(folder):
+    """Build the wheel from what belongs into it alone, and without a network, as CONTRIBUTING.md says."""
     if not find_spec("setuptools") or int(metadata.version("setuptools").partition(".")[0]) < 77:
         pytest.skip("needs setuptools 77 or newer, which scripts/test.sh installs for DeepSpeed")
-    folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             (folder / "source").mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / "source")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source"))
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+    pip("wheel", *options, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"})
     (found,) = folder.glob("*.whl")
     return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return built(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,26 @@ def test_the_wheel_holds_all_that_is_needed_and_nothing_else(wheel):
     expected |= {"abr_trainer/py.typed", "abr_trainer/cli/flags.json"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_wheel_is_the_same_to_the_last_byte_wherever_and_whenever_it_is_built(wheel, tmp_path):
+    again = built(tmp_path / "another place")
+    assert again.name == wheel.name
+    assert again.read_bytes() == wheel.read_bytes()
+
+
+def test_the_licences_of_what_others_wrote_are_in_the_wheel(wheel):
+    held = zipfile.ZipFile(wheel)
+    vendored = [name for name in held.namelist() if name.endswith(".min.js")]
+    assert vendored, "there is something to be licensed"
+    told = held.read("abr_trainer/report/assets/LICENSES.txt").decode()
+    for name in vendored:
+        assert Path(name).name in told
+        version = re.search(r"[0-9]+\.[0-9]+\.[0-9]+", held.read(name)[:200].decode())
+        assert version is None or version[0] in told, name
+    assert "THE SOFTWARE IS PROVIDED" in told
+    (own,) = (name for name in held.namelist() if name.endswith("dist-info/licenses/LICENSE"))
+    assert held.read(own) == (ROOT / "LICENSE").read_bytes()
 
 
 def test_the_command_is_installed_and_found_there(abr):

@@ -194,17 +194,17 @@ def commands() -> Commands:
     )
 
 
-def hostile_report() -> Report:
+def hostile_report(text: str = HOSTILE) -> Report:
     """Build a report whose every text would be markup or script if it were not escaped."""
-    series = (Series(HOSTILE, (1, 2), (3.5, 4.5)), Series("other", (1, 2), (4.5, 3.5)))
-    figure = Figure("hostile", HOSTILE, HOSTILE, "lines", HOSTILE, HOSTILE, series)
+    series = (Series(text, (1, 2), (3.5, 4.5)), Series("other", (1, 2), (4.5, 3.5)))
+    figure = Figure("hostile", text, text, "lines", text, text, series)
     empty = Figure("empty", "Nothing yet", "No run has ended.", "points", "x", "y", (Series("_none", (), ()),))
-    table = Table(HOSTILE, (HOSTILE, "b"), ((HOSTILE, "1"),), notes=(HOSTILE,))
-    texts = Excerpts(((HOSTILE, HOSTILE), (HOSTILE, "``` " + HOSTILE)), open=1)
-    said = (Notice("bad", HOSTILE), Notice("bad", HOSTILE, HOSTILE, HOSTILE), Facts(((HOSTILE, HOSTILE),)))
-    commands = Commands(HOSTILE, (HOSTILE, "```"))
-    blocks = (HOSTILE, figure, empty, table, texts, commands, *said, Fold(HOSTILE, (HOSTILE, table)))
-    return Report(HOSTILE, (HOSTILE,), (Section(HOSTILE, blocks),))
+    table = Table(text, (text, "b"), ((text, "1"),), notes=(text,))
+    excerpts = Excerpts(((text, text), (text, "``` " + text)), open=1)
+    said = (Notice("bad", text), Notice("bad", text, text, text), Facts(((text, text),)))
+    commands = Commands(text, (text, "```"))
+    blocks = (text, figure, empty, table, excerpts, commands, *said, Fold(text, (text, table)))
+    return Report(text, (text,), (Section(text, blocks),))
 
 
 def odd_report() -> Report:

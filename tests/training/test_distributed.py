@@ -265,3 +265,20 @@ def test_two_ranks_that_share_files_each_name_their_own(loaded_by_two_ranks):
         assert {source["source"] for source in sources} == {f"train-{part}.jsonl"}
         assert [source["first_row"] for source in sources] == sorted(source["first_row"] for source in sources)
         assert sources[0]["first_row"] == 1
+
+
+TRIALS = [
+    *("fails", "is killed", "slow beyond the time-out", "without rows", "a shorter stream", "a shorter set"),
+    *("NaN, now and then", "huge, now and then, rows judged"),
+]
+
+
+@pytest.fixture(scope="module")
+def befallen(launch):
+    return json.loads((launch(2, TRIALS, "trials") / "trials.json").read_text())
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_if_something_befalls_one_rank_all_go_on_alike_or_all_end_with_its_message(befallen, name):
+    assert not befallen[name]["fault"]
+    assert all(befallen[name]["statuses"]) or not any(befallen[name]["statuses"])

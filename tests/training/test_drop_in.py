@@ -441,3 +441,73 @@ def test_checkpoints_of_stock_and_of_plain_arguments_are_alike(train, tmp_path):
         for cls in ("Trainer", "ABRTrainer")
     ]
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_methods_of_trainer_called_outside_of_train_are_those_of_trainer(build, trained_before):
+    ours = build(repeat_scheduler=Scripted(3), gradient_accumulation_steps=2)
+    theirs = build(trainer_cls=Trainer, config_cls=TrainingArguments, gradient_accumulation_steps=2)
+    if trained_before:
+        ours.train()
+        theirs.model.load_state_dict(ours.model.state_dict())
+    spent = ours.ledger.state_dict()
+    found = []
+    for trainer in (ours, theirs):
+        trainer.create_optimizer()
+        trainer.model.zero_grad()
+        loader = iter(trainer.get_train_dataloader())
+        batches, targets = trainer.get_batch_samples(loader, 2, trainer.args.device)
+        losses = [trainer.training_step(trainer.model, batch, targets) for batch in batches]
+        gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
+        rest = [len(trainer.get_batch_samples(loader, 3, trainer.args.device)[0]) for _ in range(2)]
+        found.append((losses, gradients, rest))
+    (our_losses, our_gradients, our_rest), (their_losses, their_gradients, their_rest) = found
+    assert torch.equal(torch.stack(our_losses), torch.stack(their_losses))
+    assert all(map(torch.equal, our_gradients, their_gradients))
+    assert our_rest == their_rest == [3, 1]
+    assert ours.ledger.state_dict() == spent, "none of this is a part of a run"
+
+
+def test_the_state_of_a_resumed_run_is_that_of_an_unbroken_one_but_for_what_trainer_itself_measures(train, tmp_path):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "logging_steps": 1,
+    }
+    options |= {"trainer_options": {"eval_dataset": token_rows(4)}}
+    told: list[dict[str, float]] = []
+
+    class Listens(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            told.append(dict(logs))
+
+    whole = train(repeat_scheduler=Scripted(2, 0, 3), **options)
+    whole_state = json.loads(Path(whole.args.output_dir, "checkpoint-6", "trainer_state.json").read_text())
+    resumed = train(
+        repeat_scheduler=Scripted(2, 0, 3),
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"),
+        **{**options, "trainer_options": {**options["trainer_options"], "callbacks": [Listens()]}},
+    )
+    state = json.loads(Path(resumed.args.output_dir, "checkpoint-6", "trainer_state.json").read_text())
+    for each in (whole_state, state):
+        for logs in each["log_history"]:
+            for name in [name for name in logs if name.startswith("eval_") and ("second" in name or "time" in name)]:
+                del logs[name]
+    assert state == whole_state
+    assert all("waiting_seconds" in logs for logs in told if "loss" in logs), "callbacks are told of times"
+    assert {"train_seconds", "train_total_seconds", "train_waiting_seconds"} <= told[-1].keys()
+    assert not [name for logs in resumed.state.log_history for name in logs if name.endswith("seconds")]
+
+
+@pytest.mark.parametrize("checkpoint", [True, "nowhere"])
+def test_a_checkpoint_that_is_not_there_is_told_in_the_words_of_trainer(build, checkpoint):
+    told = []
+    for options in ({"repeat_scheduler": Scripted(2)}, {"trainer_cls": Trainer, "config_cls": TrainingArguments}):
+        trainer = build(**options)
+        Path(trainer.args.output_dir).mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="valid checkpoint") as caught:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        told.append(str(caught.value))
+    assert told[0] == told[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,22 @@ def test_the_rows_at_both_ends_are_described(train, tmp_path):
         assert row.text == tokenizer.decode(rows[row.index]["input_ids"])
         assert (row.source, row.first_row) == ("notes.jsonl", row.index + 1)
     assert ranked_rows(losses, described, lowest_first=True) == ranked[::-1]
+
+
+def test_the_ends_of_many_rows_are_those_of_all_rows_sorted_and_need_little_memory(tmp_path):
+    ranking = RowRanking(1_500_000)
+    rows = np.random.default_rng(0).integers(0, len(ranking.loss), 900_000)
+    ranking.note(1, rows, np.round(np.sin(rows) * 50) + 50)  # of many equal losses, the first row is first
+    ranking.note(2, np.array([7, 1_499_999]), np.array([np.nan, 0.0]))
+    seen = np.flatnonzero(ranking.visits)
+    order = seen[np.argsort(-np.nan_to_num(ranking.loss[seen], nan=np.inf), kind="stable")].tolist()
+    tracemalloc.start()
+    assert ranking.extremes(200) == order[:200] + order[-200:]
+    ranking.save(tmp_path)
+    ranking.load(tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 12 * len(ranking.loss), "less than the ranking itself"
 
 
 def test_of_many_rows_the_ends_are_found():
