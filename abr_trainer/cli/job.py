@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import set_seed
 from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
-from ..records.files import read_json
+from ..records.files import Damaged, read_json
 from ..report.samples import sample_lines
 from ..schedulers.base import BadDecision
 from ..schedulers.following import BadTrace
@@ -35,6 +35,44 @@ from .defaults import describe_defaults
 from .header import header, show_header
 from .parsing import wanted_splits as wanted_splits
 from .run_directory import only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
+
+EXPECTED: tuple[type[Exception], ...] = (
+    *(
+        TooManySkips,
+        NoSuchMetric,
+        NoAccuracy,
+        BadRow,
+        UnfitCheckpoint,
+        RowsUnsupported,
+        BadDecision,
+        BadTrace,
+        Damaged,
+    ),
+)
+"""Errors of a training whose messages say all that there is to say."""
+
+
+class CannotBegin(ValueError):
+    """A library has refused a flag or a file before the first batch of a training."""
+
+
+@contextlib.contextmanager
+def refusing_to_begin(trainer: ABRTrainer) -> Iterator[None]:
+    """Turn an error before the first batch into one line: it is of a flag, or of a file of the checkpoint.
+
+    The optimizer, the schedule of the learning rate and the loaders are made there, of values that only they check.
+
+    Raises:
+        CannotBegin: There was such an error.
+    """
+    try:
+        yield
+    except (*EXPECTED, OSError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if trainer.has_begun:
+            raise
+        raise CannotBegin(f"Training cannot begin: {one_line(error)} ({type(error).__name__})") from error
 
 
 def begin(args: ABRConfig) -> None:
@@ -105,12 +143,7 @@ def _carry_out(
             mend_generation_config(trainer.model)
         if checkpoint is not None:
             trainer.check_checkpoint(checkpoint)
-    with (
-        replacing_previous_run(args),
-        one_line_errors(
-            *(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint, RowsUnsupported, BadDecision, BadTrace)
-        ),
-    ):
+    with replacing_previous_run(args), one_line_errors(*EXPECTED, CannotBegin):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)
             trainer.is_recorded = True
@@ -120,7 +153,8 @@ def _carry_out(
             set_aside_later_checkpoints(args, checkpoint)
             cut_samples(args, checkpoint)
         if args.do_train:
-            results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+            with refusing_to_begin(trainer):
+                results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
             if not trainer.has_trained:  # what was measured when it was
                 results |= read_json(Path(args.output_dir, "train_results.json")) or {}
             trainer.save_model(_internal_call=True)  # or it would push before the run is evaluated

@@ -12,6 +12,30 @@ from typing import TypeVar
 
 Named = TypeVar("Named")
 
+WRONG_USAGE = 2
+"""Exit status if the command line is wrong, or a file that it names."""
+
+
+class Failure(RuntimeError):
+    """A run or a push has failed, although the command line and its files are right."""
+
+
+class Refused(SystemExit):
+    """The end of a program that could do nothing with its command line or with a file that it names."""
+
+
+@contextlib.contextmanager
+def exit_statuses() -> Iterator[None]:
+    """End the program with status 2 if it was `Refused`, and 1 if it has failed, after the message of the error.
+
+    Python's own status is 1 for both.
+    """
+    try:
+        yield
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        raise SystemExit(WRONG_USAGE) from None
+
 
 class BadRow(ValueError):
     """A row that cannot be used; the message says which row, and what is wrong."""
@@ -54,7 +78,7 @@ def refuse_below(arguments: object, least: Mapping[str, float]) -> None:
     """
     for flag, value in least.items():
         given = getattr(arguments, flag)
-        if given is not None and given < value:
+        if given is not None and not given >= value:  # NaN is not
             raise ValueError(f"--{flag} must be at least {value}, got {given}.")
 
 
@@ -91,6 +115,9 @@ def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iter
 
     Args:
         when_interrupted: Advice after an interrupt.
+
+    Raises:
+        SystemExit: There was one. It is `Refused` unless the error is a `Failure` or an interrupt.
     """
     try:
         yield
@@ -103,4 +130,5 @@ def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iter
     except BrokenPipeError:  # the reader of the output is gone, which `cli/main.py` handles
         raise
     except kinds as error:
-        raise SystemExit(f"error: {one_line(error, width=sys.maxsize)}") from error
+        ends = SystemExit if isinstance(error, Failure) else Refused
+        raise ends(f"error: {one_line(error, width=sys.maxsize)}") from error

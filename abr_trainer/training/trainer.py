@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..hub.pushing import HubMixin, Pushes
+from ..records.errors import Failure
 from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
 from .budget import limit_of, put_on_budget_clock
@@ -49,7 +50,7 @@ from .tracking import EarlyStopping, doubt_of_the_best
 logger = logging.get_logger(__name__)
 
 
-class TooManySkips(RuntimeError):
+class TooManySkips(Failure):
     """`max_consecutive_skips` batches in a row were skipped: the data, or the model, are broken.
 
     `hyperparameter_search(catch=(TooManySkips,))` lets optuna go on with the other trials.
@@ -146,6 +147,11 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def ledger(self) -> ComputeLedger:
         """What the run has spent."""
         return self._run.ledger
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this call of `train` has come to its first batch."""
+        return self._is_drawn
 
     @property
     def has_trained(self) -> bool:
