@@ -130,61 +130,39 @@ def as_flags(argv: Sequence[str]) -> dict[str, Any]:
     return flags
 
 
-QUIET = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--max_steps", "2", "--save_strategy", "no"]
-FAST = [*QUIET, "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--max_train_samples", "6"]
-BASES: dict[str, list[str]] = {
-    "train": [
-        "train",
-        "--train_file",
-        "notes.jsonl",
-        "--block_size",
-        "16",
-        "--do_train",
-        "--sample_prompts",
-        "0",
-        *FAST,
-    ]
-    + ["--output_dir", "out"],
-    "sft": ["sft", "--train_file", "chats.jsonl", "--chat_template", "alpaca", "--max_length", "64", "--do_train"]
-    + ["--sample_prompts", "0", *FAST, "--output_dir", "out"],
-    "classify": ["classify", "--train_file", "labelled.csv", "--model_name_or_path", "demo", "--max_seq_length", "32"]
-    + ["--do_train", *FAST, "--output_dir", "out"],
-    "perplexity": ["perplexity", "--text_file", "notes.txt", "--token_length", "32", "--max_windows", "2", "--use_cpu"]
-    + ["--output_file", "measured.json"],
-    "prune": ["prune", "--output_dir", "pruned"],
-    "export": ["export", "--adapter_name_or_path", "trained", "--output_dir", "whole", "--use_cpu"],
-    "evaluate": ["evaluate", "--adapter_name_or_path", "classified", "--test_file", "labelled.csv", "--use_cpu"]
-    + ["--output_file", "predicted.jsonl"],
-    "compare": ["compare", "--schedulers", "baseline", "abr", "--seeds", "2", "--out", "cmp", "--"]
-    + ["--dataset_name", "demo", "--block_size", "32", "--max_passes", "20", "--use_cpu"],
-    "compare-prompts": ["compare-prompts", "--prompts", "none", "perfect", "--seeds", "2", "--out", "cmp", "--"]
-    + ["--task_name", "demo", "--model_name_or_path", "demo", "--use_cpu"],
-    "report": ["report", "trained"],
-    "why": ["why", "trained", "3"],
-    "rows": ["rows", "trained"],
-    "push": ["push", "trained", "--hub_model_id", "me/mine"],
+QUIET = "--use_cpu --disable_tqdm true --report_to none --max_steps 2 --save_strategy no"
+FAST = f"--do_train {QUIET} --per_device_train_batch_size 2 --eval_strategy no --max_train_samples 6 --output_dir out"
+LINES: dict[str, str] = {
+    "train": f"train --train_file notes.jsonl --block_size 16 --sample_prompts 0 {FAST}",
+    "sft": f"sft --train_file chats.jsonl --chat_template alpaca --max_length 64 --sample_prompts 0 {FAST}",
+    "classify": f"classify --train_file labelled.csv --model_name_or_path demo --max_seq_length 32 {FAST}",
+    "perplexity": "perplexity --text_file notes.txt --token_length 32 --max_windows 2 --use_cpu --output_file f.json",
+    "prune": "prune --output_dir pruned",
+    "export": "export --adapter_name_or_path trained --output_dir whole --use_cpu",
+    "evaluate": "evaluate --adapter_name_or_path classified --test_file labelled.csv --use_cpu --output_file f.jsonl",
+    "compare": "compare --schedulers baseline abr --seeds 2 --out cmp -- --dataset_name demo --block_size 32 "
+    "--max_passes 20 --use_cpu",
+    "compare-prompts": "compare-prompts --prompts none perfect --seeds 2 --out cmp -- --task_name demo "
+    "--model_name_or_path demo --use_cpu",
+    "report": "report trained",
+    "why": "why trained 3",
+    "rows": "rows trained",
+    "push": "push trained --hub_model_id me/mine",
 }
+BASES = {verb: line.split() for verb, line in LINES.items()}
 """A command line of each verb that works in the directory of good inputs."""
 
-RUNS = {
-    "trained": ["train", "--train_file", "notes.jsonl", "--block_size", "16", "--do_train", "--do_eval"]
-    + ["--sample_prompts", "1", "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--max_steps", "24"]
-    + ["--save_steps", "12", "--skip_rows", "robust", "--rank_rows", "--repeat_scheduler", "window"]
-    + ["--max_eval_samples", "2", "--output_dir", "trained"],
-    "chatted": ["sft", "--train_file", "chats.jsonl", "--chat_template", "alpaca", "--max_length", "64", "--do_train"]
-    + ["--sample_prompts", "1", "--do_eval", *QUIET, "--skip_rows", "robust", "--output_dir", "chatted"],
-    "classified": ["classify", "--train_file", "labelled.csv", "--model_name_or_path", "demo", "--do_train"]
-    + [
-        "--max_seq_length",
-        "32",
-        "--do_eval",
-        "--validation_file",
-        "labelled.csv",
-        *QUIET,
-        "--output_dir",
-        "classified",
-    ],
+OF_RUNS = {
+    "trained": "train --train_file notes.jsonl --block_size 16 --do_train --do_eval --sample_prompts 1 --use_cpu "
+    "--disable_tqdm true --report_to none --max_steps 24 --save_steps 12 --skip_rows robust --rank_rows "
+    "--repeat_scheduler window --max_eval_samples 2 --output_dir trained",
+    "chatted": "sft --train_file chats.jsonl --chat_template alpaca --max_length 64 --do_train --do_eval "
+    f"--sample_prompts 1 {QUIET} --skip_rows robust --output_dir chatted",
+    "classified": "classify --train_file labelled.csv --validation_file labelled.csv --model_name_or_path demo "
+    f"--do_train --do_eval --max_seq_length 32 {QUIET} --output_dir classified",
 }
+RUNS = {name: line.split() for name, line in OF_RUNS.items()}
+"""How the runs are trained whose directories are mutated."""
 
 # ---- Mutations ----
 
@@ -206,7 +184,7 @@ NUMBERS = [
     "1e18",
     "99999999999999999999",
 ]
-NUMBERS += ["1_0", "0x10", "010", "١", " 3 ", "1,5", "1e3", "100%", "2**3"]
+NUMBERS += ["1_0", "0x10", "010", "\u0661", " 3 ", "1,5", "1e3", "100%", "2**3"]
 WORDS = [
     "",
     " ",
@@ -608,7 +586,7 @@ class Case:
     given: tuple[str, str] | None = None
 
 
-KINDS = {"flags": 30, "load": 25, "data": 12, "yaml": 10, "records": 18, "compared": 5}
+KINDS = {"flags": 30, "load": 32, "data": 6, "yaml": 12, "records": 14, "compared": 6}
 """Kinds of cases, and how many of a hundred are of each."""
 
 
@@ -628,7 +606,11 @@ def make_case(number: int, seed: int, good: Path, folder: Path, known: dict[str,
         if draw.random() < 0.25:
             argv, more = mutate_flags(argv, flags, draw)
             return Case(kind, argv, f"{changed}; {more}")
-        given = (argv[-2], argv[-1]) if argv[-2].startswith("--") and argv[-1] not in BASES[verb] else None
+        given = (
+            (argv[-2], argv[-1])
+            if len(argv) > 2 and argv[-2].startswith("--") and argv[-1] not in BASES[verb]
+            else None
+        )
         return Case(kind, argv, changed, given=given)
     if kind == "load":
         name = draw.choice(["notes.txt", "notes.jsonl", "notes.json", "notes.csv", "notes.tsv", "notes.parquet"])
@@ -661,14 +643,13 @@ def make_case(number: int, seed: int, good: Path, folder: Path, known: dict[str,
     followed = [*BASES["train"], "--repeat_scheduler", "follow", "--trace", run]
     readers = [["report", run], ["why", run, draw.choice(["1", "2", "24"])], ["rows", run], ["rows", run, "--csv"]]
     readers += [["rows", run, "--clean", data, f"clean{Path(data).suffix}"], ["push", run]]
+    measured = [*BASES["perplexity"], "--adapter_name_or_path", run]
+    resumed = [*RUNS[run], "--resume_from_checkpoint", "true"]
+    whole = ["export", "--adapter_name_or_path", run, "--output_dir", "whole", "--use_cpu"]
     readers += {
-        "trained": [["rows", run, "--all", "--json"], RUNS["trained"] + ["--resume_from_checkpoint", "true"], followed]
-        + [BASES["export"], again, [*BASES["perplexity"], "--adapter_name_or_path", run]],
-        "chatted": [[*BASES["perplexity"], "--adapter_name_or_path", run]],
-        "classified": [
-            BASES["evaluate"],
-            ["export", "--adapter_name_or_path", run, "--output_dir", "whole", "--use_cpu"],
-        ],
+        "trained": [["rows", run, "--all", "--json"], resumed, followed, whole, again, measured],
+        "chatted": [measured],
+        "classified": [BASES["evaluate"], whole],
     }[run]
     argv = draw.choice(readers)
     copy_inputs(good, folder, [*argv, data, run])
@@ -809,7 +790,6 @@ def load(name: str) -> int:
             with one_line_errors(ValueError):
                 texts, _ = load_texts(TextArguments(text_file=name))
         except SystemExit as end:
-            print(end, file=sys.__stderr__)
             os.write(2, f"{end}\n".encode())
             return 2
     expected = plain_texts(Path(name))
@@ -830,6 +810,7 @@ def load(name: str) -> int:
 
 def plain_texts(path: Path) -> list[str] | None:
     """Return the texts in a file as a reader of a few lines finds them; None if it is not what its name says."""
+    csv.field_size_limit(2**31 - 1)
     try:
         if path.suffix == ".parquet":
             table = pq.read_table(path).to_pydict()
@@ -845,7 +826,9 @@ def plain_texts(path: Path) -> list[str] | None:
         else:
             reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
             header, *lines = [line for line in reader if line]
-            if len(set(header)) < len(header) or any(len(line) != len(header) for line in lines):
+            if "text" not in header:
+                header = ["text" if name.strip().lower() in ("text", "1", "") else name for name in header]
+            if header.count("text") != 1 or any(len(line) != len(header) for line in lines):
                 return None
             rows = [dict(zip(header, line, strict=True)) for line in lines]
         return [as_one(row["text"]) for row in rows if row.get("text") is not None]
@@ -892,6 +875,8 @@ def verdict(case: Case, ended: Ended, folder: Path) -> str:
         return "unclear: not one line"
     if any(part in errors[0] for part in UNCLEAR) or len(errors[0]) < 25:
         return "unclear: " + next((part for part in UNCLEAR if part in errors[0]), "short")
+    if ended.status == 1 and "error: HF_HUB_OFFLINE is set." in errors:
+        return "refused"  # a push that fails for want of a network is a failure
     if ended.status == 1:
         return "refused, with status 1"
     began = any((folder / name / "run.json").exists() for name in ("out",))

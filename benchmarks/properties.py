@@ -1,4 +1,4 @@
-"""Draw runs and streams of rules at random, for long, and compare the trainer with the laws: see `tests/properties.py`.
+"""Draw runs and streams of losses at random, for long: the properties of the tests, with more examples.
 
     python benchmarks/properties.py --minutes 20      # goes on where it was stopped
     python benchmarks/properties.py --quick --out runs/properties.json

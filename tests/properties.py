@@ -1,4 +1,4 @@
-"""How many examples `hypothesis` draws: a few that are the same each time in the gate, as many as one likes beside it."""
+"""How many examples `hypothesis` draws: a few in the gate, always the same, and as many as one likes beside it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from transformers import set_seed
 from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
-from ..records.files import Damaged, read_json
+from ..records.files import Damaged, is_unused, read_json
 from ..report.samples import sample_lines
 from ..schedulers.base import BadDecision
 from ..schedulers.following import BadTrace
@@ -34,7 +34,7 @@ from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
 from .header import header, show_header
 from .parsing import wanted_splits as wanted_splits
-from .run_directory import only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
+from .run_directory import clear, only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
 
 EXPECTED: tuple[type[Exception], ...] = (
     *(
@@ -75,6 +75,19 @@ def refusing_to_begin(trainer: ABRTrainer) -> Iterator[None]:
         raise CannotBegin(f"Training cannot begin: {one_line(error)} ({type(error).__name__})") from error
 
 
+@contextlib.contextmanager
+def leaving_nothing(args: ABRConfig) -> Iterator[None]:
+    """Leave an unused output directory as it was if training cannot begin."""
+    directory = Path(str(args.output_dir))
+    was_unused = args.process_index == 0 and is_unused(directory)
+    try:
+        yield
+    except CannotBegin:
+        if was_unused:
+            clear(directory)
+        raise
+
+
 def begin(args: ABRConfig) -> None:
     """Seed everything; what follows is the same from run to run, and on all ranks."""
     if args.ddp_find_unused_parameters is None:
@@ -93,7 +106,7 @@ def run_alone(
         parse: Returns the arguments, those of the trainer last.
         train_and_evaluate: Does the work, given the command line and the arguments.
     """
-    with one_line_errors(ValueError):
+    with one_line_errors(ValueError, OSError):
         arguments = parse(argv)
     with only_run_in(arguments[-1]), telling_of_a_full_disk(arguments[-1]):
         return train_and_evaluate(argv, *arguments)
@@ -143,7 +156,7 @@ def _carry_out(
             mend_generation_config(trainer.model)
         if checkpoint is not None:
             trainer.check_checkpoint(checkpoint)
-    with replacing_previous_run(args), one_line_errors(*EXPECTED, CannotBegin):
+    with replacing_previous_run(args), one_line_errors(*EXPECTED, CannotBegin), leaving_nothing(args):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)
             trainer.is_recorded = True

@@ -59,7 +59,7 @@ def check(verb: str, argv: Sequence[str]) -> None:
             _check_comparison(verb, own, argv[len(own) + 1 :], known)
         else:
             _check_run(verb, own, known)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {one_line(error, width=sys.maxsize)}", file=sys.stderr)
         raise SystemExit(WRONG_USAGE) from None
 

@@ -13,7 +13,10 @@ SCORE = (NUMBER, None)
 ENDS = ("t_low", "t_high", "bootstrap_low", "bootstrap_high", "deviation", "detectable")
 
 NO_PAIR = {"seeds": Kind("0", lambda value: value == 0 and not isinstance(value, bool))}
-ONE_PAIR = {"seeds": Kind("1", lambda value: value == 1 and not isinstance(value, bool))} | dict.fromkeys(("mean", "wins", "relative_to"), NUMBER)
+ONE_PAIR = {
+    "seeds": Kind("1", lambda value: value == 1 and not isinstance(value, bool)),
+    **dict.fromkeys(("mean", "wins", "relative_to"), NUMBER),
+}
 PAIRS = ONE_PAIR | {"seeds": COUNT} | dict.fromkeys(ENDS, NUMBER)
 
 ENTRY: Shape = {

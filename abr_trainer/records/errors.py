@@ -12,6 +12,9 @@ from typing import TypeVar
 
 Named = TypeVar("Named")
 
+MOST_OF_A_NAME = 200
+"""Characters of a file name in a message."""
+
 WRONG_USAGE = 2
 """Exit status if the command line is wrong, or a file that it names."""
 
@@ -50,8 +53,16 @@ class MissingPackage(ImportError):
 
 
 def one_line(error: BaseException, width: int = 300) -> str:
-    """Return the message of an error on one line, cut at `width` characters; its class name if it has none."""
-    return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
+    """Return the message of an error on one line, cut at `width` characters; its class name if it has none.
+
+    >>> one_line(FileNotFoundError(2, "No such file or directory", "notes.txt"))
+    'notes.txt: No such file or directory.'
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.errno and error.strerror and error.filename:
+        name = str(error.filename)
+        text = f"{name if len(name) <= MOST_OF_A_NAME else f'{name[:MOST_OF_A_NAME]}...'}: {error.strerror}."
+    return textwrap.shorten(text.strip() or type(error).__name__, width, placeholder=" ...")
 
 
 def find_named(kind: str, name: str, known: Mapping[str, Named]) -> Named:

@@ -103,7 +103,12 @@ RANKED: Shape = {name: shape for name, shape in DROP.items() if name not in ("st
 SKIPPED: Shape = {"step": STEP, "input_ids": [[COUNT]]}
 """A line of the skipped batches."""
 
-SAMPLE: Shape = {"step": COUNT, "sample": COUNT, "seconds": Maybe(NUMBER)} | dict.fromkeys(("prompt", "continuation", "reference"), TEXT)
+SAMPLE: Shape = {
+    "step": COUNT,
+    "sample": COUNT,
+    "seconds": Maybe(NUMBER),
+    **dict.fromkeys(("prompt", "continuation", "reference"), TEXT),
+}
 """A line of the samples."""
 
 RULE: Shape = {"name": TEXT, "class": TEXT, "parameters": (Each(ANY), None), "rules": Maybe(Each(ANY))}

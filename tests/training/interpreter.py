@@ -118,7 +118,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a batch."""
+    """What became of a batch.
+
+    Attributes:
+        learning_rate: Of the first update on it.
+        last_rate: Of the last one, which is logged; of a skipped batch the one that it would have had.
+    """
 
     loss: float
     repeats: int
@@ -128,6 +133,7 @@ class Done:
     rows_dropped: int
     progress: float
     learning_rate: float
+    last_rate: float
 
 
 @dataclass
@@ -213,7 +219,7 @@ class Interpreter:
                 "passes": float(told.counts.passes),
                 "updates": told.counts.updates,
                 "rows_dropped": sum(batch.rows_dropped for batch in window),
-                "learning_rate": self._rate(told.counts.batches),
+                "learning_rate": window[-1].last_rate,
             }
         )
 
@@ -224,18 +230,17 @@ class Interpreter:
     # ---- One batch ----
 
     def _one(self, batch: int) -> Done:
-        plan, counts = self.plan, self.told.counts
-        clock = batch if plan.budget is None else counts.passes
-        progress, rate = float(clock / Fraction(self.most)), self._rate(batch)
+        plan, rate = self.plan, self._rate(batch)
         rows = plan.rows_of(batch)
         judged = [row for row in rows if plan.targets[row]] if plan.dropped is not None else []
         broken = {row for row in rows if self._is_broken(batch, row, 0)}
         dropped = {row for row in judged if row in broken or (batch, row - rows.start) in (plan.dropped or ())}
-        numbers = {"rows": len(judged), "rows_dropped": len(dropped), "progress": progress, "learning_rate": rate}
+        numbers: dict[str, Any] = {"rows": len(judged), "rows_dropped": len(dropped), "learning_rate": rate}
+        numbers["progress"] = self._progress(batch)
 
-        def skip(loss: float, reason: str, **others: int) -> Done:
+        def skip(loss: float, reason: str) -> Done:
             self.optimizer.zero_grad()
-            return Done(loss, 0, (loss,), reason, **(numbers | others))
+            return Done(loss, 0, (loss,), reason, last_rate=rate, **numbers)
 
         losses = self._pass(batch, 0, set(rows), set(rows))
         total = sum(plan.targets[row] for row in rows)
@@ -255,6 +260,7 @@ class Interpreter:
         number = 0
         if broken:
             self._charge(batch, rows, is_skipped=True)
+            numbers["progress"] = self._progress(batch)
             if self.left < 1:
                 return skip(math.nan, "no room")
             number, there = 1, there - broken
@@ -279,17 +285,25 @@ class Interpreter:
                 self.optimizer.zero_grad()
                 repeats, reason = len(made) - 1, "non-finite"
                 break
-        return Done(first, repeats, tuple(made), reason, **numbers)
+        return Done(first, repeats, tuple(made), reason, last_rate=rate, **numbers)
+
+    def _progress(self, batch: int) -> float:
+        """Return the share of the run that is spent."""
+        return float(Fraction(batch if self.plan.budget is None else self.told.counts.passes) / Fraction(self.most))
 
     def _is_broken(self, batch: int, row: int, number: int) -> bool:
         return (batch, row - self.plan.rows_of(batch).start, number) in self.plan.broken
 
     def _charge(self, batch: int, there: Any, is_skipped: bool = False) -> None:
-        counts, parts = self.told.counts, len(self.plan.micro_batches_of(batch))
+        counts, found = (
+            self.told.counts,
+            [[r for r in part if r in there] for part in self.plan.micro_batches_of(batch)],
+        )
+        parts, spare = len(found), next(filter(None, found))  # which is passed over where no row is left
         counts.forwards += parts
         counts.backwards += parts - is_skipped
         counts.passes += 1 - (1 - FORWARD) * Fraction(int(is_skipped), parts)
-        counts.tokens += LENGTH * len(there)
+        counts.tokens += LENGTH * sum(len(part or spare) for part in found)
 
     def _kept_loss(self, batch: int, number: int, there: set[int], kept: set[int]) -> float:
         """Make a pass, leave its gradient, and return the mean loss of the kept rows, per target."""
