@@ -852,7 +852,6 @@ UNCLEAR += (
     "'<' not supported",
     "unsupported operand",
     "Errno",
-    "takes ",
     "must be str",
     "argument of type",
     "IndexError",

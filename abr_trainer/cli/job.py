@@ -51,6 +51,9 @@ EXPECTED: tuple[type[Exception], ...] = (
 )
 """Errors of a training whose messages say all that there is to say."""
 
+KNOWN: tuple[type[BaseException], ...] = (*EXPECTED, OSError, KeyboardInterrupt)
+"""The same, and what is told elsewhere."""
+
 
 class CannotBegin(ValueError):
     """A library has refused a flag or a file before the first batch of a training."""
@@ -67,7 +70,7 @@ def refusing_to_begin(trainer: ABRTrainer) -> Iterator[None]:
     """
     try:
         yield
-    except (*EXPECTED, OSError, KeyboardInterrupt):
+    except KNOWN:
         raise
     except Exception as error:
         if trainer.has_begun:

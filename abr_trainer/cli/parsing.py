@@ -14,8 +14,10 @@ def prepared(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Make a parser raise `ValueError` instead of ending the program, and return the arguments for it.
 
     Raises:
-        ValueError: A flag is unknown.
+        ValueError: A flag is unknown, or has the value `--`, which argparse would take away.
     """
+    if lost := next((word for word in argv if word.startswith("--") and word.endswith("=--")), None):
+        raise ValueError(f"{lost.partition('=')[0]} cannot have the value --.")
     parser.error = _raise_value_error  # type: ignore[method-assign]
     return accepted(argv, names_in(parser))
 

@@ -169,7 +169,7 @@ def _parse(verb: str, argv: Sequence[str], known: dict[str, Any]) -> Namespace |
 
 def _parse_plain(verb: str, parser: ArgumentParser, argv: Sequence[str], known: dict[str, Any]) -> Namespace:
     """Parse a command line of a verb that uses argparse directly, including abbreviated flags."""
-    prepared(parser, [])
+    prepared(parser, [word for word in argv if word.endswith("=--")])
     parsed, rest = parser.parse_known_args(list(argv))
     if rest and rest[0].startswith("-"):
         flag = rest[0].partition("=")[0]

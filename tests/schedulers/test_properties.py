@@ -139,7 +139,7 @@ def through_json(rule: Any, other: Any) -> Any:
 # ---- Rules for batches ----
 
 
-@examples(150)
+@examples(60)
 @given(st.sampled_from(sorted(SCHEDULERS)), st.sampled_from(sorted(WRAPPERS)), STREAMS, st.data())
 def test_a_rule_restored_from_json_at_any_point_decides_the_same(name, wrapper, stream, data):
     point = data.draw(st.integers(0, len(stream)), label="checkpoint after")
@@ -227,7 +227,7 @@ def checked(judge: RowRule, row: Row) -> bool:
     return keeps
 
 
-@examples(80)
+@examples(30)
 @given(st.sampled_from(sorted(ROW_RULES)), st.lists(micro_batches(), min_size=1, max_size=25), st.data())
 def test_any_row_losses_keep_a_row_rule_within_its_promises(name, stream, data):
     point = data.draw(st.integers(0, len(stream)), label="checkpoint after")

@@ -166,7 +166,7 @@ def check(plan: Plan) -> None:
         assert trainer.state.global_step == told.counts.batches
 
 
-@examples(40)
+@examples(20)
 @given(plans())
 def test_any_run_does_what_the_laws_say(plan):
     check(plan)
