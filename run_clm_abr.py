@@ -32,7 +32,7 @@ from abr_trainer.data.prompts import prompts_in
 from abr_trainer.models.arguments import ModelArguments
 from abr_trainer.models.loading import describe_model, load_config, load_model, load_tokenizer
 from abr_trainer.perplexity.measurement import EvaluationArguments, prepare_measurement
-from abr_trainer.records.errors import one_line_errors
+from abr_trainer.records.errors import exit_statuses, one_line_errors
 from abr_trainer.training.config import ABRConfig, checkpoints_activations
 from abr_trainer.training.engines import leave_ranks
 from abr_trainer.training.identity import asks_for_rows
@@ -123,4 +123,5 @@ def train_and_evaluate(
 
 
 if __name__ == "__main__":
-    main()
+    with exit_statuses():
+        main()

@@ -31,7 +31,7 @@ from ..classification.trainer import (
 )
 from ..data.context import fit_context
 from ..models.loading import describe_model, load_config, load_model, load_tokenizer
-from ..records.errors import one_line_errors
+from ..records.errors import exit_statuses, one_line_errors
 from ..training.config import checkpoints_activations
 from ..training.engines import leave_ranks
 from ..training.identity import asks_for_rows
@@ -120,4 +120,5 @@ def train_and_evaluate(
 
 
 if __name__ == "__main__":
-    main()
+    with exit_statuses():
+        main()

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 from ..records.flags import expand_flags_file
 from .bars import take_bars_away
-from .parsing import prepared, refuse_rest
+from .parsing import prepared, refuse_not_finite, refuse_rest
 
 
 def parse_arguments(
@@ -35,6 +35,7 @@ def parse_arguments(
         prepared(parser, argv), look_for_args_file=False, return_remaining_strings=True
     )
     refuse_rest(rest)
+    refuse_not_finite(*parsed)
     return tuple(parsed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ from transformers import set_seed
 from ..hub.repository import PushError
 from ..records.commands import command, pasted
 from ..records.errors import BadRow, one_line, one_line_errors
-from ..records.files import CHECKPOINT_PREFIX, RESULTS, read_json
+from ..records.files import CHECKPOINT_PREFIX, RESULTS, Damaged, is_unused, read_json
 from ..report.samples import sample_lines
 from ..schedulers.base import BadDecision
 from ..schedulers.following import BadTrace
@@ -36,7 +36,61 @@ from ..training.trainer import ABRTrainer, TooManySkips
 from .defaults import describe_defaults
 from .header import header, show_header
 from .parsing import wanted_splits as wanted_splits
-from .run_directory import only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
+from .run_directory import clear, only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
+
+EXPECTED: tuple[type[Exception], ...] = (
+    *(
+        TooManySkips,
+        NoSuchMetric,
+        NoAccuracy,
+        BadRow,
+        UnfitCheckpoint,
+        RowsUnsupported,
+        BadDecision,
+        BadTrace,
+        Damaged,
+    ),
+)
+"""Errors of a training whose messages say all that there is to say."""
+
+KNOWN: tuple[type[BaseException], ...] = (*EXPECTED, RankFailed, OSError, KeyboardInterrupt)
+"""The same, and what is told elsewhere."""
+
+
+class CannotBegin(ValueError):
+    """A library has refused a flag or a file before the first batch of a training."""
+
+
+@contextlib.contextmanager
+def refusing_to_begin(trainer: ABRTrainer) -> Iterator[None]:
+    """Turn an error before the first batch into one line: it is of a flag, or of a file of the checkpoint.
+
+    The optimizer, the schedule of the learning rate and the loaders are made there, of values that only they check.
+
+    Raises:
+        CannotBegin: There was such an error.
+    """
+    try:
+        yield
+    except KNOWN:
+        raise
+    except Exception as error:
+        if trainer.has_begun:
+            raise
+        raise CannotBegin(f"Training cannot begin: {one_line(error)} ({type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def leaving_nothing(args: ABRConfig) -> Iterator[None]:
+    """Leave an unused output directory as it was if training cannot begin."""
+    directory = Path(str(args.output_dir))
+    was_unused = args.process_index == 0 and is_unused(directory)
+    try:
+        yield
+    except CannotBegin:
+        if was_unused:
+            clear(directory)
+        raise
 
 
 def begin(args: ABRConfig) -> None:
@@ -57,7 +111,7 @@ def run_alone(
         parse: Returns the arguments, those of the trainer last.
         train_and_evaluate: Does the work, given the command line and the arguments.
     """
-    with one_line_errors(ValueError):
+    with one_line_errors(ValueError, OSError):
         arguments = parse(argv)
     with (
         one_line_errors(RankFailed),
@@ -112,12 +166,7 @@ def _carry_out(
             mend_generation_config(trainer.model)
         if checkpoint is not None:
             trainer.check_checkpoint(checkpoint)
-    with (
-        replacing_previous_run(args),
-        one_line_errors(
-            *(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint, RowsUnsupported, BadDecision, BadTrace)
-        ),
-    ):
+    with replacing_previous_run(args), one_line_errors(*EXPECTED, CannotBegin), leaving_nothing(args):
         if trainer.is_world_process_zero():
             write_provenance(args, recorded, *arguments)
             trainer.is_recorded = True
@@ -127,7 +176,8 @@ def _carry_out(
             set_aside_later_checkpoints(args, checkpoint)
             cut_samples(args, checkpoint)
         if args.do_train:
-            results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+            with refusing_to_begin(trainer):
+                results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
             if trainer.is_preempted:
                 end_preempted(trainer)
             if not trainer.has_trained:  # what was measured when it was

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from .. import __version__
-from ..records.errors import MissingPackage, one_line_errors
+from ..records.errors import WRONG_USAGE, MissingPackage, exit_statuses, one_line_errors
 from .noise import filter_noise, say_what_is_loaded
-from .parsing import WRONG_USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line.
 
     Raises:
-        SystemExit: The verb is unknown (status 2), it failed, or standard output is closed.
+        SystemExit: The command line or a file that it names is wrong (status 2), the verb failed, or standard output
+            is closed (both status 1).
     """
     try:
-        _do(argv)
+        with exit_statuses():
+            _do(argv)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _stdout_is_closed():

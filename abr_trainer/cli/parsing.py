@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .upstream import FALSE, TRUE, accepted
 
-WRONG_USAGE = 2
-"""Exit status for a wrong command line."""
-
 
 def prepared(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Make a parser raise `ValueError` instead of ending the program, and return the arguments for it.
 
     Raises:
-        ValueError: A flag is unknown.
+        ValueError: A flag is unknown, or has the value `--`, which argparse would take away.
     """
+    if lost := next((word for word in argv if word.startswith("--") and word.endswith("=--")), None):
+        raise ValueError(f"{lost.partition('=')[0]} cannot have the value --.")
     parser.error = _raise_value_error  # type: ignore[method-assign]
     return accepted(argv, names_in(parser))
 
@@ -35,6 +35,17 @@ def refuse_rest(rest: Sequence[str]) -> None:
     """
     if rest:
         raise ValueError(f"{rest[0]} does not belong to any flag. Flags begin with --.")
+
+
+def refuse_not_finite(*arguments: Any) -> None:
+    """Refuse NaN and infinity as the value of a flag: no flag means anything by them, and training would break.
+
+    Raises:
+        ValueError: A flag has such a value.
+    """
+    for name, value in ((name, value) for each in arguments for name, value in vars(each).items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value} is not a finite number.")
 
 
 def wanted_splits(args: Any) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
 from transformers.hf_argparser import string_to_bool
 
 from ..hub.repository import (
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> Any:
             told.private if args.hub_private_repo is None else args.hub_private_repo,
             args.hub_base_model or told.base,
         )
+        validate_repo_id(target.repository)
         if target.base is None:
             warn_of_local_base(base_of(args.directory))
         done = push(stage(args.directory, target), args.directory, target, "Push of a finished run")

@@ -12,12 +12,12 @@ from typing import Any
 
 from ..comparison.arms import parse_arm
 from ..data.tasks import BY_NAME, find_prompt
-from ..records.errors import find_named, one_line, refuse_missing_directory, refuse_missing_files
+from ..records.errors import WRONG_USAGE, find_named, one_line, refuse_missing_directory, refuse_missing_files
 from ..records.flags import complete_flags, complete_prompt_flags, expand_flags_file, given_flags, parse_tuning
 from ..schedulers import SCHEDULERS, build_rule
 from ..schedulers.registry import refuse_unread
 from .help_page import help_page
-from .parsing import WRONG_USAGE, boolean, names_in, prepared, refuse_rest, seeds_of, wanted_splits
+from .parsing import boolean, names_in, prepared, refuse_not_finite, refuse_rest, seeds_of, wanted_splits
 from .upstream import unknown
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
@@ -59,7 +59,7 @@ def check(verb: str, argv: Sequence[str]) -> None:
             _check_comparison(verb, own, argv[len(own) + 1 :], known)
         else:
             _check_run(verb, own, known)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {one_line(error, width=sys.maxsize)}", file=sys.stderr)
         raise SystemExit(WRONG_USAGE) from None
 
@@ -82,6 +82,7 @@ def _check_run(verb: str, argv: Sequence[str], known: dict[str, Any], is_alone: 
     parsed = _parse(verb, expand_flags_file(argv), known)
     if parsed is None:
         return
+    refuse_not_finite(parsed)
     refuse_missing_files(parsed, *(name for name in INPUTS if hasattr(parsed, name)))
     if hasattr(parsed, "output_file"):
         refuse_missing_directory(parsed, "output_file")
@@ -168,7 +169,7 @@ def _parse(verb: str, argv: Sequence[str], known: dict[str, Any]) -> Namespace |
 
 def _parse_plain(verb: str, parser: ArgumentParser, argv: Sequence[str], known: dict[str, Any]) -> Namespace:
     """Parse a command line of a verb that uses argparse directly, including abbreviated flags."""
-    prepared(parser, [])
+    prepared(parser, [word for word in argv if word.endswith("=--")])
     parsed, rest = parser.parse_known_args(list(argv))
     if rest and rest[0].startswith("-"):
         flag = rest[0].partition("=")[0]

@@ -20,6 +20,7 @@ from ..records.files import (
     CHECKPOINT_PREFIX,
     DROPPED_NAME,
     HISTORY_NAME,
+    LOCK_NAME,
     PREDICTIONS_NAME,
     PROVENANCE,
     QUANT_CONFIG_NAME,
@@ -101,7 +102,7 @@ def only_run_in(config: ABRConfig) -> Iterator[None]:
     """
     path = Path(str(config.output_dir))
     with contextlib.ExitStack() as held:
-        with one_line_errors(ValueError):
+        with one_line_errors(ValueError, OSError):
             refused: list[str | None] = [None]
             if config.process_index == 0 and (path.is_dir() or not path.exists()):  # a file is refused below
                 try:
@@ -181,6 +182,13 @@ def replacing_previous_run(config: ABRConfig) -> Iterator[None]:
         raise
     if previous.exists():  # also where the attempt that replaces it was interrupted, and has been resumed
         _remove(previous)
+
+
+def clear(directory: Path) -> None:
+    """Remove all that a directory holds, but a lock."""
+    for path in directory.iterdir():
+        if path.name != LOCK_NAME:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

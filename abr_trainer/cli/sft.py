@@ -37,7 +37,7 @@ from ..data.templates import check_template, find_template, marks_assistant
 from ..integrations.trl import ABRSFTConfig, ABRSFTTrainer, learns_to_stop, marked_template
 from ..models.arguments import ModelArguments
 from ..models.loading import describe_model, load_config, load_model, load_tokenizer
-from ..records.errors import one_line_errors
+from ..records.errors import exit_statuses, one_line_errors
 from ..report.text import share
 from ..training.config import ABRConfig, checkpoints_activations
 from ..training.engines import leave_ranks
@@ -276,4 +276,5 @@ def describe_chats(rows: Mapping[str, Tokenised], data_args: ChatArguments, is_c
 
 
 if __name__ == "__main__":
-    main()
+    with exit_statuses():
+        main()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..records.commands import commands_in
-from ..records.files import COMPARISON, CONFIGS, PROVENANCE, TRACE_NAME, read_json, read_lines, write_whole
+from ..records.files import COMPARISON, CONFIGS, PROVENANCE, TRACE_NAME, Damaged, read_json, read_lines, write_whole
 from ..records.flags import BUDGETS, budget_in
+from ..records.shapes import SPENT
 from .arms import Arm, quoted
 from .curves import (
     SAME_SHARE_OF_SECONDS,
@@ -30,9 +31,8 @@ from .curves import (
 )
 from .experiment import Experiment, Run
 from .scores import main_metric, metrics_in, score_of
+from .shape import flaw_of_comparison
 from .statistics import mean_interval, paired, verdict
-
-COSTS = ("passes", "updates", "batches", "skips", "repeats", "tokens", "flops", "seconds")
 
 LATER_COSTS = ("waiting_seconds",)
 """Those that runs of earlier versions have not counted."""
@@ -70,8 +70,8 @@ def read_run(
         "metrics": {name: finite(results[name]) for name in metrics_in(results, run.varied)},
         "cost": {
             name: results[f"train_{name}"]
-            for name in (*COSTS, *LATER_COSTS)
-            if name in COSTS or f"train_{name}" in results
+            for name in (*SPENT, *LATER_COSTS)
+            if name in SPENT or f"train_{name}" in results
         },
         "curve": learning_curve(run.directory, batches, results, metric, clock),
         "first_loss": batches[0]["loss"] if batches else None,
@@ -118,7 +118,7 @@ def summarise_arm(
             else "no verdict: tuning is not finished",
         }
     if runs:
-        counted = [name for name in (*COSTS, *LATER_COSTS) if all(name in run["cost"] for run in runs)]
+        counted = [name for name in (*SPENT, *LATER_COSTS) if all(name in run["cost"] for run in runs)]
         summary["cost"] = {name: statistics.fmean(run["cost"][name] for run in runs) for name in counted}
     return summary
 
@@ -370,4 +370,6 @@ def read_comparison(out: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}.") from None
     if not isinstance(data, dict) or data.get("format") != 1:
         raise ValueError(f"{path} is of a format that this version does not read.")
+    if wrong := flaw_of_comparison(data):
+        raise Damaged(f"{path} is damaged: {wrong}.")
     return data

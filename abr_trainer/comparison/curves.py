@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..records.files import TRAINER_STATE, read_json, updates_of
+from ..records.files import TRAINER_STATE, Damaged, read_json, updates_of
+from ..records.shapes import REAL, STATE, Maybe, misfit
 from .scores import PERPLEXITY, Score
 from .statistics import mean_interval
 
@@ -76,7 +77,10 @@ def learning_curve(
             hold none.
     """
     spent = {0: 0.0, **{batch["step"]: batch[clock] for batch in batches}}
-    log = (read_json(directory / TRAINER_STATE) or {"log_history": []})["log_history"]
+    log = (read_json(directory / TRAINER_STATE, STATE) or {}).get("log_history", [])
+    for logs in log:
+        if wrong := misfit(logs, {metric: Maybe((REAL, None))}):
+            raise Damaged(f"{directory / TRAINER_STATE} is damaged: {wrong}.")
     if clock == "epoch":
         spent |= {logs["step"]: logs["epoch"] for logs in log if "epoch" in logs}
     curve = {spent[logs["step"]]: finite(logs[metric]) for logs in log if metric in logs and logs["step"] in spent}

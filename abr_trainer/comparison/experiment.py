@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.commands import arguments_in, as_module
-from ..records.errors import refuse_below
+from ..records.errors import Failure, refuse_below
 from ..records.files import (
     PROVENANCE,
     RESULTS,
@@ -49,7 +49,7 @@ Values = tuple[tuple[str, str], ...]
 """A value for each tuned flag, by its name without dashes."""
 
 
-class RunFailed(RuntimeError):
+class RunFailed(Failure):
     """A run of the comparison ended with an error."""
 
 

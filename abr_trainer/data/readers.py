@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
 import io
 import json
@@ -52,6 +53,8 @@ COMPRESSIONS = {
 }
 PACKAGES = {"zstd": "zstandard", "lz4": "lz4"}
 """Packages that `fsspec` needs for compressions that the standard library lacks."""
+DECOMPRESSING = (zlib.error, lzma.LZMAError)
+"""Errors of decompressors that are no other errors."""
 BINARY = {
     b"\x1f\x8b": "gzip: name it .gz",
     b"BZh": "bzip2: name it .bz2",
@@ -179,10 +182,31 @@ def what_is_wrong(paths: Sequence[str], error: Exception) -> str:
     quote = re.search(r"EOF inside string starting at row (\d+)", str(error))
     if quote:
         return f"row {quote[1]} has a quote that is not closed."
+    if found := next(filter(None, map(find_bad_object, paths)), None):
+        return found
     if isinstance(error, ValueError):  # a byte that is not UTF-8 may be the cause
         texts = (path for path in paths if format_of(path).reader != "parquet")
         return next(filter(None, map(find_bad_bytes, texts)), one_line(error))
     return one_line(error)
+
+
+def find_bad_object(path: str) -> str | None:
+    """Describe what is wrong with a file of one JSON value, which must be a list of objects; None if nothing is."""
+    if format_of(path).suffix != ".json" or holds_json_lines(path):
+        return None
+    try:
+        with open_bytes(path) as stream:
+            rows = json.loads(stream.read().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return None  # which is described elsewhere
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno}, character {error.colno}: {error.msg}."
+    except RecursionError:
+        return "its values are nested too deeply."
+    if not isinstance(rows, list):
+        return "it must contain a list of rows, or one row per line."
+    number = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    return None if number is None else f"row {number} is {rows[number - 1]!r:.60}. It must be a JSON object."
 
 
 def find_bad_bytes(path: str) -> str | None:
@@ -222,9 +246,10 @@ def read_cells(path: str, rows: int) -> Iterator[pd.DataFrame]:
     """Read a .csv or .tsv in chunks of `rows` rows, with all cells as text.
 
     Raises:
-        ValueError: It cannot be read, for example because a row has more cells than the header.
+        ValueError: It cannot be read, for example because a row has more or fewer cells than the header.
     """
-    separator = format_of(path).separator
+    separator, is_checked = format_of(path).separator, False
+    _refuse_columns_that_stand_twice(path)
     with (
         open_bytes(path) as stream,
         pd.read_csv(stream, sep=separator, dtype=object, keep_default_na=False, chunksize=rows) as frames,
@@ -238,7 +263,50 @@ def read_cells(path: str, rows: int) -> Iterator[pd.DataFrame]:
                     f"its header has only one column, {str(frame.columns[0])!r}. Separate cells with commas, not "
                     f"{found[0]!r}; if they are separated with tabs, name the file .tsv."
                 )
+            # A short row ends with an empty cell for pandas, too.
+            if not is_checked and len(frame.columns) > 1 and (frame.iloc[:, -1] == "").any():
+                _refuse_short_rows(path)
+                is_checked = True
             yield frame
+
+
+def _records(path: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a .csv or .tsv that are not blank, the header first, each with the line on which it ends."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with open_bytes(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+            lines = csv.reader(text, delimiter=format_of(path).separator)
+            yield from ((lines.line_num, cells) for cells in lines if cells)
+    except csv.Error as error:
+        raise BadRow(f"it cannot be read: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _refuse_columns_that_stand_twice(path: str) -> None:
+    """Refuse a table with two columns of a name: pandas would rename the second.
+
+    Raises:
+        BadRow: There are such columns.
+    """
+    _, header = next(_records(path), (0, []))
+    if twice := next((name for name in header if name and header.count(name) > 1), None):
+        raise BadRow(f"its header has the column {twice!r} twice. Remove or rename one.")
+
+
+def _refuse_short_rows(path: str) -> None:
+    """Refuse a table of which a row has fewer cells than the header: pandas would take the others to be empty.
+
+    Raises:
+        BadRow: There is such a row, as where a cell has a line break and is not quoted.
+    """
+    records = _records(path)
+    _, header = next(records, (0, []))
+    short = next(((line, len(cells)) for line, cells in records if len(cells) < len(header)), None)
+    if short:
+        line, count = short
+        what = f"line {line} has {count} cell{'s' * (count > 1)}, but the header has {len(header)}"
+        raise BadRow(f"{what}. Quote cells that contain a line break, and give empty cells their separators.")
 
 
 Tables = Iterator[tuple[tuple[int, int], pa.Table]]
@@ -254,7 +322,7 @@ class _OneLine:
                 yield key, table
         except BadRow:
             raise
-        except (ValueError, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError) as error:
+        except (ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, *DECOMPRESSING) as error:
             paths = options.get("base_files") or options["files"]
             raise BadRow(what_is_wrong(paths, error)) from error
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..records.errors import one_line
+from ..records.errors import Failure, one_line
 from ..records.files import (
     CHECKPOINT_PREFIX,
     HISTORY_NAME,
@@ -79,7 +79,7 @@ TROUBLE: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, RuntimeError,
 """Errors that a call to the Hub may raise: those of its HTTP client, OSError, and those of its own checks."""
 
 
-class PushError(RuntimeError):
+class PushError(Failure):
     """A push to the Hub failed. All files are still here.
 
     Attributes:

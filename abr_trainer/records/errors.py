@@ -12,6 +12,33 @@ from typing import TypeVar
 
 Named = TypeVar("Named")
 
+MOST_OF_A_NAME = 200
+"""Characters of a file name in a message."""
+
+WRONG_USAGE = 2
+"""Exit status if the command line is wrong, or a file that it names."""
+
+
+class Failure(RuntimeError):
+    """A run or a push has failed, although the command line and its files are right."""
+
+
+class Refused(SystemExit):
+    """The end of a program that could do nothing with its command line or with a file that it names."""
+
+
+@contextlib.contextmanager
+def exit_statuses() -> Iterator[None]:
+    """End the program with status 2 if it was `Refused`, and 1 if it has failed, after the message of the error.
+
+    Python's own status is 1 for both.
+    """
+    try:
+        yield
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        raise SystemExit(WRONG_USAGE) from None
+
 
 class BadRow(ValueError):
     """A row that cannot be used; the message says which row, and what is wrong."""
@@ -26,8 +53,16 @@ class MissingPackage(ImportError):
 
 
 def one_line(error: BaseException, width: int = 300) -> str:
-    """Return the message of an error on one line, cut at `width` characters; its class name if it has none."""
-    return textwrap.shorten(str(error).strip() or type(error).__name__, width, placeholder=" ...")
+    """Return the message of an error on one line, cut at `width` characters; its class name if it has none.
+
+    >>> one_line(FileNotFoundError(2, "No such file or directory", "notes.txt"))
+    'notes.txt: No such file or directory.'
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.errno and error.strerror and error.filename:
+        name = str(error.filename)
+        text = f"{name if len(name) <= MOST_OF_A_NAME else f'{name[:MOST_OF_A_NAME]}...'}: {error.strerror}."
+    return textwrap.shorten(text.strip() or type(error).__name__, width, placeholder=" ...")
 
 
 def find_named(kind: str, name: str, known: Mapping[str, Named]) -> Named:
@@ -54,7 +89,7 @@ def refuse_below(arguments: object, least: Mapping[str, float]) -> None:
     """
     for flag, value in least.items():
         given = getattr(arguments, flag)
-        if given is not None and given < value:
+        if given is not None and not given >= value:  # NaN is not
             raise ValueError(f"--{flag} must be at least {value}, got {given}.")
 
 
@@ -91,6 +126,9 @@ def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iter
 
     Args:
         when_interrupted: Advice after an interrupt.
+
+    Raises:
+        SystemExit: There was one. It is `Refused` unless the error is a `Failure` or an interrupt.
     """
     try:
         yield
@@ -103,4 +141,5 @@ def one_line_errors(*kinds: type[Exception], when_interrupted: str = "") -> Iter
     except BrokenPipeError:  # the reader of the output is gone, which `cli/main.py` handles
         raise
     except kinds as error:
-        raise SystemExit(f"error: {one_line(error, width=sys.maxsize)}") from error
+        ends = SystemExit if isinstance(error, Failure) else Refused
+        raise ends(f"error: {one_line(error, width=sys.maxsize)}") from error

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from .shapes import ANY, COUNT, Each, Shape, misfit
+
 PROVENANCE = "run.json"
 FINISHED = "finished"
 """Where `run.json` of a run from Python holds what it has spent and which model it has kept; None until its end."""
@@ -69,6 +71,8 @@ SAMPLES_NAME = "_samples.jsonl"
 REPORT_FOLDER = "_report"
 """These contain text of the training set. `Trainer` pushes no file of the output directory that begins with `_`."""
 
+ANYTHING: Shape = Each(ANY)
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically: if the process is killed, the old content stays."""
@@ -85,21 +89,49 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     replacement.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if it is missing or incomplete."""
+class Damaged(ValueError):
+    """A file that a run wrote, and that was changed since; the message says which file, where, and what is wrong."""
+
+
+def read_json(path: Path, shape: Shape = None) -> Any:
+    """Return the content of a JSON file, or None if it is missing or incomplete.
+
+    Args:
+        shape: What it must look like.
+
+    Raises:
+        Damaged: It looks otherwise.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    if shape is not None and (wrong := misfit(value, shape)):
+        raise Damaged(f"{path} is damaged: {wrong}.")
+    return value
 
 
-def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects in the lines of a trace. Stop before a last line that a killed run did not finish."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
+def read_lines(path: str | os.PathLike[str], shape: Shape = ANYTHING) -> Iterator[dict[str, Any]]:
+    """Yield the objects in the lines of a trace. Stop before a last line that a killed run did not finish.
+
+    Args:
+        shape: What each of them must look like.
+
+    Raises:
+        Damaged: A line does not.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            try:
+                value = json.loads(line)
+                wrong = misfit(value, shape)
+            except (ValueError, RecursionError):
+                wrong = "it is no JSON object"
+            if wrong:
+                raise Damaged(f"Line {number} of {path} is damaged: {wrong}.")
+            yield value
 
 
 def sound_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -64,29 +64,81 @@ def read_flags_file(path: Path) -> list[str]:
     Raises:
         ValueError: The file cannot be read, or contains no flags.
     """
-    flags = []
+    flags: list[str] = []
     for name, value in _values_in(path).items():
-        if name == ENVIRONMENT:
+        if name == ENVIRONMENT or value is None:
             continue
-        if isinstance(value, dict):
-            flags += [f"--{name}", json.dumps(value)]
-        elif value is not None:
-            flags += [f"--{name}", *(_as_argument(item) for item in (value if isinstance(value, list) else [value]))]
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(_as_argument, value)]
+            continue
+        text = json.dumps(value, default=str) if isinstance(value, dict) else _as_argument(value)
+        flags += [f"--{name}={text}"] if text.startswith("--") else [f"--{name}", text]  # it is no flag
     return flags
 
 
 def _values_in(path: Path) -> dict[str, Any]:
+    """Return the values in a file of flags, with its numbers and dates as they are written.
+
+    YAML takes `010` for 8, `1:30` for 90 and `1.10` for 1.1, which would change names and numbers.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))  # JSON is YAML
+        try:
+            values = _as_written(loader, loader.get_single_node(), path)
+        finally:
+            loader.dispose()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {one_line(error)}. Save it as UTF-8.") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not valid: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must contain a mapping of flags to values.")
-    if not isinstance(values.get(ENVIRONMENT, {}), dict):
+    names: dict[str, str] = {}
+    for name, value in values.items():
+        if not name.strip():
+            raise ValueError(f"{path} has a value without the name of a flag.")
+        other = names.setdefault(name.replace("-", "_"), name)
+        if other != name:
+            raise ValueError(f"{path} has {other} twice, also as {name}. Leave one out.")
+        if isinstance(value, list) and any(each is None or isinstance(each, list | dict) for each in value):
+            raise ValueError(f"{path}: the list of {name} must hold texts or numbers.")
+    environment = values.get(ENVIRONMENT, {})
+    if not isinstance(environment, dict) or any(
+        each is None or isinstance(each, list | dict) for each in environment.values()
+    ):
         raise ValueError(f"{path}: {ENVIRONMENT} must be a mapping of environment variables to values.")
     return values
+
+
+def _as_written(loader: Any, root: Any, path: Path) -> dict[str, Any]:
+    """Return a mapping of YAML by names, with numbers and dates in it, and in its lists, as text.
+
+    Raises:
+        ValueError: It is no mapping, or has a name twice, of which YAML would take the last.
+    """
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} must contain a mapping of flags to values.")
+    loader.flatten_mapping(root)
+    values: dict[str, Any] = {}
+    for key, node in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{path} must contain a mapping of flags to values.")
+        if key.value in values:
+            raise ValueError(f"{path} has {key.value} twice. Leave one out.")
+        if key.value == ENVIRONMENT and isinstance(node, yaml.MappingNode):
+            values[key.value] = _as_written(loader, node, path)
+        elif isinstance(node, yaml.SequenceNode):
+            values[key.value] = [_value_of(loader, each) for each in node.value]
+        else:
+            values[key.value] = _value_of(loader, node)
+    return values
+
+
+def _value_of(loader: Any, node: Any) -> Any:
+    as_text = ("int", "float", "timestamp")
+    if isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in as_text:
+        return node.value
+    return loader.construct_object(node, deep=True)
 
 
 def _as_argument(value: object) -> str:
@@ -107,7 +159,10 @@ def expand_flags_file(argv: Sequence[str]) -> list[str]:
     if path is None:
         return rest
     environment = _values_in(path).get(ENVIRONMENT, {})
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        os.environ.update({name: str(value) for name, value in environment.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {ENVIRONMENT} cannot be set: {error}.") from error
     return [*read_flags_file(path), *rest]
 
 

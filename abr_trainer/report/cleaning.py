@@ -15,6 +15,7 @@ from typing import Any
 
 from ..records.commands import PROGRAM
 from ..records.files import PROVENANCE, read_json
+from ..records.shapes import RUN
 from .rows import RunRow, broken_rows, read_drops
 from .text import printable
 
@@ -64,9 +65,12 @@ def rows_to_remove(directories: Sequence[Path], file: Path) -> Removal:
     removal = Removal()
     known: set[str] = set()
     for directory in directories:
-        provenance = read_json(directory / PROVENANCE) or {"arguments": {}}
+        provenance = read_json(directory / PROVENANCE, RUN) or {}
         rows = broken_rows(directory)
-        named, inputs = {row.source for row in rows if row.source is not None}, _inputs(provenance["arguments"])
+        named, inputs = (
+            {row.source for row in rows if row.source is not None},
+            _inputs(provenance.get("arguments", {})),
+        )
         known |= named | inputs
         source = _source_of(file, named, directory)
         of_file: list[RunRow] = []

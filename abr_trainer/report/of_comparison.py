@@ -326,6 +326,7 @@ def machine_table(runs: list[dict[str, Any]]) -> Table:
     """Tabulate what made these runs, by their `machine`, `versions` and `git`; a value a row where they differ."""
     rows: dict[tuple[str, str], None] = {}
     for run in runs:
-        rows.update(dict.fromkeys((name, str(value)) for name, value in {**run["machine"], **run["versions"]}.items()))
-        rows[("commit", str(run["git"]))] = None
+        known = {**run.get("machine", {}), **run.get("versions", {})}
+        rows.update(dict.fromkeys((name, str(value)) for name, value in known.items()))
+        rows[("commit", str(run.get("git")))] = None
     return Table("Machine, versions and commit", ("what", "value"), tuple(rows))

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.curves import equal_parts, learning_curve, over_loss, over_passes, over_time
+from ..records import shapes
 from ..records.commands import commands_in, pasted
-from ..records.files import FINISHED, PROVENANCE, RESULTS, TRAINER_STATE, last_state, read_json, updates_of
+from ..records.files import (
+    FINISHED,
+    PROVENANCE,
+    RESULTS,
+    TRAINER_STATE,
+    Damaged,
+    last_state,
+    read_json,
+    updates_of,
+)
 from ..schedulers.recorded import name_of_rule, parts_of
 from .figure import Commands, Excerpts, Facts, Figure, Fold, Notice, Report, Section, Series, Table
 from .of_comparison import COST_COLUMNS, machine_table
@@ -30,6 +40,14 @@ MOST_TEXTS = 8
 
 MOST_LETTERS = 1000
 """Of the text of a row: the page of a huge run stays small."""
+
+SHOWN: shapes.Shape = shapes.BATCH | {
+    "learning_rate": shapes.NUMBER,
+    "seconds": shapes.NUMBER,
+    "memory": shapes.NUMBER,
+    "epoch": shapes.LOSS,
+}
+"""A line of a trace from which a page is made."""
 
 SMALL = 0.005
 """By how much, as a share, perplexity must have moved to count as a change."""
@@ -52,7 +70,7 @@ def report_on_run(directory: Path) -> Report:
     Raises:
         ValueError: The directory holds no run.
     """
-    trace = read_trace(directory)
+    trace = read_trace(directory, SHOWN)
     if not trace:
         raise ValueError(f"{directory} holds no batch yet: there is nothing to report.")
     results = results_of(directory)
@@ -94,13 +112,17 @@ def found(dropped: list[RunRow]) -> list[str | Notice | Facts]:
 
 def results_of(directory: Path) -> dict[str, Any]:
     """Return what a finished run has spent and reached; of one that is at work, `train_passes` is missing."""
-    saved, provenance = read_json(directory / RESULTS) or {}, read_provenance(directory) or {}
-    if FINISHED not in provenance:
-        return saved
-    totals = (provenance[FINISHED] or {"totals": {}})["totals"]
-    # A program may have saved its results, those of an earlier run in this directory too.
-    is_of_this_run = bool(totals) and saved.get("train_runtime") == totals.get("train_runtime")
-    return {**(saved if is_of_this_run else {}), **totals}
+    saved, provenance = read_json(directory / RESULTS, shapes.RESULTS) or {}, read_provenance(directory) or {}
+    path, results = directory / RESULTS, saved
+    if FINISHED in provenance:
+        totals = (provenance[FINISHED] or {}).get("totals") or {}
+        # A program may have saved its results, those of an earlier run in this directory too.
+        is_of_this_run = bool(totals) and saved.get("train_runtime") == totals.get("train_runtime")
+        path, results = directory / PROVENANCE, {**(saved if is_of_this_run else {}), **totals}
+    shape = shapes.FINISHED if "train_passes" in results else shapes.RESULTS
+    if wrong := shapes.misfit(results, shape):
+        raise Damaged(f"{path} is damaged: {wrong}.")
+    return results
 
 
 def evaluations(directory: Path, trace: list[dict[str, Any]], results: dict[str, Any]) -> list[list[Any]]:
@@ -130,8 +152,8 @@ def progress(curve: list[list[Any]]) -> list[Notice]:
 
 def limit_of_seconds(directory: Path) -> int | None:
     """Return how many seconds a run may train; None if something else ends it."""
-    limit: int | None = (read_provenance(directory) or {}).get("arguments", {}).get("max_seconds")
-    return limit
+    limit = (read_provenance(directory) or {}).get("arguments", {}).get("max_seconds")
+    return limit if isinstance(limit, int) else None
 
 
 def facts(trace: list[dict[str, Any]], results: dict[str, Any], seconds: int | None = None) -> Facts:

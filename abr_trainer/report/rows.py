@@ -13,9 +13,16 @@ from typing import Any
 import numpy as np
 
 from ..records.files import DROPPED_NAME, RANKED_NAME, ROW_LOSSES_NAME, ROW_TRACE_NAME, read_lines
+from ..records.shapes import COUNT, DROP, LOSS, RANKED, STEP, Kind, Shape, misfit
 from ..schedulers.robust_rows import RobustRows
 from ..schedulers.rows import Row, RowRule
 from .text import number, printable
+
+ROW_TRACE: Shape = {
+    "step": STEP,
+    "rows": [Kind("a loss, a number of targets, an index and a micro-batch", lambda row: is_judged(row))],
+}
+"""A line of the judged rows; earlier versions wrote neither index nor micro-batch."""
 
 UNKNOWN_PLACE = "a row of unknown place"
 
@@ -108,6 +115,16 @@ def _visits(count: int) -> str:
 # ---- Records ----
 
 
+def is_judged(row: Any) -> bool:
+    """Tell whether this is what a run writes of a row that it has judged."""
+    shapes = (LOSS, COUNT, (COUNT, None), COUNT)
+    return (
+        isinstance(row, list)
+        and 2 <= len(row) <= len(shapes)
+        and not any(misfit(value, shape) for value, shape in zip(row, shapes, strict=False))
+    )
+
+
 def has_row_rule(directory: Path) -> bool:
     """Return whether a run had a row rule: then it has a file for dropped rows, if an empty one."""
     return (directory / DROPPED_NAME).is_file()
@@ -115,7 +132,7 @@ def has_row_rule(directory: Path) -> bool:
 
 def read_drops(directory: Path) -> list[dict[str, Any]]:
     """Return what a run has written of each row that it dropped, each time that it did."""
-    return list(read_lines(directory / DROPPED_NAME)) if has_row_rule(directory) else []
+    return list(read_lines(directory / DROPPED_NAME, DROP)) if has_row_rule(directory) else []
 
 
 def read_row_losses(directory: Path) -> dict[str, Any] | None:
@@ -159,7 +176,7 @@ def _visits_of_rows(directory: Path, indices: set[int]) -> Mapping[int, int]:
         return {index: int(losses["visits"][index]) for index in indices if index < len(losses["visits"])}
     found: Counter[int] = Counter()
     path = directory / ROW_TRACE_NAME
-    for line in read_lines(path) if indices and path.is_file() else ():
+    for line in read_lines(path, ROW_TRACE) if indices and path.is_file() else ():
         found.update({index for _, targets, *known in line["rows"] for index in known if targets} & indices)
     return found
 
@@ -208,7 +225,7 @@ def read_described(directory: Path) -> list[RunRow]:
             is_block=line.get("is_block", False),
             text=text_of(line),
         )
-        for line in (read_lines(path) if path.is_file() else ())
+        for line in (read_lines(path, RANKED) if path.is_file() else ())
     ]
 
 
@@ -291,7 +308,7 @@ def read_judged_rows(directory: Path) -> dict[int, list[Row]]:
             for position, (loss, targets, *index_and_micro_batch) in enumerate(line["rows"])
             if loss is not None and targets
         ]
-        for line in (read_lines(path) if path.is_file() else ())
+        for line in (read_lines(path, ROW_TRACE) if path.is_file() else ())
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.files import PROVENANCE, SAMPLES_NAME, TRAINER_STATE, read_json, read_lines, step_of
+from ..records.shapes import RUN, SAMPLE, STATE
 from .figure import Excerpts, Section
 from .text import printable
 
@@ -29,7 +30,7 @@ def read_samples(directory: Path) -> Samples:
     """Return the samples of a run; nothing if it has none."""
     path = directory / SAMPLES_NAME
     samples: Samples = {}
-    for line in read_lines(path) if path.is_file() else ():
+    for line in read_lines(path, SAMPLE) if path.is_file() else ():
         samples.setdefault(line["sample"], []).append(line)
     return samples
 
@@ -58,10 +59,10 @@ def sample_sections(directory: Path) -> list[Section]:
 
 def _kept_step(directory: Path) -> int | None:
     """Return after how many batches the weights were saved that a run has kept; None if it is not finished."""
-    state = read_json(directory / TRAINER_STATE)
+    state = read_json(directory / TRAINER_STATE, STATE)
     if state is None:
         return None
-    arguments = (read_json(directory / PROVENANCE) or {}).get("arguments", {})
+    arguments = (read_json(directory / PROVENANCE, RUN) or {}).get("arguments", {})
     best = state.get("best_model_checkpoint") if arguments.get("load_best_model_at_end") else None
     return step_of(Path(best)) if best else int(state.get("global_step", 0))
 

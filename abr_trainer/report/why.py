@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..records.files import COMPARISON, PROVENANCE, SKIPPED_NAME, TRACE_NAME, last_state, read_json, read_lines
+from ..records.files import (
+    COMPARISON,
+    PROVENANCE,
+    SKIPPED_NAME,
+    TRACE_NAME,
+    Damaged,
+    last_state,
+    read_json,
+    read_lines,
+)
+from ..records.shapes import BATCH, NUMBER, RUN, SKIPPED, Shape
 from ..schedulers import (
     BatchTimes,
     GradNormSkip,
@@ -79,26 +90,36 @@ RULES_AROUND: tuple[tuple[Any, str], ...] = (
 LABEL = 25
 """Columns before a value."""
 
+EXPLAINED: Shape = BATCH | {"progress": NUMBER, "learning_rate": NUMBER}
+"""A line of a trace from which a batch is explained."""
 
-def read_trace(directory: Path) -> list[dict[str, Any]]:
+
+def read_trace(directory: Path, shape: Shape = BATCH) -> list[dict[str, Any]]:
     """Return the batches of a run.
 
+    Args:
+        shape: What a line of the trace must look like.
+
     Raises:
-        ValueError: The directory holds no run.
+        ValueError: The directory holds no run, or its trace is damaged.
     """
     path = directory / TRACE_NAME
     if not path.is_file():
         hint = " It holds a comparison: abr report makes its report." if (directory / COMPARISON).exists() else ""
         raise ValueError(f"{directory} holds no run: there is no {TRACE_NAME} in it.{hint}")
-    trace = list(read_lines(path))
-    if trace and "passes" not in trace[0]:
+    first = next(read_lines(path), None)
+    if first is not None and {"step", "loss"} <= first.keys() and "passes" not in first:
         raise ValueError(f"{path} was written by an earlier version, which did not say what a batch had cost.")
+    trace = list(read_lines(path, shape))
+    for before, batch in itertools.pairwise(trace):
+        if batch["step"] <= before["step"]:
+            raise Damaged(f"{path} is damaged: batch {batch['step']} comes after batch {before['step']}.")
     return trace
 
 
 def read_provenance(directory: Path) -> dict[str, Any] | None:
     """Return what `run.json` says of a run; None if an earlier version was used from Python."""
-    provenance: dict[str, Any] | None = read_json(directory / PROVENANCE)
+    provenance: dict[str, Any] | None = read_json(directory / PROVENANCE, RUN)
     return provenance
 
 
@@ -110,7 +131,7 @@ def explain_batch(directory: Path, step: int) -> list[str]:
     Raises:
         ValueError: There is no such batch.
     """
-    trace = read_trace(directory)
+    trace = read_trace(directory, EXPLAINED)
     batch = next((batch for batch in trace if batch["step"] == step), None)
     if batch is None:
         held = f"batches 1 to {trace[-1]['step']}" if trace else "no batch yet"
@@ -279,7 +300,7 @@ def _times_of(batch: dict[str, Any]) -> BatchTimes | None:
 def read_skipped(directory: Path) -> dict[int, list[str]]:
     """Return the beginning of each row of the skipped batches, decoded, by step."""
     path = directory / SKIPPED_NAME
-    skipped = {line["step"]: line["input_ids"] for line in read_lines(path)} if path.is_file() else {}
+    skipped = {line["step"]: line["input_ids"] for line in read_lines(path, SKIPPED)} if path.is_file() else {}
     if not skipped:
         return {}
     decode = find_decoder(directory)
@@ -294,7 +315,7 @@ def find_decoder(directory: Path) -> Callable[[list[int]], Any] | None:
     It is the tokenizer that a run has left, or that it began with. transformers is imported only if none of them has
     a `tokenizer.json`.
     """
-    arguments = (read_provenance(directory) or {"arguments": {}})["arguments"]
+    arguments = (read_provenance(directory) or {}).get("arguments", {})
     places = [str(directory), last_state(directory)]
     places += [arguments.get("tokenizer_name"), arguments.get("model_name_or_path")]
     known = [str(place) for place in places if place]

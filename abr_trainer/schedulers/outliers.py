@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, WrappedScheduler
-from .recent import MAD_TO_SIGMA
+from .recent import MAD_TO_SIGMA, bounded
 
 MIN_WINDOW = 10
 """Least window, and the number of losses that the classic rule needs before it skips a batch."""
@@ -148,7 +148,7 @@ class OutlierSkip(StandoutSkip):
         }
 
     def measured(self, observation: Observation) -> float | None:
-        return observation.loss if math.isfinite(observation.loss) else None
+        return bounded(observation.loss) if math.isfinite(observation.loss) else None
 
     def stands_out(self, value: float) -> bool:
         if len(self.history) < self.min_history:

@@ -12,6 +12,19 @@ MAD_TO_SIGMA = 1.4826
 """Scales the median absolute deviation to the standard deviation of a normal distribution."""
 
 
+LARGEST = 1e100
+"""Losses are compared up to this one: the squares of larger ones are not finite."""
+
+
+def bounded(loss: float) -> float:
+    """Return a finite loss, or the nearest one whose square is finite.
+
+    >>> bounded(3.5), bounded(-1e300)
+    (3.5, -1e+100)
+    """
+    return max(-LARGEST, min(loss, LARGEST))
+
+
 def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Return the median and the scaled median absolute deviation, which estimate mean and standard deviation robustly.
 

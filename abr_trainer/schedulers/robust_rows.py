@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .recent import bounded
 from .rows import Row, RowRule
 
 LEAST_ROWS = 16
@@ -180,7 +181,7 @@ class RobustRows(RowRule):
     def decide(self, row: Row) -> bool:
         if self.fit is None:
             return True
-        return self.lowest(self.fit, row.targets) <= row.loss <= self.fit.limit(row.targets, self.sigmas)
+        return self.lowest(self.fit, row.targets) <= bounded(row.loss) <= self.fit.limit(row.targets, self.sigmas)
 
     def lowest(self, fit: Fit, targets: int) -> float:
         """Return the loss below which a row of this length is dropped."""
@@ -244,7 +245,7 @@ class RobustRows(RowRule):
 
 
 def remembered(row: Row) -> Remembered:
-    return Remembered(row.loss, row.targets, row.batch)
+    return Remembered(bounded(row.loss), row.targets, row.batch)
 
 
 def distance(deviation: float, sigmas: float, shortness: float, targets: float) -> float:

@@ -72,7 +72,7 @@ class Batch:
         self._marks_before: dict[str, int] = {}
         self._tr_loss_before: Tensor | None = None
         self._decision: Decision | None = None
-        self._whole = HeldBatch(self._calls, tokens=0, forward_flops=0.0)
+        self._whole = self._came = HeldBatch(self._calls, tokens=0, forward_flops=0.0)
         self._excerpts: list[list[int]] = []
         self._evaluation_is_due = self._checkpoint_is_due = False
 
@@ -110,13 +110,14 @@ class Batch:
         backwards = len(self._calls) - (self._decision is not None and self._decision.repeats == 0)
         is_trained_on(loss)  # decides if no backward has asked
         self._losses.append(loss)
+        passed_over = self._came
         if self._decision is not None and self._decision.reason == AGAIN:
-            self._charge(trainer, backwards)
-            backwards = self._pass_without_broken_rows(passes)
+            self._charge(trainer, backwards, passed_over)
+            backwards, passed_over = self._pass_without_broken_rows(passes), self._whole
         assert self._decision is not None
         self._decision = decision = look_at_gradient(passes, self._decision)
         if decision.reason != NO_ROOM:
-            self._charge(trainer, backwards)
+            self._charge(trainer, backwards, passed_over)
         self._carry_out(passes, decision)
         if math.isfinite(decision.observation.loss):
             return self._as_logged(trainer, loss, decision)
@@ -165,8 +166,8 @@ class Batch:
         added: Tensor = trainer._tr_loss - self._tr_loss_before
         return total - added.to(loss.device)
 
-    def _charge(self, trainer: Any, backwards: int) -> None:
-        trainer.ledger.charge_pass(len(self._calls), backwards, self._whole.tokens, self._whole.forward_flops)
+    def _charge(self, trainer: Any, backwards: int, held: HeldBatch) -> None:
+        trainer.ledger.charge_pass(len(held.calls), backwards, held.tokens, held.forward_flops)
 
     # ---- The decision ----
 
@@ -175,11 +176,11 @@ class Batch:
         run = trainer._run
         tallied = tally([call.inputs for call in self._calls], first_target(trainer), trainer.label_names)
         main_input = getattr(trainer.model, "main_input_name", "input_ids")
-        own_tokens = sum(call.tokens(main_input) for call in self._calls)
-        costs = (own_tokens, own_tokens * trainer._forward_flops_per_token, run.extra_forwards)
         hits = summed(self._hits)
         policy = policy_sums(rollouts_of(self._calls))
         cured, lists, longest = self._own_rows(trainer, run.rows)
+        came, stays = (sum(call.tokens(main_input) for call in calls) for calls in (self._calls, cured or self._calls))
+        costs = (came, stays, run.extra_forwards)
         agreed = run.consensus.begin_mean(
             trainer,
             self._calls,
@@ -190,14 +191,16 @@ class Batch:
             longest=longest,
         )()
         run.times = run.clock.agree(agreed.greatest)
-        targets, empty_rows, rows, tokens, forward_flops, extra_forwards, incurable, *others = agreed.sums
+        targets, empty_rows, rows, came, stays, extra_forwards, incurable, *others = agreed.sums
         of_policy, of_hits = others[: len(policy)], others[len(policy) :]
         run.policy = Policy.of(trainer, of_policy)
         run.ledger.extra_forwards = Fraction(int(extra_forwards), trainer.args.world_size * len(self._calls))
         trainer._rows_without_targets.count(int(empty_rows), int(rows))
         self.rows = batch_rows(agreed.lists, trainer.args.world_size) if lists else None
+        share, flops = self.rows.share if self.rows else 1.0, trainer._forward_flops_per_token
+        self._came = HeldBatch(self._calls, int(came), came * flops, share)
         self._calls = cured or self._calls
-        self._whole = HeldBatch(self._calls, int(tokens), forward_flops, self.rows.share if self.rows else 1.0)
+        self._whole = HeldBatch(self._calls, int(stays), stays * flops, share)
         loss = agreed.mean
         # A custom loss may use more than labels: then a batch without targets is empty only if its loss says so.
         if not targets and (trainer._loss_is_of_tokens or not loss or not math.isfinite(loss)):

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..hub.pushing import HubMixin, Pushes
+from ..records.errors import Failure
 from ..records.files import set_aside
 from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
@@ -53,7 +54,7 @@ from .tracking import EarlyStopping, doubt_of_the_best
 logger = logging.get_logger(__name__)
 
 
-class TooManySkips(RuntimeError):
+class TooManySkips(Failure):
     """`max_consecutive_skips` batches in a row were skipped: the data, or the model, are broken.
 
     `hyperparameter_search(catch=(TooManySkips,))` lets optuna go on with the other trials.
@@ -154,6 +155,11 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
     def ledger(self) -> ComputeLedger:
         """What the run has spent."""
         return self._run.ledger
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this call of `train` has come to its first batch."""
+        return self._is_drawn
 
     @property
     def has_trained(self) -> bool:

@@ -11,11 +11,12 @@ import pytest
 from abr_trainer.cli import compare_prompts, report
 from abr_trainer.cli.comparing import write_up
 from abr_trainer.comparison.arms import prompt_arm
-from abr_trainer.comparison.collecting import COSTS, collect, read_comparison
+from abr_trainer.comparison.collecting import collect, read_comparison
 from abr_trainer.comparison.experiment import Experiment
 from abr_trainer.comparison.scores import OF_CLASSIFIERS
 from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.records.flags import complete_prompt_flags, given_flags
+from abr_trainer.records.shapes import SPENT
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison
 from abr_trainer.report.verdicts import shortcomings
@@ -116,7 +117,7 @@ def leave_run(run, accuracy, prompt=None, **results):
     """Leave in the directory of a run what a finished one of two epochs leaves."""
     run.directory.mkdir(parents=True)
     provenance = {"argv": ["abr", "classify", *run.argv], "versions": {}, "git": None, "machine": {}}
-    costs = dict.fromkeys((f"train_{name}" for name in COSTS), 8) | {"train_skips": 0, "train_repeats": 1.0}
+    costs = dict.fromkeys((f"train_{name}" for name in SPENT), 8) | {"train_skips": 0, "train_repeats": 1.0}
     files = {
         "run.json": {**provenance, "arguments": {"prompt_text": prompt}},
         "all_results.json": {**costs, "eval_accuracy": accuracy, "eval_f1": 0.5, **results},

@@ -12,6 +12,7 @@ import pytest
 
 from abr_trainer import __version__
 from abr_trainer.cli.main import VERBS, main
+from abr_trainer.records.errors import Failure, one_line, one_line_errors
 from tests.report.dropped import drop, write_run
 
 
@@ -79,6 +80,27 @@ def test_it_ends_quietly_where_nobody_reads_what_it_prints(tmp_path, argv, is_un
     done = subprocess.run(command, stdout=writes, env=env, **options)
     os.close(writes)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("the file is empty"), 2),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), 2),
+        (Failure("the run has failed"), 1),
+    ],
+)
+def test_the_status_tells_a_wrong_command_line_from_a_failure(monkeypatch, capsys, tmp_path, error, status):
+    def fail(argv):
+        with one_line_errors(ValueError, OSError, Failure):
+            raise error
+
+    monkeypatch.setattr(importlib.import_module(VERBS["rows"].module), "main", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["rows", str(tmp_path)])
+    told = caught.value.code if status == 1 else capsys.readouterr().err.strip()  # Python prints what is no number
+    assert told == f"error: {one_line(error)}"
+    assert status == 1 or caught.value.code == status
 
 
 def test_a_broken_pipe_of_another_kind_is_an_error(monkeypatch):

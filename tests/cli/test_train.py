@@ -211,6 +211,25 @@ def test_bad_arguments_give_one_line_before_a_model_is_loaded(tmp_path, monkeypa
     assert not (tmp_path / "run").exists(), "nothing may be half-written"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--adam_beta2", "10"], r"Training cannot begin: Invalid beta parameter .*10.0 .ValueError."),
+        (["--optim_args", "size=3"], r"Training cannot begin: "),
+        (["--learning_rate", "nan"], "--learning_rate nan is not a finite number."),
+        (["--max_grad_norm=-inf"], "--max_grad_norm -inf is not a finite number."),
+        (["--model_name_or_path=--"], "--model_name_or_path cannot have the value --."),
+        (["--output_dir", "a" * 3000], "aaa...: File name too long."),
+    ],
+)
+def test_what_only_a_library_refuses_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        run(tmp_path / "run", "--do_train", "--max_steps", "1", *flags)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_the_command_line_itself():
     done = subprocess.run(
@@ -221,7 +240,7 @@ def test_the_command_line_itself():
         timeout=480,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: --train_file missing.txt does not exist."
     assert "Traceback" not in done.stderr
 

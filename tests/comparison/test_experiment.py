@@ -21,12 +21,13 @@ from abr_trainer.cli import compare as compare_verb
 from abr_trainer.cli import report as report_verb
 from abr_trainer.cli.command_line import parse_arguments
 from abr_trainer.comparison.arms import parse_arm
-from abr_trainer.comparison.collecting import COSTS, collect, tuning_of
+from abr_trainer.comparison.collecting import collect, tuning_of
 from abr_trainer.comparison.experiment import Experiment, RunFailed, error_in
 from abr_trainer.comparison.progress import share_done
 from abr_trainer.data.demo import demo_texts
 from abr_trainer.records.files import read_lines
 from abr_trainer.records.flags import asks_to_save, complete_flags, expand_flags_file, given_flags, parse_tuning
+from abr_trainer.records.shapes import SPENT
 from abr_trainer.report.markdown import render_markdown
 from abr_trainer.report.of_comparison import report_on_comparison
 from abr_trainer.report.verdicts import circumstances, shortcomings
@@ -224,7 +225,7 @@ def leave_run(run, program=("abr", "train"), **results):
     """Leave in the directory of a run what a finished one leaves."""
     run.directory.mkdir(parents=True)
     provenance = {"argv": [*program, *run.argv], "versions": {}, "git": None, "machine": {}}
-    costs = dict.fromkeys((f"train_{name}" for name in COSTS), 9) | {"train_skips": 0}
+    costs = dict.fromkeys((f"train_{name}" for name in SPENT), 9) | {"train_skips": 0}
     (run.directory / "run.json").write_text(json.dumps(provenance))
     (run.directory / "all_results.json").write_text(json.dumps({"eval_perplexity": 5.0, **costs, **results}))
     (run.directory / "trainer_state.json").write_text('{"log_history": []}')

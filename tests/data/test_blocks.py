@@ -764,3 +764,44 @@ def test_a_row_of_a_csv_that_would_be_cut_is_refused(tmp_path, tokenizer, rows, 
     path = tmp_path / "rows.csv"
     path.write_text(f"text\n{rows}")
     assert message in message_of(path, tokenizer, streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            "id,text\n0,Lost.\nFound.\n",
+            "line 3 has 1 cell, but the header has 2. Quote cells that contain a line break",
+        ),
+        ("text,id,x\nLost.,1,2\nA letter,\nwas lost.,1,2\n", "line 3 has 2 cells, but the header has 3."),
+        ('id,text\n1,"Lost\nand found"\n2\n', "line 4 has 1 cell, but the header has 2."),
+        ("id,text\n" + "1,Lost.\n" * 12_000 + "1\n", "line 12002 has 1 cell, but the header has 2."),
+        ("text,id,text\nLost.,1,Found.\n", "its header has the column 'text' twice. Remove or rename one."),
+        (f"id,text\n1,{'x' * 200_000}\n2\n", "line 3 has 1 cell, but the header has 2."),
+    ],
+)
+def test_a_table_whose_cells_would_be_lost_is_refused(tmp_path, tokenizer, table, message):
+    """pandas takes the cells that a short row lacks to be empty, and renames a column that stands twice."""
+    path = tmp_path / "rows.csv"
+    path.write_text(table)
+    assert message in message_of(path, tokenizer)
+
+
+def test_empty_cells_that_have_their_separators_are_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text,id,\nLost.,,\n"Lost\nand found",1,\n\n')
+    assert load_texts(TextArguments(text_file=str(path), text_column="text"))[0] == ["Lost.", "Lost\nand found"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "Lost."}, true]', "row 2 is True. It must be a JSON object."),
+        ('[{"text": "Lost."}, ["Found."]]', "row 2 is ['Found.']. It must be a JSON object."),
+        ('[\n{"text": "Lost."},\n{"text": "Found."\n]', "line 4, character 1: Expecting ',' delimiter."),
+    ],
+)
+def test_a_json_file_that_is_no_list_of_objects_is_refused(tmp_path, tokenizer, content, message):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    assert message in message_of(path, tokenizer)
