@@ -13,6 +13,8 @@ learning rate of each arm is the best of five on the first seed, by the mean rew
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import itertools
 import json
 import math
@@ -75,10 +77,13 @@ WORDS = Task(
     "words", "The number of different words with an `e` in a continuation of 96 tokens", tokens=96, seconds=30
 )
 SUMS = Task(
-    "sums", "1 for the right sum of two digits in the right form, 0.1 for the form alone", tokens=8, seconds=20
+    "sums", "1 for the right sum of two numbers below 5, 0.1 for a number alone", tokens=8, seconds=20
 )
 FEW = Task("few", f"{WORDS.title}, {GROUP} a batch", tokens=96, seconds=30, rows=GROUP)
 TASKS = (WORDS, SUMS, FEW)
+
+BELOW = 5
+"""The numbers of a sum are less."""
 
 BEGINNINGS = ("Once upon a time", "One day", "Lily and Ben", "The dog", "Tom was", "There was a", "She saw", "The sun")
 
@@ -97,7 +102,7 @@ class Case:
 def prompts_of(task: Task) -> Dataset:
     if task is SUMS:
         return Dataset.from_list(
-            [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
+            [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(BELOW) for b in range(BELOW)]
         )
     return Dataset.from_list([{"prompt": each, "answer": ""} for each in BEGINNINGS])
 
@@ -116,8 +121,11 @@ def judge_sum(completions: Sequence[str], answer: Sequence[str], **_: Any) -> li
 
 def start_of(task: Task, models: Path) -> Any:
     """Return the model that all runs of a task begin with."""
-    model = AutoModelForCausalLM.from_pretrained(models / MODEL, dtype=torch.float32)
-    return taught_to_add(model, tokenizer_of(models)) if task is SUMS else model
+    return copy.deepcopy(taught_to_add(models)) if task is SUMS else model_of(models)
+
+
+def model_of(models: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(models / MODEL, dtype=torch.float32)
 
 
 def tokenizer_of(models: Path) -> Any:
@@ -127,16 +135,18 @@ def tokenizer_of(models: Path) -> Any:
     return tokenizer
 
 
-def taught_to_add(model: Any, tokenizer: Any, batches: int = 300) -> Any:
+@functools.cache
+def taught_to_add(models: Path, batches: int = 900) -> Any:
     """Fine-tune on sums of which two of three are wrong, so that there is something to reward."""
+    model, tokenizer = model_of(models), tokenizer_of(models)
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
     for _ in range(batches):
         lines = []
-        for _ in range(16):
-            a, b = draw.randrange(10), draw.randrange(10)
-            said = a + b if draw.random() < 1 / 3 else draw.randrange(19)
+        for _ in range(32):
+            a, b = draw.randrange(BELOW), draw.randrange(BELOW)
+            said = a + b if draw.random() < 1 / 3 else draw.randrange(2 * BELOW - 1)
             lines.append(f"{a} + {b} = {said}.")
         batch = tokenizer(lines, return_tensors="pt", padding=True)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

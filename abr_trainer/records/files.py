@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from .shapes import ANY, COUNT, Each, Shape, misfit
+from .shapes import ANY, Each, Shape, misfit
 
 PROVENANCE = "run.json"
 FINISHED = "finished"
