@@ -80,6 +80,9 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
+QUICK = ("train", ("--block_size 48 --max_train_samples 8 --max_steps 3 --save_steps 1", "--sample_prompts 0"))
+"""A job for a test."""
+
 ERRORS = {"no space": errno.ENOSPC, "read-only": errno.EROFS, "input/output error": errno.EIO}
 
 DAMAGE = ("cut", "emptied", "zeroed", "flipped", "missing")
@@ -145,8 +148,8 @@ def run(
     before: Callable[[Event], None] = lambda event: None,
     after: Callable[[Event], None] = lambda event: None,
 ) -> Ended:
-    verb, flags = JOBS[job]
-    argv = [word for flag in (*FEW_ROWS, *SHORT, *flags) for word in flag.split(" ", 1)]
+    verb, flags = JOBS.get(job, QUICK)
+    argv = [word for flag in (*FEW_ROWS, *SHORT, *flags) for word in flag.split()]
     counts, log = Counts(), output.parent.with_suffix(".log")
     log.unlink(missing_ok=True)
 

@@ -593,7 +593,11 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _pushed(hub: Hub) -> dict[str, dict[str, bytes]]:
-    return {name: repository.files() for name, repository in hub.repositories.items()}
+    """Return the files at the root of each repository. Which checkpoint lies below it depends on when pushes end."""
+    return {
+        name: {path: content for path, content in repository.files().items() if "/" not in path}
+        for name, repository in hub.repositories.items()
+    }
 
 
 def _different_pushes(one: dict[str, dict[str, bytes]], other: dict[str, dict[str, bytes]]) -> list[str]:

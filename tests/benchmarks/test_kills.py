@@ -19,7 +19,10 @@ def campaigns():
     """The two programs, which are no package: they import each other by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("kills"), importlib.import_module("disks")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        kills, disks = importlib.import_module("kills"), importlib.import_module("disks")
+        kills.warm()
+        yield kills, disks
     for name in ("kills", "disks", "forked", "effectiveness"):
         sys.modules.pop(name, None)
 
@@ -40,9 +43,9 @@ def baseline(campaigns, tmp_path_factory):
 
 COMMON = ["--use_cpu", "--disable_tqdm true", "--do_train", "--do_eval", "--max_eval_samples 4", "--block_size 48"]
 COMMON += ["--learning_rate 5e-3", "--per_device_train_batch_size 2", "--report_to none", "--sample_prompts 0"]
-STREAM = ["--dataset_name {data}/a", "--streaming", "--max_steps 8", "--save_steps 2", "--repeat_scheduler replay"]
+STREAM = ["--dataset_name {data}/a", "--streaming", "--max_steps 6", "--save_steps 2", "--repeat_scheduler replay"]
 STREAM += ['--repeat_scheduler_kwargs {"quantile":0.4,"spacing":2,"window":10}', "--skip_rows robust"]
-PUSHED = ["--dataset_name demo", "--max_train_samples 16", "--max_steps 6", "--save_steps 2", "--save_total_limit 1"]
+PUSHED = ["--dataset_name demo", "--max_train_samples 16", "--max_steps 4", "--save_steps 2", "--save_total_limit 1"]
 PUSHED += ["--push_to_hub --hub_model_id me/run --hub_base_model demo-org/base --hub_strategy checkpoint"]
 TWO_RANKS = ["--dataset_name demo", "--max_train_samples 24", "--max_passes 14", "--save_steps 1"]
 TWO_RANKS += ["--repeat_scheduler random", "--rank_rows"]
@@ -51,11 +54,11 @@ TWO_RANKS += ["--repeat_scheduler random", "--rank_rows"]
 @pytest.mark.parametrize(
     ("flags", "moments", "ranks", "pushes"),
     [
-        (STREAM, [("write", 0.5, 0.7), ("evaluated batch", 0.4, 0.0)], 1, False),
+        (STREAM, [("write", 0.5, 0.7)], 1, False),
         (PUSHED, [("request", 0.5, 0.0)], 1, True),
-        (TWO_RANKS, [("time", 0.7, 0.0)], 2, False),
+        pytest.param(TWO_RANKS, [("time", 0.7, 0.0), ("change", 0.3, 0.0)], 2, False, marks=pytest.mark.long),
     ],
-    ids=["in a write, and in an evaluation", "in a push", "one rank of two"],
+    ids=["in a write", "in a push", "one rank of two, twice"],
 )
 def test_a_run_that_is_killed_and_resumed_leaves_what_an_unbroken_run_leaves(
     campaigns, place, flags, moments, ranks, pushes
@@ -80,12 +83,12 @@ def test_each_run_of_the_campaign_is_drawn_from_its_number(campaigns):
     assert {disks.draw(0, number, is_root=False).what for number in range(100)} == {*disks.ERRORS, *disks.DAMAGE}
 
 
-@pytest.mark.parametrize(("what", "share"), [("no space", 0.55), ("read-only", 0.8), ("flipped", 0.5)])
+@pytest.mark.parametrize(("what", "share"), [("no space", 0.5), ("read-only", 0.7)])
 def test_a_run_whose_disk_fails_says_so_in_a_line_and_is_resumed(campaigns, baseline, what, share):
     _, disks = campaigns
-    found = disks.try_case(disks.Case(0, "LoRA", what, share, 0.6), baseline)
+    found = disks.try_case(disks.Case(0, "quick", what, share), baseline)
     assert found["right"], found["problems"]
-    assert found.get("flaw") or found["said"]
+    assert found["said"]
 
 
 def test_the_committed_figures_are_those_of_the_campaigns(campaigns):
