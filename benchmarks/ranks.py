@@ -322,6 +322,12 @@ def befall(trial: Trial, ranks: int, victim: int, directory: Path) -> dict[str, 
     }
 
 
+def victim_of(seed: str, ranks: int) -> int:
+    """Draw a rank: as often the first one, which keeps the store of the group, as one of the others."""
+    draw = random.Random(seed)
+    return draw.choice([0, draw.randrange(1, ranks)])
+
+
 def _fault(trial: Trial, victim: int, statuses: list[int], said: list[str], directory: Path) -> str:
     """Return what does not hold of a trial in which no rank hung; nothing if all does."""
     if not trial.ends:
@@ -344,22 +350,23 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="on 2 ranks, waiting for 3 seconds instead of 30")
     parser.add_argument("--out", type=Path, default=None, help="a folder for the results instead")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--wait", type=float, default=30.0, help="seconds for which a slow rank waits")
     parser.add_argument("--only", nargs="*", default=None, help="names of trials")
     args = parser.parse_args(argv)
     if args.quick and args.out is None:
         parser.error("--quick needs --out: it must not replace the results")
-    counts = (2,) if args.quick else (2, 4, 8)
+    counts, wait = ([2], 3.0) if args.quick else (args.ranks, args.wait)
     path = RESULTS if args.out is None else args.out / "ranks.json"
     results = (
         json.loads(path.read_text())
         if path.exists()
         else {**versions_and_machine("cpu", 1, max(counts)), "seed": args.seed, "runs": []}
     )
-    draw = random.Random(args.seed)
     plan = [
-        (trial, ranks, draw.choice([0, draw.randrange(1, ranks)]))
+        (trial, ranks, victim_of(f"{args.seed}, {trial.name}, {ranks}", ranks))
         for ranks in counts
-        for trial in trials(3.0 if args.quick else 30.0)
+        for trial in trials(wait)
     ]
     torch.set_num_threads(1)
     for trial, ranks, victim in plan:
