@@ -17,6 +17,9 @@ from .recent import MAD_TO_SIGMA, bounded
 MIN_WINDOW = 10
 """Least window, and the number of losses that the classic rule needs before it skips a batch."""
 
+ROUNDING = 1e-12
+"""Least spread of the classic rule, as a share of the level: the mean of equal losses may be a little below them."""
+
 STEP_TO_SIGMA = MAD_TO_SIGMA / math.sqrt(2)
 """Scales the median step from one loss to the next to a standard deviation. A step has the variance of two losses."""
 
@@ -176,7 +179,8 @@ class ClassicOutlierSkip(OutlierSkip):
     sigmas: float = 2.5
 
     def level_and_spread(self) -> tuple[float, float]:
-        return statistics.fmean(self.history), statistics.stdev(self.history)
+        level = statistics.fmean(self.history)
+        return level, max(statistics.stdev(self.history), ROUNDING * abs(level))
 
 
 @dataclass

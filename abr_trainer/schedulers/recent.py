@@ -12,15 +12,17 @@ MAD_TO_SIGMA = 1.4826
 """Scales the median absolute deviation to the standard deviation of a normal distribution."""
 
 
-LARGEST = 1e100
-"""Losses are compared up to this one: the squares of larger ones are not finite."""
+LARGEST = 1e50
+"""Losses are compared up to this one, far above those of fp32: the squares of the variances of larger ones are not
+finite.
+"""
 
 
 def bounded(loss: float) -> float:
-    """Return a finite loss, or the nearest one whose square is finite.
+    """Return a finite loss, or the nearest one that can be compared.
 
     >>> bounded(3.5), bounded(-1e300)
-    (3.5, -1e+100)
+    (3.5, -1e+50)
     """
     return max(-LARGEST, min(loss, LARGEST))
 

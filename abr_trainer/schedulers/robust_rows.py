@@ -298,7 +298,7 @@ def fitted(rows: Sequence[Remembered], sigmas: float) -> Fit | None:
             for loss, chunk in inside:
                 levels[chunk].append(loss - level / ratios[chunk])
         found, before = sum(map(len, good.values())), found
-        if turn > 1 and found == before:
+        if not found or (turn > 1 and found == before):
             break
         middle = median
         times = [

@@ -215,8 +215,8 @@ def test_bad_arguments_give_one_line_before_a_model_is_loaded(tmp_path, monkeypa
     ("flags", "message"),
     [
         (["--adam_beta2", "10"], r"Training cannot begin: Invalid beta parameter .*10.0 .ValueError."),
-        (["--optim_args", "size=3"], r"Training cannot begin: "),
-        (["--learning_rate", "nan"], "--learning_rate nan is not a finite number."),
+        (["--lr_scheduler_kwargs", '{"size": 3}'], "Training cannot begin: .*unexpected keyword argument 'size'"),
+        (["--weight_decay", "nan"], "--weight_decay nan is not a finite number."),
         (["--max_grad_norm=-inf"], "--max_grad_norm -inf is not a finite number."),
         (["--model_name_or_path=--"], "--model_name_or_path cannot have the value --."),
         (["--output_dir", "a" * 3000], "aaa...: File name too long."),

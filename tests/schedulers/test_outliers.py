@@ -225,3 +225,10 @@ def test_a_checkpoint_written_before_verdicts_were_kept_still_loads():
 def test_parameters_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         get_outlier_rule("robust", ConstantScheduler(), **options)
+
+
+@pytest.mark.parametrize("name", ["classic", "robust"])
+@pytest.mark.parametrize("loss", [1.386919587996769, 0.1, 0.0, 3.4e38, 1.7e308, -1.7e308])
+def test_equal_losses_are_no_outliers_whatever_they_are(name, loss):
+    """The mean of equal losses may be less than them by rounding, and the sum or the square of huge ones infinite."""
+    assert feed(get_outlier_rule(name, ConstantScheduler()), [loss] * 40) == [1] * 40

@@ -154,7 +154,7 @@ def test_a_rule_restored_from_json_at_any_point_decides_the_same(name, wrapper, 
         assert json.dumps(second.state_dict()) == json.dumps(whole.state_dict())
 
 
-@examples(60)
+@examples(30)
 @given(st.sampled_from(sorted(OUTLIER_RULES)), STREAMS, st.floats(0.5, 6.0), st.integers(10, 60), st.integers(2, 12))
 def test_an_outlier_rule_skips_no_more_than_it_promises(name, stream, sigmas, window, patience):
     rule = get_outlier_rule(name, rule_named("baseline", Path()), sigmas=sigmas, window=window, patience=patience)

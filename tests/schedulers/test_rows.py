@@ -349,3 +349,9 @@ def test_a_new_level_is_taken_before_a_run_of_skipped_batches_ends_it(size, leve
         in_a_row = in_a_row + 1 if 2 * sum(kept) < size else 0
         longest = max(longest, in_a_row)
     assert longest <= 10
+
+
+@pytest.mark.parametrize("loss", [3.4e38, 1.7e308, -1.7e308, 0.0])
+def test_equal_rows_are_kept_whatever_their_loss(loss):
+    batch = [(loss, targets) for targets in (1, 1, 2, 1, 2, 1, 1_000_000, 127, 1023, 31)]
+    assert drops(feed(RobustRows(), [batch] * 6)) == 0
