@@ -76,9 +76,7 @@ class Task:
 WORDS = Task(
     "words", "The number of different words with an `e` in a continuation of 96 tokens", tokens=96, seconds=30
 )
-SUMS = Task(
-    "sums", "1 for the right sum of two numbers below 5, 0.1 for a number alone", tokens=8, seconds=20
-)
+SUMS = Task("sums", "1 for the right sum of two numbers below 5, 0.1 for a number alone", tokens=8, seconds=20)
 FEW = Task("few", f"{WORDS.title}, {GROUP} a batch", tokens=96, seconds=30, rows=GROUP)
 TASKS = (WORDS, SUMS, FEW)
 

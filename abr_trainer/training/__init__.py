@@ -18,14 +18,15 @@ How one batch goes through the files:
 6. Trainer makes the last update, unless the batch is skipped, and calls `_maybe_log_save_evaluate`. That finishes the
    batch: `run.py` counts it, the rules observe the outcome, `notices.py` says what was left out, and `callbacks.py`
    writes the trace and the dropped rows (`dropped_rows.py`).
-7. Trainer logs, evaluates and saves. `run.py` adds to the log, `evaluation.py` adds the perplexity, and `resume.py`
-   writes into the checkpoint what a resumed run needs. If SIGTERM has arrived, `preemption.py` has it saved and ended.
+7. Trainer logs, evaluates and saves. `run.py` adds to the log, `evaluation.py` adds the perplexity, `resume.py` writes
+   into the checkpoint what a resumed run needs, and `saving.py` its checksums. If SIGTERM has arrived, `preemption.py`
+   has the run saved and ended.
 
 Before the first batch, `config.py` has the arguments and `plan.py` checks them. `support.py` refuses what cannot work,
 `readiness.py` checks model and disk, `empty_rows.py` looks for rows without targets, without tokens or there twice,
 `checkpoints.py` checks the checkpoint to resume from, and `primer.py` has the batches that come first. Beside the
 batches, `ranking.py` keeps the last loss of every row, `tracking.py` follows the perplexity, `memory.py` measures
-memory, and `engines.py` has what DeepSpeed and DDP need.
+memory, and `engines.py` has what DeepSpeed and DDP need. If one rank fails, `failing.py` ends all of them.
 
 What people see: `screen.py` shows a run of the commands, in the lines of `log_table.py`, and `summary.py` its end.
 `notebook.py` has the table of a notebook. `samples.py` shows what the model writes, which `generation.py` makes it do,

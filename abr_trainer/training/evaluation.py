@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -94,6 +95,13 @@ class PerplexityMixin(_AnyTrainer):
         is_of_training = self.is_in_train and not args and kwargs.keys() <= {"ignore_keys"}
         if self._is_active and is_of_training:
             self._check_best_metric(metrics)
+        return metrics
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        metrics = super()._evaluate(*args, **kwargs)
+        if self._is_active:
+            self.ledger.evaluation_seconds += time.perf_counter() - start
         return metrics
 
     def evaluation_loop(

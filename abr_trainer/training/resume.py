@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from ..records.files import (
     TRAINER_STATE,
     newest_first,
     read_json,
-    settle_replaced,
-    write_checksums,
     write_whole,
 )
 from ..schedulers.recorded import must_be_json
@@ -119,15 +116,6 @@ class ResumeMixin(_AnyTrainer):
                 write_whole(Path(output_dir, ABR_STATE_NAME), state)
                 if self._ranking is not None:
                     self._ranking.save(Path(output_dir))
-
-    def _seal_checkpoint(self) -> None:
-        """Write the checksums of a checkpoint that was just saved, after callbacks have added to it what they want."""
-        checkpoint, self._run.unsealed = self._run.unsealed, None
-        if checkpoint is not None and checkpoint.is_dir():
-            start = time.perf_counter()
-            write_checksums(checkpoint)
-            settle_replaced(checkpoint.parent)
-            self.ledger.saving_seconds += time.perf_counter() - start
 
     def _repetition_state(self) -> str:
         """Return what a resumed run needs, as strict JSON."""

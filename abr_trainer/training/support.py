@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
@@ -109,6 +110,20 @@ def may_differ_over_ranks(trainer: Any) -> bool:
     loader = trainer.callback_handler.train_dataloader
     is_dispatched = isinstance(loader, DataLoaderDispatcher)
     return trainer.args.world_size > 1 and not is_dispatched and not has_length(loader)
+
+
+def refuse_cut_batch(drawn: Sequence[int], needed: int) -> NoReturn:
+    """Refuse a training set that ends in the middle of its first batch.
+
+    Args:
+        drawn: The micro-batches of each rank.
+        needed: How many make a batch.
+    """
+    ended = f"The training set ended after {min(drawn)} micro-batches"
+    on_a_rank = f" on rank {drawn.index(min(drawn))} of {len(drawn)}" if len(drawn) > 1 else ""
+    raise ValueError(
+        f"{ended}{on_a_rank}, before the first batch of --gradient_accumulation_steps {needed} was complete."
+    )
 
 
 def refuse_pushing_inputs(args: Any, scheduler: Any) -> None:

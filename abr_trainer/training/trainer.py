@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers import trainer as trainer_module
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..hub.pushing import HubMixin, Pushes
 from ..records.errors import Failure
-from ..records.files import set_aside
 from ..schedulers import ConstantScheduler, RepeatScheduler, RowRule
 from .batch import Batch
 from .budget import limit_of, put_on_budget_clock
@@ -46,7 +43,8 @@ from .recording import record_end, record_run
 from .remarks import remark_on
 from .resume import ResumeMixin
 from .run import Run
-from .support import may_differ_over_ranks, refuse_hidden_batches, refuse_unsupported
+from .saving import SavingMixin
+from .support import may_differ_over_ranks, refuse_cut_batch, refuse_hidden_batches, refuse_unsupported
 from .targets import shifts_labels
 from .tensorboard import replace_tensorboard
 from .tracking import EarlyStopping, doubt_of_the_best
@@ -61,7 +59,7 @@ class TooManySkips(Failure):
     """
 
 
-class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
+class ABRMixin(ResumeMixin, SavingMixin, PerplexityMixin, HubMixin):
     """Give any `Trainer` subclass batch repetition and skipping: `class MyTrainer(ABRMixin, SomeTrainer)`.
 
     With plain `TrainingArguments` and neither a scheduler nor a row rule it changes nothing at all.
@@ -317,8 +315,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         return numbered(loader, dataset, self.data_collator) if wanted else loader
 
     @property
-    def _is_at_work(self) -> bool:
-        """Whether a batch of a run is under way. Methods of Trainer can be called outside of `train` too."""
+    def _is_at_work(self) -> bool:  # methods of Trainer can be called outside of `train` too
         return self._is_active and self.is_in_train
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -338,12 +335,7 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
             # and of several ranks those that have rows would wait for those that have none.
             drawn = drawn or [len(batch_samples)]
             if any(drawn) and self.state.global_step == 0:
-                ended = f"The training set ended after {min(drawn)} micro-batches"
-                on_a_rank = f" on rank {drawn.index(min(drawn))} of {len(drawn)}" if len(drawn) > 1 else ""
-                raise ValueError(
-                    f"{ended}{on_a_rank}, before the first batch of --gradient_accumulation_steps {num_batches} was "
-                    "complete."
-                )
+                refuse_cut_batch(drawn, num_batches)
             return [], None
         return batch_samples, num_items_in_batch
 
@@ -402,45 +394,6 @@ class ABRMixin(ResumeMixin, PerplexityMixin, HubMixin):
         # Callbacks have seen our times. Without them, a resumed run has the log history of an unbroken one.
         for name in times:
             self.state.log_history[-1].pop(name, None)
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        metrics = super()._evaluate(*args, **kwargs)
-        if self._is_active:
-            self.ledger.evaluation_seconds += time.perf_counter() - start
-        return metrics
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._is_active and self._run.saved_at == self.state.global_step:
-            # The epoch has ended since, with an evaluation. A push may have linked the files: they are made anew.
-            if self.args.should_save:
-                set_aside(self._checkpoint_folder(trial))
-            self.accelerator.wait_for_everyone()
-        start = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        if self._is_active:
-            self.ledger.saving_seconds += time.perf_counter() - start
-            self._run.unsealed = self._checkpoint_folder(trial) if self.args.should_save else None
-        self._run.saved_at = self.state.global_step
-
-    def _save_here(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, unless there is one after the last batch."""
-        if self._run.saved_at != self.state.global_step:
-            self._save_checkpoint(model, trial)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _checkpoint_folder(self, trial: Any) -> Path:
-        return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-
-    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        is_new_best: bool = super()._determine_best_metric(*args, **kwargs)
-        if not self._is_active:
-            return is_new_best
-        if self.args.load_best_model_at_end:
-            # What an evaluation decides is in a checkpoint: that the model is the best, or that the run ends early.
-            ends_early = self.control.should_training_stop and self.state.global_step < self.state.max_steps
-            self.control.should_save = self.control.should_save or is_new_best or ends_early
-        return is_new_best or self.control.should_save  # else `save_strategy="best"` drops a checkpoint that is due
 
 
 class ABRTrainer(ABRMixin, Trainer):
