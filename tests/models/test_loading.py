@@ -241,5 +241,5 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, content):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path} has (no|a damaged) tokenizer: ") as caught:
-        load_tokenizer(LoadArguments(model_name_or_path=str(tmp_path)))
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
     assert "\n" not in str(caught.value)
