@@ -49,8 +49,8 @@ def draw(name: str, seed: int, examples: int) -> dict[str, Any]:
     """Draw examples of a property by a seed, and tell how many. Raises what the property raises."""
     found, begun = PROPERTIES[name], time.perf_counter()
     count = examples if name in SLOW else TIMES * examples
-    profile = settings(settings.get_current_profile() and found._hypothesis_internal_use_settings, max_examples=count)
-    found._hypothesis_internal_use_settings = settings(profile, derandomize=False)
+    profile = found._hypothesis_internal_use_settings
+    found._hypothesis_internal_use_settings = settings(profile, max_examples=count, derandomize=False)
     hypothesis.seed(seed)(found)()
     return {"property": name, "seed": seed, "examples": count, "seconds": round(time.perf_counter() - begun, 1)}
 

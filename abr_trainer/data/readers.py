@@ -69,8 +69,8 @@ BINARY = {
     b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
 """First bytes of files that are not text, and what to do with such a file."""
-SEPARATORS = re.compile(r"[;\t|]")
-"""Characters that some .csv files use between cells instead of commas."""
+SEPARATORS = {",": re.compile(r"[;\t|]"), "\t": re.compile(r"[;,|]")}
+"""Characters that some files use between cells instead of the separator that their name stands for."""
 HEAD = 1 << 16
 """Number of bytes to inspect before a file is read."""
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -258,10 +258,12 @@ def read_cells(path: str, rows: int) -> Iterator[pd.DataFrame]:
             # If row 1 is too long, pandas uses the first cells of all rows as the index.
             if not isinstance(frame.index, pd.RangeIndex):
                 raise BadRow("row 1 has more cells than the header. Quote cells that contain the separator.")
-            if len(frame.columns) == 1 and (found := SEPARATORS.search(str(frame.columns[0]))):
+            if len(frame.columns) == 1 and (found := SEPARATORS[separator].search(str(frame.columns[0]))):
+                wanted, other = ("commas", ".tsv") if separator == "," else ("tabs", ".csv")
                 raise BadRow(
-                    f"its header has only one column, {str(frame.columns[0])!r}. Separate cells with commas, not "
-                    f"{found[0]!r}; if they are separated with tabs, name the file .tsv."
+                    f"its header has only one column, {str(frame.columns[0])!r}. Separate cells with {wanted}, not "
+                    f"{found[0]!r}; if they are separated with {'tabs' if wanted == 'commas' else 'commas'}, name "
+                    f"the file {other}."
                 )
             # A short row ends with an empty cell for pandas, too.
             if not is_checked and len(frame.columns) > 1 and (frame.iloc[:, -1] == "").any():

@@ -37,7 +37,7 @@ def read_adapter(adapter: str, task: TaskType = TaskType.CAUSAL_LM) -> PeftConfi
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{FLAG} {adapter} is not an adapter: {one_line(error)}") from error
     if config.task_type not in (None, task):
         raise ValueError(f"{FLAG} {adapter} is an adapter for {config.task_type}, not for {MODELS[task]}.")

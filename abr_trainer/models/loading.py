@@ -64,7 +64,7 @@ def load_config(arguments: LoadArguments, **settings: Any) -> PreTrainedConfig:
         raise ValueError(f"{flag} {name} is an adapter, not a model. Give it as {FLAG}, and its base model as {flag}.")
     try:
         config = AutoConfig.from_pretrained(name, **arguments.hub_options, **settings)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises errors of each library's own
         adapter = getattr(arguments, "adapter_name_or_path", None)
         if adapter is not None and name == read_adapter(adapter, arguments.task).base_model_name_or_path:
             name += f", the base model of {FLAG} {adapter},"
@@ -112,12 +112,13 @@ def load_tokenizer(arguments: LoadArguments) -> PreTrainedTokenizerBase:
     flag, name = _named(arguments, "tokenizer_name")
     options = arguments.hub_options
     adapter = getattr(arguments, "adapter_name_or_path", None)
-    if adapter is not None and not arguments.tokenizer_name and get_tokenizer_config(adapter):
-        flag, name, options = FLAG, adapter, {**options, "revision": "main"}
     try:
+        if adapter is not None and not arguments.tokenizer_name and get_tokenizer_config(adapter):
+            flag, name, options = FLAG, adapter, {**options, "revision": "main"}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name} has no tokenizer: {one_line(error)}") from error
+    except Exception as error:  # a damaged file raises errors of each library's own
+        what = "has no tokenizer" if isinstance(error, OSError | ValueError) else "has a damaged tokenizer"
+        raise ValueError(f"{flag} {name} {what}: {one_line(error)}") from error
     if tokenizer.eos_token is None and arguments.task is TaskType.CAUSAL_LM:
         logger.warning_once(
             f"The tokenizer of {flag} {name} has no end-of-text token, so nothing separates documents."

@@ -477,6 +477,7 @@ def test_a_table_is_read_by_its_suffix_compressed_or_not(tmp_path, tokenizer, ta
     [
         ("rows.zip", zipped(b"A letter.", "a.txt", "b.txt"), "holds 2 files, but must hold one"),
         ("rows.csv", b"text;label\nhello there;1\n", "its header has only one column, 'text;label'. Separate cells"),
+        ("rows.tsv", b"id,text\n1,Lost and found.\n", "Separate cells with tabs, not ','; if they are separated"),
         ("rows.jsonl", gzipped(b"{}"), "is not text but gzip: name it .gz."),
         ("rows.docx", zipped(b"A letter.", "word.xml"), "is not text but a ZIP archive"),
         ("rows.pdf", b"%PDF-1.7\n1 0 obj", "is not text but PDF"),

@@ -233,3 +233,13 @@ def test_what_cannot_be_loaded_is_named_in_one_line(load_part, options, flag):
     with pytest.raises(ValueError, match=re.escape(flag)) as caught:
         load_part(ModelArguments(**options))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ['{"padding": Infinity}', '{"model": 3}', "{", ""])
+def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, content):
+    for file in DEMO_MODEL.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path} has (no|a damaged) tokenizer: ") as caught:
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    assert "\n" not in str(caught.value)
