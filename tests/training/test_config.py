@@ -344,6 +344,12 @@ def test_a_directory_in_use_is_left_alone_unless_told_otherwise(used):
     check_output_dir(in_directory(used, "--do_train", "--overwrite_output_dir"), "model")
 
 
+def test_what_a_run_leaves_that_is_killed_at_its_start_is_in_nobodys_way(tmp_path):
+    for name in ("_lock", "_push.json", "run.json.tmp"):
+        (tmp_path / name).touch()
+    check_output_dir(in_directory(tmp_path, "--do_train"), "model")
+
+
 def test_a_run_that_is_overwritten_goes_when_the_new_one_is_trained(used):
     with replacing_previous_run(in_directory(used, "--do_train", "--overwrite_output_dir")):
         assert names(used) == ["_previous-run", "notes.txt"]

@@ -216,6 +216,8 @@ def test_each_library_says_in_its_own_words_that_the_disk_is_full(tmp_path, monk
 def test_a_run_that_had_ended_keeps_what_it_has_reached(tmp_path, caplog):
     flags = [*RUN, "--max_steps", "2", "--save_steps", "1", "--output_dir", str(tmp_path / "run")]
     finished = run_clm_abr.run(flags)
+    for name in ("all_results.json", "run.json"):  # as a kill, or a broken disk, leaves them
+        (tmp_path / "run" / name).write_text("{")
     again = run_clm_abr.run([*flags, "--resume_from_checkpoint", "true"])
     assert "--max_steps 2 is reached. Nothing is trained" in caplog.text
     times = ("runtime", "per_second")

@@ -26,6 +26,7 @@ from abr_trainer.schedulers import (
     ThresholdScheduler,
 )
 from abr_trainer.training.checkpoints import UnfitCheckpoint, newest_checkpoint, refuse_damaged, sound_checkpoint
+from abr_trainer.training.tracking import PerplexityCallback
 from tests.conftest import (
     QUIET,
     Scripted,
@@ -565,6 +566,17 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(train, run, caplog):
         cut(checkpoint / "rng_state.pth", 0.5)
     with pytest.raises(UnfitCheckpoint, match=r"no complete checkpoint in .*checkpoint-4: rng_state.pth is damaged"):
         train(**options, resume_from_checkpoint=True)
+
+
+def test_a_damaged_line_of_a_trace_costs_that_line(train, run, caplog):
+    trace = run / "abr_trace.jsonl"
+    lines = trace.read_bytes().splitlines(keepends=True)
+    trace.write_bytes(b"".join([lines[0], b"\0" * 40 + b"\n", lines[2], b'{"st\xff\n', *lines[4:]]))
+    callbacks = {"trainer_options": {"callbacks": [PerplexityCallback()], "eval_dataset": token_rows(2)}}
+    options = {"repeat_scheduler": ConstantScheduler(2), "output_dir": str(run), **callbacks}
+    train(**options, resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert [line["step"] for line in read_lines(trace)] == [1, 3, 5, 6]
+    assert "abr_trace.jsonl holds 2 of the 4 batches before this checkpoint" in caplog.text
 
 
 def test_a_checkpoint_of_the_model_alone_is_told(train, tmp_path):
