@@ -167,9 +167,9 @@ def a_long_run(folder: Path, scale: float) -> dict[str, Any]:
     ledger = trainer.ledger
     del trainer
     resumed = ABRTrainer(model=tiny_llama(), args=args, train_dataset=Rows(4 * batches))
-    start = time.monotonic()
+    start, used = time.monotonic(), time.process_time()
     resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{batches - 1}"))
-    resuming = time.monotonic() - start
+    resuming, used = time.monotonic() - start, time.process_time() - used
     same = torch.equal(weights, torch.cat([parameter.flatten() for parameter in resumed.model.parameters()]))
     warm, half = meter.memory[len(meter.memory) // 4], len(meter.seconds) // 2
     growth = max(meter.memory[len(meter.memory) // 4 :]) / warm - 1
@@ -177,7 +177,7 @@ def a_long_run(folder: Path, scale: float) -> dict[str, Any]:
     faults = {
         "memory grows": growth > 0.01,
         "batches become slower": slower > 0.1,
-        "resuming is slow": resuming > 10,
+        "resuming is slow": used > 5,
         "the resumed run differs": not same,
     }
     return {
@@ -190,6 +190,7 @@ def a_long_run(folder: Path, scale: float) -> dict[str, Any]:
         "cpu_ms_an_update": [round(1000 * seconds, 3) for seconds in meter.seconds],
         "slower_by": round(slower, 4),
         "resumed_in_seconds": round(resuming, 2),
+        "resumed_in_cpu_seconds": round(used, 2),
         "trace_MB": round((folder / "run" / TRACE_NAME).stat().st_size / 1e6, 1),
         "fault": ", ".join(name for name, is_so in faults.items() if is_so),
     }
@@ -330,8 +331,8 @@ def ranked_rows(folder: Path, scale: float) -> dict[str, Any]:
     seconds = found.pop("seconds")
     faults = {
         "a run takes more than 12 bytes a row": extra > 1.1 * stated + 20,
-        "sorting and saving take more": found["saved"] > 1.1 * stated + 20,
-        "loading takes more than a third beside": found["loaded"] > 1.5 * stated + 20,
+        "sorting and saving take more": found["saved"] > 1.1 * stated + 40,
+        "loading takes more than a third beside": found["loaded"] > 1.4 * stated + 40,
     }
     return {
         "rows": rows,
@@ -341,6 +342,11 @@ def ranked_rows(folder: Path, scale: float) -> dict[str, Any]:
         "sorted_saved_loaded_in_seconds": round(seconds, 2),
         "fault": ", ".join(name for name, is_so in faults.items() if is_so),
     }
+
+
+def _took(start: float) -> dict[str, Any]:
+    """Return how long a part took, and how many processes wanted a core meanwhile: seconds depend on these."""
+    return {"took_seconds": round(time.monotonic() - start), "load": round(os.getloadavg()[2], 1)}
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -374,7 +380,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
             found = apart(functools.partial(part, Path(folder), 0.01 if args.quick else 1.0))
-        results["runs"].append({"part": name, **found, "took_seconds": round(time.monotonic() - start)})
+        results["runs"].append({"part": name, **found, **_took(start)})
         write_runs(results, path)
         print(json.dumps(results["runs"][-1]), flush=True)
     return results["runs"]

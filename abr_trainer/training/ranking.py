@@ -106,9 +106,11 @@ class RowRanking:
             with np.load(path, allow_pickle=False) as saved:
                 for name in ("loss", "visits", "step"):  # one after the other: each takes a third of the memory
                     array = saved[name]
-                    if len(array) != len(self.loss):
+                    rows = len(array)
+                    if rows != len(self.loss):
                         break
                     getattr(self, name)[:] = array
+                    del array
         except FileNotFoundError:
             logger.warning(
                 f"{directory} has no {ROW_LOSSES_NAME}: --rank_rows knows nothing of the batches before it."
@@ -116,9 +118,9 @@ class RowRanking:
             return
         except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged. Go on from another checkpoint.") from error
-        if len(array) != len(self.loss):
+        if rows != len(self.loss):
             raise ValueError(
-                f"{path} is of a training set of {len(array):,} rows, and this one has {len(self.loss):,}: "
+                f"{path} is of a training set of {rows:,} rows, and this one has {len(self.loss):,}: "
                 "resume with the data that the run was begun with, or without --rank_rows."
             )
 
