@@ -52,16 +52,17 @@ ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and let files with slow tests go first.
+    """Skip what needs a GPU where there is none, and let files whose tests start processes go first.
 
-    A worker that took one of them last would be at it alone.
+    A worker that took one of them last would be at it alone. All of these tests are slow.
     """
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    launches = {item.path for item in items if item.get_closest_marker("launches")}
+    items.sort(key=lambda item: item.path not in launches)
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("launches") or item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -14,6 +14,8 @@ from abr_trainer.comparison.arms import parse_arm
 from abr_trainer.data.demo import DEMO_MODEL, demo_texts
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def benchmark():

@@ -17,6 +17,8 @@ from transformers import Trainer, TrainingArguments
 
 from tests.conftest import ON_CPU, ROOT, Scripted, tiny_llama, token_rows, weights
 
+pytestmark = pytest.mark.slow
+
 ON_GPU = {"use_cpu": False, "lr_scheduler_type": "constant"}
 
 
@@ -42,7 +44,7 @@ def measured(path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_killed_measurement_goes_on_where_it_was_and_the_page_shows_every_row(benchmark, tmp_path):
     path = tmp_path / "gpu.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--json", str(path)]

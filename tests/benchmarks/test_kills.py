@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.hub_server import Hub
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.launches
 
 
 @pytest.fixture(scope="module")

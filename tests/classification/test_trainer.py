@@ -39,6 +39,8 @@ from abr_trainer.schedulers import SCHEDULERS
 from tests.conftest import run_module
 from tests.sentence_rows import QUICK, lay_out_as_on_the_hub, tales_and_reports, write_rows
 
+pytestmark = pytest.mark.slow
+
 MODELS = {"quantised": ["--load_in_4bit", "--bf16", "--gradient_checkpointing"], "plain": []}
 
 
@@ -136,7 +138,7 @@ def test_only_the_adapter_and_the_head_are_trained_and_saved(finished):
         assert quantisation["llm_int8_skip_modules"] == ["score"]
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_fresh_process_predicts_the_same(finished, files, tmp_path):
     kind, output, _ = finished
     if kind == "plain":
@@ -147,7 +149,7 @@ def test_a_fresh_process_predicts_the_same(finished, files, tmp_path):
     assert again.read_bytes() == (output / "test_predictions.jsonl").read_bytes(), "to the last bit"
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_two_ranks_train_and_are_judged_as_one_process(files, tmp_path, launch):
     """Of 22 and 37 rows the last batches are filled up with rows that must count once, in no score and no loss."""
     flags = [*QUICK, *files, "--do_train", "--do_eval", "--do_predict", "--max_steps", "6", "--learning_rate", "1e-3"]

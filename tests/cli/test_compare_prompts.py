@@ -257,7 +257,7 @@ def sentence_files(directory):
 
 
 @pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.launches
 def test_prompts_are_compared_from_the_command_line_to_the_report(tmp_path):
     out = tmp_path / "out"
     rest = [*sentence_files(tmp_path), "--model_name_or_path", "demo", "--use_cpu", "--num_train_epochs", "1"]

@@ -15,6 +15,8 @@ from abr_trainer.report.of_run import report_on_run
 from abr_trainer.schedulers import RobustRows, RowRule
 from tests.conftest import RUN
 
+pytestmark = pytest.mark.slow
+
 
 def told_by(capsys, tmp_path, *flags, run=RUN):
     run_clm_abr.run([*run, "--output_dir", str(tmp_path / "run"), *flags])

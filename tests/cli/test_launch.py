@@ -132,7 +132,7 @@ def results_in(folder):
     return {path.name: json.loads((path / "all_results.json").read_text()) for path in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_every_configuration_trains_to_the_perplexity_of_ddp(launched):
     folder, hub = launched
     results = results_in(folder / "train")
@@ -153,7 +153,7 @@ def test_every_configuration_trains_to_the_perplexity_of_ddp(launched):
     assert len(created) == 2 * (len(results) - 1), "at the start and at the end of each run"
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_every_configuration_trains_a_classifier_as_ddp_does(launched):
     folder, _ = launched
     results = results_in(folder / "classify")
@@ -203,7 +203,7 @@ def wait_for(condition, seconds=120):
 DEMO = ["--dataset_name", "demo", "--do_train", "--block_size", "64", "--use_cpu"]
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_slurm_job_is_one_run_over_its_nodes(tmp_path, slurm):
     flags = [*DEMO, "--max_passes", "4", "--output_dir", str(tmp_path / "a run")]
     assert slurm(*flags, nodes=2).wait(timeout=400) == 0
@@ -234,7 +234,7 @@ def test_a_slurm_job_that_is_stopped_goes_back_into_the_queue(tmp_path, slurm):
 
 
 @pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_stopped_slurm_job_is_saved_by_all_nodes_and_continues(tmp_path, slurm):
     out = tmp_path / "a run"
     flags = [*DEMO, "--max_passes", "40", "--output_dir", str(out), "--dataloader_num_workers", "1"]

@@ -93,7 +93,7 @@ def on_a_terminal(argv, columns):
     return written.decode(), first
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_terminal_of_100_columns_shows_a_run_without_noise_or_broken_lines(tmp_path):
     flags = [flag for flag in RUN if flag not in ("--disable_tqdm", "true")]
     output = ["--output_dir", str(tmp_path / "run"), "--report_to", "none"]

@@ -26,6 +26,8 @@ from abr_trainer.training.ledger import ComputeLedger
 from abr_trainer.training.summary import cost_lines
 from tests.report.dropped import HOSTILE_TEXT, drop, write_losses, write_run
 
+pytestmark = pytest.mark.slow
+
 NOTES = [{"text": f"the {word} of number {i} lies here in peace"} for i, word in enumerate(["fox", "bird", "cat"] * 4)]
 
 

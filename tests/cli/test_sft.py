@@ -32,6 +32,8 @@ from abr_trainer.report.samples import read_samples
 from abr_trainer.schedulers import RowRule
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--chat_template", "alpaca", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--use_cpu"]
 QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "12", "--max_train_samples", "40", "--report_to", "none"]
 QUICK += ["--activation_checkpointing", "false"]
@@ -303,7 +305,7 @@ def test_a_pushed_adapter_says_what_it_has_learnt(hub, tmp_path):
     assert {"adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"} <= set(files)
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 class SecondOfFour(RowRule):
     """Drop the second row of each batch."""
 
@@ -390,7 +392,7 @@ def test_rules_are_compared_on_chats(tmp_path):
         compare([*argv, "--", "--dataset_name", "demo", "--max_passes", "4", "--use_cpu"])
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_the_command_line_itself(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("dataset_name: demo\nchat_template: alpaca\ndo_train: true\ndo_eval: true\nuse_cpu: true\n")

@@ -22,6 +22,8 @@ from abr_trainer.perplexity.windows import TokenPerplexity, causal_nll
 from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import RepeatScheduler, RowRule
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--block_size", "64", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--use_cpu"]
 QUICK += ["--disable_tqdm", "true", "--max_eval_samples", "20", "--sample_prompts", "0"]
@@ -230,7 +232,7 @@ def test_what_only_a_library_refuses_gets_one_line_and_leaves_nothing(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_the_command_line_itself():
     done = subprocess.run(
         [sys.executable, "run_clm_abr.py", "--do_train", "--train_file", "missing.txt"],

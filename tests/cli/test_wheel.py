@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ON_CPU, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.launches
 
 SOURCES = ("abr_trainer", "run_clm_abr.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 QUICK = ["--dataset_name", "demo", "--block_size", "64", "--max_train_samples", "24", "--max_eval_samples", "4"]

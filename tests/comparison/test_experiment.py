@@ -513,7 +513,7 @@ def finished(tmp_path_factory, quick):
     return out, compare(out, quick, "--seeds", "2", "--controls", "--jobs", "2", "--evaluations", "3")
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_runs_are_paired_and_spend_the_same(finished):
     out, data = finished
     assert data["warnings"] == data["missing"] == data["failures"] == []
@@ -529,7 +529,7 @@ def test_runs_are_paired_and_spend_the_same(finished):
     assert arms["abr:loss_threshold=0.8"]["cost"]["batches"] < arms["baseline"]["cost"]["batches"]
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_controls_spend_the_mean_repeats_of_the_rule(finished):
     _, data = finished
     arms = {arm["name"]: arm for arm in data["arms"]}
@@ -543,7 +543,7 @@ def test_controls_spend_the_mean_repeats_of_the_rule(finished):
     assert mean(controls[0]) == pytest.approx(mean(arms["abr:loss_threshold=0.8"]), abs=0.35)  # of 6 batches or so
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_every_run_is_evaluated_at_the_same_compute(finished):
     _, data = finished
     for arm in data["arms"]:
@@ -554,7 +554,7 @@ def test_every_run_is_evaluated_at_the_same_compute(finished):
         assert arm["curve"][0]["mean"] == data["arms"][0]["curve"][0]["mean"], "an untrained adapter changes nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, quick, capfd):
     out, data = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("all_results.json")}
@@ -567,7 +567,7 @@ def test_a_finished_comparison_is_kept_and_more_seeds_are_added(finished, quick,
     assert not list(out.rglob("checkpoint-*")), "they were there to resume by"
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_other_arguments_in_the_same_directory_are_refused(finished, quick):
     out, _ = finished
     rest = ["1e-3" if flag == "2e-3" else flag for flag in quick]
@@ -575,14 +575,14 @@ def test_other_arguments_in_the_same_directory_are_refused(finished, quick):
         compare(out, rest, "--seeds", "2", "--evaluations", "3")
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_another_launcher_in_the_same_directory_is_refused(finished, quick):
     out, _ = finished
     with pytest.raises(SystemExit, match=r"--launcher torchrun: the runs in .* were started with none"):
         compare(out, quick, "--seeds", "2", "--evaluations", "3", "--launcher", "torchrun")
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_the_report_is_remade_from_the_data_alone(finished, tmp_path):
     out, _ = finished
     shutil.copy(out / "comparison.json", tmp_path)
@@ -594,7 +594,7 @@ def test_the_report_is_remade_from_the_data_alone(finished, tmp_path):
     assert {"curves.png", "curves.svg", "final.png", "difference.svg", "repeats_over_loss.png"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finished):
     out, _ = finished
     folders = {path.parent for path in (out / "tensorboard").rglob("events*")}
@@ -624,7 +624,7 @@ def test_tensorboard_shows_every_run_over_passes_with_its_hyperparameters(finish
 
 
 @pytest.mark.long  # on a busy machine, all attempts can end before they are interrupted
-@pytest.mark.slow
+@pytest.mark.launches
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(finished, quick, tmp_path):
     _, data = finished
     options = ["--schedulers", "baseline", "abr:loss_threshold=0.8", "--seeds", "1", "--evaluations", "3"]
@@ -667,7 +667,7 @@ class Failing(RepeatScheduler):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_run_that_fails_is_no_result(quick, tmp_path, monkeypatch, capfd):
     (tmp_path / "failing_rule.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
@@ -697,21 +697,21 @@ def test_a_run_that_fails_is_no_result(quick, tmp_path, monkeypatch, capfd):
         compare(tmp_path / "cmp", quick, "--seeds", "1", schedulers=schedulers)
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_flags_are_checked_before_anything_is_run(quick, tmp_path):
     with pytest.raises(SystemExit, match="error: Unknown flag --lerning_rate. Did you mean --learning_rate?"):
         compare(tmp_path / "cmp", [*quick, "--lerning_rate", "1"])
     assert not (tmp_path / "cmp" / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_two_comparisons_do_not_work_in_one_directory(quick, tmp_path):
     experiment = Experiment(**{**EXPERIMENT, "out": tmp_path}, arms=[parse_arm("baseline")])
     with experiment.locked(), pytest.raises(SystemExit, match="error: --out .* is in use by process"):
         compare(tmp_path, quick)
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hides(quick, tmp_path):
     rest = [*quick[:-2], "--max_steps", "4", "--logging_steps", "1"]
     options = ["--match", "batches", "--seeds", "1", "--evaluations", "2"]
@@ -725,7 +725,7 @@ def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hi
     assert re.search(r"\*\*One seed\*\*: With fixed:2, \w+ perplexity is", report)
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_equal_seconds_are_compared_over_seconds_and_an_interrupted_run_goes_on_in_them(quick, tmp_path):
     out = tmp_path / "cmp"
     rest = [*quick[:-2], "--max_seconds", "3", "--save_steps", "2"]
@@ -766,7 +766,7 @@ def test_equal_seconds_are_compared_over_seconds_and_an_interrupted_run_goes_on_
     assert lines[-2]["progress"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_each_scheduler_is_reported_at_the_value_that_validation_chose(quick, tmp_path):
     rest = [*(flag for flag in quick if flag not in ("--learning_rate", "2e-3")), "--max_passes", "6"]
     options = ["--seeds", "2", "--evaluations", "1", "--tune", "learning_rate", "1e-9", "2e-3", "--tune_seeds", "1"]
@@ -780,7 +780,7 @@ def test_each_scheduler_is_reported_at_the_value_that_validation_chose(quick, tm
     assert "lies at an end of what was tried" in (tmp_path / "cmp" / "report.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_a_launcher_starts_each_run_on_all_ranks(quick, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"

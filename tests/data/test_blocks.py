@@ -26,6 +26,8 @@ from abr_trainer.records.errors import BadRow
 from run_clm_abr import main
 from tests.conftest import RUN, SHARED
 
+pytestmark = pytest.mark.slow
+
 gzipped = functools.partial(gzip.compress, mtime=0)
 """The same each time: what tests are called depends on it."""
 

@@ -23,6 +23,8 @@ from abr_trainer.data.demo import demo_chats, demo_rows, demo_texts
 from abr_trainer.records.files import read_lines
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 QUICK = ["--model_name_or_path", "demo", "--use_cpu", "--bf16", "false", "--report_to", "none"]
 QUICK += ["--disable_tqdm", "true"]
@@ -178,7 +180,7 @@ NOTEBOOK = nbformat.read(EXAMPLES / "first_run.ipynb", as_version=4)
 CELLS = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """In a kernel of its own, shortened, without touching the file."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))

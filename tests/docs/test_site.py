@@ -29,6 +29,8 @@ from tests.conftest import QUIET, ROOT, tiny_llama, token_rows
 from tests.docs.prose import sentences
 from tests.report.browser import chromium, show
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md"))
 OLD_REPORTS = [page for page in PAGES if re.fullmatch(r"compare/[^/]+/report", page)]
@@ -149,7 +151,7 @@ def test_the_search_knows_the_words_of_the_pages(site):
 SOME = ("index", "rules/index", "measure/effectiveness")
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 @pytest.mark.parametrize(
     ("width", "scheme", "pages"),
     [(390, "dark", [*OWN, OLD_REPORTS[0]]), (390, "light", SOME), (1280, "dark", SOME)],

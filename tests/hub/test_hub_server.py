@@ -40,6 +40,8 @@ from abr_trainer.data.demo import DEMO_MODEL
 from tests.conftest import ROOT, tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, Account
 
+pytestmark = pytest.mark.slow
+
 NAME = "me/adapter"
 CARD = "---\nlicense: mit\n---\n# A card\n"
 

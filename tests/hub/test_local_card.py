@@ -17,6 +17,8 @@ from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.hub.card_merging import MARKER
 from tests.conftest import RUN, token_rows
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "More Information Needed"
 
 

@@ -29,6 +29,8 @@ from tests.conftest import RUN, tiny_llama
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN
 from tests.sentence_rows import QUICK, tales_and_reports, write_rows
 
+pytestmark = pytest.mark.slow
+
 PUSH = ["--push_to_hub", "--hub_model_id", "me/adapter", "--hub_base_model", "demo-org/base"]
 
 

@@ -22,6 +22,8 @@ from abr_trainer.report.why import explain_batch
 from abr_trainer.schedulers import ConstantScheduler, FollowScheduler, KLScheduler, RepeatScheduler
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "per_device_train_batch_size": 4,
     "num_generations": 4,

@@ -44,6 +44,8 @@ from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RowRule
 from abr_trainer.training.identity import source_of, taken_out
 from tests.conftest import Scripted, log_without_times, tiny_llama, weights
 
+pytestmark = pytest.mark.slow
+
 PAIRS = Dataset.from_list(
     [
         {"prompt": f"The fox saw {count} birds.", "completion": " One of them " + "flew away " * (1 + count % 3)}

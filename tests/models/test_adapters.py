@@ -21,6 +21,8 @@ from abr_trainer.models.loading import describe_model, load_config, load_model, 
 from abr_trainer.records.files import read_lines
 from tests.conftest import tiny_llama, token_rows
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 QUICK = ["--block_size", "32", "--per_device_train_batch_size", "8", "--use_cpu", "--disable_tqdm", "true"]
 QUICK += ["--report_to", "none", "--learning_rate", "5e-3", "--skip_outliers", "none"]

@@ -23,6 +23,8 @@ from abr_trainer.models.loading import (
 from abr_trainer.training.trainer import ABRTrainer
 from tests.conftest import Scripted, tiny_mixture, token_rows
 
+pytestmark = pytest.mark.slow
+
 
 def load(**options):
     arguments = ModelArguments(**options)

@@ -26,6 +26,8 @@ from abr_trainer.models.merging import MergeArguments, merge_adapter, merge_to
 from abr_trainer.models.pruning import layers, nonzero_shares, prune, sparsity_report
 from tests.conftest import model_for, tiny_llama, tiny_mixture, tokenizer_that_adds
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(0, 1024, 11)[None]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

@@ -21,6 +21,8 @@ from abr_trainer.data.demo import DEMO_MODEL
 from abr_trainer.models.pruning import layers, left_in, nonzero_shares, parse_pattern, prune, sparsity_report
 from tests.conftest import ROOT, tiny_llama, tiny_mixture
 
+pytestmark = pytest.mark.slow
+
 MATRIX = torch.tensor([[4.0, -1.0, 2.0, -3.0], [0.5, 5.0, -6.0, 0.1]])
 
 
@@ -259,7 +261,7 @@ def test_a_share_that_cannot_be_is_told(tmp_path, flags, message):
 
 
 @pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.launches
 def test_the_recipe_recovers_a_pruned_model_and_makes_nothing_twice(tmp_path):
     out = tmp_path / "sparse"
     flags = ["--max_passes", "20", "--learning_rate", "5e-3", "--max_eval_samples", "16", "--use_cpu"]

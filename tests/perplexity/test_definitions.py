@@ -16,6 +16,8 @@ from abr_trainer.perplexity.measurement import cut_windows, numbers_of
 from abr_trainer.perplexity.windows import window_nlls
 from tests.conftest import QUIET, SHARED, model_for, tokenizer_that_adds
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 48
 WIKITEXT = [
     " = One river = \n",

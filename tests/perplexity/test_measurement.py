@@ -38,6 +38,8 @@ from abr_trainer.perplexity.definitions import DEFINITIONS
 from abr_trainer.perplexity.windows import Window, sliding_windows, window_nlls
 from tests.conftest import RUN, model_for, tiny_llama, tokenizer_that_adds
 
+pytestmark = pytest.mark.slow
+
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 QUICK = ["--token_length", "64", "--use_cpu", "--max_rows", "10"]
 DEMO = ["--dataset_name", "demo", *QUICK]

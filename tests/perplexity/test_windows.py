@@ -24,6 +24,8 @@ from abr_trainer.training.targets import shifts_labels
 from tests.conftest import QUIET, VOCABULARY, Scripted, Stream, broken_row, tiny_llama, token_rows, weights
 from tests.training.test_loss_scale import class_rows, classifier, own_bart, translator
 
+pytestmark = pytest.mark.slow
+
 
 def ragged_rows():
     """Rows of 12 tokens, of which 11, 8, 5, 2 are targets: what padding does to a data set."""

@@ -51,7 +51,7 @@ def test_pickles_are_told_from_other_files(tmp_path):
     assert pickles_in(tmp_path) == {"new.pt", "old.bin", "objects.npy", "objects.npz"}
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_no_verb_writes_a_pickle_but_those_of_trainer(tmp_path):
     rows = ["--skip_rows", "robust", "--rank_rows", "--sample_prompts", "2"]
     replay = ["--repeat_scheduler", "replay", "--repeat_scheduler_kwargs", '{"quantile": 0.0, "spacing": 1}']

@@ -23,6 +23,8 @@ from abr_trainer.report.why import explain_batch, explain_rule, read_skipped, se
 from abr_trainer.schedulers import RepeatScheduler, RepeatUntil, ReplayScheduler, RobustOutlierSkip
 from tests.report.dropped import write_slow_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -14,6 +14,8 @@ from tests.report.dropped import drop, write_run, write_slow_run
 from tests.report.sample import HOSTILE, hostile_report, odd_report, sample_report
 from tests.report.test_examples import EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 PHONE, SCREEN = (390, 844), (1280, 900)
 SMALL_PHONE, TABLET, WIDE = (360, 740), (768, 1024), (1600, 1000)
 

@@ -26,6 +26,8 @@ from abr_trainer.report.pictures import save_pictures
 from abr_trainer.report.text import DASH, number
 from tests.report.sample import HOSTILE, NAMES, curves, excerpts, finals, hostile_report, points, sample_report
 
+pytestmark = pytest.mark.slow
+
 
 class Page(HTMLParser):
     """What a browser makes of a page: its elements, each with its attributes and the text right in it."""

@@ -15,6 +15,8 @@ import torch
 from abr_trainer.schedulers import Observation, Outcome, ThresholdScheduler
 from abr_trainer.schedulers.learnable import MIN_MEMORY, LearnableScheduler
 
+pytestmark = pytest.mark.slow
+
 BATCHES = 600
 APART = 0.8
 """Nats between the two kinds of batch."""

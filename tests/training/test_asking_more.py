@@ -28,6 +28,8 @@ from tests.conftest import (
 )
 from tests.jobs import build_model
 
+pytestmark = pytest.mark.slow
+
 BY_HAND = {"weight_decay": 0.0, "optim": "adamw_torch"}
 
 

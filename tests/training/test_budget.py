@@ -21,6 +21,8 @@ from tests.conftest import Scripted, token_rows
 from tests.jobs import StopAfter
 from tests.training.test_clock import Slow
 
+pytestmark = pytest.mark.slow
+
 
 def budget_with(spent: str, **arguments: float) -> Budget:
     return Budget(SimpleNamespace(**arguments), ComputeLedger(passes=Fraction(spent)))

@@ -14,6 +14,8 @@ from abr_trainer.report.why import explain_batch
 from abr_trainer.schedulers import WaitScheduler
 from tests.conftest import Scripted, Stream, token_rows
 
+pytestmark = pytest.mark.slow
+
 WAIT = 0.03
 
 

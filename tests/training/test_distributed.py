@@ -27,7 +27,7 @@ from tests.jobs import (
     write_texts,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.launches
 
 SPENT = ("batches", "skips", "updates", "tokens")
 ZERO = [name for name in SCENARIOS if name.startswith("ZeRO")]

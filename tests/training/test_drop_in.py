@@ -22,6 +22,8 @@ from abr_trainer import ABRConfig, ABRTrainer
 from abr_trainer.records.files import read_lines
 from tests.conftest import ScaledMixin, Scripted, Stream, log_without_times, tiny_llama, token_rows, weights
 
+pytestmark = pytest.mark.slow
+
 BASELINE = functools.partial(ABRConfig, repeat_scheduler="baseline", skip_outliers="none")
 
 
@@ -113,7 +115,7 @@ def test_looking_at_the_accuracy_changes_nothing_in_what_is_trained(train, featu
     assert all(0 <= outcome.observation.accuracy <= 1 for outcome in seeing.outcomes)
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 @pytest.mark.skipif("ABR_TEST_INDUCTOR" not in os.environ, reason="compiles for minutes: set ABR_TEST_INDUCTOR=1")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_repeats_and_skips_are_stock_training_under_inductor(train, mode):

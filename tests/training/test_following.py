@@ -20,6 +20,8 @@ from tests.jobs import StopAfter
 from tests.schedulers.streams import batch_of_trace, trace_in
 from tests.training.test_clock import Slow
 
+pytestmark = pytest.mark.slow
+
 DONE = ("step", "progress", "passes", "loss", "losses", "repeats", "learning_rate", "replayed", "rows", "rows_dropped")
 
 

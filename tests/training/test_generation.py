@@ -26,6 +26,8 @@ from abr_trainer.models.loading import load_config, load_model, load_tokenizer
 from abr_trainer.training.generation import continue_prompts, why_not
 from tests.conftest import Stream, token_rows
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
 SOME = 10
 

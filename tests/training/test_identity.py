@@ -24,6 +24,8 @@ from abr_trainer.schedulers import RowRule
 from abr_trainer.training.identity import ROW_INDEX, UNKNOWN, taken_out
 from tests.conftest import Stream, token_rows
 
+pytestmark = pytest.mark.slow
+
 datasets = pytest.importorskip("datasets")
 
 

@@ -22,6 +22,8 @@ from transformers import (
 from abr_trainer import ABRMixin, ABRTrainer
 from tests.conftest import VOCABULARY, Scripted, tiny_llama, token_rows, weights
 
+pytestmark = pytest.mark.slow
+
 
 def llama_rows():
     """Eight rows, of which half a row each of the last four are no targets: micro-batches of unequal weight."""

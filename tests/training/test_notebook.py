@@ -13,7 +13,7 @@ from abr_trainer.training.notebook import ABRNotebookProgressCallback
 from tests.conftest import ON_CPU, ROOT
 from tests.training.test_screen import seen
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.launches
 
 SETUP = """
 from transformers import Trainer, TrainingArguments, TrainerCallback

@@ -21,6 +21,8 @@ from abr_trainer.records.files import last_complete_checkpoint
 from abr_trainer.training.readiness import check_disk, is_full, mend_generation_config, telling_of_a_failing_disk
 from tests.conftest import RUN, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 Usage = namedtuple("Usage", "total used free")
 
 

@@ -18,6 +18,8 @@ from abr_trainer.schedulers import ConstantScheduler, RobustOutlierSkip, RobustR
 from abr_trainer.training.tensorboard import RunTensorBoardCallback
 from tests.conftest import Scripted, token_rows
 
+pytestmark = pytest.mark.slow
+
 
 def provenance_in(directory):
     return json.loads(Path(directory, "run.json").read_text())

@@ -40,6 +40,8 @@ from tests.conftest import (
 from tests.jobs import resumable
 from tests.schedulers.streams import rule_named
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -55,7 +57,7 @@ def state_of(checkpoint):
     return state
 
 
-@pytest.mark.slow
+@pytest.mark.launches
 def test_kill_and_resume_is_bit_identical(tmp_path):
     whole = resumable(str(tmp_path / "whole"))
     killed = tmp_path / "killed"

@@ -31,6 +31,8 @@ from tests.conftest import VOCABULARY, Scripted, tiny_llama, tiny_mixture, token
 from tests.jobs import StopAfter
 from tests.training.test_clock import Slow
 
+pytestmark = pytest.mark.slow
+
 IGNORED = -100
 
 

@@ -39,6 +39,8 @@ from abr_trainer.training.samples import GenerationArguments, SampleCallback, ar
 from tests.conftest import RUN, Stream, token_rows, weights
 from tests.report.dropped import HOSTILE_TEXT
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 3, "eval_on_start": True}
 ROWS = [{"input_ids": row["input_ids"] + 4, "labels": row["labels"] + 4} for row in token_rows(12)]

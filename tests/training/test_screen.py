@@ -24,6 +24,8 @@ from abr_trainer.training.screen import RunScreen, show_on
 from abr_trainer.training.summary import kept_line, perplexity_lines, time_lines, worse
 from tests.conftest import Scripted, token_rows
 
+pytestmark = pytest.mark.slow
+
 EVALUATED = {"trainer_options": {"eval_dataset": token_rows(4, seed=9)}, "eval_strategy": "epoch"}
 
 

@@ -19,6 +19,8 @@ from abr_trainer.training.generation import continue_prompts
 from abr_trainer.training.text_scores import PACKAGES, scores_of, text_score_lines, together
 from tests.conftest import RUN
 
+pytestmark = pytest.mark.slow
+
 has_packages = pytest.mark.skipif(
     not all(importlib.util.find_spec(module) for module, _ in PACKAGES.values()), reason="the extra `metrics`"
 )

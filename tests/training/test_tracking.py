@@ -22,6 +22,8 @@ from abr_trainer.records.files import HISTORY_NAME, TRACE_NAME, read_lines
 from abr_trainer.training.tracking import BEFORE, Evaluation, PerplexityCallback, overfitting, show_history, summary
 from tests.conftest import RUN, tiny_llama, token_rows, weights
 
+pytestmark = pytest.mark.slow
+
 EVALUATED = {"eval_strategy": "epoch", "num_train_epochs": 3, "eval_on_start": True}
 
 

@@ -16,6 +16,8 @@ from abr_trainer.training.waiting import Waiting, advice
 from tests.conftest import Scripted, Stream, token_rows
 from tests.training.test_clock import Slow, Timed
 
+pytestmark = pytest.mark.slow
+
 
 def counted(batches, seconds, waiting):
     """So many alike batches, after a first one that waits for long."""
