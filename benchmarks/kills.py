@@ -394,7 +394,7 @@ def try_case(case: Case, place: Place) -> dict[str, Any]:
     whole, broken = own / "whole", own / "broken"
     place.hub.repositories.clear()
     unbroken = attempt(case, place, argv, whole, None, None)
-    if any(unbroken.statuses):
+    if any(status != 0 for status in unbroken.statuses):
         raise Failed(f"{case.verb} {' '.join(argv)}\n{_ends_of(own)}")
     pushed = _pushed(place.hub)
     place.hub.repositories.clear()
