@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class GradNormSkip(StandoutSkip):
         if len(self.history) < MIN_HISTORY:
             return math.inf
         level, spread = median_and_spread(self.history)
-        return math.exp(level + self.sigmas * max(spread, MIN_SPREAD))
+        logarithm = level + self.sigmas * max(spread, MIN_SPREAD)
+        return math.exp(logarithm) if logarithm < math.log(sys.float_info.max) else math.inf
 
     def measured(self, observation: Observation) -> float | None:
         norm = observation.grad_norm

@@ -57,5 +57,6 @@ def without_trend(losses: Sequence[float]) -> list[float]:
     >>> without_trend([3.0, 2.0, 1.0])
     [0.0, 0.0, 0.0]
     """
+    losses = [bounded(loss) for loss in losses]
     line = statistics.linear_regression(range(len(losses)), losses)
     return [loss - (line.intercept + line.slope * i) for i, loss in enumerate(losses)]

@@ -293,7 +293,7 @@ def test_sentences_without_words_are_counted(tmp_path, caplog):
     [
         ("\n", "is empty."),
         ("text,label\nRain.,0\nRain, and sun,1\n", "cannot be read: "),
-        ("text,label\nRain.,0\nRain.\n", "Labels are missing: row 2, "),
+        ("text,label\nRain.,0\nRain.\n", "cannot be read: line 3 has 1 cell, but the header has 2."),
     ],
 )
 def test_a_table_that_is_damaged_gives_one_line(tmp_path, table, message):
