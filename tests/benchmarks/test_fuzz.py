@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 import time
 from collections import Counter
@@ -63,7 +64,7 @@ CLEAR = "error: --train_file notes.txt is empty, and holds no row."
         (told(2, "error: 'loss'"), "unclear: short"),
         (told(2, "error: 'NoneType' object has no attribute 'get'"), "unclear: object has no attribute"),
         (crash, "crash"),
-        (lambda: os.kill(os.getpid(), 11), "crash"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "crash"),
         (lambda: time.sleep(60), "hangs"),
     ],
 )

@@ -255,7 +255,7 @@ def test_missing_rows_of_a_generation_are_named(train, tmp_path):
     train("GRPO", OURS, **options)
     checkpoint = tmp_path / "run" / "checkpoint-3"
     (checkpoint / "_abr_rollouts_0.safetensors").unlink()
-    with pytest.raises(ValueError, match="_abr_rollouts_0.safetensors is missing: the rows that were generated"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint: _abr_rollouts_0.safetensors is missing"):
         train("GRPO", OURS, resume=str(checkpoint), **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -197,7 +198,8 @@ def test_report_and_why_need_neither_torch_nor_transformers(run):
     )
     code += "; main(['why', directory, step]); print({'torch', 'transformers'} & sys.modules.keys())"
     command = [sys.executable, "-c", code, str(directory), str(skipped)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    options = {"env": os.environ | {"COLUMNS": "80"}, "capture_output": True, "text": True, "timeout": 120}
+    told = subprocess.run(command, check=True, **options).stdout.splitlines()
     assert told[0] == str(directory / "_report" / "report.html")
     assert told[1:-1] == wrapped(explain_batch(directory, skipped), 80)
     assert max(map(len, told[1:-1])) <= 80
