@@ -11,7 +11,8 @@ check() {
         echo "docs" && sphinx-build -q -W --keep-going docs build/docs
 }
 test_all() {
-    echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+    local workers=$(($(nproc) + 1))  # one more than cores, because some tests wait
+    echo "pytest" && python -m pytest --numprocesses "$workers" --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 }
 if [ "${1:-}" = --oldest ]; then
     shift

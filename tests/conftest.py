@@ -217,20 +217,6 @@ class ScaledMixin:
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
 
-def run_module(*arguments: str, timeout: float, environment: dict[str, str] | None = None) -> None:
-    """Run `python -m` from the root of the repository, on a thread a process and without GPUs, and expect success."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=os.environ | ON_CPU | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 def trained_by_hand(plan: list[list[int]], accumulation: int, rows: Any, max_grad_norm: float = 1.0) -> Any:
     """Train as Trainer would: a loop of forward, backward, clip and step, at its linear rates, without weight decay.
 

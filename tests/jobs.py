@@ -38,7 +38,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import run_clm_abr
 from abr_trainer import ABRConfig, ABRTrainer, RepeatScheduler
-from abr_trainer.cli import classify
+from abr_trainer.cli import classify, evaluate
 from abr_trainer.data import sources
 from abr_trainer.data.arguments import DataArguments
 from abr_trainer.data.blocks import load_blocks
@@ -678,15 +678,16 @@ def trainings(directory: str) -> None:
 
     They see the Hub in `hub.json`, if there is one.
     """
-    known = {"train": run_clm_abr, "classify": classify}
+    known = {"train": run_clm_abr.run, "classify": classify.run, "evaluate": evaluate.main}
     patch = pytest.MonkeyPatch()
     if Path(directory, "hub.json").exists():
         point_client_at(SimpleNamespace(**json.loads(Path(directory, "hub.json").read_text())), patch)
     for environment, verb, flags in json.loads(Path(directory, "plans.json").read_text()):
         before = dict(os.environ)
         os.environ.update(environment)
-        known[verb].run(flags)
-        Path(flags[-1], "engine").write_text(AcceleratorState().distributed_type)
+        known[verb](flags)
+        if verb != "evaluate":
+            Path(flags[-1], "engine").write_text(AcceleratorState().distributed_type)
         gc.collect()
         for name in environment.keys() - before.keys():
             os.environ.pop(name, None)

@@ -36,7 +36,6 @@ from abr_trainer.data.tasks import TASKS, own_task
 from abr_trainer.models.loading import heads_in, load_config, load_model, load_tokenizer, lora_config
 from abr_trainer.records.files import read_lines
 from abr_trainer.schedulers import SCHEDULERS
-from tests.conftest import run_module
 from tests.sentence_rows import QUICK, lay_out_as_on_the_hub, tales_and_reports, write_rows
 
 pytestmark = pytest.mark.slow
@@ -139,13 +138,14 @@ def test_only_the_adapter_and_the_head_are_trained_and_saved(finished):
 
 
 @pytest.mark.launches
-def test_a_fresh_process_predicts_the_same(finished, files, tmp_path):
+def test_a_fresh_process_predicts_the_same(finished, files, tmp_path, launch):
     kind, output, _ = finished
     if kind == "plain":
         pytest.skip("loading is the same, and a process takes long to start")
     again = tmp_path / "again.jsonl"
     flags = ["--adapter_name_or_path", str(output), *files[-2:], "--use_cpu", "--output_file", str(again)]
-    run_module("abr_trainer", "evaluate", *flags, timeout=300)
+    (tmp_path / "plans.json").write_text(json.dumps([[{}, "evaluate", flags]]))
+    launch(1, [], "trainings", tmp_path)
     assert again.read_bytes() == (output / "test_predictions.jsonl").read_bytes(), "to the last bit"
 
 

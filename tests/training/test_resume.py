@@ -57,6 +57,7 @@ def state_of(checkpoint):
     return state
 
 
+@pytest.mark.long  # tests/benchmarks/test_kills.py kills in more places
 @pytest.mark.launches
 def test_kill_and_resume_is_bit_identical(tmp_path):
     whole = resumable(str(tmp_path / "whole"))

@@ -136,48 +136,63 @@ def test_only_the_main_process_shows_anything(build, capsys, monkeypatch):
 
 
 SHOWS_A_BAR = """
-import logging, sys
+import logging, os, sys
 from types import SimpleNamespace
 from abr_trainer.training.log_table import Score
 from abr_trainer.training.screen import RunScreen
 from transformers.utils import logging as transformers_logging
 
-screen = RunScreen(Score())
-state = SimpleNamespace(is_world_process_zero=True, max_steps=10, global_step=5, epoch=0.0, log_history=[])
-screen.on_train_begin(SimpleNamespace(), state, None)
-screen.on_log(None, state, None, logs={"loss": 1.25, "learning_rate": 1e-3})
-print("printed")
-print("complained", file=sys.stderr)
-transformers_logging.get_logger("transformers.trainer").warning("warned")
-screen.close()
-transformers_logging.get_logger("transformers.trainer").warning("warned afterwards")
+def show():
+    screen = RunScreen(Score())
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=10, global_step=5, epoch=0.0, log_history=[])
+    screen.on_train_begin(SimpleNamespace(), state, None)
+    screen.on_log(None, state, None, logs={"loss": 1.25, "learning_rate": 1e-3})
+    print("printed")
+    print("complained", file=sys.stderr)
+    transformers_logging.get_logger("transformers.trainer").warning("warned")
+    screen.close()
+    transformers_logging.get_logger("transformers.trainer").warning("warned afterwards")
+
+descriptors = [int(each) for each in sys.argv[1:]]
+while descriptors:
+    out, err, *descriptors = descriptors
+    if not (child := os.fork()):
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        show()
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
+"""Shows a bar on the two streams of each pair of descriptors, in processes that share the time to import."""
 
 
-@pytest.mark.parametrize("redirected", ["stdout", "stderr"])
-def test_a_stream_that_goes_to_a_file_stays_there_where_the_other_is_a_terminal(tmp_path, redirected):
-    ours, terminal = pty.openpty()
-    path = tmp_path / "log"
-    with path.open("wb") as file:
-        streams = {"stdout": terminal, "stderr": terminal, redirected: file}
+def test_a_stream_that_goes_to_a_file_stays_there_where_the_other_is_a_terminal(tmp_path):
+    terminals = {redirected: pty.openpty() for redirected in ("stdout", "stderr")}
+    with contextlib.ExitStack() as files:
+        pairs: list[int] = []
+        for redirected, (_, terminal) in terminals.items():
+            file = files.enter_context((tmp_path / redirected).open("wb"))
+            pairs += [file.fileno(), terminal] if redirected == "stdout" else [terminal, file.fileno()]
         environment = {**os.environ, "TERM": "xterm-256color"}
         environment = {name: value for name, value in environment.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-        done = subprocess.Popen([sys.executable, "-c", SHOWS_A_BAR], env=environment, **streams)
-    os.close(terminal)
-    seen = b""
-    with contextlib.suppress(OSError):  # how a pseudo-terminal ends
-        while part := os.read(ours, 4096):
-            seen += part
-    os.close(ours)
-    assert done.wait(timeout=60) == 0
-    told, on_screen = path.read_text(), plain(seen.decode())
-    assert "\x1b" not in told
-    assert "━" in on_screen, "a bar"
-    lines = {"stdout": ["1.250", "printed"], "stderr": ["complained", "warned", "warned afterwards"]}
-    for stream, texts in lines.items():
-        for text in texts:
-            assert (text in told) == (stream == redirected)
-            assert (text in on_screen) == (stream != redirected)
+        command = [sys.executable, "-c", SHOWS_A_BAR, *map(str, pairs)]
+        subprocess.run(command, env=environment, pass_fds=pairs, timeout=120, check=True)
+    for redirected, (ours, terminal) in terminals.items():
+        os.close(terminal)
+        seen = b""
+        with contextlib.suppress(OSError):  # how a pseudo-terminal ends
+            while part := os.read(ours, 4096):
+                seen += part
+        os.close(ours)
+        told, on_screen = (tmp_path / redirected).read_text(), plain(seen.decode())
+        assert "\x1b" not in told
+        assert "━" in on_screen, "a bar"
+        lines = {"stdout": ["1.250", "printed"], "stderr": ["complained", "warned", "warned afterwards"]}
+        for stream, texts in lines.items():
+            for text in texts:
+                assert (text in told) == (stream == redirected)
+                assert (text in on_screen) == (stream != redirected)
 
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])
