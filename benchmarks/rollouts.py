@@ -282,9 +282,9 @@ def chosen_rate(runs: Sequence[Mapping[str, Any]], task: Task, arm: str) -> floa
     return max(found, key=lambda rate: found[rate]) if set(RATES) <= found.keys() else None
 
 
-def cases(runs: Sequence[Mapping[str, Any]]) -> Iterator[Case]:
+def cases(runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> Iterator[Case]:
     """Yield what is to be run next: all rates on the first seed of a task, then the best ones on the others."""
-    for task in TASKS:
+    for task in tasks:
         for arm, rate in itertools.product(ARMS, RATES):
             yield Case(task, arm, rate, SEEDS[0])
         for seed, arm in itertools.product(SEEDS[1:], ARMS):
@@ -293,10 +293,10 @@ def cases(runs: Sequence[Mapping[str, Any]]) -> Iterator[Case]:
                 yield Case(task, arm, rate, seed)
 
 
-def next_case(runs: Sequence[Mapping[str, Any]]) -> Case | None:
+def next_case(runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> Case | None:
     done = {(entry["task"], entry["arm"], entry["rate"], entry["seed"]) for entry in runs}
     return next(
-        (case for case in cases(runs) if (case.task.name, case.arm, case.rate, case.seed) not in done),
+        (case for case in cases(runs, tasks) if (case.task.name, case.arm, case.rate, case.seed) not in done),
         None,
     )
 
@@ -376,17 +376,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--models", type=Path, help="directory of the model's directory")
     parser.add_argument("--out", type=Path, default=Path("runs/rollouts"), help="where --quick writes")
     parser.add_argument("--quick", action="store_true", help="a second a run, to see that everything works")
+    parser.add_argument("--tasks", nargs="+", default=[task.name for task in TASKS], help="run only these")
     parser.add_argument("--most", type=int, default=10_000, help="runs before it stops")
     parser.add_argument("--table", action="store_true", help="write the page of the results anew, and run nothing")
     args = parser.parse_args(argv)
     if args.models is None and not args.table:
         parser.error("--models says where the model is")
+    tasks = [task for task in TASKS if task.name in args.tasks]
     path = args.out / "rollouts.json" if args.quick else RESULTS
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
     runs: list[dict[str, Any]] = results["runs"]
     torch.set_num_threads(1)
     for _ in range(0 if args.table else args.most):
-        case = next_case(runs)
+        case = next_case(runs, tasks)
         if case is None:
             break
         runs.append(run(case, args.models, seconds=1.0 if args.quick else None))

@@ -11,8 +11,7 @@ check() {
         echo "docs" && sphinx-build -q -W --keep-going docs build/docs
 }
 test_all() {
-    local workers=$(($(nproc) + 1))  # one more than cores, because some tests wait
-    echo "pytest" && python -m pytest --numprocesses "$workers" --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+    echo "pytest" && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 }
 if [ "${1:-}" = --oldest ]; then
     shift

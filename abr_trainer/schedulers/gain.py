@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
-from .recent import MIN_HISTORY
+from .recent import MIN_HISTORY, bounded
 from .remarks import (
     NEARLY_ALL,
     counted,
@@ -145,9 +145,9 @@ class GainScheduler(RepeatScheduler):
     def observe(self, outcome: Outcome) -> None:
         if not is_finite(outcome) or outcome.skipped:
             return
-        self.history.append(outcome.observation.loss)
+        self.history.append(bounded(outcome.observation.loss))
         if outcome.repeats > 1:
-            gained = outcome.losses[0] - outcome.losses[1]
+            gained = bounded(outcome.losses[0]) - bounded(outcome.losses[1])
             self.second = gained if self.second is None else 0.9 * self.second + 0.1 * gained
 
     def state_dict(self) -> dict[str, Any]:

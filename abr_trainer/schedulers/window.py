@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .base import Observation, Outcome, RepeatScheduler, check_least, is_finite
+from .recent import bounded
 from .remarks import forbidden, in_warm_up, made, parameters, usual_updates
 
 
@@ -120,7 +121,7 @@ class WindowScheduler(RepeatScheduler):
 
     def observe(self, outcome: Outcome) -> None:
         if is_finite(outcome) and not outcome.skipped:
-            self.history.append(outcome.observation.loss)
+            self.history.append(bounded(outcome.observation.loss))
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": list(self.history)}

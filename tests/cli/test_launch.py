@@ -203,6 +203,7 @@ def wait_for(condition, seconds=120):
 DEMO = ["--dataset_name", "demo", "--do_train", "--block_size", "64", "--use_cpu"]
 
 
+@pytest.mark.long  # the script itself is tested below, and torchrun by a comparison
 @pytest.mark.launches
 def test_a_slurm_job_is_one_run_over_its_nodes(tmp_path, slurm):
     flags = [*DEMO, "--max_passes", "4", "--output_dir", str(tmp_path / "a run")]

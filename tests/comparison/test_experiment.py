@@ -728,7 +728,7 @@ def test_the_published_protocol_gives_all_the_same_batches_and_says_what_that_hi
 @pytest.mark.launches
 def test_equal_seconds_are_compared_over_seconds_and_an_interrupted_run_goes_on_in_them(quick, tmp_path):
     out = tmp_path / "cmp"
-    rest = [*quick[:-2], "--max_seconds", "3", "--save_steps", "2"]
+    rest = [*quick[:-2], "--max_seconds", "2", "--save_steps", "2"]
     options = ["--match", "seconds", "--seeds", "1", "--evaluations", "3"]
     data = compare(out, rest, *options, schedulers=["baseline", "fixed:2"])
     assert data["match"] == "seconds"
@@ -737,7 +737,7 @@ def test_equal_seconds_are_compared_over_seconds_and_an_interrupted_run_goes_on_
         before, last = list(read_lines(out / run["directory"] / "abr_trace.jsonl"))[-2:]
         assert before["progress"] < 1
         assert 0 <= last["learning_rate"] <= 2.001e-3 * (1 - before["progress"])
-        assert run["cost"]["seconds"] >= 3
+        assert run["cost"]["seconds"] >= 2
     assert twice["repeats"] > 1 >= once["repeats"]
     for arm in data["arms"]:
         (start, *_), (*_, end) = [[point["seconds"] for point in arm["curve"]]] * 2
@@ -747,7 +747,7 @@ def test_equal_seconds_are_compared_over_seconds_and_an_interrupted_run_goes_on_
     (point, *_) = data["arms"][1]["relative_curve"]
     assert (point["seconds"], point["mean"]) == (0, 0)
     report = (out / "report.md").read_text()
-    assert "All runs had the same time, 3 seconds of training" in report
+    assert "All runs had the same time, 2 seconds of training" in report
     assert "Seconds depend on the machine and on what else it does: these were taken on Linux" in report
     assert "Validation perplexity against time" in report
     assert "Equal passes are not equal compute" not in report
@@ -762,7 +762,7 @@ def test_equal_seconds_are_compared_over_seconds_and_an_interrupted_run_goes_on_
     assert again["runs"][0] == data["runs"][0]
     lines = list(read_lines(run / "abr_trace.jsonl"))
     assert sum(line["seconds"] for line in lines) == pytest.approx(again["runs"][1]["cost"]["seconds"])
-    assert lines[2]["progress"] >= spent / 3
+    assert lines[2]["progress"] >= spent / 2
     assert lines[-2]["progress"] < 1
 
 

@@ -63,7 +63,7 @@ def batches(draw: Callable[[Any], Any]) -> dict[str, Any]:
     }
 
 
-STREAMS = st.lists(batches(), min_size=1, max_size=30) | st.integers(40, 250).flatmap(
+STREAMS = st.lists(batches(), min_size=1, max_size=30) | st.integers(40, 200).flatmap(
     lambda count: st.lists(batches(), min_size=1, max_size=6).map(lambda few: (few * count)[:count])
 )
 

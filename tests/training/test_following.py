@@ -93,7 +93,7 @@ RULES = {
 """By rule: its own flags, flags of both runs, and what must be in the trace."""
 
 
-@pytest.mark.parametrize(("rule", "accumulation"), zip(RULES, [1, 2] * len(RULES), strict=False))
+@pytest.mark.parametrize(("rule", "accumulation"), list(zip(RULES, [1, 2] * len(RULES), strict=False)))
 def test_a_run_that_is_followed_is_made_again_to_the_last_bit(train, tmp_path, rule, accumulation):
     own, shared, shows = RULES[rule]
     rows = some_rows((24 if rule == "wait" else 80) * accumulation)
