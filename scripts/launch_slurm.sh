@@ -14,7 +14,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 # 300 seconds before its time limit, the run saves a checkpoint after the batch under way, and the job goes back into the
-# queue. When it starts again, it continues. One batch, one evaluation and one checkpoint must take less than that.
+# queue. When it starts again, it continues. One batch, one evaluation and one checkpoint must take less than that, and
+# less than 30 seconds under ACCELERATE_CONFIG, because that launcher ends its processes then.
 set -euo pipefail
 
 : "${SLURM_JOB_NODELIST:?start $0 with sbatch, so that Slurm allocates nodes}"
@@ -29,7 +30,10 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 arguments=("$@")
 [[ " $*" == *" --enable_jit_checkpoint"* ]] || arguments+=(--enable_jit_checkpoint)
-[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || arguments+=(--resume_from_checkpoint auto --overwrite_output_dir)
+if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
+    arguments+=(--resume_from_checkpoint auto)
+    [[ " $*" == *" --resume_from_checkpoint"* ]] || arguments+=(--overwrite_output_dir)  # else it would begin elsewhere
+fi
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-1}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import set_seed
 
 from ..hub.repository import PushError
@@ -39,21 +40,12 @@ from .parsing import wanted_splits as wanted_splits
 from .run_directory import clear, only_run_in, replacing_previous_run, set_aside_later_checkpoints, write_provenance
 
 EXPECTED: tuple[type[Exception], ...] = (
-    *(
-        TooManySkips,
-        NoSuchMetric,
-        NoAccuracy,
-        BadRow,
-        UnfitCheckpoint,
-        RowsUnsupported,
-        BadDecision,
-        BadTrace,
-        Damaged,
-    ),
+    *(TooManySkips, NoSuchMetric, NoAccuracy, BadRow, UnfitCheckpoint),
+    *(RowsUnsupported, BadDecision, BadTrace, Damaged),
 )
 """Errors of a training whose messages say all that there is to say."""
 
-KNOWN: tuple[type[BaseException], ...] = (*EXPECTED, RankFailed, OSError, KeyboardInterrupt)
+KNOWN: tuple[type[Exception], ...] = (*EXPECTED, RankFailed, OSError, torch.OutOfMemoryError)
 """The same, and what is told elsewhere."""
 
 
@@ -74,7 +66,7 @@ def refusing_to_begin(trainer: ABRTrainer) -> Iterator[None]:
         yield
     except KNOWN:
         raise
-    except Exception as error:
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:  # others are faults of a program
         if trainer.has_begun:
             raise
         raise CannotBegin(f"Training cannot begin: {one_line(error)} ({type(error).__name__})") from error

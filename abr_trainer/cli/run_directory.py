@@ -43,7 +43,7 @@ from ..records.files import (
     write_whole,
 )
 from ..records.locking import locked
-from ..training.checkpoints import agreed, newest_checkpoint, sound_checkpoint
+from ..training.checkpoints import UnfitCheckpoint, agreed, newest_checkpoint, sound_checkpoint
 from ..training.config import ABRConfig
 
 logger = logging.get_logger(__name__)
@@ -235,7 +235,9 @@ def find_checkpoint(args: ABRConfig) -> str | None:
         ValueError: There is no such checkpoint, or the run cannot go on from it.
     """
     if str(args.resume_from_checkpoint).lower() == "auto":
-        args.resume_from_checkpoint = None if last_complete_checkpoint(Path(str(args.output_dir))) is None else "true"
+        found = agreed(lambda: newest_or_none(str(args.output_dir)), args)
+        args.resume_from_checkpoint = "true" if found else None
+        return found or None
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
@@ -244,6 +246,18 @@ def find_checkpoint(args: ABRConfig) -> str | None:
     if not Path(wanted).exists():
         return agreed(lambda: fetch_checkpoint(str(wanted), Path(str(args.output_dir))), args)
     return agreed(lambda: sound_checkpoint(str(wanted)), args)
+
+
+def newest_or_none(output_dir: str) -> str:
+    """Return the last complete checkpoint in an output directory; an empty text if there is none, with a warning of
+    those that are damaged.
+    """
+    try:
+        return newest_checkpoint(output_dir)
+    except UnfitCheckpoint as error:
+        if any(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")):
+            logger.warning(f"{str(error).replace('true', 'auto', 1)} The run begins anew.")
+        return ""
 
 
 def set_aside_later_checkpoints(args: ABRConfig, checkpoint: str) -> None:

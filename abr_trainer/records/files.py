@@ -265,7 +265,8 @@ def files_to_check(checkpoint: Path) -> list[Path]:
 
 def _saved_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Return size and checksums by file, as they were saved; nothing for a checkpoint without them."""
-    files: dict[str, dict[str, Any]] = (read_json(checkpoint / CHECKSUMS_NAME) or {}).get("files", {})
+    saved = read_json(checkpoint / CHECKSUMS_NAME) or {}
+    files: dict[str, dict[str, Any]] = saved.get("files", {}) if isinstance(saved, dict) else {}
     return files
 
 
@@ -282,14 +283,14 @@ def _other_size(checkpoint: Path) -> str | None:
     return None
 
 
-def _version_of(path: Path) -> tuple[Path, int, int]:
+def _version_of(path: Path) -> tuple[Path, int, int, int]:
     """Return what tells whether a file was changed since it was read: arguments of the two functions below."""
     found = path.stat()
-    return path.absolute(), found.st_size, found.st_mtime_ns
+    return path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @functools.lru_cache(maxsize=1024)
-def _checksums(path: Path, size: int, changed: int) -> list[str]:
+def _checksums(path: Path, size: int, changed: int, inode: int) -> list[str]:
     """Return the checksum of each part of a file, made in several threads."""
 
     def checksum(begin: int) -> str:
@@ -305,7 +306,7 @@ def _checksums(path: Path, size: int, changed: int) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _has_sound_archive(path: Path, size: int, changed: int) -> bool:
+def _has_sound_archive(path: Path, size: int, changed: int, inode: int) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import distributed
 
-from ..records.errors import one_line
+from ..records.errors import Failure, one_line
 
 KEY, TOLD = "abr_failure_{number}", "abr_failure_{number}_told"
 """In the store of the process group: the message of the first rank that has failed, and how many ranks know it."""
@@ -31,7 +31,7 @@ LOST = (
 )
 
 
-class RankFailed(RuntimeError):
+class RankFailed(Failure):
     """Another rank has failed; the message is its own, or says that it left none."""
 
 

@@ -82,6 +82,8 @@ def is_list(values: Any) -> bool:
 def restore_counters(trainer: Any, counters: Mapping[str, Any]) -> None:
     """Let a trainer go on with what `counters_of` has returned."""
     for owner in METRICS:
+        if "train" not in (vars(trainer).get(owner) or {}):
+            continue
         for name, values in counters.get(owner, {}).items():
             vars(trainer)[owner]["train"][name] = [float(value) for value in values]
     if "_total_train_tokens" in counters:

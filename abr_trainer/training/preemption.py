@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
@@ -64,19 +65,34 @@ class Preemption(JITCheckpointCallback):
 
     # ---- Events ----
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if not self._is_registered:  # after an earlier call of `train`
+    def listen(self) -> None:
+        """Receive the signal, as since the trainer was built, unless an earlier call of `train` has ended that."""
+        if not self._is_registered:
             self.jit_manager.setup_signal_handler()  # type: ignore[no-untyped-call]
             self._is_registered = True
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_end(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def stop_listening(self) -> None:
+        """Leave the signal to whoever had it before."""
+        super().on_train_end(None, None, None)  # type: ignore[no-untyped-call]
         self._is_registered = self._is_agreed = self.jit_manager.is_checkpoint_requested = False
 
     def _leave_it_to_the_trainer(self, *args: Any, **kwargs: Any) -> None:
         """Do not save in the middle of a batch."""
 
-    on_pre_optimizer_step = on_step_begin = on_step_end = on_epoch_end = _leave_it_to_the_trainer
+    on_pre_optimizer_step = on_step_begin = on_step_end = on_epoch_end = on_train_end = _leave_it_to_the_trainer
+
+
+@contextlib.contextmanager
+def listening(preemption: Preemption | None) -> Iterator[None]:
+    """Receive the signal in one call of `train`, however that ends."""
+    if preemption is None:
+        yield
+        return
+    preemption.listen()
+    try:
+        yield
+    finally:
+        preemption.stop_listening()
 
 
 def replace_jit_checkpoint(handler: Any) -> Preemption | None:

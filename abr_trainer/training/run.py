@@ -42,6 +42,7 @@ class Run:
         skips_in_a_row: The last batches, as long as they were skipped: index, and loss or reason.
         non_finite_batches: Batches whose loss was not finite, or that had no targets.
         batches_in_epoch: Batches finished in this epoch.
+        is_exhausted: Whether the data of this epoch have ended, before a batch was complete.
         epoch_is_over: Whether the last call to log, evaluate or save was that at the end of an epoch.
         last_update: Gradient norm and learning rate of the last batch, as Trainer logs them.
         closes_epoch: Whether the run goes on from a checkpoint after the last batch of an epoch, and before its end.
@@ -68,7 +69,7 @@ class Run:
         self.skips_in_a_row: list[tuple[int, str]] = []
         self.non_finite_batches = 0
         self.batches_in_epoch = 0
-        self.epoch_is_over = False
+        self.is_exhausted = self.epoch_is_over = False
         self.last_update: tuple[Any, Any] = (None, None)
         self.closes_epoch = False
         self.saved_at: int | None = None

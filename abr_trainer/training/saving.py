@@ -1,4 +1,4 @@
-"""When a checkpoint is saved, beside the steps that Trainer knows, and when it is whole."""
+"""When a checkpoint is saved, in addition to the steps that Trainer knows, and its checksums."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _AnyTrainer: Any = object  # what a type checker sees: a mixin calls the Trainer
 
 
 class SavingMixin(_AnyTrainer):
-    """Save checkpoints of a Trainer with repetition whole, with checksums, and with what an evaluation has decided."""
+    """Save complete checkpoints of a Trainer with repetition, with checksums and what an evaluation has decided."""
 
     control: Any
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._is_active and self._run.saved_at == self.state.global_step:
-            # The epoch has ended since, with an evaluation. A push may have linked the files: they are made anew.
+        if self._is_active:
+            # There may be one of this step, from before an evaluation. A push may have linked its files.
             if self.args.should_save:
                 set_aside(self._checkpoint_folder(trial))
             self.accelerator.wait_for_everyone()

@@ -71,6 +71,10 @@ def refuse_unsupported(trainer: Any, budget: str | None) -> None:
             f"--optim {args.optim.value} updates the weights inside the backward",
         ),
         (
+            args.enable_jit_checkpoint and trainer.hp_search_backend is not None,
+            "a trial that --enable_jit_checkpoint ends early would be compared with complete ones",
+        ),
+        (
             (hasattr(trainer, "_buffered_inputs") and not generates(trainer)) or not ONLINE_TRAINERS.isdisjoint(bases),
             f"{type(trainer).__name__} generates its inputs while it trains, in a way of its own. GRPOTrainer and "
             "RLOOTrainer of TRL work",

@@ -36,7 +36,7 @@ from .identity import numbered, wants_row_indices
 from .ledger import ComputeLedger
 from .loss_scale import has_own_loss
 from .passes import Passes
-from .preemption import Preemption, replace_jit_checkpoint
+from .preemption import Preemption, listening, replace_jit_checkpoint
 from .primer import Primer
 from .readiness import mend_generation_config
 from .recording import record_end, record_run
@@ -90,6 +90,7 @@ class ABRMixin(ResumeMixin, SavingMixin, PerplexityMixin, HubMixin):
     repeat_scheduler: RepeatScheduler
     row_rule: RowRule | None
     tells_if_worse: bool = True
+    _preemption: Preemption | None = None
 
     def __init__(
         self,
@@ -109,7 +110,6 @@ class ABRMixin(ResumeMixin, SavingMixin, PerplexityMixin, HubMixin):
         refuse_fields_beside(self.args, repeat_scheduler, row_rule)
         self._is_active = isinstance(self.args, ABRConfig) or repeat_scheduler is not None or row_rule is not None
         self.is_recorded = False
-        self._preemption: Preemption | None = None
         self._given_scheduler = repeat_scheduler
         self._initial_scheduler_state = (
             {} if repeat_scheduler is None else copy.deepcopy(repeat_scheduler.state_dict())
@@ -177,7 +177,7 @@ class ABRMixin(ResumeMixin, SavingMixin, PerplexityMixin, HubMixin):
     # ---- A run ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with ending_together() if self._is_active else contextlib.nullcontext():
+        with ending_together() if self._is_active else contextlib.nullcontext(), listening(self._preemption):
             return super().train(*args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -269,7 +269,7 @@ class ABRMixin(ResumeMixin, SavingMixin, PerplexityMixin, HubMixin):
         if self._run.closes_epoch:
             self._run.closes_epoch = False
             self.control.should_training_stop |= self._run.has_ended
-        self._run.batches_in_epoch = 0
+        self._run.batches_in_epoch, self._run.is_exhausted = 0, False
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self._is_active:
@@ -321,6 +321,8 @@ class ABRMixin(ResumeMixin, SavingMixin, PerplexityMixin, HubMixin):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if not self._is_at_work:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._run.is_exhausted:  # Trainer asks on, to the end of what it planned
+            return [], None
         self._batch, self._is_drawn = Batch(), True
         works_on = getattr(self.callback_handler.train_dataloader, "num_workers", 0) > 0
         with self._run.clock.drawing(epoch_iterator, works_on) as timed:
@@ -333,6 +335,7 @@ class ABRMixin(ResumeMixin, SavingMixin, PerplexityMixin, HubMixin):
         if len(batch_samples) < num_batches:
             # A data set without length ended in the middle of a batch. Trainer would leave its gradients to the next,
             # and of several ranks those that have rows would wait for those that have none.
+            self._run.is_exhausted = True
             drawn = drawn or [len(batch_samples)]
             if any(drawn) and self.state.global_step == 0:
                 refuse_cut_batch(drawn, num_batches)

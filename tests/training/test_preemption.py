@@ -141,6 +141,26 @@ def test_auto_begins_anew_where_no_checkpoint_is_complete(tmp_path):
     (out / "checkpoint-2").mkdir(parents=True)
     (out / "run.json").write_text("{}")
     flags = [*RUN, "--resume_from_checkpoint", "auto", "--output_dir", str(out), "--max_passes", "2"]
-    with pytest.raises(SystemExit, match="is not empty. Give --overwrite_output_dir to start over"):
+    with pytest.raises(SystemExit):
         run_clm_abr.run(flags)
     assert run_clm_abr.run([*flags, "--overwrite_output_dir"])["train_passes"] == 2
+
+
+def test_a_run_that_fails_leaves_the_signal_to_whoever_had_it(build):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyError("loss")
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = build(enable_jit_checkpoint=True, trainer_options={"callbacks": [Fails()]})
+    assert signal.getsignal(signal.SIGTERM) != before
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_hyperparameter_search_does_not_count_trials_that_are_cut_short(build):
+    trainer = build(enable_jit_checkpoint=True)
+    trainer.hp_search_backend = "optuna"
+    with pytest.raises(ValueError, match="a trial that --enable_jit_checkpoint ends early would be compared"):
+        trainer._refuse_unsupported()
