@@ -312,9 +312,9 @@ Reward is the mean over the time of the run; differences are paired by seed, wit
 are the CPU seconds and the generated tokens after which an arm has a reward that arm 1 has when it has made 90 % of
 its gain: medians over seeds. Made by the command below, of `benchmarks/results/rollouts.json`.
 
-**In short**: at equal time and tuned learning rates, more updates on a batch were as good as one, and not better. No
-difference is larger than chance, but four updates were worse in the first task. `kl` was never worse than the best
-fixed number by more than chance. The aim was the reward of one update in 60 % of its time. In the second and third
+**In short**: at equal time and tuned learning rates, more updates on a batch were as good as one, and not better. Four
+updates were worse in the first task. No other difference is larger than chance, so `kl` was never worse than the best
+fixed number. The aim was the reward of one update in 60 % of its time. In the second and third
 task, two updates needed 74 % and 77 % of it. They needed 53 % and 63 % of the generated tokens. So more updates pay
 where tokens cost more than here."""
 
