@@ -16,30 +16,25 @@ leave what an undisturbed run leaves, to the last bit. Numbers go to benchmarks/
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
-import json
 import os
 import random
 import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from effectiveness import write_runs
+from campaign import carry_on, parser_of
 from forked import KINDS, Counts, Event, Watch, fork, wait
 from kills import FEW_ROWS, PATIENCE, VERBS, differences, how_to_go_on, warm
 
-from abr_trainer.records.files import files_to_check, flaw_in, last_complete_checkpoint, newest_first, read_json
-from abr_trainer.records.provenance import versions_and_machine
+from abr_trainer.records.files import files_to_check, flaw_in, last_complete_checkpoint, newest_first
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "disks.json"
@@ -318,34 +313,19 @@ def summary_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=int, default=150)
-    parser.add_argument("--only", type=int, nargs="*", help="Numbers of runs to make, again if they were made.")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
-    results: dict[str, Any] = read_json(args.out) or {}
-    if results.get("seed") != args.seed:
-        results = {"seed": args.seed, "runs": []}
-    results |= versions_and_machine("cpu", torch.get_num_threads(), 1)
-    made = {each["number"]: each for each in results["runs"]}
+    args = parser_of(__doc__, 150, RESULTS).parse_args(argv)
+
+    def told(run: dict[str, Any]) -> tuple[str, str]:
+        verdict = "right" if run["right"] else " | ".join(run["problems"])
+        return f"{run['job']}, {run['what']} {run['share']}: {verdict}", run.get("said") or run.get("flaw") or ""
+
     with tempfile.TemporaryDirectory() as directory:
         warm()
         baseline = Baseline(Path(directory).resolve())
-        for number in range(args.runs) if args.only is None else args.only:
-            if number in made and args.only is None and made[number]["right"]:
-                continue
-            case, begun = draw(args.seed, number, is_root=os.getuid() == 0), time.monotonic()
-            found = made[number] = try_case(case, baseline)
-            verdict = "right" if found["right"] else " | ".join(found["problems"])
-            said = found.get("said") or found.get("flaw") or ""
-            seconds = time.monotonic() - begun
-            print(f"{number}: {case.job}, {case.what} {case.share}: {verdict} ({seconds:.1f} s) {said}", flush=True)
-            results["runs"] = [made[each] for each in sorted(made)]
-            results["summary"] = summary_of(results["runs"])
-            write_runs(results, args.out)
-    print(json.dumps(results["summary"], indent=1))
-    return results
+        is_root = os.getuid() == 0
+        return carry_on(
+            args, lambda number: try_case(draw(args.seed, number, is_root), baseline), "right", told, summary_of
+        )
 
 
 if __name__ == "__main__":

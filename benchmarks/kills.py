@@ -15,7 +15,6 @@ All runs are forked from this process, so that one takes a few seconds. Numbers 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -38,12 +37,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from effectiveness import write_runs
+from campaign import carry_on, parser_of
 from forked import KINDS, Counts, Event, StillRunning, Watch, fork, ranks_at, wait
 
 import run_clm_abr
 from abr_trainer.cli import classify, sft
-from abr_trainer.data import sources
 from abr_trainer.data.demo import demo_texts
 from abr_trainer.records.files import (
     PROVENANCE,
@@ -51,10 +49,8 @@ from abr_trainer.records.files import (
     is_unused,
     last_complete_checkpoint,
     newest_first,
-    read_json,
     read_lines,
 )
-from abr_trainer.records.provenance import versions_and_machine
 from abr_trainer.training.engines import leave_ranks
 from tests.conftest import point_client_at
 from tests.hub_server import Hub
@@ -627,8 +623,7 @@ def warm() -> None:
     for name in ("deepspeed", "sklearn.metrics", "torch.utils.tensorboard", "peft.tuners.lora.bnb", "trl"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)  # which each run would do
-    sources.demo_texts = functools.cache(sources.demo_texts)
-    sources.demo_texts("train")
+    demo_texts("train")
     gc.collect()
     gc.freeze()
 
@@ -649,42 +644,22 @@ def summary_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--only", type=int, nargs="*", help="Numbers of runs to make, again if they were made.")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = parser_of(__doc__, 100, RESULTS)
     parser.add_argument("--keep", type=Path, help="Directory for the runs. Those that differ are kept there.")
     args = parser.parse_args(argv)
-    results: dict[str, Any] = read_json(args.out) or {}
-    if results.get("seed") != args.seed:
-        results = {"seed": args.seed, "runs": []}
-    results |= versions_and_machine("cpu", torch.get_num_threads(), 1)
-    made = {run["number"]: run for run in results["runs"]}
+
+    def told(run: dict[str, Any]) -> tuple[str, str]:
+        where = "; ".join(f"{kill['kind']} {kill['at']} of {kill['of']}" for kill in run["kills"])
+        verdict = "equal" if run["equal"] else " | ".join(run["problems"])[:1500]
+        return f"{run['verb']} x{run['ranks']}, {where}: {verdict}", ""
+
     with contextlib.ExitStack() as stack:
         directory = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         write_data(directory / "data")
         warm()
         place = Place(directory.resolve(), stack.enter_context(Hub(directory / "hub")))
-        for number in range(args.runs) if args.only is None else args.only:
-            if number in made and args.only is None and made[number]["equal"]:
-                continue
-            case = draw(args.seed, number)
-            begun = time.monotonic()
-            made[number] = try_case(case, place)
-            run = made[number]
-            where = "; ".join(f"{kill['kind']} {kill['at']} of {kill['of']}" for kill in run["kills"])
-            verdict = "equal" if run["equal"] else " | ".join(run["problems"])[:1500]
-            print(
-                f"{number}: {case.verb} x{case.ranks}, {where}: {verdict} ({time.monotonic() - begun:.1f} s)",
-                flush=True,
-            )
-            results["runs"] = [made[each] for each in sorted(made)]
-            results["summary"] = summary_of(results["runs"])
-            write_runs(results, args.out)
-    print(json.dumps(results["summary"], indent=1))
-    return results
+        return carry_on(args, lambda number: try_case(draw(args.seed, number), place), "equal", told, summary_of)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from typing import Any
 
 import torch
 from effectiveness import write_runs
+from forked import fork, ranks_at
 from torch.utils.data import Dataset, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 from transformers.data.data_collator import default_data_collator
@@ -255,34 +255,12 @@ def train(trial: Trial, victim: int, directory: Path) -> dict[str, Any]:
     }
 
 
-def be_rank(rank: int, ranks: int, port: int, trial: Trial, victim: int, directory: Path) -> None:
-    """Be a process of a trial, as one that torchrun has started; never return."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-    }
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    said = os.open(directory / f"said-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    status = 1
-    try:
-        with ending_together():  # as `abr train` does
-            numbers = train(trial, victim, directory)
-        Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
-        torch.distributed.barrier()
-        status = 0
-    except SystemExit as error:
-        print(error)
-        status = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def be_rank(rank: int, trial: Trial, victim: int, directory: Path) -> None:
+    """Be a process of a trial, as one that torchrun has started."""
+    with ending_together():  # as `abr train` does
+        numbers = train(trial, victim, directory)
+    Path(directory, f"rank-{rank}.json").write_text(json.dumps(numbers))
+    torch.distributed.barrier()
 
 
 def befall(trial: Trial, ranks: int, victim: int, directory: Path) -> dict[str, Any]:
@@ -291,10 +269,9 @@ def befall(trial: Trial, ranks: int, victim: int, directory: Path) -> dict[str, 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     start, running, ended = time.monotonic(), {}, {}
-    for rank in range(ranks):
-        if not (pid := os.fork()):
-            be_rank(rank, ranks, port, trial, victim, directory)
-        running[pid] = rank
+    for rank, place in enumerate(ranks_at(port, ranks)):
+        work = functools.partial(be_rank, rank, trial, victim, directory)
+        running[fork(work, directory / f"said-{rank}.txt", place)] = rank
     slept = trial.act.args[0] if isinstance(trial.act, functools.partial) else 0.0
     limit = trial.time_out + slept + 30 + 5 * ranks  # to start, to train, and to end
     hung: list[int] = []

@@ -87,7 +87,7 @@ DROP: Shape = {
     "step": STEP,
     "position": COUNT,
     "loss": LOSS,
-    **{name: Maybe((NUMBER, None)) for name in ("limit",)},
+    "limit": Maybe((NUMBER, None)),
     **{name: Maybe((COUNT, None)) for name in ("index", "first_row", "last_row", "targets")},
     **{name: Maybe((TEXT, None)) for name in ("source", "text", "reason")},
     "input_ids": Maybe(([COUNT], None)),
@@ -119,8 +119,8 @@ RULES: Shape = {
 }
 
 RUN: Shape = {
-    **{name: Maybe(shape) for name, shape in RULES.items() if name == "arguments"},
-    "instances": RULES["instances"],
+    **RULES,
+    "arguments": Maybe(RULES["arguments"]),
     "argv": Maybe([TEXT]),
     "resumed": Maybe([([TEXT], {"step": COUNT, **RULES})]),
     "finished": Maybe((None, {"totals": (Each(ANY), None), "kept_step": Maybe((COUNT, None))})),

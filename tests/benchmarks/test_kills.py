@@ -23,7 +23,7 @@ def campaigns():
         kills, disks = importlib.import_module("kills"), importlib.import_module("disks")
         kills.warm()
         yield kills, disks
-    for name in ("kills", "disks", "forked", "effectiveness"):
+    for name in ("kills", "disks", "campaign", "forked", "effectiveness"):
         sys.modules.pop(name, None)
 
 
